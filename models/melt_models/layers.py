@@ -1,0 +1,146 @@
+"""The building blocks both models share: norm, rotary embedding, attention projections, MLP, decoder layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration import LoopedConfig
+
+
+class Attend(Protocol):
+    """Writes a layer's new key/value rows into a cache and attends over it.
+
+    Everything that differs between caches, and between the dialects of an exported graph, is behind this call.
+    Query (batch, chunk, heads * head_dim), key and value (batch, chunk, kv_heads * head_dim), **before** rotary
+    embedding. Returns (batch, chunk, heads * head_dim).
+    """
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 whatever the input (arXiv 1910.07467). Shape is kept."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for ``positions`` (any shape): two float32 tensors (*positions.shape, head_dim / 2).
+
+    RoPE: arXiv 2104.09864; scaled variants come from transformers.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+        frequencies, scale = 1.0 / (rope["rope_theta"] ** exponent), 1.0
+    else:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE in the rotate-half form. x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2)."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, chunk, heads * head_dim) -> (batch, heads, chunk, head_dim)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, chunk, head_dim) -> (batch, chunk, heads * head_dim)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention. query (b, heads, c, d), key/value (b, kv_heads, n, d), mask (b or 1, c, n) bool."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], enable_gqa=grouped)
+
+
+class Attention(nn.Module):
+    """The four projections. Queries read ``x``; keys and values read ``kv``; the cache is the caller's ``attend``."""
+
+    def __init__(self, config: LoopedConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(d, heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(d, kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.head_dim, d, bias=False)
+
+    def forward(self, x: Tensor, kv: Tensor, attend: Attend) -> Tensor:
+        """x, kv: (batch, chunk, d) -> (batch, chunk, d)."""
+        return self.o_proj(attend(self.layer, self.q_proj(x), self.k_proj(kv), self.v_proj(kv)))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202), without biases."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One transformer layer in Ouro's (sandwich) or Llama's (pre) norm layout, Ouro's tensor names."""
+
+    def __init__(self, config: LoopedConfig, layer: int):
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        sandwich = config.norm_layout == "sandwich"
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.input_layernorm_2 = norm() if sandwich else nn.Identity()
+        self.post_attention_layernorm_2 = norm() if sandwich else nn.Identity()
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """LoopLM's layer: queries, keys and values all read the normed input. x: (batch, chunk, d), kept."""
+        a = self.input_layernorm(x)
+        return self.attend_and_transform(x, a, a, attend)
+
+    def attend_and_transform(self, x: Tensor, a: Tensor, kv: Tensor, attend: Attend) -> Tensor:
+        """Attention of ``a`` over the cache with ``kv``'s rows written, then the MLP, each added to ``x``."""
+        x = x + self.input_layernorm_2(self.self_attn(a, kv, attend))
+        return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
+
+
+def leave_early(remaining: Tensor, exit_probability: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Updates the probability of still looping and says which tokens leave.
+
+    With lambda_t the exit probability of loop t, a token has left by loop t with cumulative probability
+    1 - prod_{j<=t}(1 - lambda_j) (arXiv 2510.25741). A threshold of 1 or more never leaves early.
+    All tensors (batch, chunk); returns (remaining, leaves).
+    """
+    remaining = remaining * (1.0 - exit_probability)
+    if threshold >= 1.0:
+        return remaining, torch.zeros_like(remaining, dtype=torch.bool)
+    return remaining, (1.0 - remaining) >= threshold

@@ -1,0 +1,172 @@
+"""LoopLM (Ouro, arXiv 2510.25741): the starting model, the teacher and the baseline. One cache per layer and loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration import LoopLMConfig
+from .layers import DecoderLayer, RMSNorm, leave_early, masked_attention, merge_heads, rotary_tables, rotate, split_heads
+
+
+class _LoopAttention:
+    """Attends over the cache of one loop: key/value index ``loop * layers + layer``, as Ouro orders them."""
+
+    def __init__(self, config: LoopLMConfig, cache: DynamicCache, loop: int, cos: Tensor, sin: Tensor, mask: Tensor):
+        self.config, self.cache, self.loop = config, cache, loop
+        self.cos, self.sin, self.mask = cos, sin, mask
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (split_heads(x, self.config.head_dim) for x in (query, key, value))
+        key = rotate(key, self.cos, self.sin)
+        keys, values = self.cache.update(key, value, self.loop * self.config.num_hidden_layers + layer)
+        return merge_heads(masked_attention(rotate(query, self.cos, self.sin), keys, values, self.mask))
+
+
+@dataclass
+class LoopLMOutput(CausalLMOutputWithPast):
+    """``logits`` (batch, tokens, vocab) of the chosen loop; ``loop_hidden`` every loop's normed output
+    (loops, batch, tokens, d); ``exit_distribution`` (loops, batch, tokens); ``depth`` loops read per token."""
+
+    loop_hidden: Tensor | None = None
+    exit_distribution: Tensor | None = None
+    depth: Tensor | None = None
+
+
+class LoopLMModel(nn.Module):
+    """Embedding, the stack that is looped, the final norm and the exit gate."""
+
+    def __init__(self, config: LoopLMConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, num_loops: int
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (b, c, d) embeddings -> every loop's normed output (T, b, c, d) and exit probability (T, b, c)."""
+        cos, sin = rotary_tables(self.config, positions)
+        outputs, exits = [], []
+        for loop in range(num_loops):
+            attend = _LoopAttention(self.config, cache, loop, cos, sin, mask)
+            for layer in self.layers:
+                hidden = layer(hidden, attend)
+            hidden = self.norm(hidden)
+            outputs.append(hidden)
+            exits.append(torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float()))
+        return torch.stack(outputs), torch.stack(exits)
+
+
+def exit_distribution(exit_probability: Tensor) -> Tensor:
+    """p_t = lambda_t * prod_{j<t}(1 - lambda_j); the last loop takes what remains. (loops, ...) -> (loops, ...)."""
+    stay = torch.cumprod(1.0 - exit_probability, dim=0)
+    before = torch.cat((torch.ones_like(stay[:1]), stay[:-1]))
+    return torch.cat((exit_probability[:-1] * before[:-1], before[-1:]))
+
+
+def causal_mask(attention_mask: Tensor, new: int) -> Tensor:
+    """What each of the last ``new`` columns sees. attention_mask (b, all) -> (b, new, all) bool; each sees itself."""
+    total = attention_mask.shape[1]
+    column = torch.arange(total, device=attention_mask.device)
+    row = column[total - new :, None]
+    return ((column <= row) & attention_mask.bool()[:, None]) | (column == row)
+
+
+class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """Ouro with a language-modelling head. Loads published Ouro directories: see ``checkpoint.load_model``."""
+
+    config: LoopLMConfig
+    config_class = LoopLMConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules = ["DecoderLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: LoopLMConfig):
+        super().__init__(config)
+        self.model = LoopLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_loops: int | None = None,
+        exit_at_step: int | None = None,
+        exit_threshold: float | None = None,
+        **kwargs: object,
+    ) -> LoopLMOutput:
+        """One forward over new tokens (batch, tokens), after those in the cache.
+
+        All loops run; the exit only chooses which loop's output the head reads, as in Ouro's released code.
+        ``exit_at_step`` counts from 0 and wins over ``exit_threshold``; both default to the config.
+        Raises ValueError for fewer than one loop or an ``exit_at_step`` outside the loops.
+        """
+        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, new, _ = hidden.shape
+        num_loops = self.config.total_ut_steps if num_loops is None else num_loops
+        if num_loops < 1:
+            raise ValueError(f"num_loops is {num_loops}; it must be 1 or more")
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        if 0 < len(cache) < num_loops * self.config.num_hidden_layers and cache.get_seq_length():
+            raise ValueError(f"the cache holds fewer than {num_loops} loops; a LoopLM cannot deepen a cache it filled")
+        total = cache.get_seq_length() + new
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, total, dtype=torch.bool, device=hidden.device)
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        loop_hidden, exits = self.model(hidden, causal_mask(attention_mask, new), position_ids, cache, num_loops)
+
+        depth = self._depth(exits, exit_at_step, exit_threshold)
+        index = (depth - 1)[None, ..., None].expand(1, -1, -1, hidden.shape[-1])
+        chosen = loop_hidden.gather(0, index)[0]
+        logits = self.lm_head(chosen[:, -logits_to_keep:] if logits_to_keep else chosen)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return LoopLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache is not False else None,
+            loop_hidden=loop_hidden,
+            exit_distribution=exit_distribution(exits),
+            depth=depth,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: object, model_kwargs: dict, *args: object, **kwargs: object
+    ) -> None:
+        """generate() asks for its cache here; LoopLM's has loops * layers entries, so it grows as they are used."""
+        if model_kwargs.get("past_key_values") is None and getattr(generation_config, "use_cache", True) is not False:
+            model_kwargs["past_key_values"] = DynamicCache()
+
+    def _depth(self, exits: Tensor, exit_at_step: int | None, exit_threshold: float | None) -> Tensor:
+        """Which loop the head reads, counted from 1: (batch, tokens)."""
+        num_loops = exits.shape[0]
+        step = self.config.early_exit_step if exit_at_step is None else exit_at_step
+        if step is not None:
+            if not 0 <= step < num_loops:
+                raise ValueError(f"exit_at_step is {step}; with {num_loops} loops it goes from 0 to {num_loops - 1}")
+            return torch.full_like(exits[0], step + 1, dtype=torch.long)
+        threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
+        depth = torch.full_like(exits[0], num_loops, dtype=torch.long)
+        remaining = torch.ones_like(exits[0])
+        for loop in range(num_loops - 1):
+            remaining, leaves = leave_early(remaining, exits[loop], threshold)
+            depth = torch.where(leaves & (depth == num_loops), loop + 1, depth)
+        return depth
+

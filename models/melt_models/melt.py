@@ -1,0 +1,289 @@
+"""MELT (arXiv 2605.07721): a looped language model with one key/value cache a layer, shared by all loops.
+
+Per token, in loop t of T, in layer l (x_1 is the embedding; h lives only while the token loops):
+
+    a_t = input_layernorm(x_t)
+    z_t = sigmoid(a_t W_z + h_{t-1} U_z + b_z)           the gate
+    h_t = z_t * h_{t-1} + (1 - z_t) * a_t                the latent
+    q_t = a_t W_Q;  k_t = h_t W_K;  v_t = h_t W_V        written over the token's one row of the layer's cache
+    x_t <- x_t + attention(q_t) W_O, then the MLP        and after the last layer the final norm
+
+``MeltModel.loop_step`` is that loop and the only place where it is written down: the forward, generate(), training
+and the exported graph all call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import ChunkAttention, MeltCache
+from .configuration import MeltConfig
+from .layers import Attend, DecoderLayer, RMSNorm, leave_early
+
+# An untrained gate: near the last loop's own keys and values, where a LoopLM's weights already work.
+GATE_BIAS_INIT = -2.0
+
+
+class LatentGate(nn.Module):
+    """The learned gate between a token's latent and its new input: 2 d^2 + d parameters a layer."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.input_proj = nn.Linear(size, size, bias=False)  # W_z
+        self.latent_proj = nn.Linear(size, size, bias=False)  # U_z
+        self.bias = nn.Parameter(torch.full((size,), GATE_BIAS_INIT))  # b_z
+
+    def forward(self, a: Tensor, latent: Tensor) -> Tensor:
+        """a, latent: (batch, chunk, d) -> the new latent (batch, chunk, d)."""
+        z = torch.sigmoid(self.input_proj(a) + self.latent_proj(latent) + self.bias)
+        return a + z * (latent - a)  # z h + (1 - z) a, and exactly a where h is a
+
+
+class MeltLayer(DecoderLayer):
+    """A decoder layer whose keys and values read the gated latent instead of the input."""
+
+    def __init__(self, config: MeltConfig, layer: int):
+        super().__init__(config, layer)
+        self.first_input = config.latent_init == "first_input"
+        self.latent_gate = LatentGate(config.hidden_size)
+
+    def loop(
+        self, x: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """x, latent (batch, chunk, d); first_loop (batch,), active (batch, chunk) bool -> the new x and latent."""
+        a = self.input_layernorm(x)
+        start = a if self.first_input else torch.zeros_like(a)
+        # Where, not a product: a latent that no loop has written yet may hold anything.
+        h = self.latent_gate(a, torch.where(first_loop[:, None, None], start, latent))
+        h = torch.where(active[..., None], h, latent)
+        return self.attend_and_transform(x, a, h, attend), h
+
+
+class LoopStep(NamedTuple):
+    """What one loop leaves: hidden (batch, chunk, d), latent (layers, batch, chunk, d), and
+    exit_probability (batch, chunk) float32, this loop's lambda."""
+
+    hidden: Tensor
+    latent: Tensor
+    exit_probability: Tensor
+
+
+class ChunkOutput(NamedTuple):
+    """A chunk after its last loop: hidden (batch, chunk, d) and depth (batch, chunk), loops spent on each token;
+    loop_hidden (loops, batch, chunk, d) and exit_probability (loops, batch, chunk) of every loop that ran."""
+
+    hidden: Tensor
+    depth: Tensor
+    loop_hidden: Tensor
+    exit_probability: Tensor
+
+
+class MeltModel(nn.Module):
+    """Embedding, the stack that is looped, the final norm and the exit gate."""
+
+    def __init__(self, config: MeltConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MeltLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+
+    def loop_step(
+        self, hidden: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
+    ) -> LoopStep:
+        """One loop over a chunk: the mathematics of MELT.
+
+        - ``hidden`` (batch, chunk, d): the embedding in the first loop, then the previous loop's normed output.
+        - ``latent`` (layers, batch, chunk, d): as the previous loop left it; not read where ``first_loop``.
+        - ``first_loop`` (batch,) bool: whether this is the sequence's first loop over this chunk.
+        - ``active`` (batch, chunk) bool: a token that is not active keeps hidden and latent, so that its cache rows
+          are rewritten with the values they have.
+        - ``attend``: writes the rows and attends over the cache.
+        """
+        x, latents = hidden, []
+        for index, layer in enumerate(self.layers):
+            x, h = layer.loop(x, latent[index], first_loop, active, attend)
+            latents.append(h)
+        hidden = torch.where(active[..., None], self.norm(x), hidden)
+        exit_probability = torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
+        return LoopStep(hidden, torch.stack(latents), exit_probability)
+
+    def loops(
+        self, hidden: Tensor, active: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
+    ) -> Iterator[tuple[LoopStep, Tensor]]:
+        """Runs a chunk's loops one after the other, yielding each one's states and (batch, chunk) who was active.
+
+        Stops early once no token is active. The chunk's rows stay open in the cache until ``cache.commit``.
+        """
+        attend = ChunkAttention(self.config, cache, active)
+        latent = hidden.new_zeros(len(self.layers), *hidden.shape)
+        remaining = torch.ones_like(active, dtype=torch.float32)
+        for loop in range(num_loops):
+            first_loop = torch.full((hidden.shape[0],), loop == 0, device=hidden.device)
+            step = self.loop_step(hidden, latent, first_loop, active, attend)
+            yield step, active
+            hidden, latent = step.hidden, step.latent
+            remaining, leaves = leave_early(remaining, step.exit_probability, exit_threshold)
+            active = active & ~leaves
+            if exit_threshold < 1.0 and not active.any():
+                return
+
+    def run_chunk(
+        self, hidden: Tensor, valid: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
+    ) -> ChunkOutput:
+        """All loops of one chunk, then its rows are committed. hidden (batch, chunk, d), valid (batch, chunk) bool."""
+        depth = torch.zeros_like(valid, dtype=torch.long)
+        hiddens, exits = [], []
+        for step, active in self.loops(hidden, valid, cache, num_loops, exit_threshold):
+            depth = depth + active
+            hiddens.append(step.hidden)
+            exits.append(step.exit_probability)
+        cache.commit(valid)
+        return ChunkOutput(hiddens[-1], depth, torch.stack(hiddens), torch.stack(exits))
+
+
+@dataclass
+class MeltOutput(CausalLMOutputWithPast):
+    """``logits`` (batch, tokens, vocab); ``depth`` (batch, tokens) loops spent; ``loop_hidden`` (loops, batch,
+    tokens, d) and ``exit_probability`` (loops, batch, tokens) when every chunk ran the same loops."""
+
+    depth: Tensor | None = None
+    loop_hidden: Tensor | None = None
+    exit_probability: Tensor | None = None
+
+
+class MeltForCausalLM(PreTrainedModel, GenerationMixin):
+    """MELT with a language-modelling head. ``generate()`` works with the shared cache, padded batches included."""
+
+    config: MeltConfig
+    config_class = MeltConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules = ["MeltLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: MeltConfig):
+        super().__init__(config)
+        self.model = MeltModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LatentGate):
+            nn.init.constant_(module.bias, GATE_BIAS_INIT)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MeltCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_loops: int | None = None,
+        chunk_size: int | None = None,
+        exit_threshold: float | None = None,
+        **kwargs: object,
+    ) -> MeltOutput:
+        """One forward over new tokens (batch, tokens), in chunks, after those in the cache.
+
+        ``num_loops`` may be more or fewer than trained; ``chunk_size`` and ``exit_threshold`` default to the config.
+        ``attention_mask`` (batch, tokens, or all columns so far) marks padding, on the left or on the right; a padded
+        sequence gives what it gives alone. Raises ValueError for arguments that make no sense.
+        """
+        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens, _ = hidden.shape
+        num_loops = self.config.total_ut_steps if num_loops is None else num_loops
+        chunk_size = self.config.chunk_size if chunk_size is None else chunk_size
+        threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
+        if num_loops < 1 or chunk_size < 1:
+            raise ValueError(f"num_loops is {num_loops} and chunk_size {chunk_size}; both must be 1 or more")
+        cache = MeltCache(len(self.model.layers)) if past_key_values is None else past_key_values
+        if not isinstance(cache, MeltCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; MELT needs a MeltCache")
+
+        start, counts = _token_span(attention_mask, batch, tokens, hidden.device)
+        column = torch.arange(tokens, device=hidden.device)
+        aligned = start is None
+        if not aligned:  # shift every sequence to the left edge, so that its chunks begin at its first token
+            hidden = _take(hidden, (start[:, None] + column).clamp(max=tokens - 1))
+        valid = column < counts[:, None]
+        width = int(counts.max())
+        chunks = [
+            self.model.run_chunk(hidden[:, at:end], valid[:, at:end], cache, num_loops, threshold)
+            for at in range(0, width, chunk_size)
+            for end in (min(at + chunk_size, width),)
+        ]
+        cache.columns += tokens
+
+        output = torch.cat([chunk.hidden for chunk in chunks], dim=1)
+        depth = torch.cat([chunk.depth for chunk in chunks], dim=1)
+        loop_hidden = exits = None
+        if len({chunk.loop_hidden.shape[0] for chunk in chunks}) == 1:
+            loop_hidden = torch.cat([chunk.loop_hidden for chunk in chunks], dim=2)
+            exits = torch.cat([chunk.exit_probability for chunk in chunks], dim=2)
+        if not aligned:  # and back to the columns the caller gave
+            back = (column - start[:, None]).clamp(0, width - 1)
+            output, depth = _take(output, back), depth.gather(1, back)
+            if loop_hidden is not None and exits is not None:
+                loop_hidden = torch.stack([_take(x, back) for x in loop_hidden])
+                exits = torch.stack([x.gather(1, back) for x in exits])
+        elif width < tokens:
+            raise ValueError("every sequence of the batch ends before its last column: drop the padding columns")
+
+        logits = self.lm_head(output[:, -logits_to_keep:] if logits_to_keep else output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MeltOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache is not False else None,
+            depth=depth,
+            loop_hidden=loop_hidden,
+            exit_probability=exits,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: object, model_kwargs: dict, *args: object, **kwargs: object
+    ) -> None:
+        """generate() asks for its cache here; MELT has its own kind."""
+        if model_kwargs.get("past_key_values") is None and getattr(generation_config, "use_cache", True) is not False:
+            model_kwargs["past_key_values"] = MeltCache(len(self.model.layers))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (batch, n, d) at index (batch, m) -> (batch, m, d)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _token_span(
+    attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Where each sequence's new tokens begin (None: all at the first column) and how many there are, (batch,)."""
+    full = torch.full((batch,), tokens, device=device)
+    if attention_mask is None:
+        return None, full
+    mask = attention_mask[:, -tokens:].bool()
+    if bool(mask.all()):
+        return None, full
+    counts = mask.sum(1)
+    start = mask.int().argmax(1)
+    column = torch.arange(tokens, device=device)
+    solid = (column >= start[:, None]) & (column < (start + counts)[:, None])
+    if not torch.equal(solid, mask):
+        raise ValueError("attention_mask has holes inside a sequence; only padding on the left or right is supported")
+    if int(counts.max()) == 0:
+        raise ValueError("attention_mask leaves no token in the batch")
+    return start, counts
