@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -29,7 +31,7 @@ class MeltCache(Cache):
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Makes (key, value) the open chunk's rows of a layer; returns all rows, committed ones first."""
-        slot = self.layers[layer]
+        slot: Any = self.layers[layer]
         committed = 0 if self.valid is None else self.valid.shape[1]
         if committed:
             key = torch.cat((slot.keys[:, :, :committed], key), dim=2)
@@ -43,7 +45,7 @@ class MeltCache(Cache):
         self.valid = valid if self.valid is None else torch.cat((self.valid, valid), dim=1)
         self.lengths = added if self.lengths is None else self.lengths + added
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         if self.valid is not None and self.lengths is not None:
             self.valid, self.lengths = self.valid[beam_idx], self.lengths[beam_idx]

@@ -28,12 +28,13 @@ class LoopedConfig(PreTrainedConfig):
     intermediate_size: int = 5632
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    # Absent (None) in many published configs; whole numbers once the configuration is built.
+    num_key_value_heads: Any = None
+    head_dim: Any = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 65536
     rms_norm_eps: float = 1e-6
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: Any = None
     tie_word_embeddings: bool = False
     total_ut_steps: int = 4
     early_exit_threshold: float = 1.0
@@ -44,7 +45,7 @@ class LoopedConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    default_theta: ClassVar[float] = 1_000_000.0
+    default_theta = 1_000_000.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -106,8 +107,8 @@ class MeltConfig(LoopedConfig):
 
     - ``chunk_size``: how many tokens of a prompt run their loops together. It is part of the model's meaning: tokens
       of one chunk see each other's rows of the same loop, and earlier chunks' rows as their last loop left them.
-    - ``latent_init``: the latent before the first loop, ``"first_input"`` (the first loop equals LoopLM's) or ``"zeros"``.
-    - ``untrained``: names of parts that were initialised by a conversion and never trained ("latent_gate", "early_exit_gate").
+    - ``latent_init``: the latent before the first loop: ``"first_input"`` (loop 1 equals LoopLM's) or ``"zeros"``.
+    - ``untrained``: parts that a conversion initialised and nobody trained ("latent_gate", "early_exit_gate").
     """
 
     model_type: ClassVar[str] = "melt"

@@ -53,8 +53,8 @@ def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE in the rotate-half form. x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2)."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    """RoPE in the rotate-half form. x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2)."""
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -72,7 +72,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Grouped-query attention. query (b, heads, c, d), key/value (b, kv_heads, n, d), mask (b or 1, c, n) bool."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.unsqueeze(1), enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -106,7 +106,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer in Ouro's (sandwich) or Llama's (pre) norm layout, Ouro's tensor names."""
+    """What LoopLM's and MELT's layers share: Ouro's (sandwich) or Llama's (pre) norm layout, Ouro's tensor names."""
 
     def __init__(self, config: LoopedConfig, layer: int):
         super().__init__()
@@ -121,11 +121,6 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = norm()
         self.input_layernorm_2 = norm() if sandwich else nn.Identity()
         self.post_attention_layernorm_2 = norm() if sandwich else nn.Identity()
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """LoopLM's layer: queries, keys and values all read the normed input. x: (batch, chunk, d), kept."""
-        a = self.input_layernorm(x)
-        return self.attend_and_transform(x, a, a, attend)
 
     def attend_and_transform(self, x: Tensor, a: Tensor, kv: Tensor, attend: Attend) -> Tensor:
         """Attention of ``a`` over the cache with ``kv``'s rows written, then the MLP, each added to ``x``."""

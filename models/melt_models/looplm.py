@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,17 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import LoopLMConfig
-from .layers import DecoderLayer, RMSNorm, leave_early, masked_attention, merge_heads, rotary_tables, rotate, split_heads
+from .layers import (
+    Attend,
+    DecoderLayer,
+    RMSNorm,
+    leave_early,
+    masked_attention,
+    merge_heads,
+    rotary_tables,
+    rotate,
+    split_heads,
+)
 
 
 class _LoopAttention:
@@ -25,6 +36,15 @@ class _LoopAttention:
         key = rotate(key, self.cos, self.sin)
         keys, values = self.cache.update(key, value, self.loop * self.config.num_hidden_layers + layer)
         return merge_heads(masked_attention(rotate(query, self.cos, self.sin), keys, values, self.mask))
+
+
+class LoopLMLayer(DecoderLayer):
+    """A decoder layer whose queries, keys and values all read the normed input."""
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x: (batch, chunk, d), kept."""
+        a = self.input_layernorm(x)
+        return self.attend_and_transform(x, a, a, attend)
 
 
 @dataclass
@@ -44,7 +64,7 @@ class LoopLMModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LoopLMLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
 
@@ -86,7 +106,7 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LoopLMConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["LoopLMLayer"]
     _supports_sdpa = True
 
     def __init__(self, config: LoopLMConfig):
@@ -108,7 +128,7 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
         num_loops: int | None = None,
         exit_at_step: int | None = None,
         exit_threshold: float | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> LoopLMOutput:
         """One forward over new tokens (batch, tokens), after those in the cache.
 
@@ -148,11 +168,12 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: object, model_kwargs: dict, *args: object, **kwargs: object
-    ) -> None:
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> bool:
         """generate() asks for its cache here; LoopLM's has loops * layers entries, so it grows as they are used."""
-        if model_kwargs.get("past_key_values") is None and getattr(generation_config, "use_cache", True) is not False:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DynamicCache()
+        return True
 
     def _depth(self, exits: Tensor, exit_at_step: int | None, exit_threshold: float | None) -> Tensor:
         """Which loop the head reads, counted from 1: (batch, tokens)."""
@@ -169,4 +190,3 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
             remaining, leaves = leave_early(remaining, exits[loop], threshold)
             depth = torch.where(leaves & (depth == num_loops), loop + 1, depth)
         return depth
-

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +54,15 @@ class MeltLayer(DecoderLayer):
         self.first_input = config.latent_init == "first_input"
         self.latent_gate = LatentGate(config.hidden_size)
 
-    def loop(
+    def forward(
         self, x: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """x, latent (batch, chunk, d); first_loop (batch,), active (batch, chunk) bool -> the new x and latent."""
         a = self.input_layernorm(x)
         start = a if self.first_input else torch.zeros_like(a)
         # Where, not a product: a latent that no loop has written yet may hold anything.
-        h = self.latent_gate(a, torch.where(first_loop[:, None, None], start, latent))
-        h = torch.where(active[..., None], h, latent)
+        h = self.latent_gate(a, torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), start, latent))
+        h = torch.where(active.unsqueeze(-1), h, latent)
         return self.attend_and_transform(x, a, h, attend), h
 
 
@@ -96,9 +96,7 @@ class MeltModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
 
-    def loop_step(
-        self, hidden: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
-    ) -> LoopStep:
+    def loop_step(self, hidden: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend) -> LoopStep:
         """One loop over a chunk: the mathematics of MELT.
 
         - ``hidden`` (batch, chunk, d): the embedding in the first loop, then the previous loop's normed output.
@@ -110,9 +108,9 @@ class MeltModel(nn.Module):
         """
         x, latents = hidden, []
         for index, layer in enumerate(self.layers):
-            x, h = layer.loop(x, latent[index], first_loop, active, attend)
+            x, h = layer(x, latent[index], first_loop, active, attend)
             latents.append(h)
-        hidden = torch.where(active[..., None], self.norm(x), hidden)
+        hidden = torch.where(active.unsqueeze(-1), self.norm(x), hidden)
         exit_probability = torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
         return LoopStep(hidden, torch.stack(latents), exit_probability)
 
@@ -194,7 +192,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         num_loops: int | None = None,
         chunk_size: int | None = None,
         exit_threshold: float | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> MeltOutput:
         """One forward over new tokens (batch, tokens), in chunks, after those in the cache.
 
@@ -215,8 +213,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
 
         start, counts = _token_span(attention_mask, batch, tokens, hidden.device)
         column = torch.arange(tokens, device=hidden.device)
-        aligned = start is None
-        if not aligned:  # shift every sequence to the left edge, so that its chunks begin at its first token
+        if start is not None:  # shift every sequence to the left edge, so that its chunks begin at its first token
             hidden = _take(hidden, (start[:, None] + column).clamp(max=tokens - 1))
         valid = column < counts[:, None]
         width = int(counts.max())
@@ -233,7 +230,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         if len({chunk.loop_hidden.shape[0] for chunk in chunks}) == 1:
             loop_hidden = torch.cat([chunk.loop_hidden for chunk in chunks], dim=2)
             exits = torch.cat([chunk.exit_probability for chunk in chunks], dim=2)
-        if not aligned:  # and back to the columns the caller gave
+        if start is not None:  # and back to the columns the caller gave
             back = (column - start[:, None]).clamp(0, width - 1)
             output, depth = _take(output, back), depth.gather(1, back)
             if loop_hidden is not None and exits is not None:
@@ -256,11 +253,12 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: object, model_kwargs: dict, *args: object, **kwargs: object
-    ) -> None:
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> bool:
         """generate() asks for its cache here; MELT has its own kind."""
-        if model_kwargs.get("past_key_values") is None and getattr(generation_config, "use_cache", True) is not False:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MeltCache(len(self.model.layers))
+        return True
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Starting checkpoints: a LoopLM (Ouro) or a Llama-shaped model becomes a MELT whose gates are not trained yet."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig
+
+from .atomic import TargetExistsError, new_directory
+from .checkpoint import Weights, check_names, expected_shapes, hollow_model, read_config
+from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
+from .errors import CheckpointError, UnsupportedConfigError
+from .melt import GATE_BIAS_INIT
+
+# Files that travel with a checkpoint unchanged.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# exp(-30): a token never leaves at a gate that nobody trained.
+_CLOSED_EXIT_BIAS = -30.0
+
+
+def melt_config(source: PreTrainedConfig, *, loops: int | None = None, chunk_size: int = 128) -> MeltConfig:
+    """The MELT configuration that a source's weights fit. Raises UnsupportedConfigError."""
+    untrained = ["latent_gate"]
+    if isinstance(source, LlamaConfig):
+        if source.attention_bias or source.mlp_bias:
+            raise UnsupportedConfigError("the Llama checkpoint has biases, which MELT's layers do not")
+        untrained.append("early_exit_gate")
+        layout, default_loops = "pre", 1
+    elif isinstance(source, LoopLMConfig):
+        layout, default_loops = source.norm_layout, source.total_ut_steps
+    else:
+        raise UnsupportedConfigError(f"model_type {source.model_type!r} cannot become a MELT; 'ouro' and 'llama' can")
+    fields = [name for name in LoopedConfig.__annotations__ if hasattr(source, name)]
+    values = {name: getattr(source, name) for name in fields if name not in ("keys_to_ignore_at_inference",)}
+    values.pop("default_theta", None)
+    values.update(
+        norm_layout=layout,
+        total_ut_steps=default_loops if loops is None else loops,
+        chunk_size=chunk_size,
+        untrained=untrained,
+    )
+    try:
+        return MeltConfig(**values)
+    except ValueError as error:
+        raise UnsupportedConfigError(str(error.__cause__ or error)) from error
+
+
+def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
+    """All tensors of a MELT: the source's own, and the parts it lacks freshly initialised, in the source's dtype.
+
+    The latent gate starts with zero weights and a bias of -2, so z = 0.12: close to the last loop's own keys and
+    values, which a LoopLM's projections were trained for. Raises CheckpointError.
+    """
+    expected = expected_shapes(hollow_model(config))
+    fresh = {name for name in expected if any(f".{part}." in name for part in config.untrained)}
+    check_names(
+        weights, {name: shape for name, shape in expected.items() if name not in fresh}, tied=config.tie_word_embeddings
+    )
+    dtype = weights["model.embed_tokens.weight"].dtype
+    state = {}
+    for name, shape in expected.items():
+        if name not in fresh:
+            state[name] = weights.tensor(name).to(dtype)
+        elif name.endswith("latent_gate.bias"):
+            state[name] = torch.full(shape, GATE_BIAS_INIT, dtype=dtype)
+        elif name.endswith("early_exit_gate.bias"):
+            state[name] = torch.full(shape, _CLOSED_EXIT_BIAS, dtype=dtype)
+        else:
+            state[name] = torch.zeros(shape, dtype=dtype)
+    return state
+
+
+def convert(
+    source: Path, output: Path, *, loops: int | None = None, chunk_size: int = 128, force: bool = False
+) -> MeltConfig:
+    """Writes the MELT starting checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
+    config = melt_config(read_config(source), loops=loops, chunk_size=chunk_size)
+    weights = Weights(source)
+    with new_directory(output, force=force) as build:
+        save_state(config, melt_state(config, weights), build)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, build / name)
+    return config
+
+
+def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) -> None:
+    """Writes config.json and the tensors as (sharded) safetensors, without another copy in memory."""
+    model = hollow_model(config)
+    if config.tie_word_embeddings:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    model.load_state_dict(state, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(directory)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def command(
+    source: Annotated[Path, typer.Argument(help="An Ouro or Llama checkpoint directory (config.json, safetensors).")],
+    output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
+    loops: Annotated[
+        int | None, typer.Option(help="Loops a token; default: the source's own (Ouro), or 1 (Llama).", min=1)
+    ] = None,
+    chunk_size: Annotated[int, typer.Option(help="Prompt tokens that run their loops together.", min=1)] = 128,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
+) -> None:
+    """Turn an Ouro or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
+    try:
+        config = convert(source, output, loops=loops, chunk_size=chunk_size, force=force)
+    except (CheckpointError, TargetExistsError, OSError) as error:
+        print(f"melt-convert: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    print(f"{output}: MELT, {config.num_hidden_layers} layers, {config.total_ut_steps} loops; ", end="")
+    print(f"untrained: {', '.join(config.untrained)}")
+
+
+def main() -> None:
+    """The ``melt-convert`` command."""
+    app()

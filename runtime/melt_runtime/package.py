@@ -1,0 +1,230 @@
+"""The exported package: a directory of manifest, graphs, weights and tokenizer. Read here, written by melt_export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import PackageError
+
+FORMAT_VERSION = 1
+MANIFEST, PARITY = "manifest.json", "parity.json"
+DIALECTS = ("onnxruntime", "standard", "portable")
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+STATE_KINDS = ("swap", "in_place", "read_only")
+GRAPHS = ("embed", "loop_step", "lm_head")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output. ``shape`` mixes sizes with the names "batch", "chunk" and "context"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file and what goes in and out."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A state tensor of the loop step: allocated once, then reused for every loop and token.
+
+    ``kind``: "swap" (two buffers trade places each loop: hidden, latent), "in_place" (one buffer is bound as
+    ``input`` and ``output``: the caches), "read_only" (caches of the portable dialect, whose ``output`` holds the
+    chunk's new rows, which the runtime copies in after the last loop).
+    """
+
+    input: str
+    output: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    kind: str
+
+    def bytes(self, batch: int, chunk: int) -> int:
+        """Bytes that the runtime allocates for it, both swap buffers or the new rows included."""
+        total = size_of(self.shape, self.dtype, batch=batch, chunk=chunk)
+        if self.kind == "swap":
+            return 2 * total
+        if self.kind == "read_only":
+            return total + size_of(rows_shape(self.shape), self.dtype, batch=batch, chunk=chunk)
+        return total
+
+
+def rows_shape(cache: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The shape of a chunk's new rows of a cache (batch, kv_heads, rows, head_dim)."""
+    return (cache[0], cache[1], "chunk", cache[3])
+
+
+def size_of(shape: tuple[int | str, ...], dtype: str, **sizes: int) -> int:
+    """Bytes of a tensor, given the sizes of its named dimensions."""
+    total = ITEM_BYTES[dtype]
+    for dim in shape:
+        total *= sizes[dim] if isinstance(dim, str) else dim
+    return total
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size and hash of a file in the package."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``. ``model`` is the checkpoint's configuration; ``cache_rows`` is ``max_seq_len`` plus room for
+    the padding of one ragged chunk when ``max_batch`` is above 1; ``chunk`` is the prefill chunk and part of the
+    model's meaning; ``untrained`` names parts that were initialised and never trained."""
+
+    dialect: str
+    precision: str
+    max_seq_len: int
+    cache_rows: int
+    max_batch: int
+    chunk: int
+    loops: int
+    exit_threshold: float
+    vocab_size: int
+    model: dict[str, Any]
+    states: tuple[StateSpec, ...]
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileSpec]
+    untrained: tuple[str, ...] = ()
+    libraries: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def state_bytes(self, batch: int = 1) -> int:
+        """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
+        return sum(state.bytes(batch, self.chunk) for state in self.states)
+
+    def cache_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of key/value rows that hold ``tokens`` tokens of each sequence of a batch."""
+        caches = [s for s in self.states if s.kind != "swap"]
+        return sum(size_of((batch, s.shape[1], tokens, s.shape[3]), s.dtype) for s in caches)
+
+    def to_json(self) -> str:
+        """The manifest as written to disk."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads a manifest. Raises PackageError naming the field at fault."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PackageError(f"{MANIFEST} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise PackageError(f"{MANIFEST} is not a JSON object")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            advice = "update melt-export" if newer else "export the checkpoint again"
+            raise PackageError(
+                f"the package has format version {version!r}, this runtime reads {FORMAT_VERSION}: {advice}"
+            )
+        try:
+            values = {f.name: content[f.name] for f in fields(cls)}
+            values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in content["states"])
+            values["graphs"] = {name: _graph(content["graphs"][name]) for name in GRAPHS}
+            values["files"] = {name: FileSpec(**spec) for name, spec in content["files"].items()}
+            values["untrained"] = tuple(content["untrained"])
+            manifest = cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PackageError(f"{MANIFEST} is incomplete or malformed at {error}") from error
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        for name in ("max_seq_len", "cache_rows", "max_batch", "chunk", "loops", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PackageError(f"{MANIFEST}: {name} is {value!r}; it must be a whole number from 1")
+        if self.dialect not in DIALECTS or self.precision not in PRECISIONS:
+            raise PackageError(f"{MANIFEST}: unknown dialect {self.dialect!r} or precision {self.precision!r}")
+        for state in self.states:
+            if state.kind not in STATE_KINDS or state.dtype not in ITEM_BYTES:
+                raise PackageError(f"{MANIFEST}: state {state.input} has an unknown kind or dtype")
+        for name in (*self.files, *(graph.file for graph in self.graphs.values())):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise PackageError(f"{MANIFEST} names {name!r}, which leaves the package directory")
+        unlisted = next((g.file for g in self.graphs.values() if g.file not in self.files), None)
+        if unlisted:
+            raise PackageError(f"{MANIFEST} lists no hash for {unlisted}")
+
+
+def _graph(content: Mapping[str, Any]) -> GraphSpec:
+    def tensors(items: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in items)
+
+    return GraphSpec(content["file"], tensors(content["inputs"]), tensors(content["outputs"]))
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk whose manifest was read and whose files were checked."""
+
+    directory: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(
+        cls, directory: Path | str, *, check_hashes: bool = True, progress: Callable[[int], None] | None = None
+    ) -> Package:
+        """Reads and checks a package. Raises PackageError.
+
+        Presence and size of every file are always checked; their hashes unless ``check_hashes`` is False.
+        ``progress`` is called with the bytes hashed since the last call.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            what = "is a file; a package is a directory" if directory.exists() else "does not exist"
+            raise PackageError(f"package {directory} {what}")
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise PackageError(f"{directory} has no {MANIFEST}; it is not a package made by melt-export")
+        try:
+            manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PackageError(f"{path} is not UTF-8 text") from error
+        root = directory.resolve()
+        for name, spec in manifest.files.items():
+            file = directory / name
+            if not file.resolve().is_relative_to(root):
+                raise PackageError(f"{file} is a link that leaves the package directory")
+            if not file.is_file():
+                raise PackageError(f"{directory} lacks {name}, which its manifest lists")
+            if file.stat().st_size != spec.bytes:
+                raise PackageError(f"{file} has {file.stat().st_size} bytes, its manifest says {spec.bytes}")
+            if check_hashes and file_hash(file, progress) != spec.sha256:
+                raise PackageError(f"{file} was changed: its hash is not the manifest's")
+        return cls(directory, manifest)
+
+    def path(self, name: str) -> Path:
+        """The path of a graph ("embed", "loop_step", "lm_head")."""
+        return self.directory / self.manifest.graphs[name].file
+
+
+def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
