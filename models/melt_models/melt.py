@@ -236,8 +236,6 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
             if loop_hidden is not None and exits is not None:
                 loop_hidden = torch.stack([_take(x, back) for x in loop_hidden])
                 exits = torch.stack([x.gather(1, back) for x in exits])
-        elif width < tokens:
-            raise ValueError("every sequence of the batch ends before its last column: drop the padding columns")
 
         logits = self.lm_head(output[:, -logits_to_keep:] if logits_to_keep else output)
         loss = None

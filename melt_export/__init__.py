@@ -1,0 +1,1 @@
+"""From a MELT checkpoint to a verified package: graphs, dialects, weights, parity."""

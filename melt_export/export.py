@@ -1,0 +1,203 @@
+"""Checkpoint directory -> package directory, one step of the road a function."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from melt_models import MeltForCausalLM, UnsupportedConfigError
+from melt_models.atomic import check_target, new_directory
+from melt_models.checkpoint import Weights, open_checkpoint
+from melt_models.convert import COMPANIONS
+from melt_runtime.package import DIALECTS as DIALECT_NAMES
+from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, StateSpec, file_hash
+from melt_runtime.text import TextCodec
+
+from .dialects import DIALECTS
+from .errors import ExportError
+from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
+from .hollow import without_memory
+from .weights import attach_weights, external_bytes, write_weights
+
+# Reports a step: its name and how large it is in bytes (0: unknown); then the bytes done since the last call.
+Progress = Callable[[str, int, int], None]
+_MAX_DEFAULT_SEQ_LEN = 4096
+_LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export. ``max_seq_len`` None: the checkpoint's positions, up to 4,096; ``chunk`` None: its own."""
+
+    precision: str = "fp32"
+    dialect: str = "onnxruntime"
+    max_seq_len: int | None = None
+    max_batch: int = 8
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ExportError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.dialect not in DIALECT_NAMES:
+            raise ExportError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECT_NAMES)}")
+        for name in ("max_seq_len", "max_batch", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ExportError(f"{name} is {value}; it must be 1 or more")
+
+
+def no_progress(step: str, total: int, done: int) -> None:
+    """For callers that do not watch."""
+
+
+def open_melt(checkpoint: Path) -> tuple[MeltForCausalLM, Weights]:
+    """A MELT checkpoint, checked. Raises CheckpointError; for a LoopLM or Llama it says how to convert."""
+    model, weights = open_checkpoint(checkpoint)
+    if not isinstance(model, MeltForCausalLM):
+        raise UnsupportedConfigError(
+            f"{checkpoint} is a LoopLM (model_type 'ouro'), which has one cache a loop: "
+            f"turn it into a MELT first with: melt-convert {checkpoint} OUTPUT"
+        )
+    return model, weights
+
+
+@contextmanager
+def building(
+    checkpoint: Path, output: Path, options: ExportOptions, *, force: bool = False, progress: Progress = no_progress
+) -> Iterator[Path]:
+    """Builds the package in a sibling of ``output`` and yields that directory, for verification.
+
+    It gets its name when the block ends without an error; until then whatever has that name is untouched.
+    Raises CheckpointError, ExportError, PackageError, TargetExistsError, OSError.
+    """
+    check_target(output, force=force)
+    with new_directory(output, force=force) as directory:
+        build_package(checkpoint, directory, options, progress)
+        yield directory
+
+
+def build_package(
+    checkpoint: Path, directory: Path, options: ExportOptions, progress: Progress = no_progress
+) -> Manifest:
+    """Writes all files of a package into an empty directory. Raises as ``building``."""
+    model, weights = open_melt(checkpoint)
+    config = model.config
+    chunk, max_seq_len, cache_rows = sizes(config.chunk_size, config.max_position_embeddings, options)
+    copy_companions(checkpoint, directory, config.vocab_size)
+
+    dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
+    dialect.check(config)
+    without_memory(model, TORCH_DTYPES[dtype])
+    states = loop_states(config, dialect, dtype, cache_rows)
+    graphs: dict[str, TracedGraph] = {}
+    for name in ("embed", "loop_step", "lm_head"):
+        progress(f"tracing {name}", 0, 0)
+        if name == "loop_step":
+            graphs[name] = trace_loop_step(model, dialect, dtype, states, cache_rows)
+        else:
+            graphs[name] = (trace_embed if name == "embed" else trace_lm_head)(model, dialect, dtype)
+
+    models = [graph.model for graph in graphs.values()]
+    attach_weights(models, weights, TORCH_DTYPES[dtype])
+    total = external_bytes(models)
+    write_weights(models, directory, lambda done: progress("writing weights", total, done))
+    specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
+    manifest = Manifest(
+        dialect=options.dialect,
+        precision=options.precision,
+        max_seq_len=max_seq_len,
+        cache_rows=cache_rows,
+        max_batch=options.max_batch,
+        chunk=chunk,
+        loops=config.total_ut_steps,
+        exit_threshold=config.early_exit_threshold,
+        vocab_size=config.vocab_size,
+        model=_plain(config.to_dict()),
+        states=tuple(states),
+        graphs=specs,
+        files=_hash_files(directory, progress),
+        untrained=tuple(config.untrained),
+        libraries={name: version(name) for name in _LIBRARIES},
+    )
+    _check_states(manifest.states, specs["loop_step"])
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def sizes(chunk_size: int, positions: int, options: ExportOptions) -> tuple[int, int, int]:
+    """(chunk, max_seq_len, cache_rows) of a package. Raises ExportError where they do not fit the checkpoint."""
+    max_seq_len = options.max_seq_len or min(positions, _MAX_DEFAULT_SEQ_LEN)
+    if max_seq_len > positions:
+        raise ExportError(f"--max-seq-len {max_seq_len} is more than the checkpoint's {positions} positions")
+    chunk = min(options.chunk or chunk_size, max_seq_len)
+    # In a ragged batch the padding of the longest chunk must fit behind a full sequence.
+    return chunk, max_seq_len, max_seq_len + (chunk if options.max_batch > 1 else 0)
+
+
+def copy_companions(checkpoint: Path, directory: Path, vocab_size: int) -> None:
+    """Copies the tokenizer and what belongs to it. Raises ExportError if its vocabulary is not the model's."""
+    copied = [name for name in COMPANIONS if (checkpoint / name).is_file()]
+    for name in copied:
+        shutil.copyfile(checkpoint / name, directory / name)
+    if "tokenizer.json" in copied:
+        tokens = TextCodec.load(directory).vocab_size
+        if tokens > vocab_size:
+            raise ExportError(
+                f"the tokenizer has {tokens} tokens, the model only {vocab_size}: they do not belong together"
+            )
+
+
+def _save_graph(name: str, graph: TracedGraph, directory: Path) -> GraphSpec:
+    """Writes one ONNX file and has onnx check it, shapes included. Raises ExportError."""
+    file = f"{name}.onnx"
+    graph.model.graph.name = name
+    graph.model.producer_name, graph.model.producer_version = "melt-export", version("melt-export")
+    ir.save(graph.model, directory / file)
+    try:
+        onnx.checker.check_model(str(directory / file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{file} does not pass onnx.checker: {error}") from error
+    return GraphSpec(file, graph.inputs, graph.outputs)
+
+
+def _hash_files(directory: Path, progress: Progress) -> dict[str, FileSpec]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in files)
+    return {
+        path.relative_to(directory).as_posix(): FileSpec(
+            file_hash(path, lambda done: progress("hashing files", total, done)), path.stat().st_size
+        )
+        for path in files
+    }
+
+
+def _check_states(states: tuple[StateSpec, ...], graph: GraphSpec) -> None:
+    """Every state must be in the graph as it is in the manifest. Raises ExportError."""
+    inputs, outputs = {i.name for i in graph.inputs}, {o.name for o in graph.outputs}
+    for state in states:
+        if state.input not in inputs or state.output not in outputs:
+            raise ExportError(f"state {state.input} is not an input and output of the loop step")
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as plain JSON values. Raises ExportError for what JSON cannot hold."""
+    try:
+        text = json.dumps(value, allow_nan=False, default=str)
+    except ValueError as error:
+        raise ExportError(f"the configuration cannot be written as JSON: {error}") from error
+    return json.loads(text)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.5 KB" (decimal units)."""
+    unit = min(int(math.log10(count) // 3), 4) if count >= 1 else 0
+    return f"{count / 1000**unit:.{0 if unit == 0 else 2}f} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"

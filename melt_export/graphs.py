@@ -1,0 +1,174 @@
+"""The three graphs of a package, traced from the PyTorch model: token ids -> hidden -> (loops) -> hidden -> logits."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from melt_models import MeltConfig, MeltForCausalLM
+from melt_models.layers import rotary_tables
+from melt_models.melt import MeltModel
+from melt_runtime.package import StateSpec, TensorSpec
+from torch import Tensor, nn
+
+from .dialects import Dialect, GraphInputs
+from .simplify import simplify
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {**TORCH_DTYPES, "int64": torch.int64, "bool": torch.bool}
+# Sizes that stand for the named dimensions while tracing: distinct, and none of them 0 or 1.
+_TRACE_SIZES = {"batch": 2, "chunk": 3, "context": 5}
+
+
+class _Embed(nn.Module):
+    def __init__(self, model: MeltModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+
+class _LmHead(nn.Module):
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.lm_head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+
+class _LoopStep(nn.Module):
+    """``MeltModel.loop_step`` with a dialect's attention and all state as inputs and outputs."""
+
+    def __init__(self, model: MeltModel, dialect: Dialect, cache_rows: int, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dialect = model, dialect
+        cos, sin = rotary_tables(model.config, torch.arange(cache_rows))
+        self.rotary = nn.Module()
+        self.rotary.cos = nn.Buffer(cos.to(dtype))
+        self.rotary.sin = nn.Buffer(sin.to(dtype))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        latent: Tensor,
+        first_loop: Tensor,
+        active: Tensor,
+        lengths: Tensor,
+        control: Tensor,
+        *caches: Tensor,
+    ) -> tuple[Tensor, ...]:
+        keys, values = list(caches[::2]), list(caches[1::2])
+        inputs = GraphInputs(self.model.config, lengths, control, keys, values, self.rotary.cos, self.rotary.sin)
+        attend = self.dialect.attention(inputs)
+        step = self.model.loop_step(hidden, latent, first_loop, active, attend)
+        return (*step, *attend.outputs)
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """An ONNX model in memory, without weights, and what goes in and out."""
+
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def loop_states(config: MeltConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
+    """All state tensors of the loop step, in the order of its inputs."""
+    d, layers = config.hidden_size, config.num_hidden_layers
+    return [
+        StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", d), "swap"),
+        StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", d), "swap"),
+        *dialect.cache_states(config, dtype, cache_rows),
+    ]
+
+
+def trace_embed(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> TracedGraph:
+    """token ids (batch, chunk) -> hidden (batch, chunk, d)."""
+    ids = TensorSpec("input_ids", "int64", ("batch", "chunk"))
+    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
+    return _trace(_Embed(model.model), dialect.opset, (ids,), (hidden,))
+
+
+def trace_loop_step(
+    model: MeltForCausalLM, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
+) -> TracedGraph:
+    """One loop over a chunk: every state tensor in and out, and the exit probability (batch, chunk)."""
+    hidden, latent, *caches = states
+    inputs = (
+        TensorSpec(hidden.input, dtype, hidden.shape),
+        TensorSpec(latent.input, dtype, latent.shape),
+        TensorSpec("first_loop", "bool", ("batch",)),
+        TensorSpec("active", "bool", ("batch", "chunk")),
+        TensorSpec("lengths", "int64", ("batch",)),
+        dialect.control,
+        *(TensorSpec(s.input, s.dtype, s.shape) for s in caches),
+    )
+    outputs = (
+        TensorSpec(hidden.output, dtype, hidden.shape),
+        TensorSpec(latent.output, dtype, latent.shape),
+        TensorSpec("exit_probability", "float32", ("batch", "chunk")),
+        *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
+    )
+    module = _LoopStep(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
+    return _trace(module, dialect.opset, inputs, outputs)
+
+
+def trace_lm_head(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> TracedGraph:
+    """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision."""
+    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
+    logits = TensorSpec("logits", "float32", ("batch", "chunk", model.config.vocab_size))
+    return _trace(_LmHead(model.lm_head), dialect.opset, (hidden,), (logits,))
+
+
+def _trace(
+    module: nn.Module, opset: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> TracedGraph:
+    """Exports a module with named dynamic dimensions and cleans the graph up."""
+    sizes = {name: torch.export.Dim(name) for name in _TRACE_SIZES}
+    example = tuple(
+        torch.zeros([_TRACE_SIZES.get(d, d) for d in spec.shape], dtype=_DTYPES[spec.dtype])  # type: ignore[arg-type, call-overload]
+        for spec in inputs
+    )
+    dynamic = tuple({i: sizes[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
+    names = [spec.name for spec in inputs]
+    shapes = (*dynamic[:6], dynamic[6:]) if len(inputs) > 6 else dynamic
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamic_shapes=shapes,
+            input_names=names,
+            output_names=[spec.name for spec in outputs],
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    simplify(model)
+    for value, spec in zip(model.graph.inputs, inputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+    for value, spec in zip(model.graph.outputs, outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+    return TracedGraph(model, inputs, outputs)
+
+
+class _quiet(warnings.catch_warnings):
+    """The exporter's advice to its own developers, kept from the user's terminal."""
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self._level = logging.getLogger("torch.onnx").level
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+    def __exit__(self, *exc_info: object) -> None:
+        logging.getLogger("torch.onnx").setLevel(self._level)
+        super().__exit__(*exc_info)

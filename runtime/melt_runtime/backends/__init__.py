@@ -1,0 +1,66 @@
+"""What runs a package: a backend owns buffers and execution, and nothing of the model's logic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+from ..package import Package
+
+
+@dataclass(frozen=True)
+class LoopControl:
+    """What steers one loop step over a chunk.
+
+    first_loop (batch,) bool; active (batch, chunk) bool; lengths (batch,) int64, tokens in the cache before this
+    chunk; chunk_lengths (batch,) int64, how many of the chunk's columns are tokens (the rest is right padding).
+    """
+
+    first_loop: NDArray[np.bool_]
+    active: NDArray[np.bool_]
+    lengths: NDArray[np.int64]
+    chunk_lengths: NDArray[np.int64]
+
+
+class BackendState(Protocol):
+    """All state buffers of a batch, allocated once, and the graphs bound to them."""
+
+    batch: int
+    state_bytes: int
+
+    def embed(self, token_ids: NDArray[np.int64]) -> None:
+        """token_ids (batch, chunk) -> the hidden buffer."""
+
+    def loop(self, control: LoopControl) -> NDArray[np.float32]:
+        """One loop step; swaps hidden and latent. Returns the exit probability (batch, chunk), valid until the next."""
+
+    def commit(self, control: LoopControl) -> None:
+        """After a chunk's last loop: writes its rows, where the graph did not do that itself."""
+
+    def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """A copy of a state as it stands, by its name in the manifest."""
+
+
+class Backend(Protocol):
+    """A loaded package, ready to open states."""
+
+    name: str
+
+    def open_state(self, batch: int) -> BackendState:
+        """Allocates all state of a batch. Raises BackendError when there is no memory for it."""
+
+
+def open_backend(package: Package, name: str = "auto", threads: int | None = None) -> Backend:
+    """Loads a package into a backend: "onnxruntime", or "auto" for the best one here. Raises BackendError."""
+    if name not in ("auto", "onnxruntime"):
+        raise ArgumentError(f"backend {name!r} is not one of auto, onnxruntime")
+    from .onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(package, threads)

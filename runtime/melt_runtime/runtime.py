@@ -1,0 +1,167 @@
+"""The Python API: load a package once, then generate, stream, or hold sessions of your own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from .backends import Backend, open_backend
+from .errors import ArgumentError, PackageError, PromptError
+from .generation import Generation, GenerationOptions, Generator
+from .package import Manifest, Package
+from .sampling import SamplingParams
+from .session import LoopSettings, Session
+from .stopping import stop_strings
+from .text import TextCodec
+
+Prompt = str | Sequence[int]
+
+
+class Runtime:
+    """A package, loaded.
+
+        runtime = Runtime.load("package")
+        print(runtime.generate("2+2=", loops=4).text)
+        for piece in runtime.stream("Once upon a time", max_tokens=64):
+            print(piece, end="")
+
+    ``generate`` and ``stream`` reuse one set of state buffers, allocated at their first call, so a Runtime answers
+    one call at a time; open a ``session`` each for more. Raises errors of the MeltError family only.
+    """
+
+    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None):
+        self.package, self.backend, self.codec = package, backend, codec
+        self.stop_ids = _stop_ids(package)
+        self._session: Session | None = None
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path | str,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        check_hashes: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> Runtime:
+        """Opens a package directory. Raises PackageError, BackendError.
+
+        ``threads`` None uses the physical cores; ``progress`` is called with the bytes hashed since its last call.
+        """
+        package = Package.open(directory, check_hashes=check_hashes, progress=progress)
+        codec = TextCodec.load(package.directory) if (package.directory / "tokenizer.json").is_file() else None
+        return cls(package, open_backend(package, backend, threads), codec)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the package says about itself."""
+        return self.package.manifest
+
+    def session(self, batch: int = 1) -> Session:
+        """A session with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
+        return Session(self.backend.open_state(batch), self.manifest)
+
+    def state_bytes(self, batch: int = 1) -> int:
+        """Bytes of state that a session of this batch allocates, whatever the number of loops."""
+        return self.manifest.state_bytes(batch)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, which may be ids already. Raises PromptError."""
+        if isinstance(prompt, str):
+            if self.codec is None:
+                raise PromptError("the package has no tokenizer; give the prompt as token ids")
+            return self.codec.encode(prompt)
+        ids = list(prompt)
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise PromptError("a prompt is a string or a list of whole numbers (token ids)")
+        return ids
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the package's chat template. Raises ArgumentError, PromptError."""
+        if self.codec is None:
+            raise ArgumentError("the package has no tokenizer, so no chat template")
+        return self.codec.encode(self.codec.render_chat(messages), add_special_tokens=False)
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: Sequence[int], **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Generation]: ...
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+        """Continues a prompt, or each of a list of prompts; a prompt is a string or a list of token ids.
+
+        Options: max_tokens=256, loops (the package's), exit_threshold (the package's), temperature=0, top_k=0,
+        top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None (a string or several), stop_ids=None,
+        ignore_eos=False. Prompts of different lengths run together, at most the package's max_batch at a time; each
+        gives what it gives alone. Raises PromptError, ArgumentError.
+        """
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        prompts = [self.encode(p) for p in ([prompt] if single else prompt)]
+        if not prompts:
+            raise PromptError("there is no prompt")
+        request = self.options(**options)
+        results: list[Generation] = []
+        for start in range(0, len(prompts), self.manifest.max_batch):
+            group = prompts[start : start + self.manifest.max_batch]
+            generator = Generator(self._fresh_session(len(group)), group, request, self.codec)
+            for _ in generator:
+                pass
+            results += generator.results()
+        return results[0] if single else results
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Continues one prompt and yields text as it comes: whole characters, never part of a stop string.
+
+        Options as in ``generate``. The prompt is checked at the call, not at the first piece.
+        """
+        if self.codec is None:
+            raise ArgumentError("the package has no tokenizer; use generate with token ids")
+        generator = Generator(self._fresh_session(1), [self.encode(prompt)], self.options(**options), self.codec)
+        return (piece.text for piece in generator if piece.text)
+
+    def options(
+        self,
+        *,
+        max_tokens: int = 256,
+        loops: int | None = None,
+        exit_threshold: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> GenerationOptions:
+        """A request's options with the package's defaults filled in. Raises ArgumentError for unknown names."""
+        unknown = sorted(set(sampling) - set(SamplingParams.__dataclass_fields__))
+        if unknown:
+            raise ArgumentError(f"unknown option {unknown[0]!r}")
+        depth = LoopSettings(
+            self.manifest.loops if loops is None else loops,
+            self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
+        )
+        ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)
+        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), frozenset(ids))
+
+    def _fresh_session(self, batch: int) -> Session:
+        if self._session is None or self._session.batch != batch:
+            self._session = None  # frees the old state before the new one is allocated
+            self._session = self.session(batch)
+        self._session.reset()
+        return self._session
+
+
+def _stop_ids(package: Package) -> set[int]:
+    """The end-of-text ids of generation_config.json, else of the model's configuration."""
+    path = package.directory / "generation_config.json"
+    value = None
+    if path.is_file():
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise PackageError(f"{path} is not a JSON object: {error}") from error
+    value = package.manifest.model.get("eos_token_id") if value is None else value
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, list) else {value}

@@ -1,0 +1,178 @@
+"""Choosing the next token from the logits: greedy, or drawn after penalty, temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ArgumentError
+
+
+def _check(name: str, value: object, whole: bool, valid: str, low: float, high: float, open_low: bool = False) -> None:
+    """Raise ArgumentError unless `value` is a finite number from low to high (low itself excluded if open_low)."""
+    kind = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be {valid}, not {value!r}.")
+    number = int(value) if isinstance(value, Integral) else float(value)
+    too_low = number <= low if open_low else number < low
+    if (isinstance(number, float) and not math.isfinite(number)) or too_low or number > high:
+        raise ArgumentError(f"{name} must be {valid}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy; a value out of range raises ArgumentError.
+
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: only the k likeliest tokens stay; 0 turns this off.
+    top_p: only the smallest set of tokens that holds this share of the probability stays; 1 turns this off.
+    min_p: only tokens at least this fraction as likely as the likeliest stay; 0 turns this off.
+    repetition_penalty: above 1 makes tokens of the history less likely, below 1 more likely; 1 turns this off.
+    seed: the same seed gives the same draws; None draws differently each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, False, "a finite number of at least 0 (0 is greedy)", 0, math.inf)
+        _check("top_k", self.top_k, True, "a whole number of at least 0 (0 is off)", 0, math.inf)
+        _check("top_p", self.top_p, False, "a number above 0 and at most 1 (1 is off)", 0, 1, open_low=True)
+        _check("min_p", self.min_p, False, "a number from 0 to 1 (0 is off)", 0, 1)
+        valid = "a finite number above 0 (1 is off)"
+        _check("repetition_penalty", self.repetition_penalty, False, valid, 0, math.inf, open_low=True)
+        if self.seed is not None:
+            _check(
+                "seed", self.seed, True, "a whole number of at least 0, or None for a new one each time", 0, math.inf
+            )
+
+
+class Sampler:
+    """Draws the tokens of one sequence and owns its random state.
+
+    params: see SamplingParams. stream: the number of the sequence in its batch; with one seed, every stream draws
+    independently of the others and the same way each time. Raises ArgumentError for a stream below 0.
+    """
+
+    def __init__(self, params: SamplingParams, stream: int = 0) -> None:
+        _check("stream", stream, True, "a whole number of at least 0", 0, math.inf)
+        self.params = params
+        seed = None if params.seed is None else int(params.seed)
+        source = np.random.SeedSequence(seed, spawn_key=(int(stream),))
+        self._random = np.random.Generator(np.random.PCG64(source))
+
+    def sample(self, logits: npt.NDArray[Any], history: Sequence[int] | npt.NDArray[Any] = ()) -> int:
+        """The id of the next token.
+
+        logits: (vocab,) real numbers, -inf for a token that must not come; never modified.
+        history: (tokens,) ids the repetition penalty applies to; read only when that penalty is on.
+        Every draw takes exactly one random number, a greedy choice none. Raises ArgumentError for logits that are
+        not one row, that hold NaN or +inf or nothing above -inf, and for history ids outside the vocabulary.
+        """
+        scores = np.asarray(logits)
+        if scores.ndim != 1 or scores.size == 0:
+            raise ArgumentError(f"The logits must be one row of shape (vocab,), not of shape {scores.shape}.")
+        top = float(scores.max())
+        if math.isnan(top):
+            raise ArgumentError("The model returned NaN logits; check its weights and the precision it runs in.")
+        if math.isinf(top):
+            what = "infinite logits" if top > 0 else "logits that are all -inf, so no token is left to choose"
+            raise ArgumentError(f"The model returned {what}; check its weights and the precision it runs in.")
+        if self.params.repetition_penalty != 1.0:
+            scores = _penalise(scores, history, float(self.params.repetition_penalty))
+        if self.params.temperature == 0:
+            return int(np.argmax(scores))
+        return self._draw(*self._candidates(scores))
+
+    def _candidates(self, scores: npt.NDArray[Any]) -> tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.float64]]:
+        """The ids left after the filters (None stands for the whole vocabulary) and their unnormalised weights."""
+        params = self.params
+        ids = _top_k(scores, int(params.top_k)) if 0 < params.top_k < scores.size else None
+        kept = (scores if ids is None else scores[ids]).astype(np.float64)
+        # The largest becomes 0 before the division, so that a tiny temperature ends in 0 and -inf, never in NaN.
+        with np.errstate(over="ignore"):
+            weights = np.exp((kept - kept.max()) / float(params.temperature))
+        if params.top_p < 1:
+            nucleus = _top_p(weights, float(params.top_p))
+            ids = nucleus if ids is None else ids[nucleus]
+            weights = weights[nucleus]
+        if params.min_p > 0:
+            # The largest weight is exactly 1, so weights are already fractions of the likeliest.
+            likely = np.flatnonzero(weights >= float(params.min_p))
+            ids = likely if ids is None else ids[likely]
+            weights = weights[likely]
+        return ids, weights
+
+    def _draw(self, ids: npt.NDArray[np.intp] | None, weights: npt.NDArray[np.float64]) -> int:
+        mass = np.cumsum(weights)
+        drawn = int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
+        # Rounding may carry the product up to the whole mass: the last token with any weight is meant then.
+        drawn = min(drawn, int(np.searchsorted(mass, mass[-1], side="left")))
+        return drawn if ids is None else int(ids[drawn])
+
+    def state(self) -> dict[str, Any]:
+        """The random state as plain dicts, strings and ints that `json` can write; `restore` takes it back."""
+        return dict(self._random.bit_generator.state)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state()` was taken. Raises ArgumentError, and changes nothing, if it is not one."""
+        bits = np.random.PCG64(0)
+        try:
+            saved: Any = dict(state)
+            bits.state = saved
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ArgumentError("This is not a saved sampler state; pass what Sampler.state() returned.") from error
+        self._random = np.random.Generator(bits)
+
+
+def _penalise(
+    scores: npt.NDArray[Any], history: Sequence[int] | npt.NDArray[Any], penalty: float
+) -> npt.NDArray[np.float64]:
+    """A copy of the scores in which each token of the history got the penalty once, however often it occurred."""
+    ids = np.unique(np.asarray(history))
+    penalised = scores.astype(np.float64)
+    if ids.size == 0:
+        return penalised
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ArgumentError(f"The history must be token ids, not values of type {ids.dtype}.")
+    if ids[0] < 0 or ids[-1] >= scores.size:
+        raise ArgumentError(
+            f"The history must be token ids from 0 to {scores.size - 1}, but spans {ids[0]} to {ids[-1]}."
+        )
+    seen = penalised[ids]
+    penalised[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+    return penalised
+
+
+def _top_k(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
+    """The ids, ascending, of exactly the k largest scores."""
+    threshold = scores[np.argpartition(scores, scores.size - k)[scores.size - k]]
+    return _largest(scores, k, threshold)
+
+
+def _top_p(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.intp]:
+    """The indices, ascending, of the smallest set that holds `share` of the weight; never empty."""
+    descending = np.sort(weights)[::-1]  # values alone: several times faster than sorting indices
+    mass = np.cumsum(descending)
+    count = min(int(np.searchsorted(mass, share * mass[-1], side="left")) + 1, weights.size)
+    return _largest(weights, count, descending[count - 1])
+
+
+def _largest(values: npt.NDArray[Any], count: int, threshold: Any) -> npt.NDArray[np.intp]:
+    """The indices, ascending, of the `count` largest, the last of which is `threshold`.
+
+    Of equal values the lowest indices stay, as in greedy; half-precision logits are often equal.
+    """
+    above = np.flatnonzero(values > threshold)
+    equal = np.flatnonzero(values == threshold)[: count - above.size]
+    return np.sort(np.concatenate([above, equal]))
