@@ -57,8 +57,15 @@ class Dialect(ABC):
     cache_kind: ClassVar[str] = "in_place"
     attention: ClassVar[type[GraphAttention]]
 
+    head_multiple: ClassVar[int] = 2
+
     def check(self, config: MeltConfig) -> None:
         """Raises ExportError for a model that the dialect cannot express."""
+        if config.head_dim % self.head_multiple:
+            raise ExportError(
+                f"head_dim is {config.head_dim}; attention in the {self.name} dialect needs a multiple of "
+                f"{self.head_multiple}: export with --dialect standard or portable"
+            )
 
     def cache_states(self, config: MeltConfig, dtype: str, cache_rows: int) -> list[StateSpec]:
         """The caches as state tensors, key before value, layer by layer."""
@@ -118,13 +125,7 @@ class OnnxRuntimeDialect(Dialect):
     opset = 21
     control = TensorSpec("chunk_lengths", "int64", ("batch",))
     attention = _GroupQueryAttention
-
-    def check(self, config: MeltConfig) -> None:
-        if config.head_dim % 16:
-            raise ExportError(
-                f"head_dim is {config.head_dim}; the onnxruntime dialect's attention needs a multiple of 16: "
-                "export with --dialect standard or portable"
-            )
+    head_multiple = 16
 
 
 class _RotatedAttention(GraphAttention):

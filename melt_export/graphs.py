@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -41,6 +43,15 @@ class _LmHead(nn.Module):
         return self.lm_head(hidden).float()
 
 
+class _Rotary(nn.Module):
+    """Holds the tables under the names ``rotary.cos`` and ``rotary.sin``: (rows, head_dim / 2) each."""
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        super().__init__()
+        self.cos: Tensor = nn.Buffer(cos)
+        self.sin: Tensor = nn.Buffer(sin)
+
+
 class _LoopStep(nn.Module):
     """``MeltModel.loop_step`` with a dialect's attention and all state as inputs and outputs."""
 
@@ -48,9 +59,7 @@ class _LoopStep(nn.Module):
         super().__init__()
         self.model, self.dialect = model, dialect
         cos, sin = rotary_tables(model.config, torch.arange(cache_rows))
-        self.rotary = nn.Module()
-        self.rotary.cos = nn.Buffer(cos.to(dtype))
-        self.rotary.sin = nn.Buffer(sin.to(dtype))
+        self.rotary = _Rotary(cos.to(dtype), sin.to(dtype))
 
     def forward(
         self,
@@ -160,15 +169,15 @@ def _trace(
     return TracedGraph(model, inputs, outputs)
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The exporter's advice to its own developers, kept from the user's terminal."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-    def __exit__(self, *exc_info: object) -> None:
-        logging.getLogger("torch.onnx").setLevel(self._level)
-        super().__exit__(*exc_info)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -118,7 +118,7 @@ class Generator:
         self.session, self.options = session, options
         self.tracks = [_Track(slot, prompt, options, codec) for slot, prompt in enumerate(prompts)]
         self.pending: list[Sequence[int]] = list(prompts)
-        session._check(prompts)
+        session.check(prompts)
 
     def __iter__(self) -> Iterator[Piece]:
         while any(self.pending):

@@ -93,9 +93,9 @@ class Runtime:
     def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
         """Continues a prompt, or each of a list of prompts; a prompt is a string or a list of token ids.
 
-        Options: max_tokens=256, loops (the package's), exit_threshold (the package's), temperature=0, top_k=0,
-        top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None (a string or several), stop_ids=None,
-        ignore_eos=False. Prompts of different lengths run together, at most the package's max_batch at a time; each
+        Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
+        temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None (a string or several),
+        stop_ids=None, ignore_eos=False. Prompts of different lengths run together, at most the package's max_batch at a time; each
         gives what it gives alone. Raises PromptError, ArgumentError.
         """
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
@@ -128,6 +128,7 @@ class Runtime:
         max_tokens: int = 256,
         loops: int | None = None,
         exit_threshold: float | None = None,
+        chunk: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
@@ -140,6 +141,7 @@ class Runtime:
         depth = LoopSettings(
             self.manifest.loops if loops is None else loops,
             self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
+            chunk,
         )
         ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)
         return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), frozenset(ids))

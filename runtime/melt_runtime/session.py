@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,30 @@ from .package import Manifest
 @dataclass(frozen=True)
 class LoopSettings:
     """How deep to think: at most ``loops`` loops a token, fewer once the cumulative exit probability reaches
-    ``exit_threshold`` (1.0 never leaves early). Raises ArgumentError."""
+    ``exit_threshold`` (1.0 never leaves early). ``chunk`` is how many prompt tokens run their loops together (None:
+    the package's): part of the model's meaning, so change it only on purpose. Raises ArgumentError."""
 
     loops: int
     exit_threshold: float = 1.0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.loops, bool) or not isinstance(self.loops, int) or self.loops < 1:
             raise ArgumentError(f"loops is {self.loops!r}; it must be a whole number from 1")
         if not 0.0 <= self.exit_threshold <= 1.0:
             raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise ArgumentError(f"chunk is {self.chunk!r}; it must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A slice of every sequence's new tokens: ids (batch, width) right-padded, counts (batch,) real tokens in each
+    row, ``last`` (batch,) whether a sequence's last new token is in it."""
+
+    ids: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    last: NDArray[np.bool_]
 
 
 class Session:
@@ -52,48 +66,58 @@ class Session:
         A sequence with no new tokens sits idle; its row of the result is zero. Raises PromptError, before anything
         is changed, if a sequence would not fit in the cache or a token id is out of range.
         """
-        arrays = self._check(tokens)
-        counts = np.array([len(array) for array in arrays], np.int64)
         logits = np.zeros((self.batch, self.manifest.vocab_size), np.float32)
-        for start in range(0, int(counts.max(initial=0)), self.manifest.chunk):
-            here = np.clip(counts - start, 0, self.manifest.chunk)
-            width = int(here.max())
-            ids = np.zeros((self.batch, width), np.int64)
-            for slot, array in enumerate(arrays):
-                ids[slot, : here[slot]] = array[start : start + width]
-            self.run_chunk(ids, here, settings)
-            finished = (here > 0) & (start + here == counts)
-            if finished.any():
-                last = self.state.logits(np.maximum(here - 1, 0)[:, None])[:, 0]
-                logits[finished] = last[finished]
+        for chunk in self.chunks(tokens, settings.chunk):
+            for _ in self.loops(chunk, settings):
+                pass
+            if chunk.last.any():
+                after = self.state.logits(np.maximum(chunk.counts - 1, 0)[:, None])[:, 0]
+                logits[chunk.last] = after[chunk.last]
         return logits
 
-    def run_chunk(self, ids: NDArray[np.int64], counts: NDArray[np.int64], settings: LoopSettings) -> None:
-        """All loops of one chunk. ids (batch, width), right-padded; counts (batch,) real tokens in each row.
+    def chunks(self, tokens: Sequence[Sequence[int]], size: int | None = None) -> list[Chunk]:
+        """Cuts every sequence's new tokens into chunks, each sequence from its own first. Raises PromptError."""
+        size = self.manifest.chunk if size is None else size
+        if size > self.manifest.chunk:
+            raise ArgumentError(f"chunk is {size}; this package was exported for at most {self.manifest.chunk}")
+        arrays = self.check(tokens)
+        counts = np.array([len(array) for array in arrays], np.int64)
+        chunks = []
+        for start in range(0, int(counts.max(initial=0)), size):
+            here = np.clip(counts - start, 0, size)
+            ids = np.zeros((self.batch, int(here.max())), np.int64)
+            for slot, array in enumerate(arrays):
+                ids[slot, : here[slot]] = array[start : start + size]
+            chunks.append(Chunk(ids, here, (here > 0) & (start + here == counts)))
+        return chunks
+
+    def loops(self, chunk: Chunk, settings: LoopSettings) -> Iterator[LoopControl]:
+        """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
 
         A token leaves the loop once 1 - prod(1 - exit probability) reaches the threshold; its hidden and latent
         are frozen from then on, so that its cache rows keep their values. The chunk stops when all have left.
         """
-        valid = np.arange(ids.shape[1]) < counts[:, None]
-        active, remaining = valid, np.ones(ids.shape, np.float32)
-        depth = np.zeros(ids.shape, np.int64)
-        control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, counts)
-        self.state.embed(ids)
+        active = np.arange(chunk.ids.shape[1]) < chunk.counts[:, None]
+        remaining, depth = np.ones(active.shape, np.float32), np.zeros(active.shape, np.int64)
+        control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
+        self.state.embed(chunk.ids)
         for loop in range(settings.loops):
-            control = LoopControl(np.full(self.batch, loop == 0), active, self.lengths, counts)
+            control = LoopControl(np.full(self.batch, loop == 0), active, self.lengths, chunk.counts)
             exit_probability = self.state.loop(control)
             depth += active
+            yield control
             if settings.exit_threshold < 1.0:
                 remaining = remaining * (np.float32(1) - exit_probability)
                 active = active & ~((np.float32(1) - remaining) >= settings.exit_threshold)
                 if not active.any():
                     break
         self.state.commit(control)
-        self.lengths += counts
-        for slot, count in enumerate(counts):
+        self.lengths += chunk.counts
+        for slot, count in enumerate(chunk.counts):
             self.depth[slot].extend(depth[slot, :count].tolist())
 
-    def _check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
+    def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
+        """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
         if len(tokens) != self.batch:
             raise PromptError(f"the session has {self.batch} sequences, tokens were given for {len(tokens)}")
         arrays = [np.asarray(ids, np.int64).reshape(-1) for ids in tokens]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,11 @@ class BackendState(Protocol):
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
 
-    def read(self, name: str) -> NDArray[np.generic]:
-        """A copy of a state as it stands, by its name in the manifest."""
+    def exit_probability(self) -> NDArray[np.float32]:
+        """A copy of what the last loop step returned, (batch, chunk)."""
+
+    def read(self, name: str, index: Any = ...) -> NDArray[Any]:
+        """A copy of a state as it stands, by its name in the manifest; ``index`` picks a part of it."""
 
 
 class Backend(Protocol):

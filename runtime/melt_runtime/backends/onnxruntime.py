@@ -156,15 +156,23 @@ class OnnxRuntimeState:
             return cast(NDArray[np.float32], self._scratch["logits"])
         return cast(NDArray[np.float32], self.backend.sessions["lm_head"].run(["logits"], {"hidden": rows})[0])
 
-    def read(self, name: str) -> NDArray[np.generic]:
-        """A copy of a state by its input or output name (the output of a read-only cache: its new rows)."""
+    def exit_probability(self) -> NDArray[np.float32]:
+        """A copy of what the last loop step returned, (batch, chunk)."""
+        return cast(NDArray[np.float32], self._view("exit_probability", (self.batch, self.width)).copy())
+
+    def read(self, name: str, index: Any = ...) -> NDArray[Any]:
+        """A copy of a state, or of the part at ``index``, by its name in the manifest.
+
+        An input name gives the state itself: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache
+        (batch, kv_heads, rows, head_dim); the output name of a read-only cache gives the chunk's new rows.
+        """
         for state in self.manifest.states:
             if name == state.input and state.kind == "swap":
-                return self._state(state, self.current, self.width).copy()
+                return self._state(state, self.current, self.width)[index].copy()
             if name == state.input:
-                return self._array(name, state.shape, state.dtype, self.width).copy()
+                return self._array(name, state.shape, state.dtype, self.width)[index].copy()
             if name == state.output and state.kind == "read_only":
-                return self._array(name, rows_shape(state.shape), state.dtype, self.width).copy()
+                return self._array(name, rows_shape(state.shape), state.dtype, self.width)[index].copy()
         raise ArgumentError(f"the package has no state {name!r}")
 
     def _context(self, control: LoopControl) -> int:

@@ -1,0 +1,176 @@
+"""The commands ``melt-export`` and ``melt-verify``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from melt_models.atomic import TargetExistsError
+from melt_models.errors import CheckpointError
+from melt_runtime.errors import MeltError
+from melt_runtime.package import DIALECTS, PRECISIONS, Manifest, Package
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .export import ExportOptions, building, human_bytes
+from .parity import ParityReport
+from .verify import require_parity, verify
+
+Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
+DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
+_EPILOG = "Errors are one line on stderr and exit code 2; set MELT_TRACEBACK=1 to see where one was raised."
+_TEXT = Console(soft_wrap=True, highlight=False)
+
+export_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+verify_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"melt-export {version('melt-export')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
+Checkpoint = Annotated[Path, typer.Option(help="MELT checkpoint directory: config.json and safetensors.")]
+Tokens = Annotated[int, typer.Option(help="Greedy tokens to compare for each prompt.", min=1)]
+
+
+@export_app.command(epilog=_EPILOG)
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="Where the package goes: a directory that does not exist or is empty.")],
+    precision: Annotated[Precision, typer.Option(help="Of weights, state and arithmetic.")] = Precision.fp32,  # type: ignore[attr-defined]
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Rows of the cache. Default: the checkpoint's positions, up to 4096.", min=1)
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most sequences that run together.", min=1)] = 8,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens that run their loops together. Default: the checkpoint's chunk_size.", min=1),
+    ] = None,
+    dialect: Annotated[
+        DialectName,
+        typer.Option(
+            help="How cache and attention are written: onnxruntime (fused, in place), standard (opset 24, for "
+            "TensorRT), portable (opset 18, for everything else)."
+        ),
+    ] = DialectName.onnxruntime,  # type: ignore[attr-defined]
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
+    verify_tokens: Tokens = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
+    show_version: Version = False,
+) -> None:
+    """Export a MELT checkpoint to a verified ONNX package.
+
+    The package is built beside OUTPUT and gets that name only when everything, the comparison with PyTorch at every
+    loop included, has succeeded.
+    """
+    options = ExportOptions(str(precision), str(dialect), max_seq_len, max_batch, chunk)
+    with _progress() as step, building(checkpoint, output, options, force=force, progress=step) as directory:
+        report = None
+        if not no_verify:
+            report = verify(directory, checkpoint, tokens=verify_tokens, progress=step)
+            require_parity(report)
+    _summary(output, Package.open(output, check_hashes=False).manifest, report)
+
+
+@verify_app.command(epilog=_EPILOG)
+def verify_command(
+    package: Annotated[Path, typer.Argument(help="A package made by melt-export.")],
+    checkpoint: Checkpoint,
+    tokens: Tokens = 256,
+    show_version: Version = False,
+) -> None:
+    """Compare a package with its checkpoint at every loop, and write parity.json. Exit code 1 if they differ."""
+    with _progress() as step:
+        Package.open(package)
+        report = verify(package, checkpoint, tokens=tokens, progress=step)
+    _TEXT.print(_parity_table(report))
+    _TEXT.print(f"{'passed' if report.passed else 'FAILED'}: {report.summary()}")
+    for failure in report.failures():
+        print(f"melt-verify: {failure}", file=sys.stderr)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress display on stderr; the callable takes a step's name, its size and what was done since the last call."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        tasks: dict[str, Any] = {}
+
+        def step(name: str, total: int, done: int) -> None:
+            if name not in tasks:
+                for task in tasks.values():
+                    display.update(task, total=1, completed=1)
+                    display.stop_task(task)
+                tasks[name] = display.add_task(name, total=total or None)
+            display.advance(tasks[name], done)
+
+        yield step
+        for task in tasks.values():
+            display.update(task, total=1, completed=1)
+
+
+def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:
+    """What was made, in a table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    weights = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith((".data", ".onnx")))
+    table.add_row("package", str(output))
+    table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
+    table.add_row("graphs and weights", human_bytes(weights))
+    table.add_row(
+        "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, any loops"
+    )
+    table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
+    if manifest.untrained:
+        table.add_row("untrained", f"{', '.join(manifest.untrained)}: initialised by a conversion, never trained")
+    table.add_row("parity", "not verified" if report is None else report.summary())
+    _TEXT.print(table)
+
+
+def _parity_table(report: ParityReport) -> Table:
+    loops = range(1, report.loops + 1)
+    table = Table("relative error", *(f"loop {loop}" for loop in loops))
+    found = {(s.quantity, s.loop): s.relative for s in report.states}
+    for quantity in dict.fromkeys(s.quantity for s in report.states):
+        table.add_row(quantity, *(f"{found.get((quantity, loop), float('nan')):.1e}" for loop in loops))
+    return table
+
+
+def _run(app: typer.Typer, name: str) -> None:
+    """Runs a command; what it refuses becomes one line and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-built directories are removed
+    try:
+        app(prog_name=name)
+    except (MeltError, CheckpointError, TargetExistsError, OSError) as error:
+        if os.environ.get("MELT_TRACEBACK"):
+            raise
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; nothing was left behind", file=sys.stderr)
+        sys.exit(130)
+
+
+def export_main() -> None:
+    """The ``melt-export`` command."""
+    _run(export_app, "melt-export")
+
+
+def verify_main() -> None:
+    """The ``melt-verify`` command."""
+    _run(verify_app, "melt-verify")

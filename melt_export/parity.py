@@ -1,0 +1,164 @@
+"""What is compared between a checkpoint and its package, how closely they must agree, and what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from melt_runtime.package import PARITY
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits. ``relative``: max |a - b| over max |b|, for every state at every loop; ``kl``: mean KL divergence of the
+    logits in nats; ``top1``: least share of positions with the same best token; ``same_tokens``: whether greedy
+    generation and exit depths must be identical."""
+
+    relative: float
+    kl: float
+    top1: float
+    same_tokens: bool
+
+
+TOLERANCES = {
+    "fp32": Tolerance(relative=1e-4, kl=1e-6, top1=1.0, same_tokens=True),
+    "fp16": Tolerance(relative=3e-2, kl=1e-3, top1=0.98, same_tokens=False),
+    "bf16": Tolerance(relative=2e-1, kl=2e-2, top1=0.9, same_tokens=False),
+}
+
+
+@dataclass
+class StateError:
+    """The worst error of one quantity in one loop, over all chunks and sequences."""
+
+    quantity: str
+    loop: int
+    relative: float
+
+
+@dataclass
+class GenerationResult:
+    """One greedy run: ``same`` tokens agree before the first difference; ``margin`` is the reference's lead of the
+    best logit over the next where they part (0 where they do not)."""
+
+    prompt_tokens: int
+    chunk: int
+    tokens: int
+    same: int
+    margin: float = 0.0
+
+
+@dataclass
+class ParityReport:
+    """Everything that was compared. ``arithmetic`` says what ran the package."""
+
+    precision: str
+    dialect: str
+    loops: int
+    arithmetic: str
+    tolerance: Tolerance
+    states: list[StateError] = field(default_factory=list)
+    logit_positions: int = 0
+    kl_mean: float = 0.0
+    kl_max: float = 0.0
+    top1: float = 1.0
+    exit_threshold: float | None = None
+    exit_tokens: int = 0
+    exit_same_depth: int = 0
+    generations: list[GenerationResult] = field(default_factory=list)
+    manifest_sha256: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of any state or logit."""
+        return max((s.relative for s in self.states), default=0.0)
+
+    def failures(self) -> list[str]:
+        """What is outside the tolerance, a sentence each."""
+        limit, found = self.tolerance, []
+        for state in self.states:
+            if not state.relative <= limit.relative:
+                found.append(f"{state.quantity} of loop {state.loop} differs by {state.relative:.2e} (relative)")
+        if not self.kl_mean <= limit.kl:
+            found.append(f"the logits' mean KL divergence is {self.kl_mean:.2e}, the limit {limit.kl:.0e}")
+        if self.top1 < limit.top1:
+            found.append(f"the best token agrees at {self.top1:.1%} of positions, the limit is {limit.top1:.1%}")
+        if limit.same_tokens:
+            for run in self.generations:
+                if run.same < run.tokens:
+                    found.append(
+                        f"greedy generation (chunk {run.chunk}) parts at token {run.same + 1} of {run.tokens}, "
+                        f"where the best logit led by {run.margin:.1e}"
+                    )
+            if self.exit_same_depth < self.exit_tokens:
+                found.append(f"{self.exit_tokens - self.exit_same_depth} tokens leave the loop at another depth")
+        return found
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures()
+
+    def summary(self) -> str:
+        """One line for a person."""
+        same = sum(run.same for run in self.generations)
+        tokens = sum(run.tokens for run in self.generations)
+        return (
+            f"worst relative error {self.worst:.1e} (limit {self.tolerance.relative:.0e}), KL {self.kl_mean:.1e}, "
+            f"top-1 {self.top1:.1%}, greedy tokens {same}/{tokens} the same"
+        )
+
+    def write(self, directory: Path) -> None:
+        """Writes parity.json into a package."""
+        content = {"passed": self.passed, "failures": self.failures(), **asdict(self)}
+        (directory / PARITY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class StateErrors:
+    """Keeps the worst relative error of each quantity and loop, and the logits' distances."""
+
+    def __init__(self) -> None:
+        self.worst: dict[tuple[str, int], float] = {}
+        self.kl: list[float] = []
+        self.agree: list[bool] = []
+
+    def compare(self, quantity: str, loop: int, got: NDArray[Any], expected: NDArray[Any]) -> None:
+        """Relative error: max |got - expected| over max |expected|; NaN counts as infinite."""
+        got, expected = got.astype(np.float64), expected.astype(np.float64)
+        error = np.abs(got - expected).max() / max(float(np.abs(expected).max()), 1e-30)
+        key = (quantity, loop)
+        self.worst[key] = max(self.worst.get(key, 0.0), float(error) if np.isfinite(error) else float("inf"))
+
+    def compare_logits(self, got: NDArray[Any], expected: NDArray[Any]) -> None:
+        """KL(expected || got) in nats, and whether the best token is the same, for each row (positions, vocab)."""
+        p, q = _log_softmax(expected), _log_softmax(got)
+        self.kl += (np.exp(p) * (p - q)).sum(-1).tolist()
+        self.agree += (got.argmax(-1) == expected.argmax(-1)).tolist()
+
+    def into(self, report: ParityReport) -> None:
+        """Moves the figures into a report."""
+        report.states = [StateError(q, loop, error) for (q, loop), error in sorted(self.worst.items())]
+        report.logit_positions = len(self.kl)
+        report.kl_mean, report.kl_max = float(np.mean(self.kl)), float(np.max(self.kl))
+        report.top1 = float(np.mean(self.agree))
+
+
+def _log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
+    wide = logits.astype(np.float64)
+    wide = wide - wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def common_prefix(first: Iterable[int], second: Iterable[int]) -> int:
+    """How many tokens agree from the beginning."""
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

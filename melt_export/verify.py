@@ -1,0 +1,201 @@
+"""Runs a checkpoint in PyTorch and its package in the runtime, and compares them at every loop."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from melt_models.checkpoint import read_config
+from melt_runtime import LoopSettings, Runtime, Session
+from melt_runtime.package import MANIFEST, Manifest, Package, StateSpec, file_hash
+
+from .errors import ParityError
+from .export import Progress, no_progress
+from .parity import TOLERANCES, GenerationResult, ParityReport, StateErrors, common_prefix
+from .reference import LOGIT_COLUMNS, LoopTrace, Reference
+from .twin import float32_twin
+
+_LIBRARIES = ("torch", "transformers", "onnxruntime", "numpy")
+_TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
+_DECODE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Prompts that run together in the package and alone in PyTorch, then a few decoding steps."""
+
+    prompts: list[list[int]]
+    chunk: int
+    reference: list[list[list[LoopTrace]]]
+    tokens: list[list[int]]
+
+
+def verify(
+    package: Path, checkpoint: Path, *, tokens: int = 256, seed: int = 0, progress: Progress = no_progress
+) -> ParityReport:
+    """Compares a package with its checkpoint and writes parity.json into the package.
+
+    Loop by loop: hidden, latent, cache rows, exit probability and logits, for a ragged batch of prompts and for
+    chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
+    The PyTorch side runs first and is freed before the package is loaded, so the two never share memory. Raises
+    CheckpointError, PackageError, ParityError if the two have different shapes.
+    """
+    manifest = Package.open(package, check_hashes=False).manifest
+    _same_model(manifest, checkpoint)
+    rng = np.random.default_rng(seed)
+    chunk = min(manifest.chunk, _TRACED_CHUNK)
+    room = manifest.max_seq_len
+
+    progress("PyTorch: loop by loop", 0, 0)
+    reference = Reference(checkpoint)
+    cases = [
+        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][: manifest.max_batch], chunk),
+        _case(reference, manifest, rng, [4], 1),
+    ]
+    probe = cases[0].prompts[0]
+    threshold = _splitting_threshold(cases[0].reference[0])
+    pieces = [probe[at : at + chunk] for at in range(0, len(probe), chunk)]
+    depths = reference.traces(pieces, manifest.loops, threshold)[1]
+
+    runs = []
+    lengths = [
+        (min(3 * manifest.chunk // 2, room // 2), manifest.chunk),
+        (7, manifest.chunk),
+        (1, manifest.chunk),
+        (9, 1),
+    ]
+    for length, size in lengths:
+        prompt = rng.integers(0, manifest.vocab_size, min(length, max(room - 1, 1))).tolist()
+        count = min(tokens, room - len(prompt) + 1)
+        runs.append((prompt, size, *reference.greedy(prompt, count, manifest.loops, size)))
+        progress("PyTorch: greedy tokens", len(lengths), 1)
+    del reference
+
+    report = ParityReport(
+        manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
+    )
+    with ExitStack() as stack:
+        directory = package
+        if manifest.precision == "bf16":
+            progress("widening bf16 to fp32", 0, 0)
+            report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
+            float32_twin(package, directory)
+        progress("package: loop by loop", 0, 0)
+        runtime = Runtime.load(directory, check_hashes=False)
+        errors = StateErrors()
+        for case in cases:
+            _compare_case(runtime, case, errors)
+        errors.into(report)
+        session = runtime.session(1)
+        session.append([probe], LoopSettings(manifest.loops, threshold, chunk))
+        report.exit_threshold, report.exit_tokens = threshold, len(depths)
+        report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], depths, strict=True))
+        for prompt, size, expected, margins in runs:
+            got = runtime.generate(
+                prompt, max_tokens=len(expected), ignore_eos=True, exit_threshold=1.0, chunk=size
+            ).token_ids
+            same = common_prefix(got, expected)
+            margin = margins[same] if same < len(expected) else 0.0
+            report.generations.append(GenerationResult(len(prompt), size, len(expected), same, margin))
+            progress("package: greedy tokens", len(runs), 1)
+    report.manifest_sha256 = file_hash(package / MANIFEST)
+    report.libraries = {name: version(name) for name in _LIBRARIES}
+    report.write(package)
+    return report
+
+
+def require_parity(report: ParityReport) -> None:
+    """Raises ParityError naming the first disagreements."""
+    failures = report.failures()
+    if failures:
+        more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
+        raise ParityError("the package does not match its checkpoint: " + "; ".join(failures[:3]) + more)
+
+
+def _same_model(manifest: Manifest, checkpoint: Path) -> None:
+    """Raises ParityError if the checkpoint is of another shape than the package."""
+    config = read_config(checkpoint).to_dict()
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if manifest.model.get(key) != config.get(key):
+            raise ParityError(
+                f"the package was not made from {checkpoint}: {key} is {manifest.model.get(key)!r} in the package "
+                f"and {config.get(key)!r} in the checkpoint"
+            )
+
+
+def _case(
+    reference: Reference, manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int
+) -> _Case:
+    """Random prompts, and what PyTorch makes of each alone: its chunks, then single tokens."""
+    prompts, traces, steps = [], [], []
+    for length in lengths:
+        length = max(1, min(length, manifest.max_seq_len - _DECODE_STEPS))
+        prompt = rng.integers(0, manifest.vocab_size, length).tolist()
+        more = rng.integers(0, manifest.vocab_size, _DECODE_STEPS if manifest.max_seq_len > length + 1 else 0).tolist()
+        pieces = [prompt[at : at + chunk] for at in range(0, length, chunk)] + [[token] for token in more]
+        prompts.append(prompt)
+        steps.append(more)
+        traces.append(reference.traces(pieces, manifest.loops)[0])
+    return _Case(prompts, chunk, traces, steps)
+
+
+def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
+    """A threshold at which about half of the tokens leave early, in the middle of a gap: rounding cannot tip it."""
+    reached = []
+    for loops in chunks:
+        remaining = np.ones_like(loops[0].exit_probability)
+        for trace in loops[:-1]:
+            remaining = remaining * (1 - trace.exit_probability)
+            reached += (1 - remaining).tolist()
+    values = np.unique(np.array([0.0, *reached, 1.0]))
+    middle = values[len(values) // 4 : max(len(values) * 3 // 4, len(values) // 4 + 2)]
+    gap = int(np.argmax(np.diff(middle)))
+    return float((middle[gap] + middle[gap + 1]) / 2)
+
+
+def _compare_case(runtime: Runtime, case: _Case, errors: StateErrors) -> None:
+    """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
+    session = runtime.session(len(case.prompts))
+    settings = LoopSettings(runtime.manifest.loops, chunk=case.chunk)
+    position = [0] * session.batch
+    steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(_DECODE_STEPS)]
+    for tokens in (case.prompts, *steps):
+        for chunk in session.chunks(tokens, case.chunk):
+            for loop, _ in enumerate(session.loops(chunk, settings)):
+                for slot, count in enumerate(chunk.counts):
+                    if count:
+                        expected = case.reference[slot][position[slot]][loop]
+                        _compare_loop(session, slot, int(count), expected, errors)
+            for slot, count in enumerate(chunk.counts):
+                position[slot] += int(count > 0)
+
+
+def _compare_loop(session: Session, slot: int, count: int, expected: LoopTrace, errors: StateErrors) -> None:
+    """Compares one sequence's part of the chunk that just ran a loop, its rows still open."""
+    state, loop = session.state, expected.loop
+    errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
+    errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
+    errors.compare("exit probability", loop, state.exit_probability()[slot, :count], expected.exit_probability)
+    caches = [s for s in session.manifest.states if s.kind != "swap"]
+    for part, rows in (("key", expected.keys), ("value", expected.values)):
+        stored = [_open_rows(session, s, slot, count) for s in caches if s.input.startswith(part)]
+        errors.compare(f"{part} rows", loop, np.stack(stored), rows)
+    columns = np.zeros((session.batch, min(count, LOGIT_COLUMNS)), np.int64)
+    columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
+    logits = state.logits(columns)[slot]
+    errors.compare("logits", loop, logits, expected.logits)
+    errors.compare_logits(logits, expected.logits)
+
+
+def _open_rows(session: Session, spec: StateSpec, slot: int, count: int) -> np.ndarray:
+    """The rows that the open chunk wrote: (kv_heads, count, head_dim)."""
+    if spec.kind == "read_only":
+        return session.state.read(spec.output, (slot, slice(None), slice(count)))
+    start = int(session.lengths[slot])
+    return session.state.read(spec.input, (slot, slice(None), slice(start, start + count)))

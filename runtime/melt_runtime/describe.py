@@ -1,0 +1,221 @@
+"""What is in a package, as plain facts: read from its manifest and file list, without loading a graph."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArgumentError, PackageError
+from .package import MANIFEST, PARITY, Package, file_hash
+from .text import TextCodec
+
+# What the loops column of the comparison with a LoopLM shows.
+COMPARED_LOOPS = (1, 2, 4, 8, 16)
+_UNTRAINED = {
+    "latent_gate": "the latent gate is untrained: answers will be poor until it is trained",
+    "early_exit_gate": "the early exit gate is untrained: no token leaves the loops early until it is trained",
+}
+_TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file: ``role`` is "graph", "weights" or "text" (tokenizer, templates, settings)."""
+
+    name: str
+    role: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """A graph: its ONNX file, that file's bytes, and the names that go in and out."""
+
+    name: str
+    file: str
+    bytes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """A state of the loop step. ``bytes`` is what a session of the described batch allocates for it."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Bytes at ``length`` tokens in each of ``batch`` sequences.
+
+    ``weights_bytes``: the weights as stored. ``state_bytes``: all state a session allocates, at any number of loops
+    and any length. ``cache_bytes``: the key/value rows that the tokens occupy. ``looplm_cache_bytes``: the rows that
+    a LoopLM with one cache per loop would occupy, by its number of loops.
+    """
+
+    length: int
+    batch: int
+    weights_bytes: int
+    state_bytes: int
+    cache_bytes: int
+    looplm_cache_bytes: dict[int, int]
+
+
+@dataclass(frozen=True)
+class ParityFacts:
+    """What parity.json says. ``current`` is False when it was written for another manifest than the package's."""
+
+    passed: bool
+    current: bool
+    failures: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a few words."""
+        if not self.current:
+            return "not verified (parity.json is of another export)"
+        if self.passed:
+            return "passed"
+        return "failed: " + (self.failures[0] if self.failures else "no reason given")
+
+
+@dataclass(frozen=True)
+class PackageFacts:
+    """Everything ``melt-run inspect`` shows. Sizes of the model that its configuration does not name are None.
+
+    ``parity`` is None for a package that was never verified. ``warnings`` are sentences for people.
+    """
+
+    directory: str
+    format_version: int
+    dialect: str
+    precision: str
+    model_type: str | None
+    layers: int | None
+    hidden_size: int | None
+    heads: int | None
+    kv_heads: int | None
+    vocab_size: int
+    loops: int
+    exit_threshold: float
+    chunk: int
+    max_seq_len: int
+    max_batch: int
+    tokenizer: bool
+    chat_template: bool
+    untrained: tuple[str, ...]
+    warnings: tuple[str, ...]
+    parity: ParityFacts | None
+    graphs: tuple[GraphFacts, ...]
+    files: tuple[FileFacts, ...]
+    states: tuple[StateFacts, ...]
+    memory: MemoryFacts
+    libraries: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain values that ``json`` can write."""
+        return asdict(self)
+
+
+def describe(package: Package, *, length: int | None = None, batch: int = 1) -> PackageFacts:
+    """The facts of an open package, with its memory at a length in tokens (None: all it can hold) and a batch.
+
+    Raises ArgumentError for a length or batch beyond the package's, PackageError for a broken tokenizer or
+    parity.json.
+    """
+    manifest = package.manifest
+    length = manifest.max_seq_len if length is None else length
+    if not 1 <= length <= manifest.max_seq_len:
+        raise ArgumentError(f"length is {length}; this package was exported for 1 to {manifest.max_seq_len} tokens")
+    if not 1 <= batch <= manifest.max_batch:
+        raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {manifest.max_batch} sequences")
+    has_tokenizer = (package.directory / "tokenizer.json").is_file()
+    model = manifest.model
+    return PackageFacts(
+        directory=str(package.directory),
+        format_version=manifest.format_version,
+        dialect=manifest.dialect,
+        precision=manifest.precision,
+        model_type=model.get("model_type"),
+        layers=model.get("num_hidden_layers"),
+        hidden_size=model.get("hidden_size"),
+        heads=model.get("num_attention_heads"),
+        kv_heads=model.get("num_key_value_heads"),
+        vocab_size=manifest.vocab_size,
+        loops=manifest.loops,
+        exit_threshold=manifest.exit_threshold,
+        chunk=manifest.chunk,
+        max_seq_len=manifest.max_seq_len,
+        max_batch=manifest.max_batch,
+        tokenizer=has_tokenizer,
+        chat_template=has_tokenizer and TextCodec.load(package.directory).has_chat_template,
+        untrained=manifest.untrained,
+        warnings=untrained_warnings(manifest.untrained),
+        parity=_parity(package.directory),
+        graphs=tuple(
+            GraphFacts(
+                name,
+                graph.file,
+                manifest.files[graph.file].bytes,
+                tuple(tensor.name for tensor in graph.inputs),
+                tuple(tensor.name for tensor in graph.outputs),
+            )
+            for name, graph in manifest.graphs.items()
+        ),
+        files=_files(package),
+        states=tuple(
+            StateFacts(s.input, s.kind, s.dtype, s.shape, s.bytes(batch, manifest.chunk)) for s in manifest.states
+        ),
+        memory=_memory(package, length, batch),
+        libraries=dict(manifest.libraries),
+    )
+
+
+def untrained_warnings(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """One sentence for each part of a model that was initialised and never trained."""
+    return tuple(_UNTRAINED.get(part, f"the part {part!r} is untrained") for part in parts)
+
+
+def _files(package: Package) -> tuple[FileFacts, ...]:
+    graphs = {graph.file for graph in package.manifest.graphs.values()}
+
+    def role(name: str) -> str:
+        if name in graphs:
+            return "graph"
+        return "text" if name.endswith(_TEXT_SUFFIXES) else "weights"
+
+    return tuple(FileFacts(name, role(name), spec.bytes) for name, spec in package.manifest.files.items())
+
+
+def _memory(package: Package, length: int, batch: int) -> MemoryFacts:
+    manifest = package.manifest
+    cache = manifest.cache_bytes(length, batch)
+    return MemoryFacts(
+        length=length,
+        batch=batch,
+        weights_bytes=sum(file.bytes for file in _files(package) if file.role == "weights"),
+        state_bytes=manifest.state_bytes(batch),
+        cache_bytes=cache,
+        looplm_cache_bytes={loops: loops * cache for loops in COMPARED_LOOPS},
+    )
+
+
+def _parity(directory: Path) -> ParityFacts | None:
+    path = directory / PARITY
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        failures = tuple(str(failure) for failure in content.get("failures", ()))
+        hashed = content.get("manifest_sha256") or None
+        current = hashed is None or hashed == file_hash(directory / MANIFEST)
+        return ParityFacts(content["passed"] is True, current, failures)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackageError(f"{path} is not a parity report ({error}); verify the package again") from error
