@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,17 +36,25 @@ class _Case:
 
 
 def verify(
-    package: Path, checkpoint: Path, *, tokens: int = 256, seed: int = 0, progress: Progress = no_progress
+    package: Path,
+    checkpoint: Path,
+    *,
+    loops: int | None = None,
+    tokens: int = 256,
+    seed: int = 0,
+    progress: Progress = no_progress,
 ) -> ParityReport:
     """Compares a package with its checkpoint and writes parity.json into the package.
 
     Loop by loop: hidden, latent, cache rows, exit probability and logits, for a ragged batch of prompts and for
     chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
+    ``loops`` None: as many as the package was trained for.
     The PyTorch side runs first and is freed before the package is loaded, so the two never share memory. Raises
     CheckpointError, PackageError, ParityError if the two have different shapes.
     """
     manifest = Package.open(package, check_hashes=False).manifest
     _same_model(manifest, checkpoint)
+    manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     rng = np.random.default_rng(seed)
     chunk = min(manifest.chunk, _TRACED_CHUNK)
     room = manifest.max_seq_len
@@ -90,7 +98,7 @@ def verify(
         runtime = Runtime.load(directory, check_hashes=False)
         errors = StateErrors()
         for case in cases:
-            _compare_case(runtime, case, errors)
+            _compare_case(runtime, case, manifest.loops, errors)
         errors.into(report)
         session = runtime.session(1)
         session.append([probe], LoopSettings(manifest.loops, threshold, chunk))
@@ -98,7 +106,12 @@ def verify(
         report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], depths, strict=True))
         for prompt, size, expected, margins in runs:
             got = runtime.generate(
-                prompt, max_tokens=len(expected), ignore_eos=True, exit_threshold=1.0, chunk=size
+                prompt,
+                max_tokens=len(expected),
+                loops=manifest.loops,
+                ignore_eos=True,
+                exit_threshold=1.0,
+                chunk=size,
             ).token_ids
             same = common_prefix(got, expected)
             margin = margins[same] if same < len(expected) else 0.0
@@ -159,10 +172,10 @@ def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
     return float((middle[gap] + middle[gap + 1]) / 2)
 
 
-def _compare_case(runtime: Runtime, case: _Case, errors: StateErrors) -> None:
+def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors) -> None:
     """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
     session = runtime.session(len(case.prompts))
-    settings = LoopSettings(runtime.manifest.loops, chunk=case.chunk)
+    settings = LoopSettings(loops, chunk=case.chunk)
     position = [0] * session.batch
     steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(_DECODE_STEPS)]
     for tokens in (case.prompts, *steps):

@@ -142,7 +142,7 @@ def chat(
     threads: Threads = None,
     backend: BackendName = "auto",
 ) -> None:
-    """Talk with a model in the terminal; /help lists what else can be typed."""
+    """Talk with a model in the terminal; /help lists the commands."""
     with reported_errors():
         request = _request(
             max_tokens, loops, exit_threshold, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
@@ -239,9 +239,11 @@ class Chat:
                 pieces.append(piece)
                 _write(piece)
         except KeyboardInterrupt:
-            _notice("\nstopped" if pieces else "\nstopped before the first word; the message is forgotten")
             if not pieces:
+                _notice("\nstopped before the first word; the message is forgotten")
                 return
+            _write("\n")
+            _notice("stopped")
         else:
             _write("\n")
         self.turns += [message, _message("assistant", "".join(pieces))]

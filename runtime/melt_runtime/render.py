@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -38,15 +39,14 @@ def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
 
     None where nobody would see it: standard error is no terminal, or the package is small. Raises PackageError.
     """
-    console = Console(stderr=True)
     total = 0
-    if console.is_terminal:
+    if sys.stderr.isatty():
         total = sum(file.bytes for file in Package.open(directory, check_hashes=False).manifest.files.values())
     if total <= _PROGRESS_FROM_BYTES:
         yield None
         return
     columns = (TextColumn("checking the package"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("checking", total=total)
 
         def advance(count: int) -> None:

@@ -1,0 +1,110 @@
+"""Small real models, exported once a session and shared by the tests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from melt_models import MeltConfig, MeltForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from melt_export.export import ExportOptions, building
+
+torch.set_num_threads(1)
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?0123456789:"
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "total_ut_steps": 4,
+    "chunk_size": 8,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}!{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+MakeCheckpoint = Callable[..., Path]
+MakePackage = Callable[..., Path]
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A character-level tokenizer of 45 tokens with a chat template."""
+    vocab = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<pad>", "<end>", "<unk>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A function of config fields (and ``tokenizer=True``) -> a random MELT checkpoint, made once for equal fields."""
+    made: dict[str, Path] = {}
+
+    def make(*, tokenizer: bool = False, **fields: object) -> Path:
+        key = repr((tokenizer, sorted(fields.items())))
+        if key not in made:
+            directory = tmp_path_factory.mktemp("checkpoint")
+            torch.manual_seed(0)
+            MeltForCausalLM(MeltConfig(**{**TINY, **fields})).save_pretrained(directory)
+            if tokenizer:
+                write_tokenizer(directory)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_package(tmp_path_factory: pytest.TempPathFactory) -> MakePackage:
+    """A function of a checkpoint and export options -> a package, made once for equal arguments. Do not change it."""
+    made: dict[str, Path] = {}
+
+    def make(checkpoint: Path, **options: object) -> Path:
+        key = repr((checkpoint, sorted(options.items())))
+        if key not in made:
+            output = tmp_path_factory.mktemp("package") / "package"
+            with building(checkpoint, output, ExportOptions(**options)):  # type: ignore[arg-type]
+                pass
+            made[key] = output
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
+    """The usual small model, with a tokenizer."""
+    return make_checkpoint(tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_package(make_package: MakePackage, tiny_checkpoint: Path) -> Path:
+    """The usual small model in fp32 for ONNX Runtime, with a tokenizer. Do not change it."""
+    return make_package(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_package_without_tokenizer(make_package: MakePackage, make_checkpoint: MakeCheckpoint) -> Path:
+    """The same without a tokenizer. Do not change it."""
+    return make_package(make_checkpoint())
+
+
+@pytest.fixture
+def package_copy(tiny_package: Path, tmp_path: Path) -> Path:
+    """A copy of the usual package that a test may spoil."""
+    return Path(shutil.copytree(tiny_package, tmp_path / "copy"))

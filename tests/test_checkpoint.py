@@ -1,0 +1,397 @@
+"""Reading checkpoint directories: what loads, and the one clear sentence for everything that does not."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from melt_models import (
+    CheckpointError,
+    LoopLMConfig,
+    LoopLMForCausalLM,
+    MeltConfig,
+    MeltForCausalLM,
+    UnsupportedConfigError,
+)
+from melt_models.checkpoint import Weights, load_model, read_config
+from melt_models.layers import rotary_tables
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "total_ut_steps": 3,
+}
+# As published: the old names of the RoPE and dtype fields, remote code, and fields of a library's own.
+OURO_JSON = """{
+  "architectures": ["OuroForCausalLM"],
+  "attention_dropout": 0.0,
+  "auto_map": {"AutoConfig": "configuration_ouro.OuroConfig", "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM"},
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "head_dim": 16,
+  "hidden_act": "silu",
+  "hidden_size": 64,
+  "initializer_range": 0.02,
+  "intermediate_size": 96,
+  "layer_types": ["full_attention", "full_attention"],
+  "max_position_embeddings": 512,
+  "max_window_layers": 2,
+  "model_type": "ouro",
+  "num_attention_heads": 4,
+  "num_hidden_layers": 2,
+  "num_key_value_heads": 4,
+  "rms_norm_eps": 1e-06,
+  "rope_scaling": null,
+  "rope_theta": 40000.0,
+  "sliding_window": null,
+  "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16",
+  "total_ut_steps": 4,
+  "transformers_version": "4.55.0",
+  "use_cache": true,
+  "use_sliding_window": false,
+  "vocab_size": 50
+}"""
+V_PROJ = "model.layers.1.self_attn.v_proj.weight"
+MODELS = {"ouro": (LoopLMConfig, LoopLMForCausalLM), "melt": (MeltConfig, MeltForCausalLM)}
+
+
+def small_model(kind: str = "ouro", **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config_class, model_class = MODELS[kind]
+    return model_class(config_class(**{**SIZES, **fields})).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A LoopLM checkpoint in one file, ready to be spoiled."""
+    directory = tmp_path / "checkpoint"
+    small_model().save_pretrained(directory)
+    return directory
+
+
+def change_config(directory: Path, drop: tuple[str, ...] = (), **fields: Any) -> None:
+    path = directory / "config.json"
+    content = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in content.items() if name not in drop}))
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(directory: Path, *words: str, config: bool = False) -> None:
+    """load_model refuses with one line that holds all of the words."""
+    with pytest.raises(UnsupportedConfigError if config else CheckpointError) as caught:
+        load_model(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@torch.no_grad()
+def same(directory: Path, model: Any) -> None:
+    """The directory loads as this model, bit by bit."""
+    loaded = load_model(directory)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    ids = torch.arange(7)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("kind", ["ouro", "melt"])
+def test_a_saved_model_loads_whether_tied_or_sharded(kind: str, shard: str, tied: bool, tmp_path: Path) -> None:
+    model = small_model(kind, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    same(tmp_path, model)
+    loaded = load_model(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_a_tied_checkpoint_may_repeat_the_embedding_as_its_head(tmp_path: Path) -> None:
+    model = small_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    same(tmp_path, model)
+
+
+def test_absent_head_dim_and_key_value_heads_follow_from_the_heads(tmp_path: Path) -> None:
+    model = small_model(num_key_value_heads=4)
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, drop=("head_dim", "num_key_value_heads"))
+    config = read_config(tmp_path)
+    assert (config.head_dim, config.num_key_value_heads) == (16, 4)
+    same(tmp_path, model)
+
+
+def test_a_published_ouro_config_loads(tmp_path: Path) -> None:
+    model = small_model(num_key_value_heads=4, total_ut_steps=4, rope_theta=40000.0, max_position_embeddings=512)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(OURO_JSON)
+    config = read_config(tmp_path)
+    assert isinstance(config, LoopLMConfig)
+    assert (config.total_ut_steps, config.norm_layout, config.eos_token_id) == (4, "sandwich", 2)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 40000.0}
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    same(tmp_path, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_keep_their_dtype_unless_another_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    small_model().to(dtype).save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == dtype
+    assert load_model(tmp_path, torch.float32).dtype == torch.float32
+
+
+def test_weights_tell_name_shape_and_dtype_without_reading(checkpoint: Path) -> None:
+    weights = Weights(checkpoint)
+    stored = weights[V_PROJ]
+    assert (stored.shape, stored.dtype, stored.file.name) == ((32, 64), torch.float32, "model.safetensors")
+    assert set(weights) == set(small_model().state_dict())
+    assert torch.equal(weights.tensor(V_PROJ), small_model().state_dict()[V_PROJ])
+
+
+def test_a_large_finite_tensor_whose_sum_overflows_is_accepted(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t[V_PROJ].fill_(3e38))
+    assert load_model(checkpoint).state_dict()[V_PROJ][0, 0] == 3e38
+
+
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_a_static_rope_scaling_gives_transformers_own_tables(kind: str, checkpoint: Path) -> None:
+    change_config(checkpoint, drop=("rope_parameters",), rope_theta=10000.0, rope_scaling=ROPE[kind])
+    change_config(checkpoint, max_position_embeddings=512)
+    config = read_config(checkpoint)
+    load_model(checkpoint)
+    positions = torch.arange(0, 300, 7)[None]
+    cos, sin = rotary_tables(config, positions)
+    fields = {name: size for name, size in SIZES.items() if name != "total_ut_steps"}
+    llama = LlamaConfig(**fields, max_position_embeddings=512, rope_parameters={**ROPE[kind], "rope_theta": 10000.0})
+    expected_cos, expected_sin = LlamaRotaryEmbedding(llama)(torch.zeros(1), positions)
+    torch.testing.assert_close(cos, expected_cos[..., :8])
+    torch.testing.assert_close(sin, expected_sin[..., :8])
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "does not exist")
+
+
+def test_a_file_instead_of_a_directory_is_refused(checkpoint: Path) -> None:
+    refused(checkpoint / "model.safetensors", "model.safetensors", "is a file")
+
+
+def test_a_directory_without_config_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    refused(checkpoint, str(checkpoint), "no config.json")
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}", b'{"model_type": "ouro"'])
+def test_broken_json_is_refused(content: bytes, checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+    refused(checkpoint, "config.json", "JSON")
+
+
+def test_a_config_that_is_no_object_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text("[1]")
+    refused(checkpoint, "config.json", "list")
+
+
+@pytest.mark.parametrize("name", ["qwen2", None, 7, ["ouro"], {"ouro": 1}])
+def test_an_unknown_model_type_is_refused(name: Any, checkpoint: Path) -> None:
+    change_config(checkpoint, model_type=name)
+    refused(checkpoint, "model_type", repr(name), "'ouro'", "'melt'", config=True)
+
+
+def test_a_llama_has_to_be_converted_first(checkpoint: Path) -> None:
+    change_config(checkpoint, model_type="llama")
+    refused(checkpoint, "'llama'", "melt-convert", config=True)
+
+
+BAD_CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"total_ut_steps": 0}, ("total_ut_steps is 0",)),
+    ({"total_ut_steps": "four"}, ("total_ut_steps",)),
+    ({"hidden_size": None}, ("hidden_size",)),
+    ({"num_hidden_layers": -1}, ("num_hidden_layers is -1",)),
+    ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
+    ({"num_key_value_heads": 3}, ("num_attention_heads (4)", "num_key_value_heads (3)")),
+    ({"num_key_value_heads": 0}, ("num_key_value_heads is 0",)),
+    ({"num_key_value_heads": "two"}, ("num_key_value_heads",)),
+    ({"head_dim": 15}, ("head_dim is 15", "even")),
+    ({"head_dim": 16.5}, ("head_dim",)),
+    ({"hidden_act": "gelu"}, ("hidden_act 'gelu'", "silu")),
+    ({"norm_layout": "post"}, ("norm_layout 'post'",)),
+    ({"rms_norm_eps": 0.0}, ("rms_norm_eps is 0.0",)),
+    ({"early_exit_threshold": "high"}, ("early_exit_threshold",)),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": "large"}}, ("rope_theta",)),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, ("rope_theta",)),
+    ({"rope_parameters": "yarn"}, ("rope_parameters",)),
+    ({"sliding_window": 4, "use_sliding_window": True}, ("sliding_window",)),
+    ({"early_exit_step": 3}, ("early_exit_step is 3", "total_ut_steps is 3")),
+    ({"model_type": "melt", "chunk_size": 0}, ("chunk_size is 0",)),
+    ({"model_type": "melt", "latent_init": "ones"}, ("latent_init 'ones'",)),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD_CONFIGS, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_a_config_that_cannot_be_built_is_refused(
+    fields: dict[str, Any], words: tuple[str, ...], checkpoint: Path
+) -> None:
+    change_config(checkpoint, **fields)
+    refused(checkpoint, "config.json", *words, config=True)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        {"rope_type": "spiral", "factor": 2.0},
+    ],
+    ids=str,
+)
+def test_a_rope_scaling_that_moves_with_the_length_is_refused(scaling: dict[str, Any], checkpoint: Path) -> None:
+    change_config(checkpoint, drop=("rope_parameters",), rope_theta=10000.0, rope_scaling=scaling)
+    refused(checkpoint, "rope_scaling", repr(scaling.get("rope_type") or scaling["type"]), "yarn", config=True)
+
+
+def test_a_missing_tensor_is_refused_by_name(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.pop(V_PROJ))
+    refused(checkpoint, "lacks", V_PROJ)
+
+
+def test_an_unexpected_tensor_is_refused_by_name(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.update({"model.layers.2.extra": torch.zeros(2)}))
+    refused(checkpoint, "unexpected", "model.layers.2.extra")
+
+
+def test_many_missing_tensors_are_counted(checkpoint: Path) -> None:
+    change_config(checkpoint, num_hidden_layers=3)
+    refused(checkpoint, "lacks", "model.layers.2", "and 8 more")
+
+
+def test_an_untied_checkpoint_needs_its_head(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.pop("lm_head.weight"))
+    refused(checkpoint, "lacks", "lm_head.weight")
+
+
+def test_a_wrong_shape_is_refused_by_name(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.update({V_PROJ: torch.zeros(16, 64)}))
+    refused(checkpoint, V_PROJ, "[16, 64]", "[32, 64]")
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(checkpoint: Path) -> None:
+    change_config(checkpoint, tie_word_embeddings=True)
+    refused(checkpoint, "ties", "lm_head.weight", "model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 200, -100])
+def test_a_truncated_file_is_refused(keep: int, checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(checkpoint, "model.safetensors", "truncated")
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 8, b"\x10" + b"\0" * 7 + b"not json at all!"])
+def test_a_corrupt_header_is_refused(header: bytes, checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(header + file.read_bytes()[len(header) :])
+    refused(checkpoint, "model.safetensors", "not a readable safetensors file")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_with_the_reason(name: str, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / name)
+    refused(checkpoint, name, "unpickling can run code", "safetensors")
+
+
+def test_a_directory_without_weights_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    refused(checkpoint, str(checkpoint), "no model.safetensors")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    directory = tmp_path / "sharded"
+    small_model().save_pretrained(directory, max_shard_size="60KB")
+    return directory
+
+
+def change_index(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = directory / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_shard_that_is_not_there_is_refused_by_name(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(sharded, "index.json", shard.name, "not there")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_that_names_a_file_outside_is_refused(name: str, sharded: Path) -> None:
+    change_index(sharded, lambda index: index["weight_map"].update({V_PROJ: name}))
+    refused(sharded, "index.json", name, "outside")
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": []}])
+def test_an_index_without_a_map_is_refused(content: dict[str, Any], sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(content))
+    refused(sharded, "index.json", "weight_map")
+
+
+def test_a_tensor_in_two_shards_is_refused_by_name(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: torch.zeros(2)}, second)
+    refused(sharded, name, first.name, second.name)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(value: float, checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t[V_PROJ][3].fill_(value))
+    refused(checkpoint, V_PROJ, "NaN or Inf")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8")])
+def test_a_dtype_that_is_no_weight_is_refused_by_name(dtype: torch.dtype, name: str, checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.update({V_PROJ: t[V_PROJ].to(dtype)}))
+    refused(checkpoint, V_PROJ, name, "F32, F16 and BF16")
+
+
+def test_every_refusal_names_the_path_it_is_about(checkpoint: Path) -> None:
+    change_config(checkpoint, hidden_act="relu")
+    with pytest.raises(CheckpointError, match=re.escape(str(checkpoint / "config.json"))):
+        read_config(checkpoint)

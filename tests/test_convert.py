@@ -1,0 +1,361 @@
+"""Conversion to MELT, its command, and directories that appear whole or not at all."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from melt_models import (
+    CheckpointError,
+    LoopLMConfig,
+    LoopLMForCausalLM,
+    MeltConfig,
+    MeltForCausalLM,
+    UnsupportedConfigError,
+    atomic,
+)
+from melt_models.atomic import TargetExistsError, new_directory
+from melt_models.checkpoint import load_model, read_config
+from melt_models.convert import COMPANIONS, convert, main
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+IDS = torch.arange(3, 15)[None]
+
+
+def write(model: Any, directory: Path, **options: Any) -> Any:
+    """Gives a model random weights, norms included, and saves it."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.randn_like(weight) * 0.15 + ("norm" in name))
+    model.eval().save_pretrained(directory, **options)
+    return model
+
+
+def ouro(directory: Path, **fields: Any) -> LoopLMForCausalLM:
+    return write(LoopLMForCausalLM(LoopLMConfig(**{**SIZES, "total_ut_steps": 3, **fields})), directory)
+
+
+def llama(directory: Path, **fields: Any) -> LlamaForCausalLM:
+    return write(LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields})), directory)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def test_an_ouros_config_fields_are_carried_over(tmp_path: Path) -> None:
+    fields = {
+        "rope_theta": 30000.0,
+        "rms_norm_eps": 1e-5,
+        "early_exit_threshold": 0.8,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "pad_token_id": 4,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.01,
+    }
+    source = ouro(tmp_path / "ouro", **fields).config
+    convert(tmp_path / "ouro", tmp_path / "melt", chunk_size=5)
+    config = read_config(tmp_path / "melt")
+    assert isinstance(config, MeltConfig)
+    for name in (*SIZES, *fields, "total_ut_steps", "norm_layout", "rope_parameters", "hidden_act", "use_cache"):
+        if name != "rope_theta":
+            assert getattr(config, name) == getattr(source, name), name
+    assert (config.chunk_size, config.latent_init, list(config.untrained)) == (5, "first_input", ["latent_gate"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_the_first_loop_of_a_converted_ouro_is_looplms(tied: bool, tmp_path: Path) -> None:
+    source = ouro(tmp_path / "ouro", tie_word_embeddings=tied)
+    convert(tmp_path / "ouro", tmp_path / "melt")
+    model = load_model(tmp_path / "melt")
+    assert isinstance(model, MeltForCausalLM)
+    expected = source(IDS)
+    actual = model(IDS)
+    assert torch.equal(actual.loop_hidden[0], expected.loop_hidden[0])
+    assert torch.equal(actual.exit_probability[0], expected.exit_distribution[0])
+    assert torch.equal(model(IDS, num_loops=1).logits, source(IDS, exit_at_step=0).logits)
+
+
+def test_an_untrained_latent_gate_stays_near_the_last_loop(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    convert(tmp_path / "ouro", tmp_path / "melt")
+    gate = load_model(tmp_path / "melt").model.layers[1].latent_gate
+    h, a = torch.randn(2, 1, 4, 64).unbind()
+    z = 0.1192  # sigmoid(-2)
+    torch.testing.assert_close(gate(a, h), z * h + (1 - z) * a, rtol=1e-3, atol=1e-3)
+
+
+def test_loops_can_be_chosen(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    convert(tmp_path / "ouro", tmp_path / "melt", loops=6)
+    assert read_config(tmp_path / "melt").total_ut_steps == 6
+
+
+def test_the_dtype_of_the_source_is_kept(tmp_path: Path) -> None:
+    write(LoopLMForCausalLM(LoopLMConfig(**SIZES)).to(torch.bfloat16), tmp_path / "ouro", max_shard_size="30KB")
+    assert len(list((tmp_path / "ouro").glob("*.safetensors"))) > 1
+    convert(tmp_path / "ouro", tmp_path / "melt")
+    assert {weight.dtype for weight in load_model(tmp_path / "melt").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA3], ids=["rope", "llama3"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_a_converted_llama_has_the_llamas_logits(
+    kv_heads: int, tied: bool, rope: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    fields = {"num_key_value_heads": kv_heads, "tie_word_embeddings": tied, "rope_parameters": rope}
+    source = llama(tmp_path / "llama", **fields)
+    config = convert(tmp_path / "llama", tmp_path / "melt", chunk_size=5)
+    assert (config.total_ut_steps, config.norm_layout) == (1, "pre")
+    assert list(config.untrained) == ["latent_gate", "early_exit_gate"]
+    expected = source(IDS).logits
+    model = load_model(tmp_path / "melt")
+    assert relative_error(model(IDS).logits, expected) < 1e-5
+    assert relative_error(model(IDS, chunk_size=12).logits, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_llama_config_that_leaves_things_out_gets_llamas_defaults(tmp_path: Path) -> None:
+    source = llama(tmp_path / "llama", num_key_value_heads=4)
+    path = tmp_path / "llama" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k: content[k] for k in content if k in SIZES or k == "model_type"} | {"head_dim": None})
+    )
+    convert(tmp_path / "llama", tmp_path / "melt")
+    assert relative_error(load_model(tmp_path / "melt")(IDS).logits, source(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_converted_llamas_exit_gate_never_opens(tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    convert(tmp_path / "llama", tmp_path / "melt", loops=4)
+    assert load_model(tmp_path / "melt")(IDS, exit_threshold=0.001).depth.unique().tolist() == [4]
+
+
+def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    for name in (*COMPANIONS, "notes.txt", "modeling_ouro.py"):
+        (tmp_path / "ouro" / name).write_text(f"content of {name}")
+    convert(tmp_path / "ouro", tmp_path / "melt")
+    written = contents(tmp_path / "melt")
+    assert set(written) == {"config.json", "model.safetensors", *COMPANIONS}
+    for name in COMPANIONS:
+        assert written[name].decode() == f"content of {name}"
+
+
+def test_written_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    (tmp_path / "other").touch()
+    convert(tmp_path / "ouro", tmp_path / "melt")
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "melt").iterdir()}
+    assert set(modes.values()) == {oct((tmp_path / "other").stat().st_mode & 0o777)}, modes
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_a_llama_with_biases_is_refused(bias: str, tmp_path: Path) -> None:
+    llama(tmp_path / "llama", **{bias: True})
+    with pytest.raises(UnsupportedConfigError, match="biases"):
+        convert(tmp_path / "llama", tmp_path / "melt")
+
+
+def test_a_melt_is_no_source(tmp_path: Path) -> None:
+    write(MeltForCausalLM(MeltConfig(**SIZES)), tmp_path / "melt")
+    with pytest.raises(UnsupportedConfigError, match="'melt' cannot become a MELT"):
+        convert(tmp_path / "melt", tmp_path / "again")
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_act", "gelu"), ("num_key_value_heads", 3), ("head_dim", 15)])
+def test_a_llama_that_melt_cannot_hold_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UnsupportedConfigError, match=field):
+        convert(tmp_path / "llama", tmp_path / "melt")
+
+
+def test_a_source_with_nan_leaves_nothing_behind(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    tensors = load_file(tmp_path / "ouro" / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "ouro" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        convert(tmp_path / "ouro", tmp_path / "melt")
+    assert [path.name for path in tmp_path.iterdir()] == ["ouro"]
+
+
+def test_an_existing_target_needs_force(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    (tmp_path / "melt").mkdir()
+    (tmp_path / "melt" / "mine.txt").write_text("mine")
+    with pytest.raises(TargetExistsError, match="--force"):
+        convert(tmp_path / "ouro", tmp_path / "melt")
+    assert contents(tmp_path / "melt") == {"mine.txt": b"mine"}
+    convert(tmp_path / "ouro", tmp_path / "melt", force=True)
+    assert not (tmp_path / "melt" / "mine.txt").exists()
+    assert isinstance(load_model(tmp_path / "melt"), MeltForCausalLM)
+
+
+def test_a_checkpoint_can_be_converted_in_place_with_force(tmp_path: Path) -> None:
+    ouro(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "model", force=True)
+    assert isinstance(load_model(tmp_path / "model"), MeltForCausalLM)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    """The command's exit code."""
+    monkeypatch.setattr(sys, "argv", ["melt-convert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+def test_the_command_says_what_is_untrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(tmp_path / "llama")
+    assert run(monkeypatch, tmp_path / "llama", tmp_path / "melt", "--loops", 2, "--chunk-size", 7) == 0
+    assert "2 layers, 2 loops; untrained: latent_gate, early_exit_gate" in capsys.readouterr().out
+    config = read_config(tmp_path / "melt")
+    assert (config.total_ut_steps, config.chunk_size) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("nowhere", "melt", "does not exist"),
+        ("bad", "melt", "hidden_act"),
+        ("ouro", "full", "--force"),
+        ("ouro", "file", "not a directory"),
+        ("ouro", "file/melt", "file"),
+    ],
+)
+def test_the_command_exits_2_with_one_line(
+    source: str,
+    target: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ouro(tmp_path / "ouro")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text('{"model_type": "ouro", "hidden_act": "gelu"}')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert run(monkeypatch, tmp_path / source, tmp_path / target) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("melt-convert: ")
+    assert words in error
+    assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A directory with something in it."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old.txt").write_text("old")
+    return tmp_path / "target"
+
+
+def test_a_directory_gets_its_name_only_at_the_end(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "deep" / "target") as build:
+        (build / "new.txt").write_text("new")
+        assert not (tmp_path / "deep" / "target").exists()
+    assert contents(tmp_path) == {"deep/target/new.txt": b"new"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_directory_and_nothing_else(error: type[BaseException], old: Path) -> None:
+    def write_and_fail() -> None:
+        with new_directory(old, force=True) as build:
+            (build / "new.txt").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert contents(old.parent) == {"target/old.txt": b"old"}
+    assert [path.name for path in old.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("exchange", ["renameat2", "two renames"])
+def test_force_replaces_the_old_directory(exchange: str, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if exchange == "two renames":
+        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())  # a platform without the call
+    with new_directory(old, force=True) as build:
+        (build / "new.txt").write_text("new")
+        assert contents(old) == {"old.txt": b"old"}
+    assert contents(old.parent) == {"target/new.txt": b"new"}
+    assert [path.name for path in old.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_never_replaced(force: bool, tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    with pytest.raises(TargetExistsError, match="not a directory"), new_directory(tmp_path / "target", force=force):
+        pass
+    assert contents(tmp_path) == {"target": b"mine"}
+
+
+def test_an_empty_directory_needs_no_force(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    with new_directory(tmp_path / "target") as build:
+        (build / "new.txt").write_text("new")
+    assert contents(tmp_path) == {"target/new.txt": b"new"}
+
+
+def test_a_killed_process_leaves_the_old_directory_whole(old: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from atomic import new_directory
+with new_directory(Path(sys.argv[2]), force=True) as build:
+    (build / "new.txt").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    module = Path(atomic.__file__).parent  # alone, without the package's slow imports
+    process = subprocess.run([sys.executable, "-c", script, module, old], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert contents(old) == {"old.txt": b"old"}
+    with new_directory(old, force=True) as build:
+        (build / "new.txt").write_text("new")
+    assert contents(old) == {"new.txt": b"new"}

@@ -1,0 +1,158 @@
+"""A package computes what its checkpoint computes: every dialect, every model variant, every loop.
+
+``verify`` runs a ragged batch of three prompts and a single one, chunk sizes 8 and 1, and early exit on and off.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import MakeCheckpoint, MakePackage
+
+from melt_export.errors import ParityError
+from melt_export.verify import require_parity, verify
+
+DIALECTS = ("onnxruntime", "standard", "portable")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("norm_layout", ["sandwich", "pre"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_every_loop_agrees_with_pytorch(
+    make_checkpoint: MakeCheckpoint,
+    make_package: MakePackage,
+    dialect: str,
+    norm_layout: str,
+    tied: bool,
+    kv_heads: int,
+) -> None:
+    checkpoint = make_checkpoint(norm_layout=norm_layout, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    package = make_package(checkpoint, dialect=dialect, max_batch=3)
+    for loops in (1, 2, 4):
+        report = verify(package, checkpoint, loops=loops, tokens=12)
+        assert report.failures() == []
+        assert {state.loop for state in report.states} == set(range(1, loops + 1))
+        assert all(run.same == run.tokens for run in report.generations)
+        assert report.exit_same_depth == report.exit_tokens
+        if loops == 4:
+            assert 0 < report.exit_threshold < 1
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_latent_that_starts_at_zero_agrees_too(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, dialect: str
+) -> None:
+    checkpoint = make_checkpoint(latent_init="zeros")
+    assert verify(make_package(checkpoint, dialect=dialect), checkpoint, tokens=8).failures() == []
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
+def test_scaled_rotary_embeddings_agree_too(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, rope_type: str
+) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    if rope_type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    checkpoint = make_checkpoint(rope_parameters=rope)
+    assert verify(make_package(checkpoint), checkpoint, tokens=8).failures() == []
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_lower_precision_stays_within_its_tolerance(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, dialect: str, precision: str
+) -> None:
+    checkpoint = make_checkpoint()
+    report = verify(make_package(checkpoint, dialect=dialect, precision=precision), checkpoint, tokens=16)
+    assert report.failures() == []
+    assert 0 < report.kl_mean <= report.kl_max
+    assert report.worst > 1e-6  # it is not fp32 in disguise
+
+
+def test_a_package_for_one_sequence_agrees(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:
+    checkpoint = make_checkpoint()
+    package = make_package(checkpoint, max_batch=1, max_seq_len=24, chunk=4)
+    assert verify(package, checkpoint, tokens=64).failures() == []
+
+
+def test_a_changed_weight_is_found(tiny_checkpoint: Path, package_copy: Path) -> None:
+    with (package_copy / "weights.data").open("r+b") as weights:
+        weights.seek(8192)
+        weights.write(np.ones(64, np.float32).tobytes())
+    report = verify(package_copy, tiny_checkpoint, tokens=4)
+    assert not report.passed
+    with pytest.raises(ParityError, match="does not match its checkpoint"):
+        require_parity(report)
+
+
+def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, package_copy: Path) -> None:
+    report = verify(package_copy, tiny_checkpoint, tokens=4)
+    written = json.loads((package_copy / "parity.json").read_text())
+    assert written["passed"] is True
+    assert written["kl_mean"] == report.kl_mean
+    assert written["tolerance"]["relative"] == 1e-4
+    assert {s["quantity"] for s in written["states"]} == {
+        "hidden",
+        "latent",
+        "exit probability",
+        "key rows",
+        "value rows",
+        "logits",
+    }
+
+
+def test_another_checkpoint_is_refused(make_checkpoint: MakeCheckpoint, tiny_package: Path) -> None:
+    with pytest.raises(ParityError, match="num_hidden_layers"):
+        verify(tiny_package, make_checkpoint(num_hidden_layers=1), tokens=4)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_graphs_pass_the_checker_with_full_shape_inference(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, dialect: str
+) -> None:
+    package = make_package(make_checkpoint(), dialect=dialect)
+    for graph in ("embed", "loop_step", "lm_head"):
+        onnx.checker.check_model(str(package / f"{graph}.onnx"), full_check=True)
+
+
+def test_only_the_dialects_own_operators_are_used(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:
+    expected = {"onnxruntime": {"", "com.microsoft"}, "standard": {""}, "portable": {""}}
+    opsets = {"onnxruntime": 21, "standard": 24, "portable": 18}
+    for dialect, domains in expected.items():
+        model = onnx.load(make_package(make_checkpoint(), dialect=dialect) / "loop_step.onnx", load_external_data=False)
+        assert {node.domain for node in model.graph.node} == domains
+        assert {o.domain: o.version for o in model.opset_import}[""] == opsets[dialect]
+
+
+def test_nodes_say_where_they_come_from(tiny_package: Path) -> None:
+    graph = onnx.load(tiny_package / "loop_step.onnx", load_external_data=False).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    for name in (
+        "/layers.1/self_attn/GroupQueryAttention",
+        "/layers.0/latent_gate/Sigmoid",
+        "/layers.0/mlp/down_proj/MatMul",
+    ):
+        assert name in names
+    stored = {init.name for init in graph.initializer}
+    assert "model.layers.1.latent_gate.latent_proj.weight" in stored
+    assert [i.name for i in graph.input][:5] == ["hidden", "latent", "first_loop", "active", "lengths"]
+
+
+def test_a_tied_head_shares_the_embedding_on_disk(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:
+    def head_bytes(tied: bool) -> int:
+        package = make_package(make_checkpoint(tie_word_embeddings=tied, vocab_size=500))
+        return (package / "weights.data").stat().st_size
+
+    assert head_bytes(False) - head_bytes(True) >= 500 * 64 * 4
+
+
+def test_a_package_can_be_moved(tiny_package: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny_package, tmp_path / "elsewhere" / "package"))
+    assert verify(moved, tiny_checkpoint, tokens=4).passed
