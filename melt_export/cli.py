@@ -105,7 +105,7 @@ def verify_command(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress display on stderr; the callable takes a step's name, its size and what was done since the last call."""
+    """A progress display on stderr: the callable takes a step, its size, and what was done since its last call."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as display:
         tasks: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import ArgumentError, PromptError
 from .sampling import Sampler, SamplingParams
-from .session import LoopSettings, Session
+from .session import LoopSettings, Session, whole_number
 from .stopping import StopMatcher
 from .text import StreamDecoder, TextCodec
 
@@ -25,8 +25,9 @@ class GenerationOptions:
     stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ArgumentError(f"max_tokens is {self.max_tokens}; it must be 1 or more")
+        whole_number("max_tokens", self.max_tokens)
+        if not all(isinstance(i, int) for i in self.stop_ids):
+            raise ArgumentError("stop_ids must be whole numbers (token ids)")
 
 
 @dataclass(frozen=True)

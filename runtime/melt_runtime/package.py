@@ -149,15 +149,26 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
+        """Refuses values that cannot be: whoever reads the manifest afterwards can rely on it."""
         for name in ("max_seq_len", "cache_rows", "max_batch", "chunk", "loops", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_count(value):
                 raise PackageError(f"{MANIFEST}: {name} is {value!r}; it must be a whole number from 1")
+        if not isinstance(self.exit_threshold, float | int) or not 0 <= self.exit_threshold <= 1:
+            raise PackageError(f"{MANIFEST}: exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
         if self.dialect not in DIALECTS or self.precision not in PRECISIONS:
             raise PackageError(f"{MANIFEST}: unknown dialect {self.dialect!r} or precision {self.precision!r}")
+        if not isinstance(self.model, dict) or not isinstance(self.libraries, dict):
+            raise PackageError(f"{MANIFEST}: model and libraries must be JSON objects")
+        if not all(isinstance(part, str) for part in self.untrained):
+            raise PackageError(f"{MANIFEST}: untrained must be a list of names")
+        if [state.input for state in self.states[:2]] != ["hidden", "latent"] or len(self.states) < 4:
+            raise PackageError(f"{MANIFEST}: states must be hidden, latent and a key and value cache a layer")
         for state in self.states:
-            if state.kind not in STATE_KINDS or state.dtype not in ITEM_BYTES:
-                raise PackageError(f"{MANIFEST}: state {state.input} has an unknown kind or dtype")
+            rank = 3 if state.input == "hidden" else 4
+            dims = all(_is_count(d) or d in ("batch", "chunk") for d in state.shape)
+            if state.kind not in STATE_KINDS or state.dtype not in ITEM_BYTES or len(state.shape) != rank or not dims:
+                raise PackageError(f"{MANIFEST}: state {state.input} has an unknown kind, dtype or shape")
         for name in (*self.files, *(graph.file for graph in self.graphs.values())):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name:
@@ -165,6 +176,10 @@ class Manifest:
         unlisted = next((g.file for g in self.graphs.values() if g.file not in self.files), None)
         if unlisted:
             raise PackageError(f"{MANIFEST} lists no hash for {unlisted}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _graph(content: Mapping[str, Any]) -> GraphSpec:

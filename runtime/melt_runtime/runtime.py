@@ -95,8 +95,8 @@ class Runtime:
 
         Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
         temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None (a string or several),
-        stop_ids=None, ignore_eos=False. Prompts of different lengths run together, at most the package's max_batch at a time; each
-        gives what it gives alone. Raises PromptError, ArgumentError.
+        stop_ids=None, ignore_eos=False. Prompts of different lengths run together, at most the package's max_batch
+        at a time; each gives what it gives alone. Raises PromptError, ArgumentError.
         """
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
         prompts = [self.encode(p) for p in ([prompt] if single else prompt)]
@@ -130,7 +130,7 @@ class Runtime:
         exit_threshold: float | None = None,
         chunk: int | None = None,
         stop: str | Sequence[str] | None = None,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: int | Sequence[int] | None = None,
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> GenerationOptions:
@@ -143,6 +143,8 @@ class Runtime:
             self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
             chunk,
         )
+        if isinstance(stop_ids, int):
+            stop_ids = [stop_ids]
         ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)
         return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), frozenset(ids))
 

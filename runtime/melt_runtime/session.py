@@ -24,12 +24,17 @@ class LoopSettings:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.loops, bool) or not isinstance(self.loops, int) or self.loops < 1:
-            raise ArgumentError(f"loops is {self.loops!r}; it must be a whole number from 1")
-        if not 0.0 <= self.exit_threshold <= 1.0:
+        whole_number("loops", self.loops)
+        if self.chunk is not None:
+            whole_number("chunk", self.chunk)
+        if not isinstance(self.exit_threshold, float | int) or not 0.0 <= self.exit_threshold <= 1.0:
             raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
-        if self.chunk is not None and self.chunk < 1:
-            raise ArgumentError(f"chunk is {self.chunk!r}; it must be 1 or more")
+
+
+def whole_number(name: str, value: object) -> None:
+    """Raises ArgumentError unless ``value`` is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1")
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ class Session:
         """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
         if len(tokens) != self.batch:
             raise PromptError(f"the session has {self.batch} sequences, tokens were given for {len(tokens)}")
-        arrays = [np.asarray(ids, np.int64).reshape(-1) for ids in tokens]
+        try:
+            arrays = [np.asarray(ids, np.int64).reshape(-1) for ids in tokens]
+        except (OverflowError, TypeError, ValueError) as error:
+            raise PromptError("token ids must be whole numbers inside the vocabulary") from error
         for slot, array in enumerate(arrays):
             room = self.capacity - int(self.lengths[slot])
             if len(array) > room:

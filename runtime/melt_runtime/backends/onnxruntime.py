@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -33,8 +34,9 @@ class OnnxRuntimeBackend:
                 "ONNX Runtime is not installed; install it with: pip install melt-export[cpu]"
             ) from error
         self.ort: Any = onnxruntime
-        if threads is not None and threads < 1:
-            raise ArgumentError(f"threads is {threads}; it must be 1 or more")
+        most = 4 * (os.cpu_count() or 1)
+        if threads is not None and not 1 <= threads <= most:
+            raise ArgumentError(f"threads is {threads}; on this machine it must lie between 1 and {most}")
         self.sessions = {name: self._session(name, threads) for name in GRAPHS}
 
     def _session(self, graph: str, threads: int | None) -> Any:

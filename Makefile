@@ -1,0 +1,49 @@
+# A fresh machine needs Python 3.11+ and make. Everything is installed into .venv and built into build/.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo demo-chat test lint bench-state clean
+
+help:
+	@echo "make demo       export, verify and run the addition model that the repository ships"
+	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
+	@echo "make test       lint, types and all tests"
+	@echo "make bench-state  how the time of a loop step depends on the buffer, the tokens in it and the loops"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.export: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing the exporter and the runtime into $(VENV) (a minute or two)"
+	$(PIP) --editable '.[export]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing everything that tests and demos need into $(VENV) (a few minutes)"
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.export
+
+demo: $(VENV)/.export
+	$(BIN)/melt-export --checkpoint examples/addition-melt --output build/addition --max-batch 32 --force
+	$(BIN)/python examples/demo.py build/addition
+
+demo-chat: $(VENV)/.dev
+	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt
+	$(BIN)/melt-export --checkpoint build/smollm2-melt --output build/smollm2 --max-batch 1 --max-seq-len 2048 --verify-tokens 32 --force
+	$(BIN)/melt-run generate build/smollm2 --chat --stats "What is the capital of France?"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench-state: $(VENV)/.dev
+	$(BIN)/python benchmarks/loop_step.py
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,68 @@
+"""The demo: an exported addition model answers held-out problems at 1, 2, 3 and 4 loops, with no PyTorch loaded.
+
+python examples/demo.py PACKAGE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from addition import Problem, accuracy, held_out_problems, is_correct
+from melt_runtime import Generation, Runtime
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+SHOWN = 6
+EXIT_THRESHOLD = 0.99
+
+
+def answers(runtime: Runtime, problems: list[Problem], loops: int, exit_threshold: float = 1.0) -> list[Generation]:
+    """What the package writes after each prompt, greedily."""
+    prompts = [problem.prompt for problem in problems]
+    return runtime.generate(prompts, max_tokens=12, loops=loops, exit_threshold=exit_threshold)
+
+
+def mean_depth(generations: list[Generation]) -> float:
+    """Loops a token, over the tokens that were written."""
+    depths = [depth for g in generations for depth in g.depth[g.prompt_tokens :]]
+    return sum(depths) / len(depths)
+
+
+def main(
+    package: Annotated[Path, typer.Argument(help="A package of examples/addition-melt.")],
+    count: Annotated[int, typer.Option(help="Held-out problems a row.", min=1)] = 200,
+) -> None:
+    """Show some answers, then the accuracy against the number of loops and with early exit."""
+    console = Console(soft_wrap=True)
+    runtime = Runtime.load(package)
+    problems = held_out_problems(count, long_carries=True)
+    rows = {f"{loops} loop{'s' * (loops > 1)}": (loops, 1.0) for loops in range(1, runtime.manifest.loops + 1)}
+    rows[f"up to {runtime.manifest.loops}, exit at {EXIT_THRESHOLD}"] = (runtime.manifest.loops, EXIT_THRESHOLD)
+
+    found: dict[str, list[Generation]] = {}
+    for name, (loops, threshold) in track(rows.items(), "answering", console=Console(stderr=True)):
+        found[name] = answers(runtime, problems, loops, threshold)
+
+    shown = Table("problem (never seen in training)", *list(found)[:-1], title="The same weights, thinking longer")
+    for index, problem in enumerate(problems[:SHOWN]):
+        cells = [found[name][index].text for name in list(found)[:-1]]
+        marked = [f"[green]{c}[/]" if is_correct(problem, c) else f"[red]{c} ✗[/]" for c in cells]
+        shown.add_row(problem.prompt.rstrip("="), *marked)
+    console.print(shown)
+
+    table = Table("depth", "exactly right", "loops a token", title=f"{count} held-out problems with long carries")
+    for name, generations in found.items():
+        share = accuracy(problems, [g.text for g in generations])
+        table.add_row(name, f"{share:.1%}", f"{mean_depth(generations):.2f}")
+    console.print(table)
+    console.print(f"state: {runtime.state_bytes():,} bytes for one sequence, whatever the number of loops")
+    if "torch" in sys.modules:
+        raise SystemExit("torch was imported; the runtime must not need it")
+
+
+if __name__ == "__main__":
+    typer.run(main)
