@@ -34,7 +34,7 @@ TOLERANCES = {
 
 @dataclass
 class StateError:
-    """The worst error of one quantity in one loop, over all chunks and sequences."""
+    """The relative error of one quantity in one loop, over all layers, chunks and sequences."""
 
     quantity: str
     loop: int
@@ -120,19 +120,21 @@ class ParityReport:
 
 
 class StateErrors:
-    """Keeps the worst relative error of each quantity and loop, and the logits' distances."""
+    """Relative errors, max |got - expected| over max |expected|, of each quantity and loop; and logits' distances."""
 
     def __init__(self) -> None:
-        self.worst: dict[tuple[str, int], float] = {}
+        self.difference: dict[tuple[str, int], float] = {}
+        self.scale: dict[tuple[str, int], float] = {}
         self.kl: list[float] = []
         self.agree: list[bool] = []
 
     def compare(self, quantity: str, loop: int, got: NDArray[Any], expected: NDArray[Any]) -> None:
-        """Relative error: max |got - expected| over max |expected|; NaN counts as infinite."""
+        """Takes in one pair of arrays; NaN counts as infinitely wrong."""
         got, expected = got.astype(np.float64), expected.astype(np.float64)
-        error = np.abs(got - expected).max() / max(float(np.abs(expected).max()), 1e-30)
-        key = (quantity, loop)
-        self.worst[key] = max(self.worst.get(key, 0.0), float(error) if np.isfinite(error) else float("inf"))
+        difference, key = float(np.abs(got - expected).max()), (quantity, loop)
+        difference = difference if np.isfinite(difference) else float("inf")
+        self.difference[key] = max(self.difference.get(key, 0.0), difference)
+        self.scale[key] = max(self.scale.get(key, 1e-30), float(np.abs(expected).max()))
 
     def compare_logits(self, got: NDArray[Any], expected: NDArray[Any]) -> None:
         """KL(expected || got) in nats, and whether the best token is the same, for each row (positions, vocab)."""
@@ -142,7 +144,10 @@ class StateErrors:
 
     def into(self, report: ParityReport) -> None:
         """Moves the figures into a report."""
-        report.states = [StateError(q, loop, error) for (q, loop), error in sorted(self.worst.items())]
+        report.states = [
+            StateError(quantity, loop, difference / self.scale[quantity, loop])
+            for (quantity, loop), difference in sorted(self.difference.items())
+        ]
         report.logit_positions = len(self.kl)
         report.kl_mean, report.kl_max = float(np.mean(self.kl)), float(np.max(self.kl))
         report.top1 = float(np.mean(self.agree))

@@ -30,7 +30,7 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield build
-        build.chmod(0o755)
+        _share(build)
         _sync_tree(build)
         if target.exists():
             _exchange(build, target)
@@ -66,6 +66,16 @@ def _exchange(build: Path, target: Path) -> None:
         old.rename(target)
         raise
     old.rename(build)
+
+
+def _share(directory: Path) -> None:
+    """The permissions that ordinary files and directories get here; some libraries write theirs for the owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for folder, _, files in os.walk(directory):
+        Path(folder).chmod(0o777 & ~mask)
+        for name in files:
+            (Path(folder) / name).chmod(0o666 & ~mask)
 
 
 def _sync_tree(directory: Path) -> None:

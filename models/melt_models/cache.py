@@ -45,6 +45,10 @@ class MeltCache(Cache):
         self.valid = valid if self.valid is None else torch.cat((self.valid, valid), dim=1)
         self.lengths = added if self.lengths is None else self.lengths + added
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: assisted decoding would need to take rows back."""
+        raise ValueError("a MeltCache cannot be cropped; assisted decoding is not supported")
+
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         if self.valid is not None and self.lengths is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
@@ -22,6 +23,8 @@ WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 CONFIGS: dict[str, type[PreTrainedConfig]] = {"ouro": LoopLMConfig, "melt": MeltConfig, "llama": LlamaConfig}
 LoopedModel: TypeAlias = LoopLMForCausalLM | MeltForCausalLM
 MODELS: dict[str, Any] = {"ouro": LoopLMForCausalLM, "melt": MeltForCausalLM}
+# What building a configuration from untrusted values can raise.
+CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -47,19 +50,19 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{directory} has no config.json; it is not a Hugging Face checkpoint directory")
     content = read_json(path)
     model_type = content.get("model_type")
-    if model_type not in CONFIGS:
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
         raise UnsupportedConfigError(
             f"{path} has model_type {model_type!r}; supported are {', '.join(repr(name) for name in CONFIGS)}"
         )
     try:
         config = CONFIGS[model_type].from_dict(content)
         config.validate()
-    except (ValueError, TypeError, KeyError) as error:
-        raise UnsupportedConfigError(f"{path}: {_innermost(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise UnsupportedConfigError(f"{path}: {innermost(error)}") from error
     return config
 
 
-def _innermost(error: BaseException) -> str:
+def innermost(error: BaseException) -> str:
     """The sentence at the bottom of a chain of wrapped validation errors."""
     while error.__cause__ is not None:
         error = error.__cause__

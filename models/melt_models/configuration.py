@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,6 +12,17 @@ from transformers import PreTrainedConfig
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORM_LAYOUTS = ("sandwich", "pre")
 LATENT_INITS = ("first_input", "zeros")
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "total_ut_steps",
+)
 
 
 @strict
@@ -52,19 +64,19 @@ class LoopedConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        for name, rope in (("rope_parameters", self.rope_parameters), ("rope_scaling", kwargs.get("rope_scaling"))):
+            if not isinstance(rope, dict | None):
+                raise ValueError(f"{name} is {rope!r}; it must be an object")
         # The checkpoint's own RoPE keys, before transformers folds them into rope_parameters.
         kwargs.setdefault("rope_theta", self.default_theta)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Refuses what cannot be built. Raises ValueError with one clear sentence."""
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim max_position_embeddings total_ut_steps"
-        )
-        for field in positive.split():
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; a looped model needs 1 or more")
+        for field in _COUNTS:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; a looped model needs a whole number from 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -76,15 +88,36 @@ class LoopedConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported; only 'silu' is")
         if self.norm_layout not in NORM_LAYOUTS:
             raise ValueError(f"norm_layout {self.norm_layout!r} is not one of {', '.join(NORM_LAYOUTS)}")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}; it must be above 0")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in STATIC_ROPE_TYPES:
+        _number("rms_norm_eps", self.rms_norm_eps, above=0.0)
+        _number("early_exit_threshold", self.early_exit_threshold)
+        if not 0 <= self.early_exit_threshold <= 1:
+            raise ValueError(f"early_exit_threshold is {self.early_exit_threshold!r}; it must lie between 0 and 1")
+        if getattr(self, "use_sliding_window", False):
+            raise ValueError("use_sliding_window is set; attention over a sliding window is not supported")
+        if getattr(self, "quantization_config", None) is not None:
+            raise ValueError("quantization_config is set; quantized checkpoints are not supported")
+        self._validate_rope()
+
+    def _validate_rope(self) -> None:
+        rope = self.rope_parameters
+        if rope.get("rope_type") not in STATIC_ROPE_TYPES:
             raise ValueError(
-                f"rope_scaling of type {rope_type!r} is not supported; supported are {', '.join(STATIC_ROPE_TYPES)}"
+                f"rope_scaling of type {rope.get('rope_type')!r} is not supported; "
+                f"supported are {', '.join(STATIC_ROPE_TYPES)}"
             )
-        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+            if name in rope:
+                _number(name, rope[name], above=0.0)
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError("partial_rotary_factor other than 1 is not supported")
+
+
+def _number(name: str, value: object, above: float = -math.inf) -> None:
+    """Raises ValueError unless ``value`` is a finite number greater than ``above``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= above:  # type: ignore[arg-type, operator]
+        more = f" above {above:g}" if math.isfinite(above) else ""
+        raise ValueError(f"{name} is {value!r}; it must be a finite number{more}")
 
 
 @strict

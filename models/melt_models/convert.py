@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
 from .atomic import TargetExistsError, new_directory
-from .checkpoint import Weights, check_names, expected_shapes, hollow_model, read_config
+from .checkpoint import CONFIG_ERRORS, Weights, check_names, expected_shapes, hollow_model, innermost, read_config
 from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
 from .errors import CheckpointError, UnsupportedConfigError
 from .melt import GATE_BIAS_INIT
@@ -53,8 +53,8 @@ def melt_config(source: PreTrainedConfig, *, loops: int | None = None, chunk_siz
     )
     try:
         return MeltConfig(**values)
-    except ValueError as error:
-        raise UnsupportedConfigError(str(error.__cause__ or error)) from error
+    except CONFIG_ERRORS as error:
+        raise UnsupportedConfigError(innermost(error)) from error
 
 
 def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:

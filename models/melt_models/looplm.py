@@ -147,6 +147,8 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
         total = cache.get_seq_length() + new
         if attention_mask is None:
             attention_mask = torch.ones(batch, total, dtype=torch.bool, device=hidden.device)
+        if attention_mask.shape[1] != total:
+            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; cache and input hold {total}")
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         loop_hidden, exits = self.model(hidden, causal_mask(attention_mask, new), position_ids, cache, num_loops)

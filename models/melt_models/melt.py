@@ -61,7 +61,8 @@ class MeltLayer(DecoderLayer):
         a = self.input_layernorm(x)
         start = a if self.first_input else torch.zeros_like(a)
         # Where, not a product: a latent that no loop has written yet may hold anything.
-        h = self.latent_gate(a, torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), start, latent))
+        latent = torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), start, latent)
+        h = self.latent_gate(a, latent)
         h = torch.where(active.unsqueeze(-1), h, latent)
         return self.attend_and_transform(x, a, h, attend), h
 
@@ -205,6 +206,8 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         num_loops = self.config.total_ut_steps if num_loops is None else num_loops
         chunk_size = self.config.chunk_size if chunk_size is None else chunk_size
         threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
+        if not tokens:
+            raise ValueError("there is no token to run")
         if num_loops < 1 or chunk_size < 1:
             raise ValueError(f"num_loops is {num_loops} and chunk_size {chunk_size}; both must be 1 or more")
         cache = MeltCache(len(self.model.layers)) if past_key_values is None else past_key_values
