@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits. ``relative``: max |a - b| over max |b|, for every state at every loop; ``kl``: mean KL divergence of the
+    """Limits. ``relative``: max |a - b| over max |b|, for every state at every loop (max |a - b| alone for an exit
+    probability, whose scale is 1); ``kl``: mean KL divergence of the
     logits in nats; ``top1``: least share of positions with the same best token; ``same_tokens``: whether greedy
     generation and exit depths must be identical."""
 
@@ -128,13 +129,15 @@ class StateErrors:
         self.kl: list[float] = []
         self.agree: list[bool] = []
 
-    def compare(self, quantity: str, loop: int, got: NDArray[Any], expected: NDArray[Any]) -> None:
-        """Takes in one pair of arrays; NaN counts as infinitely wrong."""
+    def compare(
+        self, quantity: str, loop: int, got: NDArray[Any], expected: NDArray[Any], scale: float = 1e-30
+    ) -> None:
+        """Takes in one pair of arrays; ``scale`` is the least to divide by. NaN counts as infinitely wrong."""
         got, expected = got.astype(np.float64), expected.astype(np.float64)
         difference, key = float(np.abs(got - expected).max()), (quantity, loop)
         difference = difference if np.isfinite(difference) else float("inf")
         self.difference[key] = max(self.difference.get(key, 0.0), difference)
-        self.scale[key] = max(self.scale.get(key, 1e-30), float(np.abs(expected).max()))
+        self.scale[key] = max(self.scale.get(key, scale), float(np.abs(expected).max()))
 
     def compare_logits(self, got: NDArray[Any], expected: NDArray[Any]) -> None:
         """KL(expected || got) in nats, and whether the best token is the same, for each row (positions, vocab)."""

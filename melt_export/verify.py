@@ -194,7 +194,8 @@ def _compare_loop(session: Session, slot: int, count: int, expected: LoopTrace, 
     state, loop = session.state, expected.loop
     errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
     errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
-    errors.compare("exit probability", loop, state.exit_probability()[slot, :count], expected.exit_probability)
+    exits = state.exit_probability()[slot, :count]
+    errors.compare("exit probability", loop, exits, expected.exit_probability, scale=1.0)
     caches = [s for s in session.manifest.states if s.kind != "swap"]
     for part, rows in (("key", expected.keys), ("value", expected.values)):
         stored = [_open_rows(session, s, slot, count) for s in caches if s.input.startswith(part)]

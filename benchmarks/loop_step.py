@@ -1,0 +1,326 @@
+"""What one loop step costs: its time against buffer and tokens, and memory against loops and generated tokens.
+
+    python benchmarks/loop_step.py [--json FILE] [--quick]
+
+Exports its own packages (random weights in the Ouro-1.4B shape, cut to a few layers) into a temporary directory and
+measures them with the runtime. Three questions:
+
+- time: does a decoding step's time depend on the buffer, or only on the tokens in it?
+- loops: do state and resident memory depend on the number of loops?
+- long: does resident memory grow while tokens are generated?
+
+``write_docs.py`` turns the JSON file into docs/benchmarks.md. Runs on Linux (it reads /proc).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from melt_runtime import LoopSettings, Runtime, Session
+from melt_runtime.generation import Generator
+from melt_runtime.package import DIALECTS, PRECISIONS
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# The embedding table and the head are cut to this vocabulary: a loop step reads neither.
+VOCABULARY = 1024
+PROMPT = [1, 2, 3, 4]
+MEMORY_ROWS = 4096
+_LIBRARIES = ("melt-export", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run. ``buffers``: rows of each package's cache; ``tokens``: tokens already in it; ``rounds``: visits to
+    each configuration; ``time_loops``: loops a visit, of which the first is the warm-up; ``loops``: the numbers of
+    loops whose memory is compared over ``loop_tokens`` tokens; ``long_tokens``: tokens generated in one go, each
+    with ``long_loops`` loops, resident memory sampled every ``long_every``."""
+
+    shape: str = "ouro-1.4b"
+    layers: int = 2
+    precision: str = "fp32"
+    dialect: str = "onnxruntime"
+    threads: int = 1
+    buffers: tuple[int, ...] = (1024, 4096, 32768)
+    tokens: tuple[int, ...] = (100, 1000, 2000, 4000)
+    rounds: int = 60
+    time_loops: int = 4
+    loops: tuple[int, ...] = (1, 4, 16)
+    loop_tokens: int = 64
+    long_tokens: int = 2000
+    long_loops: int = 2
+    long_every: int = 100
+
+
+QUICK = {"layers": 1, "rounds": 4, "loop_tokens": 8, "long_tokens": 100, "long_every": 10}
+
+
+def resident(field: str) -> int:
+    """Bytes of memory of this process: ``VmRSS`` now, or ``VmHWM`` at its peak.
+
+    Not getrusage: a child's ru_maxrss starts at its parent's peak.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def in_child(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+    """Runs a generator in a fresh process and yields what it yields. Raises RuntimeError if the process fails."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_send_all, args=(theirs, function, *arguments))
+    child.start()
+    theirs.close()
+    try:
+        while True:
+            try:
+                yield ours.recv()
+            except EOFError:
+                break
+    finally:
+        ours.close()
+        child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{function.__name__} failed in its process (exit code {child.exitcode})")
+
+
+def _send_all(pipe: Connection, function: Callable[..., Iterator[Any]], *arguments: Any) -> None:
+    for item in function(*arguments):
+        pipe.send(item)
+    pipe.close()
+
+
+def export_packages(directory: Path, settings: Settings, rows: tuple[int, ...]) -> Iterator[str]:
+    """Makes one checkpoint and exports a package for each buffer size, yielding a line before each step."""
+    from make_checkpoint import SHAPES, make
+    from melt_models import MeltConfig
+
+    from melt_export.export import ExportOptions, building
+
+    shape = {"num_hidden_layers": settings.layers, "vocab_size": VOCABULARY}
+    yield "writing a checkpoint"
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # it has a progress bar
+        make(directory / "checkpoint", MeltConfig(**{**SHAPES[settings.shape].to_dict(), **shape}))
+    for size in rows:
+        yield f"exporting {size:,} rows"
+        options = ExportOptions(settings.precision, settings.dialect, max_seq_len=size, max_batch=1)
+        with building(directory / "checkpoint", package_path(directory, size), options):
+            pass
+
+
+def package_path(directory: Path, rows: int) -> Path:
+    """Where the package with a cache of so many rows lies."""
+    return directory / f"rows-{rows}"
+
+
+def step_times(session: Session, tokens: int, loops: int) -> list[float]:
+    """Seconds of the loop steps of one decoded token over a cache of ``tokens`` tokens, the first loop left out.
+
+    The cache is filled by declaring it full: what the rows hold does not matter for time.
+    """
+    session.lengths[...] = tokens
+    (chunk,) = session.chunks([[1]])
+    marks = [time.perf_counter() for _ in session.loops(chunk, LoopSettings(loops))]
+    return np.diff(marks).tolist()
+
+
+def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) -> list[dict[str, Any]]:
+    """One row a configuration: rows, tokens, median and quartiles of a step in microseconds, and the ratio to the
+    smallest buffer that holds as many tokens (median over the rounds of the ratio within a round)."""
+    sessions = {
+        rows: Runtime.load(package_path(directory, rows), threads=settings.threads, check_hashes=False).session()
+        for rows in settings.buffers
+    }
+    configurations = [(rows, n) for n in settings.tokens for rows in settings.buffers if n < rows]
+    found: dict[tuple[int, int], list[list[float]]] = {c: [] for c in configurations}
+    for round_ in range(settings.rounds + 1):
+        # A B C, then C B A: neither a drift of the machine nor the predecessor favours one of them.
+        for rows, tokens in configurations if round_ % 2 else configurations[::-1]:
+            times = step_times(sessions[rows], tokens, settings.time_loops)
+            if round_:  # round 0 warms up
+                found[rows, tokens].append(times)
+        tick()
+    result = []
+    for rows, tokens in configurations:
+        first = next(r for r, n in configurations if n == tokens)
+        here, base = (np.median(found[r, tokens], axis=1) for r in (rows, first))
+        low, middle, high = np.percentile(found[rows, tokens], [25, 50, 75]) * 1e6
+        ratio = np.percentile(here / base, [25, 50, 75])
+        result.append(
+            {
+                "rows": rows,
+                "tokens": tokens,
+                "median_us": round(middle, 1),
+                "quartiles_us": [round(low, 1), round(high, 1)],
+                "against_rows": first,
+                "ratio": round(ratio[1], 4),
+                "ratio_quartiles": [round(ratio[0], 4), round(ratio[2], 4)],
+                "steps": int(np.size(found[rows, tokens])),
+            }
+        )
+    return result
+
+
+def _generator(runtime: Runtime, session: Session, tokens: int, loops: int) -> Generator:
+    options = runtime.options(max_tokens=tokens, loops=loops, exit_threshold=1.0, ignore_eos=True)
+    return Generator(session, [PROMPT], options, None)
+
+
+def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Iterator[dict[str, int]]:
+    """State and resident memory, in bytes, of a process that generates ``tokens`` tokens with ``loops`` loops."""
+    runtime = Runtime.load(package, threads=threads, check_hashes=False)
+    loaded = resident("VmRSS")
+    session = runtime.session()
+    written = sum(1 for _ in _generator(runtime, session, tokens, loops))
+    yield {
+        "loops": loops,
+        "tokens": written,
+        "state_bytes": session.state.state_bytes,
+        "loaded_bytes": loaded,
+        "peak_bytes": resident("VmHWM"),
+        "cache_bytes_a_loop": runtime.manifest.cache_bytes(runtime.manifest.cache_rows),
+    }
+
+
+def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, int]]:
+    """Resident memory in bytes after every ``long_every`` tokens of one long generation."""
+    runtime = Runtime.load(package, threads=settings.threads, check_hashes=False)
+    pieces = _generator(runtime, runtime.session(), settings.long_tokens, settings.long_loops)
+    for count, _ in enumerate(pieces, start=1):
+        if count == 1 or count % settings.long_every == 0:
+            yield {"tokens": count, "resident_bytes": resident("VmRSS")}
+
+
+def machine() -> dict[str, Any]:
+    """The machine, by what matters for these figures; nothing that names it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def run(settings: Settings, console: Console) -> dict[str, Any]:
+    """All three measurements, as they go into the JSON file."""
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "settings": asdict(settings) | {"vocabulary": VOCABULARY, "memory_rows": MEMORY_ROWS},
+    }
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # The fresh processes come first: the memory of what follows must not be in their way.
+    with Progress(*columns, console=console) as display, tempfile.TemporaryDirectory(prefix="melt-bench-") as name:
+        directory = Path(name)
+        sizes = tuple(sorted({*settings.buffers, MEMORY_ROWS}))
+        task = display.add_task("exporting", total=len(sizes) + 1)
+        for line in in_child(export_packages, directory, settings, sizes):
+            display.update(task, description=line, advance=1)
+        package = package_path(directory, MEMORY_ROWS)
+
+        report["loops"] = []
+        task = display.add_task("memory against loops", total=sum(settings.loops))
+        for loops in settings.loops:
+            report["loops"] += in_child(memory_of_loops, package, settings.loop_tokens, loops, settings.threads)
+            display.advance(task, loops)
+
+        report["long"] = []
+        task = display.add_task("memory against tokens", total=settings.long_tokens)
+        for sample in in_child(memory_of_tokens, package, settings):
+            report["long"].append(sample)
+            display.update(task, completed=sample["tokens"])
+
+        task = display.add_task("time of a loop step", total=settings.rounds + 1)
+        report["time"] = measure_time(directory, settings, lambda: display.advance(task))
+    return report
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The results as tables."""
+    table = Table("tokens in the cache", "rows of the buffer", "median", "quartiles", "against", title="One loop step")
+    for row in report["time"]:
+        low, high = row["quartiles_us"]
+        table.add_row(
+            f"{row['tokens']:,}",
+            f"{row['rows']:,}",
+            f"{row['median_us']:,.0f} µs",
+            f"{low:,.0f} to {high:,.0f} µs",
+            f"{row['ratio']:.3f} x {row['against_rows']:,} rows",
+        )
+    console.print(table)
+    table = Table("loops", "state, bytes", "peak resident, bytes", title=f"{report['loops'][0]['tokens']} tokens")
+    for row in report["loops"]:
+        table.add_row(f"{row['loops']}", f"{row['state_bytes']:,}", f"{row['peak_bytes']:,}")
+    console.print(table)
+    first, last = report["long"][1], report["long"][-1]
+    console.print(
+        f"resident memory: {first['resident_bytes']:,} bytes after {first['tokens']:,} tokens, "
+        f"{last['resident_bytes']:,} after {last['tokens']:,}"
+    )
+
+
+def save(path: Path, section: str, report: dict[str, Any]) -> None:
+    """Puts a section into a JSON file and leaves the file's other sections as they are."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content[section] = report
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the section 'loop_step' of this JSON file.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One minute, to see that it works; not for figures.")] = False,
+    layers: Annotated[int | None, typer.Option(help="Layers of the slice. Default 2, with --quick 1.", min=1)] = None,
+    dialect: Annotated[str, typer.Option(help=f"One of {', '.join(DIALECTS)}.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    rounds: Annotated[int | None, typer.Option(help="Visits to each configuration.", min=1)] = None,
+    threads: Annotated[
+        int, typer.Option(help="Threads of ONNX Runtime; one disturbs and is disturbed least.", min=1)
+    ] = 1,
+) -> None:
+    """Measure the time of a loop step and the memory of a session."""
+    if dialect not in DIALECTS:
+        raise typer.BadParameter(f"{dialect} is not one of {', '.join(DIALECTS)}")
+    if precision not in PRECISIONS or precision == "bf16":
+        raise typer.BadParameter(f"{precision} is not fp32 or fp16")
+    changes: dict[str, Any] = dict(QUICK) if quick else {}
+    changes |= {"dialect": dialect, "precision": precision, "threads": threads}
+    changes |= {name: value for name, value in (("layers", layers), ("rounds", rounds)) if value is not None}
+    report = run(Settings(**changes), Console(stderr=True))
+    report["command"] = " ".join(["python benchmarks/loop_step.py", *_shown(sys.argv[1:])])
+    show(report, Console())
+    if json_file is not None:
+        save(json_file, "loop_step", report)
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """The command line with nothing of this machine's paths in it."""
+    return ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
+
+
+if __name__ == "__main__":
+    typer.run(main)

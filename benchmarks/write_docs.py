@@ -1,0 +1,314 @@
+"""Turns docs/benchmarks.json into docs/benchmarks.md and docs/loop_step.png; neither is written by hand.
+
+    python benchmarks/write_docs.py
+
+Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has two sections: "loop_step", written by
+loop_step.py, and "export", the figures of one export of a real-size checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+_INK, _FAINT = "#24292f", "#6e7781"
+_COLORS = ("#d1700f", "#7a3e9d", "#0b6bcb")
+_MARKERS = ("o", "s", "D")
+
+Row = dict[str, Any]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column left, the others right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def human(count: float) -> str:
+    """Bytes in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def clock(seconds: float) -> str:
+    """163 -> "2:43"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def facts(section: Row) -> str:
+    """Machine, date and versions of a section as a list."""
+    machine, versions = section["machine"], section["versions"]
+    load = f", load average at the start {machine['load_at_start']:.1f}"
+    if machine["load_at_start"] > machine["cores"] / 2:
+        load += " (busy with other work: the times are longer and spread wider than on a quiet machine)"
+    return (
+        f"- Machine: {machine['cpu']}, {machine['cores']} cores, {human(machine['memory_bytes'])} of memory, "
+        f"{machine['system']}{load}\n"
+        f"- Date: {section['date']}\n"
+        f"- Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}\n"
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def command(*lines: str) -> str:
+    """Commands as a Markdown block."""
+    return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"
+
+
+def slope(rows: list[Row]) -> float:
+    """Microseconds that 1,000 more tokens in the cache cost a step, fitted through the largest buffer's medians."""
+    largest = [row for row in rows if row["rows"] == max(r["rows"] for r in rows)]
+    return 1000 * float(np.polyfit([r["tokens"] for r in largest], [r["median_us"] for r in largest], 1)[0])
+
+
+def time_part(report: Row) -> str:
+    """The section on a step's time."""
+    rows, settings = report["time"], report["settings"]
+    large = max(row["rows"] for row in rows)
+    ratios = [row["ratio"] for row in rows if row["rows"] == large]
+    cells = [
+        [
+            f"{r['tokens']:,}",
+            f"{r['rows']:,}",
+            f"{r['median_us']:,.0f}",
+            f"{r['quartiles_us'][0]:,.0f} to {r['quartiles_us'][1]:,.0f}",
+            "(base)"
+            if r["rows"] == r["against_rows"]
+            else f"{r['ratio']:.3f} ({r['ratio_quartiles'][0]:.3f} to {r['ratio_quartiles'][1]:.3f})",
+        ]
+        for r in rows
+    ]
+    head = ["tokens in the cache", "rows of the buffer", "median, µs", "quartiles, µs", "ratio to the smallest buffer"]
+    return (
+        "## Time of one loop step at decode\n\n"
+        "One token goes through its loops over a cache that holds a number of tokens, in a buffer of a number of "
+        f"rows. {plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, "
+        f"{settings['precision']}, {settings['dialect']} dialect, one sequence, "
+        f"{plural(settings['threads'], 'thread')}. A step has to read all weights of the layers and the rows of the "
+        "tokens; the question is whether the rest of the buffer costs anything.\n\n"
+        + table(head, cells)
+        + f"\nAt equal tokens, the {large:,}-row buffer took {min(ratios):.3f} to {max(ratios):.3f} times as long as "
+        "the smallest buffer that holds them. "
+        f"1,000 more tokens in the cache cost {slope(rows):,.0f} µs a step.\n\n"
+        f"All configurations are visited in turn, {settings['rounds']} rounds, in alternating order; a visit is one "
+        f"token with {settings['time_loops']} loops, of which the first is not counted ({rows[0]['steps']} steps a "
+        "row). The ratio is taken within each round, then its median and quartiles over the rounds, so that a slow "
+        "moment of the machine does not enter it.\n"
+    )
+
+
+def memory_part(report: Row) -> str:
+    """The sections on memory."""
+    settings, loops, long = report["settings"], report["loops"], report["long"]
+    rows = settings["memory_rows"]
+    cells = [
+        [
+            f"{r['loops']}",
+            f"{r['state_bytes']:,}",
+            f"{r['peak_bytes']:,}",
+            f"{r['loops'] * r['cache_bytes_a_loop']:,}",
+        ]
+        for r in loops
+    ]
+    peaks = [r["peak_bytes"] for r in loops]
+    settled = [s for s in long if s["tokens"] > 1]
+    grown = settled[-1]["resident_bytes"] - settled[0]["resident_bytes"]
+    samples = [[f"{s['tokens']:,}", f"{s['resident_bytes']:,}"] for s in long]
+    return (
+        "## Memory against the number of loops\n\n"
+        f"A fresh process each: load the package, open a session of {rows:,} rows, generate {loops[0]['tokens']} "
+        "tokens. Peak resident memory is VmHWM and counts the program, the weights and the state. The last column is "
+        "computed, not measured: what the caches alone of a LoopLM take, which keeps one a loop, in the same shape, "
+        "precision and number of rows.\n\n"
+        + table(["loops", "state, bytes", "peak resident, bytes", "LoopLM caches (computed), bytes"], cells)
+        + f"\nThe state is {'the same' if len({r['state_bytes'] for r in loops}) == 1 else 'NOT the same'} for every "
+        f"number of loops; peak resident memory differs by {max(peaks) / min(peaks) - 1:.2%} at most.\n\n"
+        "## Memory while generating\n\n"
+        f"One process generates {settings['long_tokens']:,} tokens, {settings['long_loops']} loops each; resident "
+        f"memory (VmRSS) every {settings['long_every']} tokens. From {settled[0]['tokens']:,} to "
+        f"{settled[-1]['tokens']:,} tokens it changed by {grown:+,} bytes ({grown / settled[0]['resident_bytes']:+.3%})"
+        ".\n\n" + table(["tokens", "resident, bytes"], samples)
+    )
+
+
+def export_part(export: Row) -> str:
+    """The section on exporting a real-size checkpoint."""
+    cells = [
+        ["peak resident memory", f"{export['peak_resident_kib']:,} KiB ({human(export['peak_resident_kib'] * 1024)})"],
+        ["wall time", clock(export["wall_seconds"])],
+        ["checkpoint", f"{export['checkpoint_bytes']:,} bytes ({human(export['checkpoint_bytes'])})"],
+        ["package", f"{export['package_bytes']:,} bytes ({human(export['package_bytes'])})"],
+    ]
+    return (
+        f"## Exporting the {export['shape']} shape\n\n{export['note']}\n\n"
+        + command(*export["commands"])
+        + f"\n{facts(export)}\n"
+        + table(["", "measured"], cells)
+    )
+
+
+def markdown(content: Row) -> str:
+    """docs/benchmarks.md."""
+    report = content["loop_step"]
+    parts = [
+        "# Benchmarks\n",
+        "Written by `python benchmarks/write_docs.py` from `docs/benchmarks.json`; do not edit. Times of other "
+        "machines will differ; the ratios and the bytes of state should not.\n",
+        "![Left: time of a loop step against the tokens in the cache, one line a buffer size. Right: memory against "
+        "the number of loops.](loop_step.png)\n",
+        f"Loop step and memory were measured with:\n\n{command(report['command'])}\n{facts(report)}",
+        time_part(report),
+        memory_part(report),
+    ]
+    if "export" in content:
+        parts.append(export_part(content["export"]))
+    return "\n".join(parts)
+
+
+def plot(report: Row, path: Path) -> None:
+    """docs/loop_step.png: two panels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "font.family": "DejaVu Sans",
+        "font.size": 10.5,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": "#afb8c1",
+        "xtick.color": _FAINT,
+        "ytick.color": _FAINT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#eaeef2",
+        "axes.axisbelow": True,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.titlesize": 11.5,
+        "axes.titlepad": 26,
+    }
+    with plt.rc_context(style):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.45, 1), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.07, w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
+        _time_panel(left, report)
+        _memory_panel(right, report)
+        figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": ""})
+        plt.close(figure)
+
+
+def _subtitle(axes: Any, text: str) -> None:
+    axes.text(0, 1.035, text, transform=axes.transAxes, color=_FAINT, fontsize=9.5, va="bottom")
+
+
+def _time_panel(axes: Any, report: Row) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
+    settings = report["settings"]
+    sizes = sorted({row["rows"] for row in report["time"]})
+    top = max(row["quartiles_us"][1] for row in report["time"]) / 1000
+    axes_end = max(row["tokens"] for row in report["time"])
+    for index, size in enumerate(sizes):
+        rows = [row for row in report["time"] if row["rows"] == size]
+        x = np.array([row["tokens"] for row in rows])
+        y = np.array([row["median_us"] for row in rows]) / 1000
+        spread = np.abs(np.array([row["quartiles_us"] for row in rows]).T / 1000 - y)
+        color, last = _COLORS[index % 3], index == len(sizes) - 1
+        # The lines lie on each other: they are drawn a few points apart, the largest buffer named below them.
+        beside = ScaledTranslation((index - (len(sizes) - 1) / 2) * 5 / 72, 0, axes.figure.dpi_scale_trans)
+        axes.errorbar(
+            x,
+            y,
+            yerr=spread,
+            color=color,
+            linewidth=2,
+            linestyle="-" if last else (0, (4, 2)),
+            marker=_MARKERS[index % 3],
+            markersize=6,
+            markerfacecolor=color if last else "white",
+            markeredgewidth=1.6,
+            elinewidth=1.2,
+            capsize=2.5,
+            zorder=3 + index,
+            transform=axes.transData + beside,
+        )
+        side = -1 if last else 1
+        axes.annotate(
+            f"buffer of {size:,} rows",
+            (x[-1], y[-1]),
+            xytext=(-12, side * 32),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=color,
+            fontweight="bold",
+        )
+    axes.set_ylim(0, top * 1.22)
+    axes.set_xlim(0, axes_end * 1.04)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel("one loop step at decode, ms")
+    axes.set_title("Time follows the tokens, not the buffer")
+    shape = "Ouro-1.4B" if settings["shape"] == "ouro-1.4b" else settings["shape"]
+    _subtitle(
+        axes,
+        f"{plural(settings['layers'], 'layer')} of the {shape} shape, {settings['precision']}, "
+        f"{plural(settings['threads'], 'CPU thread')}; median and quartiles",
+    )
+
+
+def _memory_panel(axes: Any, report: Row) -> None:
+    loops = [row["loops"] for row in report["loops"]]
+    cache = report["loops"][0]["cache_bytes_a_loop"] / 1e9
+    lines = {
+        "caches of a LoopLM\n(computed)": ([loop * cache for loop in loops], _COLORS[0], (0, (4, 2))),
+        "MELT, whole process\nat its peak": ([row["peak_bytes"] / 1e9 for row in report["loops"]], _FAINT, "-"),
+        "MELT, all state": ([row["state_bytes"] / 1e9 for row in report["loops"]], _COLORS[2], "-"),
+    }
+    for name, (y, color, dashes) in lines.items():
+        computed = "computed" in name
+        below = computed or "\n" in name
+        axes.plot(loops, y, color=color, linewidth=2.2, linestyle=dashes, marker=None if computed else "o", zorder=3)
+        axes.annotate(
+            name,
+            (loops[-1], y[-1]),
+            xytext=(-34 if computed else 4, 0 if computed else (-9 if below else 9)),
+            textcoords="offset points",
+            ha="right",
+            va="top" if below else "bottom",
+            color=color,
+            fontweight="bold",
+            linespacing=1.3,
+        )
+    axes.set_xlim(0, max(loops) * 1.04)
+    axes.set_ylim(0, None)
+    axes.set_xticks(loops)
+    axes.set_xlabel("loops a token")
+    axes.set_ylabel("memory, GB")
+    axes.set_title("More loops, the same memory")
+    _subtitle(axes, f"the same slice, one sequence, {report['settings']['memory_rows']:,} rows")
+
+
+def main(
+    directory: Annotated[
+        Path, typer.Option("--docs", help="Directory of benchmarks.json; the results go there.")
+    ] = DOCS,
+) -> None:
+    """Write benchmarks.md and loop_step.png from benchmarks.json (needs matplotlib)."""
+    content = json.loads((directory / "benchmarks.json").read_text(encoding="utf-8"))
+    plot(content["loop_step"], directory / "loop_step.png")
+    (directory / "benchmarks.md").write_text(markdown(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
