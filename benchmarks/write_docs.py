@@ -211,6 +211,11 @@ def _subtitle(axes: Any, text: str) -> None:
     axes.text(0, 1.035, text, transform=axes.transAxes, color=_FAINT, fontsize=9.5, va="bottom")
 
 
+def _highest(report: Row, tokens: int) -> float:
+    """The largest upper quartile at a number of tokens, in microseconds."""
+    return max(row["quartiles_us"][1] for row in report["time"] if row["tokens"] == tokens)
+
+
 def _time_panel(axes: Any, report: Row) -> None:
     from matplotlib.transforms import ScaledTranslation
 
@@ -242,13 +247,13 @@ def _time_panel(axes: Any, report: Row) -> None:
             zorder=3 + index,
             transform=axes.transData + beside,
         )
-        side = -1 if last else 1
+        at_end = x[-1] == axes_end
         axes.annotate(
             f"buffer of {size:,} rows",
-            (x[-1], y[-1]),
-            xytext=(-12, side * 32),
+            (x[-1], y[-1] if at_end else _highest(report, x[-1]) / 1000),
+            xytext=(-12, -26 if last else 26) if at_end else (0, 14),
             textcoords="offset points",
-            ha="right",
+            ha="right" if at_end else "center",
             va="center",
             color=color,
             fontweight="bold",

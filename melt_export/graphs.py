@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from melt_models import MeltConfig, MeltForCausalLM
 from melt_models.layers import rotary_tables
 from melt_models.melt import MeltModel
@@ -35,11 +36,20 @@ class _Embed(nn.Module):
 
 
 class _LmHead(nn.Module):
-    def __init__(self, head: nn.Linear):
+    """The head. A tied one multiplies with the embedding itself, so that both graphs share its bytes."""
+
+    def __init__(self, model: MeltForCausalLM):
         super().__init__()
-        self.lm_head = head
+        if model.config.tie_word_embeddings:
+            self.model = nn.Module()
+            self.model.embed_tokens = model.model.embed_tokens
+        else:
+            self.lm_head = model.lm_head
+        self.tied = model.config.tie_word_embeddings
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.tied:
+            return F.linear(hidden, self.get_parameter("model.embed_tokens.weight")).float()
         return self.lm_head(hidden).float()
 
 
@@ -132,7 +142,7 @@ def trace_lm_head(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> Trace
     """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision."""
     hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
     logits = TensorSpec("logits", "float32", ("batch", "chunk", model.config.vocab_size))
-    return _trace(_LmHead(model.lm_head), dialect.opset, (hidden,), (logits,))
+    return _trace(_LmHead(model), dialect.opset, (hidden,), (logits,))
 
 
 def _trace(

@@ -14,7 +14,6 @@ from .errors import ExportError
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 WEIGHTS_FILE = "weights.data"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Smaller constants stay inside the graph files.
 _INLINE_BYTES = 4096
 
@@ -26,8 +25,6 @@ def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype)
             name = value.meta.get(CHECKPOINT_NAME)
             if name is None:
                 continue
-            if name == _HEAD and name not in weights:
-                name = _EMBEDDING
             value.const_value = _lazy(value, weights, name, dtype)
             value.type = ir.TensorType(value.const_value.dtype)
 
