@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 # Runs each command in a process of its own that has imported everything already, which takes longer than most commands.
 SERVER = """
-import json, os, resource, sys
+import json, os, resource, sys, traceback
 from melt_export import cli
 
 for line in sys.stdin:
@@ -37,8 +38,17 @@ for line in sys.stdin:
         if job["file_limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
         sys.argv = [job["command"], *job["arguments"]]
-        {"melt-export": cli.export_main, "melt-verify": cli.verify_main}[job["command"]]()
-        sys.exit(0)
+        code = 0
+        try:
+            {"melt-export": cli.export_main, "melt-verify": cli.verify_main}[job["command"]]()
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking down all that was imported takes seconds
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -141,8 +151,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tupl
 def test_an_export_prints_what_it_made_and_how_close_it_is(exported: tuple[Path, Any]) -> None:
     output, result = exported
     assert result.returncode == 0, result.stderr
-    for part in (str(output), "onnxruntime, fp32", "any loops", "worst relative error", "greedy tokens 61/61 the same"):
-        assert part in result.stdout.replace("64/64", "61/61")
+    assert all(part in result.stdout for part in (str(output), "onnxruntime, fp32", "worst relative error"))
+    assert re.search(r"greedy tokens (\d+)/\1 the same", result.stdout)
     assert "melt-export:" not in result.stderr
 
 
@@ -158,29 +168,41 @@ def test_an_export_leaves_nothing_beside_the_package(exported: tuple[Path, Any])
     assert [path.name for path in output.parent.iterdir()] == ["package"]
 
 
-def test_another_process_exports_the_same_package(
+def test_two_processes_export_the_same_bytes(
     exported: tuple[Path, Any], checkpoint: Path, make_package: MakePackage
 ) -> None:
     assert Package.open(exported[0]).manifest == Package.open(make_package(checkpoint)).manifest
 
 
-def test_an_export_without_verification_says_so(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
-    result = run(*export(checkpoint, tmp_path / "package"), "--no-verify")
-    assert result.code == 0, result.stderr
-    assert "not verified" in result.stdout
-    assert not (tmp_path / "package" / "parity.json").exists()
-
-
-def test_a_converted_ouro_says_which_part_nobody_trained(run: Commands, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, run: Commands) -> tuple[Path, Result]:
+    """An Ouro that the installed melt-convert made a MELT, exported without verification; and what that printed."""
+    directory = tmp_path_factory.mktemp("converted")
     fields: dict[str, Any] = {name: value for name, value in TINY.items() if name != "chunk_size"}
     torch.manual_seed(0)
-    LoopLMForCausalLM(LoopLMConfig(**{**fields, "num_hidden_layers": 1})).save_pretrained(tmp_path / "ouro")
-    convert = [installed("melt-convert"), str(tmp_path / "ouro"), str(tmp_path / "melt"), "--chunk-size", "8"]
+    LoopLMForCausalLM(LoopLMConfig(**{**fields, "num_hidden_layers": 1})).save_pretrained(directory / "ouro")
+    convert = [installed("melt-convert"), str(directory / "ouro"), str(directory / "melt"), "--chunk-size", "8"]
     subprocess.run(convert, check=True, capture_output=True, timeout=300)
-    result = run(*export(tmp_path / "melt", tmp_path / "package"), "--verify-tokens", 8)
+    return directory / "package", run(*export(directory / "melt", directory / "package"), "--no-verify")
+
+
+def test_a_converted_ouro_says_which_part_nobody_trained(converted: tuple[Path, Result]) -> None:
+    package, result = converted
     assert result.code == 0, result.stderr
     assert "latent_gate: initialised by a conversion, never trained" in result.stdout
-    assert Package.open(tmp_path / "package").manifest.untrained == ("latent_gate",)
+    assert Package.open(package).manifest.untrained == ("latent_gate",)
+
+
+def test_an_export_without_verification_says_so(converted: tuple[Path, Result]) -> None:
+    package, result = converted
+    assert re.search(r"parity +not verified", result.stdout)
+    assert not (package / "parity.json").exists()
+
+
+def test_an_export_can_be_verified_later(run: Commands, converted: tuple[Path, Result]) -> None:
+    package, _ = converted
+    result = run("melt-verify", package, "--checkpoint", package.parent / "melt", "--tokens", 8)
+    assert result.code == 0, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -226,7 +248,7 @@ def test_the_installed_command_refuses_in_one_line(tmp_path: Path) -> None:
         (["--dialect", "klingon"], "klingon"),
         (["--no-such-option"], "--no-such-option"),
     ],
-    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+    ids=["positions", "range", "precision", "dialect", "unknown"],
 )
 def test_an_option_that_makes_no_sense_is_refused(
     run: Commands, checkpoint: Path, tmp_path: Path, options: list[object], words: str

@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # this form ONNX Runtime fuses
         return self.weight * wide.to(x.dtype)
 
 
