@@ -176,9 +176,8 @@ def main() -> None:
     except (SourceError, CheckpointError, TargetExistsError, OSError) as error:
         print(f"smollm2: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    print(
-        f"{arguments.output}: MELT, 1 loop; export it with: melt-export --checkpoint {arguments.output} --output PACKAGE"
-    )
+    print(f"{arguments.output}: MELT, 1 loop")
+    print(f"export it with: melt-export --checkpoint {arguments.output} --output PACKAGE")
 
 
 if __name__ == "__main__":
