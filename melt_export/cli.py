@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from melt_models.atomic import TargetExistsError
 from melt_models.errors import CheckpointError
+from melt_runtime.command import run_app
 from melt_runtime.errors import MeltError
 from melt_runtime.package import DIALECTS, PRECISIONS, Manifest, Package
 from rich.console import Console
@@ -28,6 +27,7 @@ from .verify import require_parity, verify
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
 DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
 _EPILOG = "Errors are one line on stderr and exit code 2; set MELT_TRACEBACK=1 to see where one was raised."
+_REFUSED = (MeltError, CheckpointError, TargetExistsError, OSError)
 _TEXT = Console(soft_wrap=True, highlight=False)
 
 export_app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -107,20 +107,28 @@ def verify_command(
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress display on stderr: the callable takes a step, its size, and what was done since its last call."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as display:
-        tasks: dict[str, Any] = {}
+    display = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
 
-        def step(name: str, total: int, done: int) -> None:
-            if name not in tasks:
-                for task in tasks.values():
-                    display.update(task, total=1, completed=1)
-                    display.stop_task(task)
-                tasks[name] = display.add_task(name, total=total or None)
-            display.advance(tasks[name], done)
-
-        yield step
+    def finish() -> None:
         for task in tasks.values():
             display.update(task, total=1, completed=1)
+            display.stop_task(task)
+
+    def step(name: str, total: int, done: int) -> None:
+        if not tasks:
+            display.start()  # not before: what is refused at once shows nothing but its reason
+        if name not in tasks:
+            finish()
+            tasks[name] = display.add_task(name, total=total or None)
+        display.advance(tasks[name], done)
+
+    try:
+        yield step
+        finish()
+    finally:
+        if tasks:
+            display.stop()
 
 
 def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:
@@ -151,26 +159,11 @@ def _parity_table(report: ParityReport) -> Table:
     return table
 
 
-def _run(app: typer.Typer, name: str) -> None:
-    """Runs a command; what it refuses becomes one line and exit code 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-built directories are removed
-    try:
-        app(prog_name=name)
-    except (MeltError, CheckpointError, TargetExistsError, OSError) as error:
-        if os.environ.get("MELT_TRACEBACK"):
-            raise
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing was left behind", file=sys.stderr)
-        sys.exit(130)
-
-
 def export_main() -> None:
     """The ``melt-export`` command."""
-    _run(export_app, "melt-export")
+    run_app(export_app, "melt-export", _REFUSED)
 
 
 def verify_main() -> None:
     """The ``melt-verify`` command."""
-    _run(verify_app, "melt-verify")
+    run_app(verify_app, "melt-verify", _REFUSED)

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from types import ModuleType
+
+from melt_runtime.command import run_app
 
 
-def _start(command: str, module: str, function: str) -> None:
+def _load(command: str, module: str) -> ModuleType:
     try:
-        main = getattr(import_module(module), function)
+        return import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("melt_"):
             raise
         advice = "install it with: pip install 'melt-export[export]'"
         print(f"{command}: {error.name} is not installed; {advice}", file=sys.stderr)
         sys.exit(2)
-    main()
 
 
 def convert() -> None:
     """The ``melt-convert`` command."""
-    _start("melt-convert", "melt_models.convert", "main")
+    run_app(_load("melt-convert", "melt_models.convert").app, "melt-convert")
 
 
 def export() -> None:
     """The ``melt-export`` command."""
-    _start("melt-export", "melt_export.cli", "export_main")
+    _load("melt-export", "melt_export.cli").export_main()
 
 
 def verify() -> None:
     """The ``melt-verify`` command."""
-    _start("melt-verify", "melt_export.cli", "verify_main")
+    _load("melt-verify", "melt_export.cli").verify_main()

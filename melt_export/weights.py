@@ -25,22 +25,25 @@ def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype)
             name = value.meta.get(CHECKPOINT_NAME)
             if name is None:
                 continue
-            value.const_value = _lazy(value, weights, name, dtype)
+            value.const_value = _tensor(value, weights, name, dtype)
             value.type = ir.TensorType(value.const_value.dtype)
 
 
-def _lazy(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) -> ir.LazyTensor:
+def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
+    """The weight itself if it is small, else one that is read when it is written."""
     transposed = bool(value.meta.get(TRANSPOSED))
 
     def read() -> ir.TensorProtocol:
         tensor = weights.tensor(name).to(dtype)
-        if dtype == torch.float16 and not torch.isfinite(tensor).all():
-            raise ExportError(f"tensor {name} has values beyond fp16's range; export with --precision bf16 or fp32")
+        if dtype != torch.float32 and not torch.isfinite(tensor).all():
+            short, wider = ("fp16", "bf16 or fp32") if dtype == torch.float16 else ("bf16", "fp32")
+            raise ExportError(f"tensor {name} has values beyond {short}'s range; export with --precision {wider}")
         return tensor_adapters.TorchTensor(tensor.t().contiguous() if transposed else tensor, name=value.name)
 
     assert value.shape is not None
     kind = tensor_adapters.from_torch_dtype(dtype)
-    return ir.LazyTensor(read, dtype=kind, shape=value.shape, name=value.name)
+    lazy = ir.LazyTensor(read, dtype=kind, shape=value.shape, name=value.name)
+    return read() if lazy.nbytes < _INLINE_BYTES else lazy
 
 
 def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[int], None] | None = None) -> None:

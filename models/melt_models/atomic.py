@@ -45,6 +45,9 @@ def check_target(target: Path, *, force: bool = False) -> None:
     """Raises TargetExistsError if ``target`` is a file, or a non-empty directory without ``force``."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetExistsError(f"{target} exists and is not a directory; choose another output name")
+    above = next((parent for parent in target.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise TargetExistsError(f"{target} cannot be made: {above} is a file")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise TargetExistsError(f"{target} exists and is not empty; choose another name or pass --force to replace it")
 

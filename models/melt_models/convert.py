@@ -131,5 +131,9 @@ def command(
 
 
 def main() -> None:
-    """The ``melt-convert`` command."""
+    """``python -m melt_models.convert``, where nothing but the models is installed."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .command import one_line, run_app
 from .describe import describe, untrained_warnings
 from .errors import ArgumentError, MeltError, PromptError
 from .generation import GenerationOptions, Generator
@@ -210,7 +211,7 @@ class Chat:
             except KeyboardInterrupt:
                 _notice("\n/quit or Ctrl-D leaves")
             except (PromptError, ArgumentError) as error:
-                _notice(_one_line(error))
+                _notice(one_line(error))
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -282,14 +283,8 @@ def reported_errors() -> Iterator[None]:
     except (MeltError, OSError) as error:
         if os.environ.get("MELT_TRACEBACK") == "1":
             raise
-        print(f"melt-run: {_one_line(error)}", file=sys.stderr)
+        print(f"melt-run: {one_line(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _request(
@@ -378,4 +373,4 @@ def main() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors=errors)
-    app()
+    run_app(app, "melt-run")

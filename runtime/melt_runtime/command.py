@@ -1,0 +1,45 @@
+"""How every command of the family ends: what it refuses is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import typer
+
+INTERRUPTED = 130
+
+
+def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = ()) -> None:
+    """Runs a command line and exits. ``refused``: the errors that are an answer and not a defect.
+
+    With MELT_TRACEBACK=1 in the environment those show where they were raised.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-built is removed
+    code = 0
+    try:
+        result = app(prog_name=name, standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except Exception as error:
+        message = _usage(error)
+        if message is None and (not isinstance(error, refused) or os.environ.get("MELT_TRACEBACK") == "1"):
+            raise
+        print(message if message and "\n" in message else f"{name}: {message or one_line(error)}", file=sys.stderr)
+        code = 2
+    if code == INTERRUPTED:
+        print(f"{name}: interrupted", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; a file system's names the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _usage(error: Exception) -> str | None:
+    """What the command line library says of a wrong option (or its help, of none at all); None for other errors."""
+    describe = getattr(error, "format_message", None)
+    return None if describe is None else str(describe())
