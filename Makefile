@@ -10,7 +10,7 @@ help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
 	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
 	@echo "make test       lint, types and all tests"
-	@echo "make bench-state  how the time of a loop step depends on the buffer, the tokens in it and the loops"
+	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,10 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench-state: $(VENV)/.dev
-	$(BIN)/python benchmarks/loop_step.py
+bench-state: $(VENV)/.export
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python benchmarks/loop_step.py --json docs/benchmarks.json
+	$(BIN)/python benchmarks/write_docs.py
 
 clean:
 	rm -rf build $(VENV)
