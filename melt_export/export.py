@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 from melt_models import MeltForCausalLM, UnsupportedConfigError
-from melt_models.atomic import check_target, new_directory
+from melt_models.atomic import new_directory
 from melt_models.checkpoint import Weights, open_checkpoint
 from melt_models.convert import COMPANIONS
 from melt_runtime.package import DIALECTS as DIALECT_NAMES
@@ -79,7 +79,6 @@ def building(
     It gets its name when the block ends without an error; until then whatever has that name is untouched.
     Raises CheckpointError, ExportError, PackageError, TargetExistsError, OSError.
     """
-    check_target(output, force=force)
     with new_directory(output, force=force) as directory:
         build_package(checkpoint, directory, options, progress)
         yield directory

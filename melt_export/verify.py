@@ -35,6 +35,28 @@ class _Case:
     tokens: list[list[int]]
 
 
+@dataclass(frozen=True)
+class _GreedyRun:
+    """A prompt, its prefill chunk, PyTorch's greedy tokens and the lead of each one's logit over the next."""
+
+    prompt: list[int]
+    chunk: int
+    tokens: list[int]
+    margins: list[float]
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """All that PyTorch had to say: traced cases, exit depths of a prompt at a threshold, greedy runs."""
+
+    cases: list[_Case]
+    prompt: list[int]
+    chunk: int
+    threshold: float
+    depths: list[int]
+    runs: list[_GreedyRun]
+
+
 def verify(
     package: Path,
     checkpoint: Path,
@@ -48,42 +70,14 @@ def verify(
 
     Loop by loop: hidden, latent, cache rows, exit probability and logits, for a ragged batch of prompts and for
     chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
-    ``loops`` None: as many as the package was trained for.
-    The PyTorch side runs first and is freed before the package is loaded, so the two never share memory. Raises
-    CheckpointError, PackageError, ParityError if the two have different shapes.
+    ``loops`` None: as many as the package was trained for. The PyTorch side runs first and is freed before the package
+    is loaded, so the two never share memory. Raises CheckpointError, PackageError, ParityError if the two have
+    different shapes.
     """
     manifest = Package.open(package, check_hashes=False).manifest
     _same_model(manifest, checkpoint)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
-    rng = np.random.default_rng(seed)
-    chunk = min(manifest.chunk, _TRACED_CHUNK)
-    room = manifest.max_seq_len
-
-    progress("PyTorch: loop by loop", 0, 0)
-    reference = Reference(checkpoint)
-    cases = [
-        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][: manifest.max_batch], chunk),
-        _case(reference, manifest, rng, [4], 1),
-    ]
-    probe = cases[0].prompts[0]
-    threshold = _splitting_threshold(cases[0].reference[0])
-    pieces = [probe[at : at + chunk] for at in range(0, len(probe), chunk)]
-    depths = reference.traces(pieces, manifest.loops, threshold)[1]
-
-    runs = []
-    lengths = [
-        (min(3 * manifest.chunk // 2, room // 2), manifest.chunk),
-        (7, manifest.chunk),
-        (1, manifest.chunk),
-        (9, 1),
-    ]
-    for length, size in lengths:
-        prompt = rng.integers(0, manifest.vocab_size, min(length, max(room - 1, 1))).tolist()
-        count = min(tokens, room - len(prompt) + 1)
-        runs.append((prompt, size, *reference.greedy(prompt, count, manifest.loops, size)))
-        progress("PyTorch: greedy tokens", len(lengths), 1)
-    del reference
-
+    expected = _expected(checkpoint, manifest, tokens, np.random.default_rng(seed), progress)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
     )
@@ -95,32 +89,64 @@ def verify(
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
             float32_twin(package, directory)
         progress("package: loop by loop", 0, 0)
-        runtime = Runtime.load(directory, check_hashes=False)
-        errors = StateErrors()
-        for case in cases:
-            _compare_case(runtime, case, manifest.loops, errors)
-        errors.into(report)
-        session = runtime.session(1)
-        session.append([probe], LoopSettings(manifest.loops, threshold, chunk))
-        report.exit_threshold, report.exit_tokens = threshold, len(depths)
-        report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], depths, strict=True))
-        for prompt, size, expected, margins in runs:
-            got = runtime.generate(
-                prompt,
-                max_tokens=len(expected),
-                loops=manifest.loops,
-                ignore_eos=True,
-                exit_threshold=1.0,
-                chunk=size,
-            ).token_ids
-            same = common_prefix(got, expected)
-            margin = margins[same] if same < len(expected) else 0.0
-            report.generations.append(GenerationResult(len(prompt), size, len(expected), same, margin))
-            progress("package: greedy tokens", len(runs), 1)
+        _compare(Runtime.load(directory, check_hashes=False), expected, report, progress)
     report.manifest_sha256 = file_hash(package / MANIFEST)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)
     return report
+
+
+def _expected(
+    checkpoint: Path, manifest: Manifest, tokens: int, rng: np.random.Generator, progress: Progress
+) -> _Expected:
+    """The PyTorch side. The model is freed when this returns."""
+    progress("PyTorch: loop by loop", 0, 0)
+    reference = Reference(checkpoint)
+    chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
+    cases = [
+        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][: manifest.max_batch], chunk),
+        _case(reference, manifest, rng, [4], 1),
+    ]
+    prompt = cases[0].prompts[0]
+    threshold = _splitting_threshold(cases[0].reference[0])
+    pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
+    depths = reference.traces(pieces, manifest.loops, threshold)[1]
+
+    runs = []
+    lengths = ((3 * manifest.chunk // 2, manifest.chunk), (7, manifest.chunk), (1, manifest.chunk), (9, 1))
+    for length, size in lengths:
+        ids = rng.integers(0, manifest.vocab_size, max(1, min(length, room // 2))).tolist()
+        greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
+        runs.append(_GreedyRun(ids, size, *greedy))
+        progress("PyTorch: greedy tokens", len(lengths), 1)
+    return _Expected(cases, prompt, chunk, threshold, depths, runs)
+
+
+def _compare(runtime: Runtime, expected: _Expected, report: ParityReport, progress: Progress) -> None:
+    """The package's side, and what differs, into the report."""
+    errors = StateErrors()
+    for case in expected.cases:
+        _compare_case(runtime, case, report.loops, errors)
+    errors.into(report)
+
+    session = runtime.session(1)
+    session.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
+    report.exit_threshold, report.exit_tokens = expected.threshold, len(expected.depths)
+    report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], expected.depths, strict=True))
+
+    for run in expected.runs:
+        got = runtime.generate(
+            run.prompt,
+            max_tokens=len(run.tokens),
+            loops=report.loops,
+            ignore_eos=True,
+            exit_threshold=1.0,
+            chunk=run.chunk,
+        ).token_ids
+        same = common_prefix(got, run.tokens)
+        margin = run.margins[same] if same < len(run.tokens) else 0.0
+        report.generations.append(GenerationResult(len(run.prompt), run.chunk, len(run.tokens), same, margin))
+        progress("package: greedy tokens", len(expected.runs), 1)
 
 
 def require_parity(report: ParityReport) -> None:

@@ -111,14 +111,13 @@ class Generator:
         options: GenerationOptions,
         codec: TextCodec | None,
     ):
-        for slot, prompt in enumerate(prompts):
-            if not len(prompt) and not session.lengths[slot]:
-                raise PromptError("the prompt is empty; give at least one token")
+        if not all(len(prompt) for prompt in prompts):
+            raise PromptError("the prompt is empty; give at least one token")
         if options.stop and codec is None:
             raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
         self.session, self.options = session, options
         self.tracks = [_Track(slot, prompt, options, codec) for slot, prompt in enumerate(prompts)]
-        self.pending: list[Sequence[int]] = list(prompts)
+        self.pending: list[Sequence[int]] = [list(prompt) for prompt in prompts]
         session.check(prompts)
 
     def __iter__(self) -> Iterator[Piece]:
