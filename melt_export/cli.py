@@ -42,7 +42,10 @@ def _show_version(wanted: bool) -> None:
 
 Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
 Checkpoint = Annotated[Path, typer.Option(help="MELT checkpoint directory: config.json and safetensors.")]
-Tokens = Annotated[int, typer.Option(help="Greedy tokens to compare for each prompt.", min=1)]
+Tokens = Annotated[
+    int | None,
+    typer.Option(help="Greedy tokens to compare for each prompt. Default: 256; 16 for over 1 GB of weights.", min=1),
+]
 
 
 @export_app.command(epilog=_EPILOG)
@@ -66,7 +69,7 @@ def export(
         ),
     ] = DialectName.onnxruntime,  # type: ignore[attr-defined]
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
-    verify_tokens: Tokens = 256,
+    verify_tokens: Tokens = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
     show_version: Version = False,
 ) -> None:
@@ -88,7 +91,7 @@ def export(
 def verify_command(
     package: Annotated[Path, typer.Argument(help="A package made by melt-export.")],
     checkpoint: Checkpoint,
-    tokens: Tokens = 256,
+    tokens: Tokens = None,
     show_version: Version = False,
 ) -> None:
     """Compare a package with its checkpoint at every loop, and write parity.json. Exit code 1 if they differ."""

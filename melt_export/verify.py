@@ -23,6 +23,7 @@ from .twin import float32_twin
 _LIBRARIES = ("torch", "transformers", "onnxruntime", "numpy")
 _TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
 _DECODE_STEPS = 2
+_LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def verify(
     checkpoint: Path,
     *,
     loops: int | None = None,
-    tokens: int = 256,
+    tokens: int | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> ParityReport:
@@ -70,13 +71,16 @@ def verify(
 
     Loop by loop: hidden, latent, cache rows, exit probability and logits, for a ragged batch of prompts and for
     chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
-    ``loops`` None: as many as the package was trained for. The PyTorch side runs first and is freed before the package
-    is loaded, so the two never share memory. Raises CheckpointError, PackageError, ParityError if the two have
-    different shapes.
+    ``loops`` None: as many as the package was trained for; ``tokens`` None: 256, or 16 for a large package, whose
+    tokens take PyTorch seconds each. A large fp16 package runs with its weights mapped from disk. The PyTorch side
+    runs first and is freed before the package is loaded, so the two never share memory. Raises CheckpointError,
+    PackageError, ParityError if the two have different shapes.
     """
     manifest = Package.open(package, check_hashes=False).manifest
     _same_model(manifest, checkpoint)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
+    large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
+    tokens = (16 if large else 256) if tokens is None else tokens
     expected = _expected(checkpoint, manifest, tokens, np.random.default_rng(seed), progress)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
@@ -89,7 +93,9 @@ def verify(
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
             float32_twin(package, directory)
         progress("package: loop by loop", 0, 0)
-        _compare(Runtime.load(directory, check_hashes=False), expected, report, progress)
+        low_memory = large and manifest.precision == "fp16"
+        runtime = Runtime.load(directory, check_hashes=False, low_memory=low_memory)
+        _compare(runtime, expected, report, progress)
     report.manifest_sha256 = file_hash(package / MANIFEST)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)
@@ -103,8 +109,9 @@ def _expected(
     progress("PyTorch: loop by loop", 0, 0)
     reference = Reference(checkpoint)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
+    batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
     cases = [
-        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][: manifest.max_batch], chunk),
+        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
         _case(reference, manifest, rng, [4], 1),
     ]
     prompt = cases[0].prompts[0]

@@ -216,3 +216,12 @@ def test_a_bf16_package_says_what_to_do(make_checkpoint: MakeCheckpoint, make_pa
     package = make_package(make_checkpoint(), precision="bf16", dialect="standard")
     with pytest.raises(BackendError, match="fp32 or fp16"):
         Runtime.load(package)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_low_memory_gives_the_same_answers(tiny_checkpoint: Path, make_package: MakePackage, precision: str) -> None:
+    package = make_package(tiny_checkpoint, precision=precision)
+    usual, lean = Runtime.load(package).session(), Runtime.load(package, low_memory=True).session()
+    tokens = [[7, 12, 30, 5, 9, 22, 41, 3, 17]]
+    expected, got = (session.append(tokens, LoopSettings(4)) for session in (usual, lean))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=(1e-4 if precision == "fp32" else 2e-2))

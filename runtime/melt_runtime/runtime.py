@@ -43,16 +43,19 @@ class Runtime:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        low_memory: bool = False,
         check_hashes: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> Runtime:
         """Opens a package directory. Raises PackageError, BackendError.
 
-        ``threads`` None uses the physical cores; ``progress`` is called with the bytes hashed since its last call.
+        ``threads`` None uses the physical cores. ``low_memory`` leaves the weights on disk, mapped, at several times
+        the time a loop: an fp16 package otherwise takes twice its size on a CPU, which computes in float32.
+        ``progress`` is called with the bytes hashed since its last call.
         """
         package = Package.open(directory, check_hashes=check_hashes, progress=progress)
         codec = TextCodec.load(package.directory) if (package.directory / "tokenizer.json").is_file() else None
-        return cls(package, open_backend(package, backend, threads), codec)
+        return cls(package, open_backend(package, backend, threads, low_memory), codec)
 
     @property
     def manifest(self) -> Manifest:

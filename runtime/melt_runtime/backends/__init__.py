@@ -60,10 +60,10 @@ class Backend(Protocol):
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""
 
 
-def open_backend(package: Package, name: str = "auto", threads: int | None = None) -> Backend:
+def open_backend(package: Package, name: str = "auto", threads: int | None = None, low_memory: bool = False) -> Backend:
     """Loads a package into a backend: "onnxruntime", or "auto" for the best one here. Raises BackendError."""
     if name not in ("auto", "onnxruntime"):
         raise ArgumentError(f"backend {name!r} is not one of auto, onnxruntime")
     from .onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(package, threads)
+    return OnnxRuntimeBackend(package, threads, low_memory)

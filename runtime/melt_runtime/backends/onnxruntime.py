@@ -23,8 +23,8 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, package: Package, threads: int | None = None):
-        self.package = package
+    def __init__(self, package: Package, threads: int | None = None, low_memory: bool = False):
+        self.package, self.low_memory = package, low_memory
         if package.manifest.precision == "bf16":
             raise BackendError("ONNX Runtime has no bf16 kernels for the CPU; export this checkpoint as fp32 or fp16")
         try:
@@ -42,6 +42,11 @@ class OnnxRuntimeBackend:
     def _session(self, graph: str, threads: int | None) -> Any:
         options = self.ort.SessionOptions()
         options.log_severity_level = 3
+        if self.low_memory:
+            # Nothing is widened, packed or kept ahead of its use: weights stay mapped from disk as they are stored.
+            options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
