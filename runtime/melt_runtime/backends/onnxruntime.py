@@ -46,6 +46,7 @@ class OnnxRuntimeBackend:
             # Nothing is widened, packed or kept ahead of its use: weights stay mapped from disk as they are stored.
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+            options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED  # widens a weight just before its use
             options.add_session_config_entry("session.disable_prepacking", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
