@@ -145,10 +145,10 @@ def export_part(export: Row) -> str:
         ["peak resident memory", f"{export['peak_resident_kib']:,} KiB ({human(export['peak_resident_kib'] * 1024)})"],
         ["wall time", clock(export["wall_seconds"])],
         [
-            "peak with verification",
+            "verification: peak resident memory",
             f"{export['verified_peak_kib']:,} KiB ({human(export['verified_peak_kib'] * 1024)})",
         ],
-        ["wall time with verification", clock(export["verified_wall_seconds"])],
+        ["verification: wall time", clock(export["verified_wall_seconds"])],
         ["checkpoint", f"{export['checkpoint_bytes']:,} bytes ({human(export['checkpoint_bytes'])})"],
         ["package", f"{export['package_bytes']:,} bytes ({human(export['package_bytes'])})"],
     ]
