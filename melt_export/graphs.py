@@ -102,7 +102,7 @@ def loop_states(config: MeltConfig, dialect: Dialect, dtype: str, cache_rows: in
     d, layers = config.hidden_size, config.num_hidden_layers
     return [
         StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", d), "swap"),
-        StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", d), "swap"),
+        StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", config.latent_size), "swap"),
         *dialect.cache_states(config, dtype, cache_rows),
     ]
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORM_LAYOUTS = ("sandwich", "pre")
 LATENT_INITS = ("first_input", "zeros")
+AGGREGATIONS = ("gate", "scalar_gate", "mean", "ema", "last")
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -141,6 +142,8 @@ class MeltConfig(LoopedConfig):
     - ``chunk_size``: how many tokens of a prompt run their loops together. It is part of the model's meaning: tokens
       of one chunk see each other's rows of the same loop, and earlier chunks' rows as their last loop left them.
     - ``latent_init``: the latent before the first loop: ``"first_input"`` (loop 1 equals LoopLM's) or ``"zeros"``.
+    - ``aggregation``: how a token's inputs over the loops become its latent: MELT's element-wise ``"gate"``, or one of
+      the ways it was compared with (see ``aggregation.py``); ``ema_weight`` is the new input's share under ``"ema"``.
     - ``untrained``: parts that a conversion initialised and nobody trained ("latent_gate", "early_exit_gate").
     """
 
@@ -148,6 +151,8 @@ class MeltConfig(LoopedConfig):
 
     chunk_size: int = 128
     latent_init: str = "first_input"
+    aggregation: str = "gate"
+    ema_weight: float = 0.2
     untrained: list[str] | tuple[str, ...] = ()
 
     def validate_architecture(self) -> None:
@@ -156,3 +161,13 @@ class MeltConfig(LoopedConfig):
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be 1 or more")
         if self.latent_init not in LATENT_INITS:
             raise ValueError(f"latent_init {self.latent_init!r} is not one of {', '.join(LATENT_INITS)}")
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation {self.aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
+        _number("ema_weight", self.ema_weight, above=0.0)
+        if self.ema_weight > 1:
+            raise ValueError(f"ema_weight is {self.ema_weight!r}; it must be above 0 and at most 1")
+
+    @property
+    def latent_size(self) -> int:
+        """Elements of a token's latent in one layer: d, and one more where the mean counts its loops."""
+        return self.hidden_size + (self.aggregation == "mean")

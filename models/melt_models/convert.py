@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
+from .aggregation import GATE_BIAS_INIT
 from .atomic import TargetExistsError, new_directory
 from .checkpoint import CONFIG_ERRORS, Weights, check_names, expected_shapes, hollow_model, innermost, read_config
 from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
 from .errors import CheckpointError, UnsupportedConfigError
-from .melt import GATE_BIAS_INIT
 
 # Files that travel with a checkpoint unchanged.
 COMPANIONS = (
@@ -30,9 +30,14 @@ COMPANIONS = (
 _CLOSED_EXIT_BIAS = -30.0
 
 
-def melt_config(source: PreTrainedConfig, *, loops: int | None = None, chunk_size: int = 128) -> MeltConfig:
-    """The MELT configuration that a source's weights fit. Raises UnsupportedConfigError."""
-    untrained = ["latent_gate"]
+def melt_config(
+    source: PreTrainedConfig, *, loops: int | None = None, chunk_size: int = 128, **fields: Any
+) -> MeltConfig:
+    """The MELT configuration that a source's weights fit; ``fields`` are further ones of MeltConfig.
+
+    Raises UnsupportedConfigError.
+    """
+    untrained = ["latent_gate"] if "gate" in str(fields.get("aggregation", "gate")) else []
     if isinstance(source, LlamaConfig):
         if source.attention_bias or source.mlp_bias:
             raise UnsupportedConfigError("the Llama checkpoint has biases, which MELT's layers do not")
@@ -42,14 +47,15 @@ def melt_config(source: PreTrainedConfig, *, loops: int | None = None, chunk_siz
         layout, default_loops = source.norm_layout, source.total_ut_steps
     else:
         raise UnsupportedConfigError(f"model_type {source.model_type!r} cannot become a MELT; 'ouro' and 'llama' can")
-    fields = [name for name in LoopedConfig.__annotations__ if hasattr(source, name)]
-    values = {name: getattr(source, name) for name in fields if name not in ("keys_to_ignore_at_inference",)}
+    shared = [name for name in LoopedConfig.__annotations__ if hasattr(source, name)]
+    values = {name: getattr(source, name) for name in shared if name not in ("keys_to_ignore_at_inference",)}
     values.pop("default_theta", None)
     values.update(
         norm_layout=layout,
         total_ut_steps=default_loops if loops is None else loops,
         chunk_size=chunk_size,
         untrained=untrained,
+        **fields,
     )
     try:
         return MeltConfig(**values)

@@ -23,8 +23,13 @@ class Attend(Protocol):
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in float32, or in its own type if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 whatever the input (arXiv 1910.07467). Shape is kept."""
+    """x / rms(x) * weight, in float32 or wider (arXiv 1910.07467). Shape is kept."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -32,7 +37,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = widen(x)
         wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # this form ONNX Runtime fuses
         return self.weight * wide.to(x.dtype)
 

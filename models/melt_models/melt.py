@@ -23,27 +23,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .aggregation import GATE_BIAS_INIT, LatentGate, make_aggregation
 from .cache import ChunkAttention, MeltCache
 from .configuration import MeltConfig
 from .layers import Attend, DecoderLayer, RMSNorm, leave_early
-
-# An untrained gate: near the last loop's own keys and values, where a LoopLM's weights already work.
-GATE_BIAS_INIT = -2.0
-
-
-class LatentGate(nn.Module):
-    """The learned gate between a token's latent and its new input: 2 d^2 + d parameters a layer."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.input_proj = nn.Linear(size, size, bias=False)  # W_z
-        self.latent_proj = nn.Linear(size, size, bias=False)  # U_z
-        self.bias = nn.Parameter(torch.full((size,), GATE_BIAS_INIT))  # b_z
-
-    def forward(self, a: Tensor, latent: Tensor) -> Tensor:
-        """a, latent: (batch, chunk, d) -> the new latent (batch, chunk, d)."""
-        z = torch.sigmoid(self.input_proj(a) + self.latent_proj(latent) + self.bias)
-        return a + z * (latent - a)  # z h + (1 - z) a, and exactly a where h is a
 
 
 class MeltLayer(DecoderLayer):
@@ -51,24 +34,22 @@ class MeltLayer(DecoderLayer):
 
     def __init__(self, config: MeltConfig, layer: int):
         super().__init__(config, layer)
-        self.first_input = config.latent_init == "first_input"
-        self.latent_gate = LatentGate(config.hidden_size)
+        self.latent_gate = make_aggregation(config)
 
     def forward(
         self, x: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """x, latent (batch, chunk, d); first_loop (batch,), active (batch, chunk) bool -> the new x and latent."""
+        """x (batch, chunk, d), latent (batch, chunk, latent_size); first_loop (batch,), active (batch, chunk) bool ->
+        the new x and latent."""
         a = self.input_layernorm(x)
-        start = a if self.first_input else torch.zeros_like(a)
         # Where, not a product: a latent that no loop has written yet may hold anything.
-        latent = torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), start, latent)
-        h = self.latent_gate(a, latent)
-        h = torch.where(active.unsqueeze(-1), h, latent)
-        return self.attend_and_transform(x, a, h, attend), h
+        latent = torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), self.latent_gate.start(a), latent)
+        latent = torch.where(active.unsqueeze(-1), self.latent_gate(a, latent), latent)
+        return self.attend_and_transform(x, a, self.latent_gate.read(latent), attend), latent
 
 
 class LoopStep(NamedTuple):
-    """What one loop leaves: hidden (batch, chunk, d), latent (layers, batch, chunk, d), and
+    """What one loop leaves: hidden (batch, chunk, d), latent (layers, batch, chunk, latent_size), and
     exit_probability (batch, chunk) float32, this loop's lambda."""
 
     hidden: Tensor
@@ -101,7 +82,7 @@ class MeltModel(nn.Module):
         """One loop over a chunk: the mathematics of MELT.
 
         - ``hidden`` (batch, chunk, d): the embedding in the first loop, then the previous loop's normed output.
-        - ``latent`` (layers, batch, chunk, d): as the previous loop left it; not read where ``first_loop``.
+        - ``latent`` (layers, batch, chunk, latent_size): as the previous loop left it; not read where ``first_loop``.
         - ``first_loop`` (batch,) bool: whether this is the sequence's first loop over this chunk.
         - ``active`` (batch, chunk) bool: a token that is not active keeps hidden and latent, so that its cache rows
           are rewritten with the values they have.
@@ -123,7 +104,7 @@ class MeltModel(nn.Module):
         Stops early once no token is active. The chunk's rows stay open in the cache until ``cache.commit``.
         """
         attend = ChunkAttention(self.config, cache, active)
-        latent = hidden.new_zeros(len(self.layers), *hidden.shape)
+        latent = hidden.new_zeros(len(self.layers), *hidden.shape[:-1], self.config.latent_size)
         remaining = torch.ones_like(active, dtype=torch.float32)
         for loop in range(num_loops):
             first_loop = torch.full((hidden.shape[0],), loop == 0, device=hidden.device)

@@ -1,0 +1,97 @@
+"""How a token's inputs over the loops become the latent that its keys and values are read from.
+
+The learned, element-wise gate is MELT's (arXiv 2605.07721); the others are the simpler ways its ablation compares with.
+All work on a_t, a layer's normed input in loop t, and keep one latent a token and layer while the token loops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .configuration import MeltConfig
+
+# An untrained gate: near the last loop's own keys and values, where a LoopLM's weights already work.
+GATE_BIAS_INIT = -2.0
+
+
+class Aggregation(nn.Module):
+    """From the latent so far and a new input to the next latent; ``h_t = a_t``, the last loop only."""
+
+    def start(self, a: Tensor) -> Tensor:
+        """The latent before the first loop, (batch, chunk, latent_size)."""
+        return a
+
+    def forward(self, a: Tensor, latent: Tensor) -> Tensor:
+        """a (batch, chunk, d), latent (batch, chunk, latent_size) -> the new latent."""
+        return a
+
+    def read(self, latent: Tensor) -> Tensor:
+        """h_t (batch, chunk, d): what keys and values are projected from."""
+        return latent
+
+
+class LatentGate(Aggregation):
+    """``h_t = z_t h_{t-1} + (1 - z_t) a_t`` with ``z_t = sigmoid(a_t W_z + h_{t-1} U_z + b_z)``.
+
+    Element-wise it has 2 d^2 + d parameters a layer; with ``width`` 1 it is one number a token, 2 d + 1.
+    """
+
+    def __init__(self, size: int, width: int | None = None, *, from_input: bool = True):
+        super().__init__()
+        width = size if width is None else width
+        self.from_input = from_input
+        self.input_proj = nn.Linear(size, width, bias=False)  # W_z
+        self.latent_proj = nn.Linear(size, width, bias=False)  # U_z
+        self.bias = nn.Parameter(torch.full((width,), GATE_BIAS_INIT))  # b_z
+
+    def start(self, a: Tensor) -> Tensor:
+        return a if self.from_input else torch.zeros_like(a)
+
+    def forward(self, a: Tensor, latent: Tensor) -> Tensor:
+        z = torch.sigmoid(self.input_proj(a) + self.latent_proj(latent) + self.bias)
+        return a + z * (latent - a)  # z h + (1 - z) a, and exactly a where h is a
+
+
+class MovingAverage(Aggregation):
+    """``h_t = w a_t + (1 - w) h_{t-1}``: an exponential moving average with a fixed weight."""
+
+    def __init__(self, weight: float, *, from_input: bool = True):
+        super().__init__()
+        self.weight, self.from_input = weight, from_input
+
+    def start(self, a: Tensor) -> Tensor:
+        return a if self.from_input else torch.zeros_like(a)
+
+    def forward(self, a: Tensor, latent: Tensor) -> Tensor:
+        return latent + self.weight * (a - latent)
+
+
+class Mean(Aggregation):
+    """``h_t = (a_1 + ... + a_t) / t``. The latent's last element counts the loops: a token's own, so that a token that
+    left the loop keeps its mean."""
+
+    def start(self, a: Tensor) -> Tensor:
+        return torch.cat((a, torch.zeros_like(a[..., :1])), dim=-1)
+
+    def forward(self, a: Tensor, latent: Tensor) -> Tensor:
+        mean, count = latent[..., :-1], latent[..., -1:] + 1
+        return torch.cat((mean + (a - mean) / count, count), dim=-1)
+
+    def read(self, latent: Tensor) -> Tensor:
+        return latent[..., :-1]
+
+
+def make_aggregation(config: MeltConfig) -> Aggregation:
+    """What ``config.aggregation`` names."""
+    size, from_input = config.hidden_size, config.latent_init == "first_input"
+    match config.aggregation:
+        case "gate":
+            return LatentGate(size, from_input=from_input)
+        case "scalar_gate":
+            return LatentGate(size, 1, from_input=from_input)
+        case "ema":
+            return MovingAverage(config.ema_weight, from_input=from_input)
+        case "mean":
+            return Mean()
+    return Aggregation()

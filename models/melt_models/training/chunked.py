@@ -1,0 +1,183 @@
+"""MELT chunk by chunk with gradients: the forward of both training phases.
+
+Chunks run one after the other, a chunk's tokens in parallel, each chunk all its loops. Gradients flow through the rows
+of earlier chunks unless they are cut. With ``alpha`` below 1 attention reads interpolated rows (phase 1 of arXiv
+2605.07721): ``KV = alpha KV_melt + (1 - alpha) KV_looplm``, the LoopLM side being that loop's own ``a_t W_K, a_t W_V``,
+so that every earlier chunk keeps one set of rows a loop. The mathematics of a loop is ``MeltModel.loop_step``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from ..layers import masked_attention, merge_heads, rotary_tables, rotate, split_heads
+from ..looplm import LoopLMForCausalLM
+from ..melt import MeltModel
+
+
+@dataclass(frozen=True)
+class ChunkStates:
+    """What a chunk's loops leave: ``hidden`` (loops, batch, chunk, d), ``exit_probability`` (loops, batch, chunk), and
+    ``attention`` (loops, layers, batch, chunk, heads * head_dim), every attention's output before its projection."""
+
+    hidden: Tensor
+    exit_probability: Tensor
+    attention: Tensor
+
+
+class _LoopAttention:
+    """Attends over given past rows and the chunk's own, and keeps what came by: one loop of one chunk.
+
+    ``past`` holds earlier chunks' rows, each (2, layers, batch, kv_heads, chunk, head_dim), keys first. ``seen`` gets
+    every layer's normed input a_t where the LoopLM side is needed. Calling a layer again (gradient checkpointing
+    does) stores the same values again.
+    """
+
+    def __init__(self, model: MeltModel, past: list[Tensor], start: int, chunk: int, alpha: float):
+        self.model, self.past, self.alpha = model, past, alpha
+        layers, device = len(model.layers), model.embed_tokens.weight.device
+        positions = torch.arange(start, start + chunk, device=device)
+        self.cos, self.sin = (table[None] for table in rotary_tables(model.config, positions))
+        self.mask = (torch.arange(start + chunk, device=device) <= positions[:, None])[None]
+        self.seen: list[Any] = [None] * layers
+        self.rows: list[Any] = [None] * layers  # MELT's keys and values
+        self.loop_rows: list[Any] = [None] * layers  # LoopLM's
+        self.outputs: list[Any] = [None] * layers
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        own = self.rows[layer] = self._rows(key, value)
+        if self.alpha < 1:
+            attention: Any = self.model.layers[layer].self_attn
+            a = self.seen[layer]
+            self.loop_rows[layer] = self._rows(attention.k_proj(a), attention.v_proj(a))
+            own = blend(own, self.loop_rows[layer], self.alpha)
+        keys, values = torch.cat([*(rows[:, layer] for rows in self.past), own], dim=-2).unbind()
+        query = rotate(split_heads(query, self.model.config.head_dim), self.cos, self.sin)
+        output = self.outputs[layer] = merge_heads(masked_attention(query, keys, values, self.mask))
+        return output
+
+    def _rows(self, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (split_heads(x, self.model.config.head_dim) for x in (key, value))
+        return torch.stack((rotate(key, self.cos, self.sin), value))
+
+
+def blend(melt: Tensor, looplm: Tensor, alpha: float) -> Tensor:
+    """``alpha melt + (1 - alpha) looplm``; at both ends exactly one of them."""
+    if alpha in (0.0, 1.0):
+        return melt if alpha else looplm
+    return alpha * melt + (1 - alpha) * looplm
+
+
+def _see_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A forward pre-hook of Attention(x, kv, attend): tells the attend what x, the layer's normed input, is."""
+    layer: Any = module.layer
+    x, _, attend = inputs
+    attend.seen[layer] = x
+
+
+class ChunkedForward:
+    """One batch of sequences on its way through a MELT, chunk by chunk.
+
+    ``alpha`` is the share of MELT's rows. ``checkpointing`` keeps only what goes into each loop and computes the loop
+    again in the backward pass. Memory for gradients, per sequence: with it about T * N latents and rows of every token,
+    without it every intermediate of every loop, and the past rows joined anew for each chunk and loop.
+    """
+
+    def __init__(self, model: MeltModel, num_loops: int, *, alpha: float = 1.0, checkpointing: bool = False):
+        self.model, self.num_loops, self.alpha, self.checkpointing = model, num_loops, alpha, checkpointing
+        self.length = 0
+        # The rows that loop t reads of each chunk before. At alpha = 1 all loops read the same ones.
+        self.past: list[list[Tensor]] = [[] for _ in range(num_loops if alpha < 1 else 1)]
+
+    def run(self, hidden: Tensor, num_loops: int | None = None) -> ChunkStates:
+        """hidden (batch, chunk, d), the embeddings of the next tokens -> their states; their rows are kept.
+
+        ``num_loops`` below the usual number lets this chunk leave early; only at alpha = 1.
+        """
+        loops = self.num_loops if num_loops is None else num_loops
+        if self.alpha < 1 and loops != self.num_loops:
+            raise ValueError("a chunk can only leave early at alpha = 1: LoopLM's rows are needed for every loop")
+        batch, chunk, _ = hidden.shape
+        config = self.model.config
+        latent = hidden.new_zeros(config.num_hidden_layers, batch, chunk, config.latent_size)
+        hiddens, exits, outputs, loop_rows = [], [], [], []
+        rows = hidden
+        for loop in range(loops):
+            arguments = (hidden, latent, loop, self.length)
+            if self.checkpointing:
+                result = checkpoint(self._loop, *arguments, *self._past(loop), use_reentrant=False)
+            else:
+                result = self._loop(*arguments, *self._past(loop))
+            hidden, latent, exit_probability, attention, rows, own = result
+            hiddens.append(hidden)
+            exits.append(exit_probability)
+            outputs.append(attention)
+            loop_rows.append(own)
+        for loop, past in enumerate(self.past):
+            past.append(blend(rows, loop_rows[loop], self.alpha))
+        self.length += chunk
+        return ChunkStates(torch.stack(hiddens), torch.stack(exits), torch.stack(outputs))
+
+    def cut(self) -> None:
+        """Lets no gradient through to the chunks so far."""
+        self.past = [[rows.detach() for rows in past] for past in self.past]
+
+    def _past(self, loop: int) -> list[Tensor]:
+        return self.past[loop if self.alpha < 1 else 0]
+
+    def _loop(self, hidden: Tensor, latent: Tensor, loop: int, start: int, *past: Tensor) -> tuple[Tensor, ...]:
+        batch, chunk, _ = hidden.shape
+        attend = _LoopAttention(self.model, list(past), start, chunk, self.alpha)
+        first = torch.full((batch,), loop == 0, device=hidden.device)
+        active = torch.ones(batch, chunk, dtype=torch.bool, device=hidden.device)
+        with _seeing_inputs(self.model, self.alpha < 1):
+            step = self.model.loop_step(hidden, latent, first, active, attend)
+        rows = torch.stack(attend.rows, dim=1)
+        own = torch.stack(attend.loop_rows, dim=1) if self.alpha < 1 else rows
+        return step.hidden, step.latent, step.exit_probability, torch.stack(attend.outputs), rows, own
+
+
+@contextmanager
+def _seeing_inputs(model: MeltModel, wanted: bool) -> Iterator[None]:
+    layers: Any = model.layers if wanted else ()
+    handles = [layer.self_attn.register_forward_pre_hook(_see_input) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TeacherForward:
+    """A frozen LoopLM over the same chunks, without gradients: exactly its forward over the whole sequence."""
+
+    def __init__(self, teacher: LoopLMForCausalLM, num_loops: int):
+        self.teacher, self.num_loops, self.cache = teacher, num_loops, DynamicCache()
+
+    @torch.no_grad()
+    def run(self, input_ids: Tensor) -> ChunkStates:
+        """input_ids (batch, chunk) -> states of every loop; ``exit_probability`` holds the exit distribution."""
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            outputs.append(inputs[0])
+
+        layers: Any = self.teacher.model.layers
+        handles = [layer.self_attn.o_proj.register_forward_pre_hook(keep) for layer in layers]
+        try:
+            result = self.teacher(
+                input_ids, past_key_values=self.cache, num_loops=self.num_loops, exit_threshold=1.0, logits_to_keep=1
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        attention = torch.stack(outputs).unflatten(0, (self.num_loops, len(layers)))
+        return ChunkStates(result.loop_hidden, result.exit_distribution, attention)

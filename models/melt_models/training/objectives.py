@@ -1,0 +1,258 @@
+"""What training minimises: LoopLM's own loss, and the two phases of distillation from a LoopLM into a MELT.
+
+Every objective is a module whose forward gives the loss of a (micro-)batch as sums over tokens divided by the size of
+the whole optimiser step, so that gradients of micro-batches add up and those of processes average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import widen
+from ..looplm import LoopLMForCausalLM
+from ..melt import MeltForCausalLM
+from .chunked import ChunkedForward, ChunkStates, TeacherForward
+from .data import IGNORE
+
+INTERPOLATIONS = ("none", "linear", "cosine")
+DISTILLED_LOOPS = ("all", "last")
+
+
+def _at_least(options: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+            raise ValueError(f"{name} is {value!r}; it must be a number from {least:g}")
+
+
+class StepSize(NamedTuple):
+    """Of a whole optimiser step, divided by the number of processes."""
+
+    labelled: float  # targets that are not IGNORE
+    sequences: float
+
+
+class Losses(NamedTuple):
+    """``total`` is what to differentiate; ``parts`` are detached figures for the record, normalised like it."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """``model`` is what is trained, and the only submodule: a frozen teacher is nobody's parameters."""
+
+    model: Any
+
+    def spans(self, tokens: int) -> list[tuple[int, int]]:
+        """The pieces (start, end) of a sequence to call forward and backward on, in order; gradients add up."""
+        return [(0, tokens)]
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, size: StepSize, step: int, steps: int, span: tuple[int, int]
+    ) -> Losses:
+        """input_ids, targets (batch, n), whole sequences whatever the span; ``step`` counts from 0 to ``steps`` - 1."""
+        raise ValueError("an Objective needs a forward")
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """``entropy_weight``: how strongly the exit distribution is kept from settling on one loop."""
+
+    entropy_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0.0, "entropy_weight")
+
+
+class TeacherObjective(Objective):
+    """LoopLM pretraining: the expected loss over the exit distribution, with an entropy bonus (arXiv 2510.25741).
+
+    ``mean over labelled tokens of sum_t p_t CE_t - beta H(p)``. Logged: the cross-entropy of each loop, H(p) and the
+    expected depth.
+    """
+
+    def __init__(self, model: LoopLMForCausalLM, options: TeacherOptions):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, size: StepSize, step: int, steps: int, span: tuple[int, int]
+    ) -> Losses:
+        loops = self.model.config.total_ut_steps
+        output = self.model(input_ids, num_loops=loops, exit_threshold=1.0, logits_to_keep=1, use_cache=False)
+        labelled = targets != IGNORE
+        logits = widen(self.model.lm_head(output.loop_hidden[:, labelled]))
+        entropies = _cross_entropy(logits, targets[labelled]).sum(-1)
+        p = output.exit_distribution[:, labelled]
+        expected = (p * _cross_entropy(logits, targets[labelled])).sum()
+        entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
+        total = (expected - self.options.entropy_weight * entropy) / size.labelled
+        depth = (p * torch.arange(1, loops + 1, device=p.device)[:, None]).sum()
+        parts = {f"loss_{loop + 1}": entropies[loop] for loop in range(loops)}
+        parts |= {"exit_entropy": entropy, "depth": depth}
+        return Losses(total, {name: value.detach() / size.labelled for name, value in parts.items()})
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Both phases of the training, and the switches that leave a part of it out.
+
+    - ``interpolation``: how alpha goes from 0 to 1, over the first ``interpolation_share`` of the steps; ``"none"`` is
+      alpha = 1 throughout.
+    - ``attention_weight``: beta, the weight of the attention-alignment term.
+    - ``distill``: ``"all"`` loops' logits, or the ``"last"`` loop's only.
+    - ``chunk_wise``: False runs a whole sequence as one chunk.
+    - ``chunk_sizes``: every chunk's size is drawn from these; none means the model's own chunk size. Small ones teach
+      what decoding does, which is chunk size 1.
+    - ``random_depth``: the share of steps in which each chunk leaves after a number of loops of its own, as tokens do
+      under an exit threshold; only once alpha is 1.
+    - ``exit_weight``: trains the exit gate, on states that it cannot change, to say whether a loop's best token is
+      already the teacher's last loop's; on unlabelled tokens, whose rows others rely on, to stay.
+    - ``truncate``: after so many chunks gradients are cut and the backward pass runs, which bounds memory; 0 never.
+    - ``checkpointing``: compute each loop again in the backward pass instead of keeping its intermediates.
+    """
+
+    interpolation: str = "none"
+    interpolation_share: float = 1.0
+    attention_weight: float = 0.0
+    distill: str = "all"
+    chunk_wise: bool = True
+    chunk_sizes: Sequence[int] = ()
+    random_depth: float = 0.0
+    exit_weight: float = 0.0
+    truncate: int = 0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("interpolation", INTERPOLATIONS), ("distill", DISTILLED_LOOPS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+        _at_least(self, 0.0, "attention_weight", "exit_weight", "truncate", "random_depth", "interpolation_share")
+        if self.random_depth > 1 or self.interpolation_share > 1:
+            raise ValueError("random_depth and interpolation_share are shares of the steps; they must be at most 1")
+        if self.random_depth and self.interpolation != "none":
+            raise ValueError("random_depth needs interpolation: none; LoopLM's rows are needed for every loop")
+        if any(size < 1 for size in self.chunk_sizes):
+            raise ValueError(f"chunk_sizes are {list(self.chunk_sizes)}; each must be 1 or more")
+
+
+PHASE1 = DistillOptions(interpolation="linear")
+PHASE2 = DistillOptions(attention_weight=0.1)
+
+
+class DistillObjective(Objective):
+    """From a frozen LoopLM to a MELT (arXiv 2605.07721), chunk by chunk.
+
+    ``L = mean over labelled tokens and loops of KL(teacher's loop t || student's loop t)
+    + beta mean over tokens, layers and loops of ||o_melt - o_looplm||^2``, o being an attention's output before its
+    projection, and the norm's square summed over its heads * head_dim elements. Attention reads rows interpolated by
+    alpha. Logged: the divergence in all and in the last loop, the alignment term, the exit gate's loss, alpha.
+    """
+
+    def __init__(self, student: MeltForCausalLM, teacher: LoopLMForCausalLM, options: DistillOptions, seed: int):
+        super().__init__()
+        self.model, self.options, self.seed = student, options, seed
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not a submodule
+        self._carry: tuple[ChunkedForward, TeacherForward] | None = None
+
+    def alpha(self, step: int, steps: int) -> float:
+        """The share of MELT's own rows in a step: 0 in the first, 1 from the end of the interpolation on."""
+        if self.options.interpolation == "none":
+            return 1.0
+        last = self.options.interpolation_share * (steps - 1)
+        done = min(1.0, step / last) if last > 0 else 1.0
+        return done if self.options.interpolation == "linear" else float(0.5 - 0.5 * np.cos(np.pi * done))
+
+    def spans(self, tokens: int) -> list[tuple[int, int]]:
+        """Whole sequences; with ``truncate`` pieces of so many chunks of the largest size that may be drawn."""
+        sizes = self.options.chunk_sizes or (self.model.config.chunk_size,)
+        piece = self.options.truncate * max(sizes) if self.options.chunk_wise else 0
+        return [(at, min(at + piece, tokens)) for at in range(0, tokens, piece)] if piece else [(0, tokens)]
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, size: StepSize, step: int, steps: int, span: tuple[int, int]
+    ) -> Losses:
+        loops = self.model.config.total_ut_steps
+        start, end = span
+        chunks = self._chunks(step, start, end)
+        alpha = self.alpha(step, steps)
+        if start == 0 or self._carry is None:
+            model, teacher = self.model.model, self._on(input_ids.device)
+            student = ChunkedForward(model, loops, alpha=alpha, checkpointing=self.options.checkpointing)
+            self._carry = student, TeacherForward(teacher, loops)
+        student, reference = self._carry
+        student.cut()
+        parts: dict[str, Tensor] = {}
+        for at, until, depth in chunks:
+            ids, goals = input_ids[:, at:until], targets[:, at:until]
+            states = student.run(self.model.model.embed_tokens(ids), depth)
+            for name, value in self._compare(states, reference.run(ids), goals, input_ids.shape[1]).items():
+                parts[name] = parts.get(name, 0) + value
+        if end == input_ids.shape[1]:
+            self._carry = None
+        shares = {"attention": size.sequences, "alpha": size.labelled}
+        parts = {name: value / shares.get(name, size.labelled) for name, value in parts.items()}
+        parts["alpha"] = (targets[:, start:end] != IGNORE).sum() * alpha / size.labelled
+        options = self.options
+        total = parts["kl"] + options.attention_weight * parts["attention"] + options.exit_weight * parts["exit"]
+        return Losses(total, {name: value.detach() for name, value in parts.items()})
+
+    def _compare(self, student: ChunkStates, teacher: ChunkStates, targets: Tensor, tokens: int) -> dict[str, Tensor]:
+        """Sums over a chunk's labelled tokens; ``attention`` over all tokens, a sequence's ``tokens`` weighing 1."""
+        depth = len(student.hidden)
+        labelled = targets != IGNORE
+        truth = widen(self._on(targets.device).lm_head(teacher.hidden[:, labelled]))
+        mine = widen(self.model.lm_head(student.hidden[:, labelled]))
+        first = 0 if self.options.distill == "all" else depth - 1
+        # A chunk that leaves early stands in for its last loop: what is written next must fit the teacher's last.
+        goal = torch.cat((truth[: depth - 1], truth[-1:])) if depth < len(truth) else truth
+        divergence = F.kl_div(mine.log_softmax(-1), goal.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        parts = {"kl": divergence[first:].mean(0).sum(), "kl_last": divergence[-1].sum().detach()}
+        parts["attention"], parts["exit"] = mine.new_zeros(()), mine.new_zeros(())
+        if self.options.attention_weight:
+            error = widen(student.attention - teacher.attention[:depth]).pow(2).sum(-1)
+            parts["attention"] = error.mean((0, 1)).sum() / tokens
+        if self.options.exit_weight:
+            right = (mine.argmax(-1) == truth[-1].argmax(-1)).to(mine.dtype)
+            leave = student.hidden.new_zeros(student.exit_probability.shape, dtype=mine.dtype)
+            leave[:, labelled] = right
+            opinion = widen(self.model.model.early_exit_gate(student.hidden.detach()).squeeze(-1))
+            loss = F.binary_cross_entropy_with_logits(opinion, leave, reduction="none").mean(0)
+            parts["exit"] = loss.sum()
+        return parts
+
+    def _chunks(self, step: int, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The (start, end, loops) of every chunk of a span. What is drawn is the same in every process."""
+        rng = np.random.default_rng([self.seed, step, start])
+        sizes = list(self.options.chunk_sizes or [self.model.config.chunk_size])
+        loops = self.model.config.total_ut_steps
+        random_depth = np.random.default_rng([self.seed, step]).random() < self.options.random_depth
+        chunks, at = [], start
+        while at < end:
+            size = int(rng.choice(sizes)) if self.options.chunk_wise else end - start
+            depth = int(rng.integers(1, loops + 1)) if random_depth else loops
+            chunks.append((at, min(at + size, end), depth))
+            at += size
+        return chunks
+
+    def _on(self, device: torch.device) -> LoopLMForCausalLM:
+        """The teacher, moved to where the batch is."""
+        (teacher,) = self._teacher
+        if teacher.lm_head.weight.device != device:
+            teacher.to(device)  # type: ignore[arg-type]
+        return teacher
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (loops, tokens, vocab), targets (tokens,) -> (loops, tokens)."""
+    loops = len(logits)
+    flat = F.cross_entropy(logits.flatten(0, 1), targets.repeat(loops), reduction="none")
+    return flat.view(loops, -1)
