@@ -105,10 +105,10 @@ def test_melt_train_accepts_the_file_of_every_run(tmp_path: Path) -> None:
         assert read_run(file).stages() == run.stages
 
 
-def test_the_example_is_the_teacher_and_the_main_run_of_seed_0() -> None:
+def test_the_example_is_the_shipped_checkpoints_recipe() -> None:
     example = yaml.safe_load((FOLDER.parent.parent / "examples" / "addition.yaml").read_text(encoding="utf-8"))
     runs = {run.name: run.content for run in all_runs(Path("there"))}
-    teacher, main = runs["teacher-0"], runs["main-0"]
+    teacher, main = runs["teacher-even-0"], runs["even-0"]
     assert {**example["phase1"], "interpolation": "linear"} == {**main["phase1"], "interpolation": "linear"}
     assert example["phase2"] == main["phase2"]
     assert {key: example[key] for key in ("model", "teacher")} == {key: teacher[key] for key in ("model", "teacher")}
