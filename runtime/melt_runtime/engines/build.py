@@ -16,7 +16,7 @@ from ..errors import ArgumentError, BackendError
 from ..files import FileSpec, file_hash
 from ..package import GRAPHS, Manifest, Package, source_hash
 from ..progress import Step, no_progress
-from .inspection import inspect_network, require_small
+from .inspection import inspect_network, inspect_operators, require_small
 from .library import Library, current_capability, open_library
 from .monitor import make_monitor
 from .network import add_profiles, allow_decomposition, parse, quantize_products
@@ -168,6 +168,7 @@ def _build_plan(
 ) -> None:
     manifest, title, file = package.manifest, f"building {graph}", package.path(graph)
     progress(f"reading {graph}", 0, 0)
+    inspect_operators(file)
     network = parse(library, builder, file)
     savings = None
     if graph == "loop_step":
@@ -186,7 +187,9 @@ def _build_plan(
     built = builder.build_serialized_network(network.network, config)
     if monitor.interrupted is not None:
         raise monitor.interrupted
-    if built is None:
+    if built is not None:
+        monitor.complete()
+    else:
         raise BackendError(f"{library.title} {library.version} cannot build {graph}: {library.messages.reason()}")
     if savings and options.weights:
         require_small(built.nbytes, savings.weight_bytes, savings.saved_bytes, options.weights)

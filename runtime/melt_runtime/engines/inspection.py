@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError
 from ..package import GraphSpec, Manifest, TensorSpec
 from .network import Network
+from .onnx_file import read_operators
 from .quantize import worth_it
 
 _DTYPES = {
@@ -39,6 +41,20 @@ def inspect_network(network: Network, name: str, manifest: Manifest, weights: st
         _attention_fused(network, manifest)
     if weights is not None:
         _products_quantized(network, weights)
+
+
+def inspect_operators(file: Path) -> None:
+    """Refuses what the parser reads and then ignores without a word. Raises BackendError, PackageError.
+
+    Of Attention it takes query, key, value and mask; ``nonpad_kv_seqlen`` or a past would silently be dropped, and
+    stale rows be attended to.
+    """
+    for operator in read_operators(file):
+        if operator.kind == "Attention" and any(operator.inputs[4:]):
+            ignored = ", ".join(name for name in operator.inputs[4:] if name)
+            raise BackendError(
+                f"{file.name}: the parser ignores {ignored}, an input of {operator.name}; lengths must be in its mask"
+            )
 
 
 def require_small(plan_bytes: int, weight_bytes: int, saved_bytes: int, weights: str) -> None:

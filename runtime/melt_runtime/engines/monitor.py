@@ -70,4 +70,7 @@ def make_monitor(library: Library, title: str, progress: Step) -> Any:
                 self.interrupted = error
             return self.interrupted is None
 
+        def complete(self) -> None:
+            progress(title, _PARTS, _PARTS - self.shown)
+
     return Monitor()

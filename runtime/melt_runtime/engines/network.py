@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import BackendError
 from ..package import GraphSpec
-from .initializers import read_initializers
 from .library import Library
+from .onnx_file import read_initializers
 from .quantize import Quantized, quantize, stored, worth_it
 from .shapes import resolve
 from .spec import ProfileSpec
@@ -117,11 +117,18 @@ def parse(library: Library, builder: Any, file: Path) -> Network:
     parser = module.OnnxParser(network, library.logger)
     if not parser.parse_from_file(str(file)):
         reasons = [parser.get_error(index) for index in range(parser.num_errors)]
-        reason = f"{reasons[0].desc()} (node {reasons[0].node_name()})" if reasons else library.messages.reason()
+        reason = f"{reasons[0].desc()} ({_node(reasons[0])})" if reasons else library.messages.reason()
         raise BackendError(f"{library.title} {library.version} cannot read {file.name}: {' '.join(reason.split())}")
     parsed = Network(library, builder, network)
     parsed.keep.append(parser)  # weights that were read from the file are the parser's
     return parsed
+
+
+def _node(error: Any) -> str:
+    """Which node a parser's error is about; old parsers do not say."""
+    if not hasattr(error, "node_name"):
+        return f"node {error.node()}"
+    return f"{error.node_operator()} {error.node_name()}"
 
 
 def add_profiles(network: Network, config: Any, graph: GraphSpec, profiles: tuple[ProfileSpec, ...]) -> None:

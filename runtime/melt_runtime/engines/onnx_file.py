@@ -1,4 +1,4 @@
-"""Finds the weights of an ONNX file without the onnx package: the few protobuf fields that a device needs."""
+"""Weights and operators of an ONNX file without the onnx package: the few protobuf fields that a device needs."""
 
 from __future__ import annotations
 
@@ -59,6 +59,29 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
                 read = _tensor(tensor, path.parent)
                 if read is not None:
                     found[read.name] = read
+    except (IndexError, ValueError, TypeError) as error:
+        raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
+    return found
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A node: what it is, its name, and what it reads, "" where an optional input is left out."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+
+
+def read_operators(path: Path) -> list[Operator]:
+    """All nodes of an ONNX file. Raises PackageError for what is not one."""
+    found = []
+    try:
+        for graph in _fields(path.read_bytes(), 7):  # ModelProto.graph
+            for node in _fields(graph, 1):  # GraphProto.node
+                inputs = tuple(value.decode() for value in _fields(node, 1))
+                name, kind = (next(_fields(node, number), b"").decode() for number in (3, 4))
+                found.append(Operator(kind, name, inputs))
     except (IndexError, ValueError, TypeError) as error:
         raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
     return found
