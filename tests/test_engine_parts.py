@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -349,7 +351,7 @@ def test_the_portable_dialect_is_for_old_tensorrt() -> None:
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_a_missing_library_names_its_extra(flavour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, flavour.replace("-", "_"), None)
+    monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
     with pytest.raises(BackendError, match=rf"pip install 'melt-export\[{flavour}\]'"):
         open_library(flavour)
 
@@ -360,3 +362,8 @@ def test_options_that_make_no_sense_are_refused() -> None:
             EngineOptions(**options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="is not one of tensorrt, tensorrt-rtx"):
         open_library("other")
+
+
+def test_engines_are_built_without_torch_or_onnx() -> None:
+    code = "import sys, melt_runtime.engines.build; print({'torch', 'onnx', 'onnxruntime'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,6 +260,20 @@ def test_ctrl_c_stops_a_build_and_leaves_the_package_as_it_was(standard: Package
     with pytest.raises(KeyboardInterrupt):
         build_engine(standard, EngineOptions(), stop)
     assert (standard.directory / "manifest.json").read_bytes() == before
+    assert not (standard.directory / "engines").exists()
+
+
+def test_a_signal_in_the_middle_of_a_build_waits_for_the_builder(standard: Package) -> None:
+    sent = []
+
+    def interrupt(step: str, total: int, done: int) -> None:
+        if step == "building loop_step" and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(standard, EngineOptions(), interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (standard.directory / "engines").exists()
 
 

@@ -18,7 +18,7 @@ from ..package import GRAPHS, Manifest, Package, source_hash
 from ..progress import Step, no_progress
 from .inspection import inspect_network, inspect_operators, require_small
 from .library import Library, current_capability, open_library
-from .monitor import make_monitor
+from .monitor import make_monitor, signals_deferred
 from .network import add_profiles, allow_decomposition, parse, quantize_products
 from .shapes import length_buckets, make_profiles
 from .spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
@@ -184,7 +184,8 @@ def _build_plan(
     monitor = make_monitor(library, title, progress)
     config.progress_monitor = monitor
     library.messages.clear()
-    built = builder.build_serialized_network(network.network, config)
+    with signals_deferred(monitor):
+        built = builder.build_serialized_network(network.network, config)
     if monitor.interrupted is not None:
         raise monitor.interrupted
     if built is not None:

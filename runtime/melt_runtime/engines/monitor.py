@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..progress import Step
@@ -43,6 +47,34 @@ class Phases:
         self.reached = max(self.reached, part)
 
 
+@contextmanager
+def signals_deferred(monitor: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the builder to stop at its next step: raised in its callbacks they would end it.
+
+    Only the main thread gets signals; elsewhere this does nothing.
+    """
+    caught: list[tuple[int, Any]] = []
+    previous: dict[int, Callable[[int, Any], Any]] = {}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append((number, frame))
+        monitor.stopped = True
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                previous[number] = handler
+                signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number, frame in caught[:1]:
+            previous[number](number, frame)
+
+
 def make_monitor(library: Library, title: str, progress: Step) -> Any:
     """An IProgressMonitor that reports to ``progress`` under a title; its ``interrupted`` says why it stopped."""
     base = library.module.IProgressMonitor
@@ -51,6 +83,7 @@ def make_monitor(library: Library, title: str, progress: Step) -> Any:
         def __init__(self) -> None:
             base.__init__(self)
             self.phases, self.shown = Phases(), 0
+            self.stopped = False
             self.interrupted: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -68,7 +101,7 @@ def make_monitor(library: Library, title: str, progress: Step) -> Any:
                 self.shown = parts
             except BaseException as error:
                 self.interrupted = error
-            return self.interrupted is None
+            return self.interrupted is None and not self.stopped
 
         def complete(self) -> None:
             progress(title, _PARTS, _PARTS - self.shown)
