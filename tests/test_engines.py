@@ -102,6 +102,14 @@ def test_options_reach_the_engine_and_its_entry(standard: Package) -> None:
     }
 
 
+def test_fp8_weights_are_for_devices_that_have_fp8(standard: Package) -> None:
+    assert build_engine(standard, EngineOptions(weights="fp8")).compute_capabilities[0] == "8.9"
+
+
+def test_an_engine_for_turing_is_built_when_asked_for(standard: Package) -> None:
+    assert build_engine(standard, EngineOptions(compute_capabilities=("7.5",))).compute_capabilities == ("7.5",)
+
+
 def test_decoding_has_a_profile_of_exactly_one_token(standard: Package) -> None:
     assert build_engine(standard, EngineOptions()).profiles[0].chunk == (1, 1, 1)
 
@@ -239,6 +247,8 @@ def test_a_graph_that_cannot_be_read_is_refused_in_the_parsers_words(standard: P
     ("options", "message"),
     [
         ({"compute_capabilities": ("9.0",)}, r"does not build for compute capability 9\.0; it does for 7\.5, 8\.0"),
+        ({"compute_capabilities": ("8.6",), "weights": "fp8"}, r"fp8 needs compute capability 8\.9 or newer, not 8\.6"),
+        ({"compute_capabilities": ("7.5",), "weights": "int4"}, r"int4 needs compute capability 8\.0 or newer"),
         ({"timing_cache": Path("timings")}, "times nothing while it builds"),
         ({"max_batch": 99}, "max_batch is 99; the package was exported for 1 to 8"),
     ],

@@ -24,6 +24,9 @@ from .shapes import length_buckets, make_profiles
 from .spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
 from .store import keep_engine, new_engine
 
+# TensorRT-RTX's support matrix: the oldest devices that multiply so. float16 and float32 run on all it knows, from 7.5.
+_OLDEST_DEVICE = {"bf16": 8.0, "int4": 8.0, "int8": 8.0, "fp8": 8.9}
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -31,9 +34,9 @@ class EngineOptions:
 
     flavour: "tensorrt" or "tensorrt-rtx". weights: None as the package has them, or "int4", "int8", "fp8" for the
     loop step's products. max_batch: None for the package's. compute_capabilities: for TensorRT-RTX, the devices it is
-    for ("8.9"); none: Ampere and newer. workspace: most MiB of scratch memory, None for the library's choice.
-    weight_streaming: weights may stay in host memory. timing_cache: a file of TensorRT's kernel timings, read and
-    updated.
+    for ("8.9"); none: Ampere and newer, or what has fp8 if that is asked. workspace: most MiB of scratch memory, None
+    for the library's choice. weight_streaming: weights may stay in host memory. timing_cache: a file of TensorRT's
+    kernel timings, read and updated.
     """
 
     flavour: str = "tensorrt-rtx"
@@ -88,7 +91,7 @@ def build_engine(package: Package, options: EngineOptions, progress: Step = no_p
         spec = EngineSpec(
             flavour=options.flavour,
             version=library.version,
-            compute_capabilities=target_capabilities(options),
+            compute_capabilities=target_capabilities(options, library),
             precision=manifest.precision,
             weights=options.weights,
             dialect=manifest.dialect,
@@ -133,6 +136,11 @@ def check_options(dialect: str, precision: str, max_batch: int, options: EngineO
             f"{library.title} {library.version} does not build for compute capability {unknown}; "
             f"it does for {', '.join(library.capabilities)}"
         )
+    for kind in (precision, options.weights):
+        oldest = _OLDEST_DEVICE.get(kind or "", 0.0)
+        too_old = next((c for c in options.compute_capabilities if float(c) < oldest), None)
+        if too_old is not None:
+            raise ArgumentError(f"{kind} needs compute capability {oldest} or newer, not {too_old}")
     if options.timing_cache is not None and options.flavour == "tensorrt-rtx":
         raise ArgumentError(
             "TensorRT-RTX times nothing while it builds; its kernels are compiled on the device, at first use"
@@ -148,10 +156,12 @@ def plan_shapes(manifest: Manifest, options: EngineOptions) -> tuple[tuple[Profi
     return make_profiles(options.max_batch or manifest.max_batch, manifest.chunk, heads, buckets), buckets
 
 
-def target_capabilities(options: EngineOptions) -> tuple[str, ...]:
-    """What the engine will run on: as asked, or this machine's device where TensorRT builds for nothing else."""
+def target_capabilities(options: EngineOptions, library: Library) -> tuple[str, ...]:
+    """What the engine will run on: as asked; this machine's device, for TensorRT; for RTX what fp8 weights leave."""
     if options.flavour == "tensorrt-rtx":
-        return options.compute_capabilities
+        if options.compute_capabilities or options.weights != "fp8":
+            return options.compute_capabilities
+        return tuple(c for c in library.capabilities if float(c) >= _OLDEST_DEVICE["fp8"])
     here = current_capability()
     return (here,) if here else ()
 
@@ -217,9 +227,10 @@ def _configure(options: EngineOptions, library: Library, builder: Any) -> Any:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.weight_streaming:
         config.set_flag(module.BuilderFlag.WEIGHT_STREAMING)
-    if options.compute_capabilities:
-        config.num_compute_capabilities = len(options.compute_capabilities)
-        for index, capability in enumerate(options.compute_capabilities):
+    if options.flavour == "tensorrt-rtx":
+        wanted = target_capabilities(options, library)
+        config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
             if not config.set_compute_capability(library.capabilities[capability], index):
                 raise BackendError(f"{library.title} refuses compute capability {capability}")
     if options.timing_cache is not None:
