@@ -124,10 +124,10 @@ def main(
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="melt-engines-", dir=keep) as directory:
         found = measure(shape, layers or None, names, rows, Path(directory))
-    table = Table("build", "seconds", "peak memory", "before it", *(f"{graph}.plan" for graph in found[0].plans))
+    table = Table("MB", "seconds", "peak", "before", *found[0].plans)
     for one in found:
         sizes = (one.peak_bytes, one.start_bytes, *one.plans.values())
-        table.add_row(one.name, f"{one.seconds:.1f}", *(f"{size / 1e6:,.1f} MB" for size in sizes))
+        table.add_row(one.name, f"{one.seconds:.1f}", *(f"{size / 1e6:,.1f}" for size in sizes))
     Console().print(table)
     if json_file is not None:
         content = {
