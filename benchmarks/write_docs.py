@@ -160,6 +160,26 @@ def export_part(export: Row) -> str:
     )
 
 
+def training_part(section: Row) -> str:
+    """The section on what training keeps for the backward pass."""
+    modes, shape = section["modes"], section["shape"]
+    cells = [
+        [f"{r['tokens']:,}", f"{r['chunk']:,}", f"{r['loops']}", *(human(r[mode]) for mode in modes)]
+        for r in section["rows"]
+    ]
+    return (
+        "## Memory of training\n\n"
+        "Bytes of all tensors that autograd keeps between the forward and the backward pass of a phase-2 step, for one "
+        f"sequence (exact, counted; {plural(shape['num_hidden_layers'], 'layer')}, d = {shape['hidden_size']}, "
+        f"{shape['num_attention_heads']} heads, float32). Weights, gradients, optimiser states and the teacher's cache "
+        "come on top.\n\n"
+        + command(section["command"])
+        + f"\n- Date: {section['date']}\n"
+        + f"- Versions: {', '.join(f'{name} {number}' for name, number in section['versions'].items())}\n\n"
+        + table(["tokens", "chunk", "loops", *modes], cells)
+    )
+
+
 def markdown(content: Row) -> str:
     """docs/benchmarks.md."""
     report = content["loop_step"]
@@ -175,6 +195,8 @@ def markdown(content: Row) -> str:
     ]
     if "export" in content:
         parts.append(export_part(content["export"]))
+    if "training_memory" in content:
+        parts.append(training_part(content["training_memory"]))
     return "\n".join(parts)
 
 

@@ -9,13 +9,13 @@ from types import ModuleType
 from melt_runtime.command import run_app
 
 
-def _load(command: str, module: str) -> ModuleType:
+def _load(command: str, module: str, extra: str = "export") -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("melt_"):
             raise
-        advice = "install it with: pip install 'melt-export[export]'"
+        advice = f"install it with: pip install 'melt-export[{extra}]'"
         print(f"{command}: {error.name} is not installed; {advice}", file=sys.stderr)
         sys.exit(2)
 
@@ -33,3 +33,8 @@ def export() -> None:
 def verify() -> None:
     """The ``melt-verify`` command."""
     _load("melt-verify", "melt_export.cli").verify_main()
+
+
+def train() -> None:
+    """The ``melt-train`` command."""
+    run_app(_load("melt-train", "melt_models.training.cli", "train").app, "melt-train")

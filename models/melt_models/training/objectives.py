@@ -23,6 +23,7 @@ from .data import IGNORE
 
 INTERPOLATIONS = ("none", "linear", "cosine")
 DISTILLED_LOOPS = ("all", "last")
+TEACHER_LOOPS = ("same", "last")
 
 
 def _at_least(options: object, least: float, *names: str) -> None:
@@ -109,6 +110,8 @@ class DistillOptions:
       alpha = 1 throughout.
     - ``attention_weight``: beta, the weight of the attention-alignment term.
     - ``distill``: ``"all"`` loops' logits, or the ``"last"`` loop's only.
+    - ``teacher_loop``: a loop learns from the teacher's ``"same"`` loop, or from its ``"last"``, so that every depth is
+      as useful as it can be.
     - ``chunk_wise``: False runs a whole sequence as one chunk.
     - ``chunk_sizes``: every chunk's size is drawn from these; none means the model's own chunk size. Small ones teach
       what decoding does, which is chunk size 1.
@@ -124,6 +127,7 @@ class DistillOptions:
     interpolation_share: float = 1.0
     attention_weight: float = 0.0
     distill: str = "all"
+    teacher_loop: str = "same"
     chunk_wise: bool = True
     chunk_sizes: Sequence[int] = ()
     random_depth: float = 0.0
@@ -132,7 +136,8 @@ class DistillOptions:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("interpolation", INTERPOLATIONS), ("distill", DISTILLED_LOOPS)):
+        choices = {"interpolation": INTERPOLATIONS, "distill": DISTILLED_LOOPS, "teacher_loop": TEACHER_LOOPS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         _at_least(self, 0.0, "attention_weight", "exit_weight", "truncate", "random_depth", "interpolation_share")
@@ -213,7 +218,9 @@ class DistillObjective(Objective):
         mine = widen(self.model.lm_head(student.hidden[:, labelled]))
         first = 0 if self.options.distill == "all" else depth - 1
         # A chunk that leaves early stands in for its last loop: what is written next must fit the teacher's last.
-        goal = torch.cat((truth[: depth - 1], truth[-1:])) if depth < len(truth) else truth
+        goal = torch.cat((truth[: depth - 1], truth[-1:]))
+        if self.options.teacher_loop == "last":
+            goal = truth[-1:].expand(depth, -1, -1)
         divergence = F.kl_div(mine.log_softmax(-1), goal.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         parts = {"kl": divergence[first:].mean(0).sum(), "kl_last": divergence[-1].sum().detach()}
         parts["attention"], parts["exit"] = mine.new_zeros(()), mine.new_zeros(())

@@ -1,0 +1,83 @@
+"""``melt-train``: a YAML file and a stage's name -> checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import distributed
+from transformers.utils import logging as transformers_logging
+
+from ..atomic import TargetExistsError
+from ..errors import CheckpointError
+from .config import ConfigError, read_run
+from .snapshots import SnapshotError
+from .stages import run
+from .trainer import TrainingDivergedError
+
+_INTERRUPTED = 130
+
+
+class StageName(StrEnum):
+    """What can be trained."""
+
+    teacher = "teacher"
+    phase1 = "phase1"
+    phase2 = "phase2"
+    all = "all"
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def command(
+    stage: Annotated[StageName, typer.Argument(help="One stage, or all that the file has, in order.")],
+    config: Annotated[Path, typer.Option(help="The run's YAML file.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last snapshot; finished stages are skipped.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Write here instead of the file's `output`.")] = None,
+) -> None:
+    """Train a LoopLM teacher, and from it a MELT in two phases. Prefix with `accelerate launch` for several devices."""
+    transformers_logging.disable_progress_bar()
+    try:
+        settings = read_run(config, output=output)
+        stages = settings.stages() if stage is StageName.all else [stage.value]
+        run(settings, stages, resume=resume)
+    except TrainingDivergedError as error:
+        _fail(str(error), 1, error)
+    except (ConfigError, CheckpointError, SnapshotError, TargetExistsError, OSError) as error:
+        _fail(str(error), 2, error)
+    except KeyboardInterrupt as error:
+        _fail("stopped; the same command with --resume goes on from the last snapshot", _INTERRUPTED, error)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    if _speaks():
+        for name in stages:
+            print(settings.output / name)
+
+
+def _speaks() -> bool:
+    """Whether this is the main process of a launch: all of them meet the same errors, one tells."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(sentence: str, code: int, error: BaseException) -> None:
+    if _speaks():
+        print(f"melt-train: {sentence}", file=sys.stderr)
+    raise typer.Exit(code) from error
+
+
+def main() -> None:
+    """``python -m melt_models.training.cli``, which ``accelerate launch -m`` runs."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

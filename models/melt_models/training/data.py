@@ -1,0 +1,201 @@
+"""What training reads: batches of token ids from a synthetic task, or packed from files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .files import DocumentStream, TokenStream
+from .tasks import END, PAD, Task, make_task
+
+IGNORE = -100
+# What the data section may say of each kind of file, beside tokenizer and sequence_length.
+FILE_OPTIONS = {
+    "text": ("document", "shuffle_buffer", "held_out_percent"),
+    "jsonl": ("field", "shuffle_buffer", "held_out_percent"),
+    "parquet": ("field", "shuffle_buffer", "held_out_percent"),
+    "tokens": ("dtype", "held_out_percent"),
+}
+
+
+class Batch(NamedTuple):
+    """``input_ids`` (batch, n) int64; ``targets`` (batch, n) int64, the token after each input token, or IGNORE."""
+
+    input_ids: Tensor
+    targets: Tensor
+
+
+class Batches(Protocol):
+    """An endless stream of batches that can be left and resumed anywhere."""
+
+    vocab_size: int
+    pad_token_id: int | None
+    eos_token_id: int | None
+
+    def take(self, size: int, progress: float) -> Batch:
+        """The next ``size`` sequences; ``progress`` (0 to 1) is how far the run is, for curricula."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, ready for JSON: with it loaded, exactly the same batches follow."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def save_tokenizer(self, directory: Path) -> None: ...
+
+
+class TaskBatches:
+    """Examples of a task, generated on the fly: the loss is on the answer and END, the prompt's targets are IGNORE.
+
+    A batch depends on the seed, the number of sequences taken before it, its size and the progress, on nothing else.
+    """
+
+    def __init__(self, task: Task, seed: int, held_out: bool = False):
+        self.task, self.seed, self.held_out, self.taken = task, seed, held_out, 0
+        self.ids = {token: index for index, token in enumerate(task.vocabulary)}
+        self.vocab_size = len(self.ids)
+        self.pad_token_id: int | None = self.ids[PAD]
+        self.eos_token_id: int | None = self.ids[END]
+
+    def take(self, size: int, progress: float) -> Batch:
+        rng = np.random.default_rng([self.seed, self.taken])
+        examples = self.task.sample(rng, size, self.held_out, progress)
+        self.taken += size
+        rows = [[*(self.ids[c] for c in x.prompt + x.answer), self.ids[END]] for x in examples]
+        tokens = torch.tensor(rows)
+        targets = tokens[:, 1:].clone()
+        targets[:, : self.task.prompt_tokens - 1] = IGNORE
+        return Batch(tokens[:, :-1], targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.taken = int(state["taken"])
+
+    def save_tokenizer(self, directory: Path) -> None:
+        length = self.task.prompt_tokens + self.task.answer_tokens
+        character_tokenizer(self.task.vocabulary, length).save_pretrained(directory)
+
+
+def character_tokenizer(vocabulary: tuple[str, ...], length: int) -> PreTrainedTokenizerFast:
+    """One token a character, nothing added and nothing lost. ``length``: the most tokens that the model is made for."""
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=length,
+    )
+
+
+class FileBatches:
+    """Packed sequences from files, epoch after epoch, each in another order.
+
+    ``kind`` is text, jsonl or parquet (documents, each followed by eos; see ``DocumentStream``) or tokens (flat ids;
+    see ``TokenStream``), with ``options`` as in FILE_OPTIONS. ``tokenizer`` is a directory with the checkpoint's
+    tokenizer. A sequence begins with the last token of the one before, so that every token is a target. ``held_out``
+    reads the part that training never sees. Raises ValueError for what cannot work, here or, where only reading shows
+    it, in take().
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        files: list[Path],
+        tokenizer: Path,
+        sequence_length: int,
+        seed: int,
+        held_out: bool = False,
+        **options: Any,
+    ):
+        if type(sequence_length) is not int or sequence_length < 1:
+            raise ValueError(f"sequence_length is {sequence_length!r}; it must be a whole number from 1")
+        self.tokenizer = read_tokenizer(tokenizer)
+        self.vocab_size = len(self.tokenizer)
+        self.pad_token_id: int | None = self.tokenizer.pad_token_id
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
+        self.stream: TokenStream | DocumentStream
+        if kind == "tokens":
+            self.stream = TokenStream(files, sequence_length, seed, held_out, **options)
+        else:
+            self.stream = DocumentStream(kind, files, self._encode, sequence_length, seed, held_out, **options)
+
+    def take(self, size: int, progress: float) -> Batch:
+        rows = np.stack([self.stream.next() for _ in range(size)])
+        if int(rows.max()) >= self.vocab_size or int(rows.min()) < 0:
+            wrong = int(rows.max() if rows.max() >= self.vocab_size else rows.min())
+            raise ValueError(
+                f"the files hold token {wrong}, and the tokenizer in {self.tokenizer.name_or_path} has only "
+                f"{self.vocab_size}; they were written with another tokenizer or dtype"
+            )
+        tokens = torch.from_numpy(rows)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+    def save_tokenizer(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+
+    def _encode(self, text: str) -> np.ndarray:
+        """A document's tokens, int64, and eos."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.array([*ids, self.eos_token_id], dtype=np.int64)
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint directory, from local files only. Raises ValueError if it has no eos token."""
+    if not directory.is_dir():
+        raise ValueError(f"tokenizer directory {directory} does not exist")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{directory} has no tokenizer that transformers can read: {reason[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {directory} names no eos_token, which must stand between documents")
+    return tokenizer
+
+
+def make_batches(options: Mapping[str, Any], seed: int, held_out: bool = False) -> Batches:
+    """Batches from the ``data`` section of a run's YAML file, for training or from the part held out.
+
+    The section names a task and its options, or exactly one of text, jsonl, parquet and tokens with one file or a
+    list, with ``tokenizer``, ``sequence_length`` and perhaps FILE_OPTIONS. Raises ValueError.
+    """
+    sources = [name for name in ("task", *FILE_OPTIONS) if name in options]
+    if len(sources) != 1:
+        named = " and ".join(sources) or "none of them"
+        raise ValueError(f"data must name exactly one of task, {', '.join(FILE_OPTIONS)}; it names {named}")
+    kind, rest = sources[0], dict(options)
+    source = rest.pop(kind)
+    if kind == "task":
+        return TaskBatches(make_task(source, **rest), seed, held_out)
+    known = ("tokenizer", "sequence_length", *FILE_OPTIONS[kind])
+    unknown = [name for name in rest if name not in known]
+    if unknown:
+        raise ValueError(f"data from {kind} files has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    missing = [name for name in known[:2] if name not in rest]
+    if missing:
+        raise ValueError(f"data from {kind} files needs {' and '.join(missing)}")
+    names, directory, length = source, rest.pop("tokenizer"), rest.pop("sequence_length")
+    names = names if isinstance(names, list) else [names]
+    if not names or not all(isinstance(name, str) for name in [*names, directory]):
+        raise ValueError(f"data: {kind} must be a file's name or a list of them, and tokenizer a directory's name")
+    return FileBatches(kind, [Path(name) for name in names], Path(directory), length, seed, held_out, **rest)

@@ -1,0 +1,112 @@
+"""How good a model is: exact match by real greedy decoding at any depth, and perplexity on what was held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..looplm import LoopLMForCausalLM
+from ..melt import MeltForCausalLM
+from .data import IGNORE, Batches
+from .tasks import END, Example
+
+Model: TypeAlias = LoopLMForCausalLM | MeltForCausalLM
+
+
+class Score(NamedTuple):
+    """``accuracy``: the share answered exactly, 0 to 1; ``loops``: the mean loops before each token written."""
+
+    accuracy: float
+    loops: float
+
+
+@torch.no_grad()
+def exact_match(
+    model: Model,
+    examples: Sequence[Example],
+    vocabulary: Sequence[str],
+    *,
+    num_loops: int | None = None,
+    exit_threshold: float = 1.0,
+    chunk_size: int | None = None,
+    batch: int = 500,
+) -> Score:
+    """Greedy decoding with a cache, one token at a time; an answer counts if all of it and END are written.
+
+    ``vocabulary`` is the task's. ``num_loops`` (default: as trained) may be more or fewer; for a LoopLM that is the
+    loop that the head reads. ``chunk_size`` is of the prompt, and only for MELT. Raises ValueError if the prompts or
+    the answers differ in length.
+    """
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    if len({(len(x.prompt), len(x.answer)) for x in examples}) != 1:
+        raise ValueError("exact match needs examples, with prompts of one length and answers of one length")
+    settings = _settings(model, num_loops, exit_threshold, chunk_size)
+    right, loops, written = 0, 0, 0
+    for at in range(0, len(examples), batch):
+        part = examples[at : at + batch]
+        prompts = torch.tensor([[ids[c] for c in x.prompt] for x in part], device=model.device)
+        answers = torch.tensor([[*(ids[c] for c in x.answer), ids[END]] for x in part], device=model.device)
+        tokens, depth = greedy(model, prompts, answers.shape[1], settings)
+        right += int((tokens == answers).all(1).sum())
+        loops, written = loops + int(depth.sum()), written + depth.numel()
+    return Score(right / len(examples), loops / written)
+
+
+@torch.no_grad()
+def greedy(model: Model, prompts: Tensor, count: int, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """prompts (batch, n) -> the ``count`` tokens that follow and the loops before each, both (batch, count)."""
+    step, cache, tokens, depths = prompts, None, [], []
+    for _ in range(count):
+        output = model(step, past_key_values=cache, logits_to_keep=1, **settings)
+        step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        tokens.append(step)
+        depths.append(output.depth[:, -1:])
+    return torch.cat(tokens, 1), torch.cat(depths, 1)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Model,
+    batches: Batches,
+    sequences: int,
+    *,
+    num_loops: int | None = None,
+    chunk_size: int | None = None,
+    batch: int = 8,
+) -> float:
+    """exp of the mean cross-entropy a target, over the next ``sequences`` of a held-out stream.
+
+    The stream is put back afterwards, so that the next call measures the same sequences.
+    """
+    settings = _settings(model, num_loops, 1.0, chunk_size)
+    before, total, labelled = batches.state_dict(), 0.0, 0
+    try:
+        for at in range(0, sequences, batch):
+            input_ids, targets = (x.to(model.device) for x in batches.take(min(batch, sequences - at), 1.0))
+            logits = model(input_ids, use_cache=False, **settings).logits.float()
+            total += F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            ).item()
+            labelled += int((targets != IGNORE).sum())
+    finally:
+        batches.load_state_dict(before)
+    if not labelled:
+        raise ValueError(f"perplexity of {sequences} sequences is not defined; ask for 1 or more")
+    return float(torch.tensor(total / labelled, dtype=torch.float64).exp())
+
+
+def _settings(model: Model, num_loops: int | None, exit_threshold: float, chunk_size: int | None) -> dict[str, Any]:
+    """Arguments of the model's forward."""
+    num_loops = model.config.total_ut_steps if num_loops is None else num_loops
+    settings: dict[str, Any] = {"num_loops": num_loops, "exit_threshold": exit_threshold}
+    if isinstance(model, MeltForCausalLM):
+        return settings | {"chunk_size": chunk_size}
+    if exit_threshold >= 1.0:  # the last of these loops, whatever the config says
+        return settings | {"exit_at_step": num_loops - 1}
+    if model.config.early_exit_step is not None:
+        raise ValueError(f"early_exit_step is {model.config.early_exit_step} in the config; no threshold is read then")
+    return settings

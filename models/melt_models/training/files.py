@@ -1,0 +1,244 @@
+"""Files as endless streams of packed sequences that resume exactly: documents through ``datasets``, and token files."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+DOCUMENTS = {"line": "line", "paragraph": "paragraph", "file": "document"}  # -> what datasets calls it
+DTYPES = ("uint16", "uint32")
+
+
+def is_held_out(text: str, percent: float) -> bool:
+    """A property of the text alone: the first 8 bytes of its SHA-256, modulo 10,000, are below 100 * percent."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10_000 < 100 * percent
+
+
+class DocumentStream:
+    """Documents of text, jsonl or parquet files, shuffled, tokenized and packed without padding.
+
+    Each epoch reads the files in an order of its own, and shuffles the documents within blocks of ``shuffle_buffer``,
+    which is all that is held in memory. (The shuffle of ``datasets`` loses its buffer when it resumes.) A position is
+    small: where a block begins, the document in it, the token in that. ``encode`` gives a document's tokens (n,)
+    int64, eos included. Documents without a word are passed over. ``document`` says what one is in a text file
+    (DOCUMENTS; a paragraph ends at an empty line). Raises ValueError for what cannot be read.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        files: list[Path],
+        encode: Callable[[str], np.ndarray],
+        sequence_length: int,
+        seed: int,
+        held_out: bool,
+        field: str = "text",
+        document: str = "line",
+        shuffle_buffer: int = 1000,
+        held_out_percent: float = 1.0,
+    ):
+        _check_files(files)
+        _check_percent(held_out_percent)
+        if document not in DOCUMENTS:
+            raise ValueError(f"document is {document!r}; it must be one of {', '.join(DOCUMENTS)}")
+        if type(shuffle_buffer) is not int or shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {shuffle_buffer!r}; it must be a whole number from 1")
+        self.builder = "json" if kind == "jsonl" else kind
+        self.how = {"sample_by": DOCUMENTS[document]} if kind == "text" else {}
+        self.files, self.encode, self.sequence_length, self.seed = files, encode, sequence_length, seed
+        self.field, self.block_size, self.held_out, self.percent = field, shuffle_buffer, held_out, held_out_percent
+        self.encoded: np.ndarray | None = None  # the present document's tokens, once they are needed
+        self.load_state_dict({"epoch": 0, "block": 0, "begins": None, "document": 0, "token": 0, "last": None})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "block": self.block,  # how many blocks of this epoch came before the present one
+            "begins": copy.deepcopy(self.begins),  # where datasets stood then
+            "document": self.document,  # how many documents of the block are done
+            "token": self.token,  # how many tokens of the next document are
+            "last": self.last,  # the token with which the next sequence begins
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.block = state["epoch"], state["block"]
+        self._open(copy.deepcopy(state["begins"]))
+        self._read_block()
+        self.document, self.token, self.last = state["document"], state["token"], state["last"]
+
+    def next(self) -> np.ndarray:
+        """The next sequence (sequence_length + 1,) int64, which begins with the last token of the one before."""
+        parts = [] if self.last is None else [np.array([self.last])]
+        missing = self.sequence_length + 1 - len(parts)
+        while missing:
+            parts.append(self._tokens()[self.token : self.token + missing])
+            missing -= len(parts[-1])
+            self.token += len(parts[-1])
+        sequence = np.concatenate(parts)
+        self.last = int(sequence[-1])
+        return sequence
+
+    def _tokens(self) -> np.ndarray:
+        """All tokens of the present document, or of the one after it once they are used up."""
+        while True:
+            if self.document == len(self.texts):
+                self._next_block()
+            if self.encoded is None:
+                self.encoded = self.encode(self.texts[self.document])
+            if self.token < len(self.encoded):
+                return self.encoded
+            self.document, self.token, self.encoded = self.document + 1, 0, None
+
+    def _next_block(self) -> None:
+        self.begins, self.block = self.dataset.state_dict(), self.block + 1
+        self._read_block()
+        if not self.texts:
+            self.epoch, self.block = self.epoch + 1, 0
+            self._open(None)
+            self._read_block()
+
+    def _open(self, begins: dict[str, Any] | None) -> None:
+        """Opens this epoch's files, at a place where ``datasets`` stood or at their beginning."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
+        names = [glob.escape(str(self.files[index])) for index in order]  # datasets takes patterns
+        try:
+            self.dataset = load_dataset(self.builder, data_files=names, split="train", streaming=True, **self.how)
+        except _READING as error:
+            raise self._unreadable(error) from error
+        if begins is not None:
+            self.dataset.load_state_dict(begins)
+        self.begins, self.documents = begins, self._read()
+
+    def _read_block(self) -> None:
+        """Reads the next documents and brings them into this block's order."""
+        read = list(islice(self.documents, self.block_size))
+        if not read and self.block == 0:
+            part = "is held out" if self.held_out else "is left to train on"
+            raise ValueError(f"no document of {_named(self.files)} {part}; give more or change held_out_percent")
+        order = np.random.default_rng([self.seed, self.epoch, self.block]).permutation(len(read))
+        self.texts, self.document, self.token = [read[index] for index in order], 0, 0
+        self.encoded = None
+
+    def _read(self) -> Iterator[str]:
+        """This side's documents, in the order of the files."""
+        try:
+            for row in self.dataset:
+                if self.field not in row:
+                    raise ValueError(f"there is no field {self.field!r}, only {', '.join(row)}")
+                text = row[self.field]
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f"field {self.field!r} holds {text!r}, which is not text")
+                if text and not text.isspace() and is_held_out(text, self.percent) == self.held_out:
+                    yield text
+        except _READING as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        reason = (str(error).splitlines() or ["there is nothing in it"])[0]
+        return ValueError(f"{_named(self.files)} cannot be read as {self.builder}: {reason}")
+
+
+class TokenStream:
+    """Flat token ids in ``.npy`` or raw ``.bin`` files, memory-mapped: every epoch all sequences in a new order.
+
+    The sequences of a file follow each other; each begins with the last token of the one before. What does not fill
+    a sequence is left out, at the beginning or the end, differently every epoch. The last ``held_out_percent`` of
+    each file are held out. ``dtype`` is that of ``.bin`` files, which do not say it. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        sequence_length: int,
+        seed: int,
+        held_out: bool,
+        dtype: str | None = None,
+        held_out_percent: float = 1.0,
+    ):
+        _check_files(files)
+        _check_percent(held_out_percent)
+        self.sequence_length, self.seed, self.taken, self.epoch = sequence_length, seed, 0, -1
+        self.parts = []
+        for file in files:
+            tokens = _map_tokens(file, dtype)
+            cut = len(tokens) - int(len(tokens) * held_out_percent / 100)
+            self.parts.append(tokens[cut:] if held_out else tokens[:cut])
+        # ends[i]: the sequences in the parts up to i
+        self.ends = np.cumsum([max(0, len(part) - 1) // sequence_length for part in self.parts])
+        if not self.ends[-1]:
+            part = "held-out part" if held_out else "training part"
+            raise ValueError(
+                f"the {part} of {_named(files)} has no {sequence_length + 1} tokens in a row; give longer files, a "
+                f"smaller sequence_length or another held_out_percent"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.taken = state["taken"]
+
+    def next(self) -> np.ndarray:
+        """The next sequence, (sequence_length + 1,) int64."""
+        epoch, at = divmod(self.taken, int(self.ends[-1]))
+        if epoch != self.epoch:
+            rng, self.epoch = np.random.default_rng([self.seed, epoch]), epoch
+            self.order = rng.permutation(self.ends[-1])
+            self.starts = [rng.integers(0, max(0, len(p) - 1) % self.sequence_length + 1) for p in self.parts]
+        self.taken += 1
+        index = int(self.order[at])
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        before = int(self.ends[part - 1]) if part else 0
+        start = int(self.starts[part]) + (index - before) * self.sequence_length
+        return self.parts[part][start : start + self.sequence_length + 1].astype(np.int64)
+
+
+# What reading a spoilt file raises. StopIteration: datasets found no row from which to learn the fields.
+_READING = (ValueError, OSError, StopIteration, DatasetGenerationError)
+
+
+def _map_tokens(file: Path, dtype: str | None) -> np.ndarray:
+    """A flat array of token ids, on disk."""
+    if file.suffix == ".npy":
+        if dtype is not None:
+            raise ValueError(f"{file} says its own type; dtype is for .bin files")
+        try:
+            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{file} cannot be read as a NumPy file: {error}") from error
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{file} holds {tokens.dtype} of shape {tokens.shape}; token ids are flat whole numbers")
+        return tokens
+    if file.suffix != ".bin":
+        raise ValueError(f"{file} is not a token file; its name must end in .npy or .bin")
+    if dtype not in DTYPES:
+        raise ValueError(f"{file} does not say its type, and dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
+    if file.stat().st_size % np.dtype(dtype).itemsize:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, which is no whole number of {dtype}")
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _check_files(files: list[Path]) -> None:
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"data file {file} does not exist" if not file.exists() else f"{file} is not a file")
+        if not file.stat().st_size:
+            raise ValueError(f"data file {file} is empty")
+
+
+def _check_percent(percent: Any) -> None:
+    if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent < 100:
+        raise ValueError(f"held_out_percent is {percent!r}; it must be a number from 0 to less than 100")
+
+
+def _named(files: list[Path]) -> str:
+    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")

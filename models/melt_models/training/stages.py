@@ -1,0 +1,214 @@
+"""The stages of a run in order: a LoopLM teacher, phase 1, phase 2. Each ends as an ordinary checkpoint directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..atomic import new_directory
+from ..checkpoint import Weights, hollow_model, load_model, read_config
+from ..configuration import LoopLMConfig, MeltConfig
+from ..convert import COMPANIONS, melt_config, melt_state, save_state
+from ..errors import CheckpointError
+from ..looplm import LoopLMForCausalLM
+from ..melt import MeltForCausalLM
+from .config import FREE_TO_CHANGE, STAGES, ConfigError, RunConfig, Stage
+from .data import Batches, make_batches
+from .objectives import DistillObjective, Objective, TeacherObjective, TeacherOptions
+from .snapshots import SnapshotError, Snapshots
+from .trainer import make_accelerator, train
+
+
+def run(config: RunConfig, stages: Sequence[str], *, resume: bool = False) -> None:
+    """Trains the named stages. With ``resume`` finished ones are skipped and an unfinished one goes on.
+
+    Raises ConfigError, CheckpointError, SnapshotError, TrainingDivergedError, OSError.
+    """
+    missing = [name for name in stages if name not in config.stages()]
+    if missing:
+        raise ConfigError(
+            f"{config.file} has no section {missing[0]} with steps to train; it has {', '.join(config.stages())}"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    accelerator = make_accelerator(config.precision)
+    with _deterministic(accelerator.device.type == "cpu"):
+        for name in stages:
+            _run_stage(config, name, accelerator, resume=resume)
+
+
+def _run_stage(config: RunConfig, name: str, accelerator: Accelerator, *, resume: bool) -> None:
+    stage: Stage = getattr(config, name)
+    output, state = config.output / name, config.output / "state" / name
+    finished = output.exists()
+    if finished and not resume:
+        raise SnapshotError(f"{output} exists already; pass --resume to skip it, or choose another output")
+    batches = _batches(config, name, stage.training.seed)
+    start = _Start.of(config, name, batches)
+    settings = start.settings(config, stage)
+    if finished:
+        Snapshots(state, settings, accelerator).open(resume=True)
+        return
+    torch.manual_seed(stage.training.seed)
+    weights = train(
+        start.objective(stage),
+        batches,
+        stage.training,
+        accelerator=accelerator,
+        stage=name,
+        state=state,
+        metrics=config.output / "metrics",
+        settings=settings,
+        resume=resume,
+    )
+    if accelerator.is_main_process:
+        start.write(weights, batches, output)
+    accelerator.wait_for_everyone()
+    Snapshots(state, settings, accelerator).clear()
+
+
+def _batches(config: RunConfig, name: str, seed: int) -> Batches:
+    """What a stage is trained on; no two stages see the same sequences in the same order."""
+    try:
+        return make_batches(config.data, seed * len(STAGES) + STAGES.index(name))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{config.file}: section data: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a stage begins: the configuration of its model, and the directories of weights that it reads, if any."""
+
+    config: LoopLMConfig | MeltConfig
+    embedding_std: float | None = None
+    source: Path | None = None
+    teacher: Path | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig, name: str, batches: Batches) -> _Start:
+        """Raises ConfigError, CheckpointError."""
+        if name == "teacher":
+            ids = {"pad_token_id": batches.pad_token_id, "eos_token_id": batches.eos_token_id}
+            fields = {"vocab_size": batches.vocab_size, **ids, **run.model}
+            start = cls(LoopLMConfig(**fields), run.embedding_std)
+        else:
+            start = cls._of_phase(run, name)
+        if start.config.vocab_size < batches.vocab_size:
+            raise ConfigError(
+                f"{run.file}: section data has {batches.vocab_size} tokens, "
+                f"the model of {name} only {start.config.vocab_size}"
+            )
+        return start
+
+    @classmethod
+    def _of_phase(cls, run: RunConfig, name: str) -> _Start:
+        trained = isinstance(run.teacher, Stage)
+        teacher = run.output / "teacher" if isinstance(run.teacher, Stage) else cast(Path, run.teacher)
+        if trained and not teacher.exists():
+            raise ConfigError(f"{name} needs the teacher in {teacher}, which is not there; run the stage teacher first")
+        looplm = read_config(teacher)
+        if not isinstance(looplm, LoopLMConfig):
+            raise CheckpointError(f"{teacher} is a {looplm.model_type!r}; a teacher must be a LoopLM ('ouro')")
+        if name == "phase1" or "phase1" not in run.stages():
+            return cls(melt_config(looplm, **run.melt), source=teacher, teacher=teacher)
+        source = run.output / "phase1"
+        if not source.exists():
+            raise ConfigError(f"phase2 starts from {source}, which is not there; run the stage phase1 first")
+        melt = cast(MeltConfig, read_config(source))
+        for key, value in run.melt.items():
+            if getattr(melt, key) != value:
+                raise ConfigError(
+                    f"{run.file}: section melt: {key} is {value!r}, but {source} has {getattr(melt, key)!r}"
+                )
+        return cls(melt, source=source, teacher=teacher)
+
+    def settings(self, run: RunConfig, stage: Stage) -> dict[str, Any]:
+        """Everything that the stage's result depends on, flat."""
+        told = {**dataclasses.asdict(stage.training), **dataclasses.asdict(stage.options)}
+        model = self.config.to_dict()
+        model = {f"model.{key}": value for key, value in model.items() if key not in ("transformers_version", "dtype")}
+        weights = {
+            f"{what} weights": _digest(path)
+            for what, path in (("starting", self.source), ("teacher's", self.teacher))
+            if path is not None
+        }
+        values = {"precision": run.precision, "data": run.data, "embedding_std": self.embedding_std} | model | weights
+        return values | {key: value for key, value in told.items() if key not in FREE_TO_CHANGE}
+
+    def objective(self, stage: Stage) -> Objective:
+        """What is trained: a new LoopLM, or a MELT beside its frozen teacher; float32."""
+        if isinstance(stage.options, TeacherOptions):
+            model = LoopLMForCausalLM(cast(LoopLMConfig, self.config))
+            if self.embedding_std is not None:
+                torch.nn.init.normal_(model.model.embed_tokens.weight, std=self.embedding_std)
+            return TeacherObjective(model.train(), stage.options)
+        assert self.source is not None
+        assert self.teacher is not None
+        teacher = load_model(self.teacher, dtype=torch.float32)
+        if read_config(self.source).model_type == "melt":
+            state: dict[str, Tensor] = dict(load_model(self.source, dtype=torch.float32).state_dict())
+        else:
+            state = melt_state(cast(MeltConfig, self.config), Weights(self.source))
+        student = hollow_model(self.config)
+        # Copies: weights read from a file may be mapped, and the teacher's must stay as they are.
+        state = {key: value.float().clone() for key, value in state.items()}
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        student.load_state_dict(state, strict=True, assign=True)
+        student.tie_weights()
+        return DistillObjective(
+            cast(MeltForCausalLM, student.train()),
+            cast(LoopLMForCausalLM, teacher),
+            stage.options,
+            stage.training.seed,
+        )
+
+    def write(self, weights: dict[str, Tensor], batches: Batches, output: Path) -> None:
+        """The trained checkpoint as an ordinary directory."""
+        config: Any = self.config
+        if isinstance(config, MeltConfig):
+            config.untrained = [part for part in config.untrained if part != "latent_gate"]
+        weights = {name: value.detach().cpu() for name, value in weights.items()}
+        with new_directory(output) as build:
+            save_state(config, weights, build)
+            ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+            GenerationConfig(do_sample=False, **ids).save_pretrained(build)
+            batches.save_tokenizer(build)
+            for name in COMPANIONS:
+                if self.teacher is not None and (self.teacher / name).is_file() and not (build / name).exists():
+                    shutil.copyfile(self.teacher / name, build / name)
+
+
+def _digest(directory: Path) -> str:
+    """A hash of a checkpoint's tensors."""
+    whole = hashlib.sha256()
+    for path in sorted({stored.file for stored in Weights(directory).values()}):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """The same sums in the same order every time, where ``wanted``."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]

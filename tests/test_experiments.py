@@ -1,0 +1,233 @@
+"""The experiments: every compared run differs in one thing, runs resume, and documents say what the figures say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from melt_models.training.config import read_run
+from rich.console import Console
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "experiments"
+sys.path.insert(0, str(FOLDER))
+pytest.importorskip("matplotlib")
+
+import document  # noqa: E402
+import run as runner  # noqa: E402
+from results import Results, spread  # noqa: E402
+from runs import AGGREGATIONS, LEFT_OUT, ROWS, SEEDS, Run, all_runs  # noqa: E402
+
+LOOPS, THRESHOLDS, CHUNKS = range(1, 9), (0.5, 0.9, 1.0), (1, 8, 16)
+
+
+def measured(run: Run, right: float) -> dict[str, Any]:
+    """What measure.py writes of a run, made up."""
+    score = {"even": right, "long": right, "loops": 4.0}
+    losses = [
+        {"step": s, "loss_1": 1 / s, "kl": 1 / s, "kl_last": 1 / s, "attention": 1 / s, "alpha": s / 9} for s in (1, 9)
+    ]
+    figures: dict[str, Any] = {
+        "name": run.name,
+        "row": run.row,
+        "seed": run.seed,
+        "problems": 500,
+        "parameters": 63681,
+        "cache_bytes_a_token": 2048 if run.row == "teacher" else 512,
+        "stages": {stage: {**score, "seconds": 60, "losses": losses} for stage in run.stages},
+        "content": run.content,
+        "measuring_seconds": 1,
+    }
+    if run.curves or run.row == "teacher":
+        figures["by_loops"] = [{**score, "num_loops": loops, "even": right if loops > 1 else 0.02} for loops in LOOPS]
+        figures["by_threshold"] = [{**score, "exit_threshold": x, "loops": 1 + x} for x in THRESHOLDS]
+        figures["by_chunk"] = [{**score, "chunk_size": size} for size in CHUNKS]
+    return figures
+
+
+def documented(directory: Path, right: dict[str, float], *, without: tuple[str, ...] = ()) -> str:
+    """experiments.md of made-up results: ``right`` by row (0.9 if absent), and without some runs."""
+    runs = all_runs(directory)
+    names = {run.name for run in runs if any(re.fullmatch(pattern, run.name) for pattern in without)}
+    content = {
+        "date": "2030-01-01",
+        "quick": False,
+        "machine": {"cpu": "a CPU", "cores": 2, "memory_bytes": 1e9, "system": "Linux"},
+        "versions": {"python": "3.11"},
+        "runs": [measured(run, right.get(run.row, 0.9)) for run in runs if run.name not in names],
+        "missing": [run.name for run in runs if run.name in names],
+    }
+    (directory / "experiments.json").write_text(json.dumps(content))
+    document.write_documents(directory)
+    return (directory / "experiments.md").read_text(encoding="utf-8")
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """A run's file with one key a setting."""
+    if not isinstance(section, dict):
+        return {prefix: section}
+    return {k: v for name, value in section.items() for k, v in flat(value, f"{prefix}.{name}").items()}
+
+
+def test_a_row_differs_from_everything_in_what_its_name_says_and_in_nothing_else() -> None:
+    runs = {run.name: flat(run.content) for run in all_runs(Path("there"))}
+    differing = {}
+    for row in ROWS:
+        base, mine = runs["gate-1"], runs[f"{row.name}-1"]
+        different = {key for key in {*base, *mine} if base.get(key) != mine.get(key)}
+        differing[row.name] = different - {".output"}
+    assert differing == {
+        "gate": set(),
+        "scalar-gate": {".melt.aggregation"},
+        "mean": {".melt.aggregation"},
+        "ema-0.2": {".melt.aggregation", ".melt.ema_weight"},
+        "ema-0.8": {".melt.aggregation", ".melt.ema_weight"},
+        "last": {".melt.aggregation"},
+        "no-chunk-wise": {".phase1.chunk_wise", ".phase2.chunk_wise"},
+        "no-interpolation": {".phase1.interpolation"},
+        "no-alignment": {".phase2.attention_weight"},
+        "last-loop-logits": {".phase1.distill", ".phase2.distill"},
+    }
+
+
+def test_melt_train_accepts_the_file_of_every_run(tmp_path: Path) -> None:
+    for run in all_runs(tmp_path):
+        (tmp_path / (run.needs or run.name) / "teacher").mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(run.content))
+        assert read_run(file).stages() == run.stages
+
+
+def test_the_example_is_the_teacher_and_the_main_run_of_seed_0() -> None:
+    example = yaml.safe_load((FOLDER.parent.parent / "examples" / "addition.yaml").read_text(encoding="utf-8"))
+    runs = {run.name: run.content for run in all_runs(Path("there"))}
+    teacher, main = runs["teacher-0"], runs["main-0"]
+    assert {**example["phase1"], "interpolation": "linear"} == {**main["phase1"], "interpolation": "linear"}
+    assert example["phase2"] == main["phase2"]
+    assert {key: example[key] for key in ("model", "teacher")} == {key: teacher[key] for key in ("model", "teacher")}
+    assert {key: example[key] for key in ("data", "seed", "melt")} == {
+        key: main[key] for key in ("data", "seed", "melt")
+    }
+
+
+class FakeWork:
+    """Instead of training: fails where it is told to."""
+
+    def __init__(self, *failing: str):
+        self.failing, self.did, self.stopped = failing, list[str](), False
+
+    def __call__(self, run: Run) -> str | None:
+        self.did.append(run.name)
+        return f"{run.name} failed" if run.name in self.failing else None
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def scheduled(work: FakeWork, *chosen: str) -> dict[str, str | None]:
+    runs = [run for run in all_runs(Path("there")) if run.name in chosen or not chosen]
+    board = runner.Board(runs, 0)
+    board.console = Console(quiet=True)
+    return {run.name: problem for run, problem in runner.schedule(runs, set(), work, 2, board)}  # type: ignore[arg-type]
+
+
+def test_a_student_waits_for_its_teacher() -> None:
+    work = FakeWork()
+    assert set(scheduled(work).values()) == {None}
+    for run in all_runs(Path("there")):
+        assert run.needs is None or work.did.index(run.needs) < work.did.index(run.name)
+
+
+def test_a_run_that_fails_takes_only_those_along_that_need_it() -> None:
+    work = FakeWork("teacher-1", "mean-0")
+    problems = {name for name, problem in scheduled(work).items() if problem}
+    assert problems == {"mean-0"} | {run.name for run in all_runs(Path("there")) if run.seed == 1}
+    assert "main-1" not in work.did
+    assert work.stopped
+
+
+def test_a_run_whose_teacher_was_not_chosen_is_reported() -> None:
+    assert "teacher-2, which it needs, was not chosen" in str(scheduled(FakeWork(), "main-2")["main-2"])
+
+
+def test_the_document_has_every_table_and_every_plot(tmp_path: Path) -> None:
+    text = documented(tmp_path, {})
+    for row in (*AGGREGATIONS, *LEFT_OUT):
+        assert f"| {row.title} | 90.0 ± 0.0 |" in text
+        assert f"| {row.title} | 90.0, 90.0, 90.0 |" in text
+    assert "| loops | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |" in text
+    assert "| 0.9 | MELT | 1.90 | 90.0 | 90.0 |" in text
+    assert "| tokens a chunk | 1 | 8 | 16 |" in text
+    assert "Not measured yet" not in text
+    assert "Not finished" not in text
+    for name in re.findall(r"\]\((\S+\.png)\)", text):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("melt", "said"), [(0.9, "within the 2.4 points"), (0.85, "MORE than the 2.4 points")])
+def test_the_distance_to_the_teacher_is_computed(tmp_path: Path, melt: float, said: str) -> None:
+    assert said in documented(tmp_path, {"main": melt, "teacher": 0.92})
+
+
+def test_a_row_that_comes_out_otherwise_than_in_the_paper_is_said_to(tmp_path: Path) -> None:
+    text = documented(tmp_path, {"gate": 0.8, "mean": 0.5, "scalar-gate": 0.805, "last": 0.9})
+    (mean,) = re.findall(r"- \*\*mean over the loops\*\*.*", text)
+    (scalar,) = re.findall(r"- \*\*scalar gate\*\*.*", text)
+    (last,) = re.findall(r"- \*\*last loop only\*\*.*", text)
+    assert "+30.0 (+30.0, +30.0, +30.0), everything is better on every seed" in mean
+    assert "As in the paper" in mean
+    assert "no difference" in scalar
+    assert "NOT shown by these runs" in scalar
+    assert "everything is WORSE on every seed" in last
+    assert "NOT shown by these runs" in last
+
+
+def test_missing_runs_are_named_and_their_rows_say_how_many_seeds_they_have(tmp_path: Path) -> None:
+    text = documented(tmp_path, {}, without=("mean-2", "last-.*", "depths-.*"))
+    assert "Not finished yet: " in text
+    assert "mean-2" in text
+    assert f"| mean over the loops (2 seeds of {len(SEEDS)}) |" in text
+    assert "| last loop only |" not in text
+
+
+def test_without_any_run_there_is_a_document_that_says_so(tmp_path: Path) -> None:
+    text = documented(tmp_path, {}, without=(".*",))
+    assert text.count("Not measured yet") == 6
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_spread_is_the_sample_standard_deviation() -> None:
+    assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert spread([4.0]) == "4.0"
+    assert spread([]) == "–"
+
+
+def test_the_quick_version_trains_measures_documents_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = ["--quick", "--root", str(tmp_path), "--docs", str(tmp_path), "--only"]
+    command = [sys.executable, str(FOLDER / "run.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for only in ("teacher-0,gate-0", "gate-0"):
+        done = subprocess.run([*command, only], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    log = (tmp_path / "gate-0" / "log.txt").read_text()
+    assert log.count("phase2: step") == 1, "the second call trained again"
+    results = Results.read(tmp_path / "experiments.json")
+    assert [run["name"] for run in results.runs] == ["teacher-0", "gate-0"]
+    assert results.runs[0]["cache_bytes_a_token"] == 4 * results.runs[1]["cache_bytes_a_token"]
+    assert [point["num_loops"] for point in results.runs[0]["by_loops"]] == list(LOOPS)
+    assert "these figures only show that the program works" in (tmp_path / "experiments.md").read_text().lower()
+
+
+def test_two_commands_do_not_write_the_same_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = runner.lock_of(tmp_path)
+    with pytest.raises(runner.typer.Exit):
+        runner.lock_of(tmp_path)
+    assert "is in use" in capsys.readouterr().err
+    os.close(held)
+    os.close(runner.lock_of(tmp_path))
