@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-chat test lint bench-state clean
+.PHONY: help demo demo-chat test lint bench-state experiments clean
 
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
 	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
 	@echo "make test       lint, types and all tests"
+	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
 
 $(BIN)/python:
@@ -42,8 +43,10 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-bench-state: $(VENV)/.export
-	$(PIP) --editable '.[bench]'
+experiments: $(VENV)/.dev
+	$(BIN)/python benchmarks/experiments/run.py
+
+bench-state: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_step.py --json docs/benchmarks.json
 	$(BIN)/python benchmarks/write_docs.py
 

@@ -5,12 +5,12 @@ python examples/demo.py PACKAGE
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
-from addition import Problem, accuracy, held_out_problems, is_correct
 from melt_runtime import Generation, Runtime
 from rich.console import Console
 from rich.progress import track
@@ -18,12 +18,30 @@ from rich.table import Table
 
 SHOWN = 6
 EXIT_THRESHOLD = 0.99
+PROBLEMS = Path(__file__).with_name("addition_problems.jsonl")
+
+
+class Problem(NamedTuple):
+    """What the model reads, and what it must write before its end token."""
+
+    prompt: str
+    answer: str
+
+
+def held_out_problems() -> list[Problem]:
+    """Additions with long carries that training never drew (see the checkpoint's model card)."""
+    return [Problem(**json.loads(line)) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
 
 
 def answers(runtime: Runtime, problems: list[Problem], loops: int, exit_threshold: float = 1.0) -> list[Generation]:
     """What the package writes after each prompt, greedily."""
     prompts = [problem.prompt for problem in problems]
     return runtime.generate(prompts, max_tokens=12, loops=loops, exit_threshold=exit_threshold)
+
+
+def accuracy(problems: list[Problem], generations: list[Generation]) -> float:
+    """The share answered exactly, 0 to 1."""
+    return sum(g.text == problem.answer for problem, g in zip(problems, generations, strict=True)) / len(problems)
 
 
 def mean_depth(generations: list[Generation]) -> float:
@@ -34,12 +52,12 @@ def mean_depth(generations: list[Generation]) -> float:
 
 def main(
     package: Annotated[Path, typer.Argument(help="A package of examples/addition-melt.")],
-    count: Annotated[int, typer.Option(help="Held-out problems a row.", min=1)] = 200,
+    count: Annotated[int, typer.Option(help="Held-out problems a row.", min=1, max=200)] = 200,
 ) -> None:
     """Show some answers, then the accuracy against the number of loops and with early exit."""
     console = Console(soft_wrap=True)
     runtime = Runtime.load(package)
-    problems = held_out_problems(count, long_carries=True)
+    problems = held_out_problems()[:count]
     rows = {f"{loops} loop{'s' * (loops > 1)}": (loops, 1.0) for loops in range(1, runtime.manifest.loops + 1)}
     rows[f"up to {runtime.manifest.loops}, exit at {EXIT_THRESHOLD}"] = (runtime.manifest.loops, EXIT_THRESHOLD)
 
@@ -50,14 +68,13 @@ def main(
     shown = Table("problem (never seen in training)", *list(found)[:-1], title="The same weights, thinking longer")
     for index, problem in enumerate(problems[:SHOWN]):
         cells = [found[name][index].text for name in list(found)[:-1]]
-        marked = [f"[green]{c}[/]" if is_correct(problem, c) else f"[red]{c} ✗[/]" for c in cells]
+        marked = [f"[green]{c}[/]" if c == problem.answer else f"[red]{c} ✗[/]" for c in cells]
         shown.add_row(problem.prompt.rstrip("="), *marked)
     console.print(shown)
 
     table = Table("depth", "exactly right", "loops a token", title=f"{count} held-out problems with long carries")
     for name, generations in found.items():
-        share = accuracy(problems, [g.text for g in generations])
-        table.add_row(name, f"{share:.1%}", f"{mean_depth(generations):.2f}")
+        table.add_row(name, f"{accuracy(problems, generations):.1%}", f"{mean_depth(generations):.2f}")
     console.print(table)
     console.print(f"state: {runtime.state_bytes():,} bytes for one sequence, whatever the number of loops")
     if "torch" in sys.modules:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from melt_models.training import stages
 from melt_models.training.config import read_run
 from rich.console import Console
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(FOLDER))
 pytest.importorskip("matplotlib")
 
 import document  # noqa: E402
+import measure  # noqa: E402
 import run as runner  # noqa: E402
 from results import Results, spread  # noqa: E402
 from runs import AGGREGATIONS, LEFT_OUT, ROWS, SEEDS, Run, all_runs  # noqa: E402
@@ -64,8 +65,7 @@ def documented(directory: Path, right: dict[str, float], *, without: tuple[str, 
         "missing": [run.name for run in runs if run.name in names],
     }
     (directory / "experiments.json").write_text(json.dumps(content))
-    document.write_documents(directory)
-    return (directory / "experiments.md").read_text(encoding="utf-8")
+    return document.markdown(Results.read(directory / "experiments.json"))
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -166,6 +166,8 @@ def test_the_document_has_every_table_and_every_plot(tmp_path: Path) -> None:
     assert "| tokens a chunk | 1 | 8 | 16 |" in text
     assert "Not measured yet" not in text
     assert "Not finished" not in text
+    document.write_documents(tmp_path)
+    assert (tmp_path / "experiments.md").read_text(encoding="utf-8") == text
     for name in re.findall(r"\]\((\S+\.png)\)", text):
         assert (tmp_path / name).stat().st_size > 5000
 
@@ -198,7 +200,8 @@ def test_missing_runs_are_named_and_their_rows_say_how_many_seeds_they_have(tmp_
 
 def test_without_any_run_there_is_a_document_that_says_so(tmp_path: Path) -> None:
     text = documented(tmp_path, {}, without=(".*",))
-    assert text.count("Not measured yet") == 6
+    document.write_documents(tmp_path)
+    assert text.count("Not measured yet") == 7
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -208,20 +211,52 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert spread([]) == "–"
 
 
-def test_the_quick_version_trains_measures_documents_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    arguments = ["--quick", "--root", str(tmp_path), "--docs", str(tmp_path), "--only"]
-    command = [sys.executable, str(FOLDER / "run.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for only in ("teacher-0,gate-0", "gate-0"):
-        done = subprocess.run([*command, only], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    log = (tmp_path / "gate-0" / "log.txt").read_text()
-    assert log.count("phase2: step") == 1, "the second call trained again"
-    results = Results.read(tmp_path / "experiments.json")
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of the quick version, trained and measured in this process, and documented."""
+    root = tmp_path_factory.mktemp("quick")
+    runs = all_runs(root, quick=True)
+    for run in runs:
+        if run.name in ("teacher-0", "gate-0"):
+            file = root / f"{run.name}.yaml"
+            file.write_text(yaml.safe_dump(run.content))
+            stages.run(read_run(file), run.stages)
+            measure.main(run.name, root, quick=True)
+    assert runner.record(runs, root, quick=True) is None
+    return root
+
+
+def test_the_quick_version_trains_measures_and_documents(quick: Path) -> None:
+    results = Results.read(quick / "experiments.json")
     assert [run["name"] for run in results.runs] == ["teacher-0", "gate-0"]
-    assert results.runs[0]["cache_bytes_a_token"] == 4 * results.runs[1]["cache_bytes_a_token"]
-    assert [point["num_loops"] for point in results.runs[0]["by_loops"]] == list(LOOPS)
-    assert "these figures only show that the program works" in (tmp_path / "experiments.md").read_text().lower()
+    teacher, gate = results.runs
+    assert teacher["cache_bytes_a_token"] == 4 * gate["cache_bytes_a_token"]
+    assert [point["num_loops"] for point in teacher["by_loops"]] == list(LOOPS)
+    assert set(gate["stages"]) == {"phase1", "phase2"}
+    assert "these figures only show that the program works" in (quick / "experiments.md").read_text().lower()
+
+
+def test_what_is_finished_is_not_done_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.Worker, "__call__", lambda *_: pytest.fail("a finished run was done again"))
+    monkeypatch.setattr(runner, "record", lambda *_: None)
+    monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
+    runner.main(only="teacher-0,gate-0", quick=True, root=quick, docs=quick)
+
+
+def test_a_result_of_other_settings_does_not_count(quick: Path) -> None:
+    (gate,) = (run for run in all_runs(quick, quick=True) if run.name == "gate-0")
+    assert runner.result_of(gate) is not None
+    gate.content["phase2"]["steps"] += 1
+    assert runner.result_of(gate) is None
+
+
+def test_a_worker_tells_where_to_read_why_a_run_failed(tmp_path: Path) -> None:
+    (run,) = (run for run in all_runs(tmp_path, quick=True) if run.name == "teacher-0")
+    run.content["model"] = {"total_ut_steps": 0}
+    with (tmp_path / "lock").open("w") as lock:
+        problem = runner.Worker(True, lock.fileno())(run)
+    assert "teacher-0" in str(problem)
+    assert "total_ut_steps is 0" in (tmp_path / "teacher-0" / "log.txt").read_text()
 
 
 def test_two_commands_do_not_write_the_same_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
