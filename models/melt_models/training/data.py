@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .files import DocumentStream, TokenStream
 from .tasks import END, PAD, Task, make_task
+
+if TYPE_CHECKING:
+    from .files import DocumentStream, TokenStream
 
 IGNORE = -100
 # What the data section may say of each kind of file, beside tokenizer and sequence_length.
@@ -121,6 +123,8 @@ class FileBatches:
         held_out: bool = False,
         **options: Any,
     ):
+        from .files import DocumentStream, TokenStream  # brings datasets, which tasks do without
+
         if type(sequence_length) is not int or sequence_length < 1:
             raise ValueError(f"sequence_length is {sequence_length!r}; it must be a whole number from 1")
         self.tokenizer = read_tokenizer(tokenizer)
