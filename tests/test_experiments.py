@@ -92,6 +92,7 @@ def test_a_row_differs_from_everything_in_what_its_name_says_and_in_nothing_else
         "no-chunk-wise": {".phase1.chunk_wise", ".phase2.chunk_wise"},
         "no-interpolation": {".phase1.interpolation"},
         "no-alignment": {".phase2.attention_weight"},
+        "alignment-0.01": {".phase2.attention_weight"},
         "last-loop-logits": {".phase1.distill", ".phase2.distill"},
     }
 

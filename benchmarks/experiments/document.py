@@ -15,8 +15,8 @@ import typer
 import yaml
 from notes import NOTES
 from plots import draw_all
-from results import KINDS, Results, each, spread, table
-from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, SEEDS, TEACHER, Row
+from results import KINDS, Results, each, percent, spread, table
+from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, LONG, MAIN, SEEDS, TEACHER, Row
 
 PAPER = "arXiv 2605.07721"
 PAPER_DISTANCE = 2.4  # points between the paper's MELT and its teacher: 62.3 - 59.9, mean over six sets
@@ -70,49 +70,70 @@ def top(results: Results) -> str:
 
 def teacher_part(results: Results) -> Section:
     """The teacher against MELT."""
-    teachers, mains = results.row("teacher"), results.row("main")
-    if not teachers or not mains:
+    teachers, budgets = results.row("teacher"), [row for row in (MAIN, LONG) if results.row(row.name)]
+    if not teachers or not budgets:
         return section("A teacher and its MELT", "Not measured yet.\n")
-
-    def loop(run: dict[str, Any], loops: int, kind: str) -> float:
-        return next(100 * point[kind] for point in run["by_loops"] if point["num_loops"] == loops)
-
-    def line(name: str, values: dict[str, list[float]], runs: list[dict[str, Any]], minutes: str) -> list[str]:
-        cells = [f"{spread(values[kind])} ({each(values[kind])})" for kind in KINDS]
-        return [name, *cells, f"{runs[0]['cache_bytes_a_token']:,}", f"{runs[0]['parameters']:,}", minutes]
-
-    seeds = {run["seed"]: run for run in teachers}
     deep = teachers[0]["content"]["model"]["total_ut_steps"]
-    first = {kind: [loop(run, 1, kind) for run in teachers] for kind in KINDS}
-    last = {kind: [loop(run, deep, kind) for run in teachers] for kind in KINDS}
-    melt = {kind: [100 * run["stages"]["phase2"][kind] for run in mains] for kind in KINDS}
-    distances = {
-        kind: [loop(seeds[run["seed"]], deep, kind) - 100 * run["stages"]["phase2"][kind] for run in mains]
-        for kind in KINDS
+    at_loop = {
+        loops: {kind: {run["seed"]: _at(run, loops, kind) for run in teachers} for kind in KINDS} for loops in (1, deep)
     }
-    worst = max(max(values) for values in distances.values())
-    smaller = teachers[0]["cache_bytes_a_token"] / mains[0]["cache_bytes_a_token"]
-    solved = min(last["even"]) >= 95 and max(first["even"]) < 50
+    rows = [
+        _teacher_row("teacher stopped at loop 1", at_loop[1], teachers, ""),
+        _teacher_row(f"teacher, {deep} loops", at_loop[deep], teachers, minutes(teachers)),
+    ]
+    sentences = []
+    for row in budgets:
+        runs = results.row(row.name)
+        right = {kind: results.accuracies(row.name, "phase2", kind) for kind in KINDS}
+        rows.append(_teacher_row(row.title + few(results, row), right, runs, minutes(runs)))
+        gaps = {
+            kind: [
+                at_loop[deep][kind][seed] - value for seed, value in right[kind].items() if seed in at_loop[deep][kind]
+            ]
+            for kind in KINDS
+        }
+        rows.append(["points below its teacher", *(f"{spread(x)} ({each(x)})" for x in gaps.values()), "", "", ""])
+        sentences.append(_distance(row, gaps))
+    solved = min(at_loop[deep]["even"].values()) >= 95 and max(at_loop[1]["even"].values()) < 50
+    smaller = teachers[0]["cache_bytes_a_token"] / results.row(budgets[0].name)[0]["cache_bytes_a_token"]
     return section(
         "A teacher and its MELT",
         table(
-            ["", *(f"{words}, % right" for words in KINDS.values()), "cache a token, bytes", "weights", "minutes"],
-            [
-                line("teacher stopped at loop 1", first, teachers, ""),
-                line(f"teacher, {deep} loops", last, teachers, minutes(teachers)),
-                line(f"MELT, {deep} loops", melt, mains, minutes(mains)),
-                ["teacher - MELT, points", *(f"{spread(x)} ({each(x)})" for x in distances.values()), "", "", ""],
-            ],
+            ["", *(f"{words}, % right" for words in KINDS.values()), "cache a token, bytes", "weights", "minutes"], rows
         ),
         "In brackets every seed's value. Minutes: mean wall time of training a run on a core that it may have had to "
         "share.\n",
         f"The teacher {'solves' if solved else 'DOES NOT solve'} the task by looping: at least "
-        f"{min(last['even']):.1f}% right with {deep} loops and at most {max(first['even']):.1f}% at loop 1 on problems "
-        "drawn evenly (wanted: at least 95, below 50). "
-        f"MELT has 1/{smaller:.0f} of its cache and is at most {worst:.1f} points worse on any seed and kind of "
-        f"problem: {'within' if worst <= PAPER_DISTANCE else 'MORE than'} the {PAPER_DISTANCE} points between the "
-        f"paper's MELT-1.6B and its teacher ({PAPER}, mean of six sets of maths problems).\n",
+        f"{min(at_loop[deep]['even'].values()):.1f}% right with {deep} loops and at most "
+        f"{max(at_loop[1]['even'].values()):.1f}% at loop 1 on problems drawn evenly (wanted: at least 95, below 50). "
+        f"MELT has 1/{smaller:.0f} of its cache. The paper's MELT-1.6B is {PAPER_DISTANCE} points below its teacher "
+        f"({PAPER}, mean of six sets of maths problems). " + " ".join(sentences) + "\n",
         note="teacher",
+    )
+
+
+def _at(run: dict[str, Any], loops: int, kind: str) -> float:
+    """Percent right of a run with a number of loops."""
+    return next(percent(point[kind]) for point in run["by_loops"] if point["num_loops"] == loops)
+
+
+def _teacher_row(name: str, values: dict[str, dict[int, float]], runs: list[dict[str, Any]], minutes: str) -> list[str]:
+    cells = [f"{spread(list(x.values()))} ({each(list(x.values()))})" for x in values.values()]
+    return [name, *cells, f"{runs[0]['cache_bytes_a_token']:,}", f"{runs[0]['parameters']:,}", minutes]
+
+
+def _distance(row: Row, gaps: dict[str, list[float]]) -> str:
+    """How far a MELT is from its teacher, on average and at worst."""
+    means = {kind: statistics.fmean(values) for kind, values in gaps.items()}
+    worst = max(max(values) for values in gaps.values())
+    parts = [f"{means[kind]:.1f} ({words})" for kind, words in KINDS.items()]
+
+    def judged(distance: float) -> str:
+        return f"{'within' if round(distance, 1) <= PAPER_DISTANCE else 'MORE than'} the {PAPER_DISTANCE} points"
+
+    return (
+        f"**{row.title}** is on average {' and '.join(parts)} points below, {judged(max(means.values()))}; "
+        f"at worst, on one seed and kind of problem, {worst:.1f}, {judged(worst)}."
     )
 
 

@@ -204,9 +204,10 @@ def main(
     docs: Annotated[Path | None, typer.Option(help="Where the documents are written.")] = None,
 ) -> None:
     """Train, measure and document the experiments; go on where an earlier call was stopped."""
-    build = REPOSITORY / "build"
-    root = root or (build / "experiments-quick" if quick else build / "experiments")
-    docs = docs or (root / "docs" if quick else REPOSITORY / "docs")
+    root, docs = root and root.absolute(), docs and docs.absolute()
+    os.chdir(REPOSITORY)  # so that what is recorded of a run names no place of this machine
+    root = root or Path("build", "experiments-quick" if quick else "experiments")
+    docs = docs or (root / "docs" if quick else Path("docs"))
     runs = all_runs(root, quick)
     chosen = [run for run in runs if any(fnmatch.fnmatch(run.name, pattern) for pattern in only.split(","))]
     if not chosen:

@@ -49,6 +49,7 @@ STUDENT: Section = {
     "save_every": 50,
 }
 MAIN_STEPS = (300, 600)  # phase 1, phase 2
+LONG_STEPS = (300, 1200)
 DEPTHS_STEPS = (300, 900)
 ROW_STEPS = (120, 120)  # the budget that all rows of both tables share
 ROW_SHARE = 0.6  # of phase 1's steps, until alpha is 1
@@ -106,10 +107,13 @@ LEFT_OUT = (
     _row("no-chunk-wise", "no chunk-wise training", both={"chunk_wise": False}),
     _row("no-interpolation", "no interpolation", phase1={"interpolation": "none"}),
     _row("no-alignment", "no attention alignment", phase2={"attention_weight": 0.0}),
+    _row("alignment-0.01", "attention alignment weighs 0.01, not 0.1", phase2={"attention_weight": 0.01}),
     _row("last-loop-logits", "distillation on the last loop only", both={"distill": "last"}),
 )
 ROWS = tuple({row.name: row for row in (*AGGREGATIONS, *LEFT_OUT)}.values())
 
+MAIN = _row("main", "MELT")
+LONG = _row("main-long", "MELT, phase 2 twice as long")
 # More than the two phases: every loop learns from the teacher's last one; chunks leave after random numbers of loops
 # and the exit gate learns when that does no harm.
 LAST: Section = {"teacher_loop": "last"}
@@ -138,9 +142,10 @@ def all_runs(root: Path, quick: bool = False) -> list[Run]:
     depths, last = DEPTHS
     first, *others = SEEDS
     runs = [make.teacher(seed) for seed in SEEDS]
-    runs += [make.main(first), make.depths(depths, first), *(make.main(seed) for seed in others)]
+    runs += [make.main(MAIN, first), make.depths(depths, first), *(make.main(MAIN, seed) for seed in others)]
     runs += [make.even_teacher(first), make.even(first)]
     runs += [make.ablation(row, seed) for seed in SEEDS for row in ROWS]
+    runs += [make.main(LONG, seed) for seed in SEEDS]
     runs += [make.depths(last, first), *(make.depths(depths, seed) for seed in others)]
     return runs
 
@@ -156,8 +161,9 @@ class _Maker:
     def even_teacher(self, seed: int) -> Run:
         return self._teacher("teacher-even", seed, EVEN.teacher)
 
-    def main(self, seed: int) -> Run:
-        return self._student(f"main-{seed}", _row("main", "main"), seed, MAIN_STEPS, 1.0, curves=True)
+    def main(self, row: Row, seed: int) -> Run:
+        steps = LONG_STEPS if row is LONG else MAIN_STEPS
+        return self._student(f"{row.name}-{seed}", row, seed, steps, 1.0, curves=True)
 
     def depths(self, row: Row, seed: int) -> Run:
         return self._student(f"{row.name}-{seed}", row, seed, DEPTHS_STEPS, 1.0, curves=True)

@@ -85,7 +85,7 @@ def card(run: Run, teacher: Run, result: Figures) -> str:
 
 def main(
     name: Annotated[str | None, typer.Option(help="Take this run instead of the best.")] = None,
-    root: Annotated[Path, typer.Option(help="Where runs are written.")] = REPOSITORY / "build" / "experiments",
+    root: Annotated[Path, typer.Option(help="Where runs are written.")] = Path("build/experiments"),
 ) -> None:
     """Replace examples/addition-melt and examples/addition_problems.jsonl."""
     runs = {run.name: run for run in all_runs(root)}
