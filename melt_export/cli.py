@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from melt_models.atomic import TargetExistsError
 from melt_models.errors import CheckpointError
 from melt_runtime.command import run_app
-from melt_runtime.errors import MeltError
+from melt_runtime.engine_cli import CapabilityOption, Flavour, Weights, built_line
+from melt_runtime.engines.build import EngineOptions, build_engine, check_options
+from melt_runtime.engines.library import open_library
+from melt_runtime.errors import ArgumentError, MeltError
 from melt_runtime.package import DIALECTS, PRECISIONS, Manifest, Package
+from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .export import ExportOptions, building, human_bytes
@@ -62,12 +63,21 @@ def export(
         typer.Option(help="Prompt tokens that run their loops together. Default: the checkpoint's chunk_size.", min=1),
     ] = None,
     dialect: Annotated[
-        DialectName,
+        DialectName | None,
         typer.Option(
             help="How cache and attention are written: onnxruntime (fused, in place), standard (opset 24, for "
-            "TensorRT), portable (opset 18, for everything else)."
+            "TensorRT), portable (opset 18, for everything else). Default: onnxruntime; standard with --engine."
         ),
-    ] = DialectName.onnxruntime,  # type: ignore[attr-defined]
+    ] = None,
+    engine: Annotated[
+        Flavour | None,
+        typer.Option(help="Build an engine into the package afterwards; melt-run build-engine has more options."),
+    ] = None,
+    engine_weights: Annotated[
+        Weights | None,
+        typer.Option(help="Store the engine's products in fewer bits; default: as the package has them."),
+    ] = None,
+    compute_capability: CapabilityOption = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
     verify_tokens: Tokens = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
@@ -76,15 +86,45 @@ def export(
     """Export a MELT checkpoint to a verified ONNX package.
 
     The package is built beside OUTPUT and gets that name only when everything, the comparison with PyTorch at every
-    loop included, has succeeded.
+    loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
-    options = ExportOptions(str(precision), str(dialect), max_seq_len, max_batch, chunk)
-    with _progress() as step, building(checkpoint, output, options, force=force, progress=step) as directory:
-        report = None
-        if not no_verify:
-            report = verify(directory, checkpoint, tokens=verify_tokens, progress=step)
-            require_parity(report)
-    _summary(output, Package.open(output, check_hashes=False).manifest, report)
+    spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
+    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk)
+    build = _engine_options(options, engine, engine_weights, compute_capability)
+    report = None
+    with shown_progress() as step:
+        with building(checkpoint, output, options, force=force, progress=step) as directory:
+            if not no_verify:
+                report = verify(directory, checkpoint, tokens=verify_tokens, progress=step)
+                require_parity(report)
+        package = Package.open(output, check_hashes=False)
+        built = None if build is None else _build(package, build, step)
+    _summary(output, package.manifest, report)
+    if built:
+        _TEXT.print(built)
+
+
+def _engine_options(
+    options: ExportOptions, engine: Flavour | None, weights: Weights | None, capabilities: list[str] | None
+) -> EngineOptions | None:
+    """What engine to build, refused now if it can be: an export takes minutes. Raises ArgumentError, BackendError."""
+    if engine is None:
+        if weights is not None or capabilities:
+            raise ArgumentError("--engine-weights and --compute-capability are of an engine; name it with --engine")
+        return None
+    build = EngineOptions(
+        str(engine), None if weights is None else str(weights), compute_capabilities=tuple(capabilities or ())
+    )
+    check_options(options.dialect, options.precision, options.max_batch, build, open_library(build.flavour))
+    return build
+
+
+def _build(package: Package, options: EngineOptions, progress: Step) -> str:
+    """Builds an engine into a finished package and describes it. Raises BackendError, PackageError."""
+    try:
+        return built_line(package.manifest, options, build_engine(package, options, progress))
+    except MeltError as error:
+        raise type(error)(f"{package.directory} is complete, but has no engine: {error}") from error
 
 
 @verify_app.command(epilog=_EPILOG)
@@ -95,7 +135,7 @@ def verify_command(
     show_version: Version = False,
 ) -> None:
     """Compare a package with its checkpoint at every loop, and write parity.json. Exit code 1 if they differ."""
-    with _progress() as step:
+    with shown_progress() as step:
         Package.open(package)
         report = verify(package, checkpoint, tokens=tokens, progress=step)
     _TEXT.print(_parity_table(report))
@@ -104,34 +144,6 @@ def verify_command(
         print(f"melt-verify: {failure}", file=sys.stderr)
     if not report.passed:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress display on stderr: the callable takes a step, its size, and what was done since its last call."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    display = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, Any] = {}
-
-    def finish() -> None:
-        for task in tasks.values():
-            display.update(task, total=1, completed=1)
-            display.stop_task(task)
-
-    def step(name: str, total: int, done: int) -> None:
-        if not tasks:
-            display.start()  # not before: what is refused at once shows nothing but its reason
-        if name not in tasks:
-            finish()
-            tasks[name] = display.add_task(name, total=total or None)
-        display.advance(tasks[name], done)
-
-    try:
-        yield step
-        finish()
-    finally:
-        if tasks:
-            display.stop()
 
 
 def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:

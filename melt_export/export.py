@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +20,8 @@ from melt_models.checkpoint import Weights, open_checkpoint
 from melt_models.convert import COMPANIONS
 from melt_runtime.package import DIALECTS as DIALECT_NAMES
 from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, StateSpec, file_hash
+from melt_runtime.progress import Step as Progress
+from melt_runtime.progress import no_progress
 from melt_runtime.text import TextCodec
 
 from .dialects import DIALECTS
@@ -28,8 +30,6 @@ from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_l
 from .hollow import without_memory
 from .weights import attach_weights, external_bytes, write_weights
 
-# Reports a step: its name and how large it is in bytes (0: unknown); then the bytes done since the last call.
-Progress = Callable[[str, int, int], None]
 _MAX_DEFAULT_SEQ_LEN = 4096
 _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
@@ -53,10 +53,6 @@ class ExportOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ExportError(f"{name} is {value}; it must be 1 or more")
-
-
-def no_progress(step: str, total: int, done: int) -> None:
-    """For callers that do not watch."""
 
 
 def open_melt(checkpoint: Path) -> tuple[MeltForCausalLM, Weights]:

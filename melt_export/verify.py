@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from melt_models.checkpoint import read_config
 from melt_runtime import LoopSettings, Runtime, Session
-from melt_runtime.package import MANIFEST, Manifest, Package, StateSpec, file_hash
+from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
+from melt_runtime.progress import Step as Progress
+from melt_runtime.progress import no_progress
 
 from .errors import ParityError
-from .export import Progress, no_progress
 from .parity import TOLERANCES, GenerationResult, ParityReport, StateErrors, common_prefix
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference
 from .twin import float32_twin
@@ -96,7 +97,7 @@ def verify(
         low_memory = large and manifest.precision == "fp16"
         runtime = Runtime.load(directory, check_hashes=False, low_memory=low_memory)
         _compare(runtime, expected, report, progress)
-    report.manifest_sha256 = file_hash(package / MANIFEST)
+    report.manifest_sha256 = manifest_hash(package)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)
     return report

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -15,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .command import one_line, run_app
+from .command import one_line, reported_errors, run_app
 from .describe import describe, untrained_warnings
-from .errors import ArgumentError, MeltError, PromptError
+from .engine_cli import build_engine_command
+from .errors import ArgumentError, PromptError
 from .generation import GenerationOptions, Generator
 from .package import Package
 from .render import generation_dict, hash_progress, print_facts, stats_lines
@@ -175,6 +175,9 @@ def inspect(
             print_facts(facts)
 
 
+app.command("build-engine", epilog=_EPILOG)(build_engine_command)
+
+
 class Chat:
     """A conversation in the terminal: answers on standard output, notices on standard error.
 
@@ -266,25 +269,6 @@ class Chat:
             count = "exchange" if start == 2 else f"{start // 2} exchanges"
             _notice(f"the conversation no longer fits in {capacity:,} tokens: the oldest {count} dropped")
         return ids
-
-
-@contextmanager
-def reported_errors() -> Iterator[None]:
-    """Turns what a command raises into its exit: 2 after one line for an error, 130 after Ctrl-C, quiet for a pipe."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # Else Python would try to flush what is left when it ends, and complain.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    except (MeltError, OSError) as error:
-        if os.environ.get("MELT_TRACEBACK") == "1":
-            raise
-        print(f"melt-run: {one_line(error)}", file=sys.stderr)
-        raise typer.Exit(2) from None
 
 
 def _request(

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import typer
+
+from .errors import MeltError
 
 INTERRUPTED = 130
 
@@ -30,6 +34,25 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
     if code == INTERRUPTED:
         print(f"{name}: interrupted", file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turns what a command raises into its exit: 2 after one line for an error, 130 after Ctrl-C, quiet for a pipe."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Else Python would try to flush what is left when it ends, and complain.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except (MeltError, OSError) as error:
+        if os.environ.get("MELT_TRACEBACK") == "1":
+            raise
+        print(f"melt-run: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 def one_line(error: BaseException) -> str:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .engines.spec import EngineSpec
 from .errors import ArgumentError, PackageError
-from .package import MANIFEST, PARITY, Package, file_hash
+from .package import PARITY, Package, manifest_hash
 from .text import TextCodec
 
 # What the loops column of the comparison with a LoopLM shows.
@@ -118,6 +119,7 @@ class PackageFacts:
     states: tuple[StateFacts, ...]
     memory: MemoryFacts
     libraries: dict[str, str]
+    engines: dict[str, EngineSpec]
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain values that ``json`` can write."""
@@ -175,6 +177,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1) -> 
         ),
         memory=_memory(package, length, batch),
         libraries=dict(manifest.libraries),
+        engines=dict(manifest.engines),
     )
 
 
@@ -215,7 +218,7 @@ def _parity(directory: Path) -> ParityFacts | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         failures = tuple(str(failure) for failure in content.get("failures", ()))
         hashed = content.get("manifest_sha256") or None
-        current = hashed is None or hashed == file_hash(directory / MANIFEST)
+        current = hashed is None or hashed == manifest_hash(directory)
         return ParityFacts(content["passed"] is True, current, failures)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} is not a parity report ({error}); verify the package again") from error

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .engines.spec import EngineSpec
 from .errors import PackageError
+from .files import FileSpec, file_hash
 
 FORMAT_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
@@ -77,18 +79,11 @@ def size_of(shape: tuple[int | str, ...], dtype: str, **sizes: int) -> int:
 
 
 @dataclass(frozen=True)
-class FileSpec:
-    """Size and hash of a file in the package."""
-
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """``manifest.json``. ``model`` is the checkpoint's configuration; ``cache_rows`` is ``max_seq_len`` plus room for
     the padding of one ragged chunk when ``max_batch`` is above 1; ``chunk`` is the prefill chunk and part of the
-    model's meaning; ``untrained`` names parts that were initialised and never trained."""
+    model's meaning; ``untrained`` names parts that were initialised and never trained; ``engines``, by name, were built
+    from the graphs later and may be absent or deleted: ``files`` does not list theirs."""
 
     dialect: str
     precision: str
@@ -106,6 +101,7 @@ class Manifest:
     untrained: tuple[str, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    engines: dict[str, EngineSpec] = field(default_factory=dict)
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
@@ -117,8 +113,11 @@ class Manifest:
         return sum(size_of((batch, s.shape[1], tokens, s.shape[3]), s.dtype) for s in caches)
 
     def to_json(self) -> str:
-        """The manifest as written to disk."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """The manifest as written to disk. A package without engines says nothing of them."""
+        content = asdict(self)
+        if not self.engines:
+            del content["engines"]
+        return _text(content)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -137,13 +136,16 @@ class Manifest:
                 f"the package has format version {version!r}, this runtime reads {FORMAT_VERSION}: {advice}"
             )
         try:
+            # Engines came later than format 1; what does not know them runs the graphs, so it stays format 1.
+            content = {"engines": {}, **content}
             values = {f.name: content[f.name] for f in fields(cls)}
             values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in content["states"])
             values["graphs"] = {name: _graph(content["graphs"][name]) for name in GRAPHS}
             values["files"] = {name: FileSpec(**spec) for name, spec in content["files"].items()}
             values["untrained"] = tuple(content["untrained"])
+            values["engines"] = {n: EngineSpec.from_dict(n, spec) for n, spec in content["engines"].items()}
             manifest = cls(**values)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PackageError(f"{MANIFEST} is incomplete or malformed at {error}") from error
         manifest._check()
         return manifest
@@ -176,6 +178,35 @@ class Manifest:
         unlisted = next((g.file for g in self.graphs.values() if g.file not in self.files), None)
         if unlisted:
             raise PackageError(f"{MANIFEST} lists no hash for {unlisted}")
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def manifest_hash(directory: Path) -> str:
+    """SHA-256 of a package's manifest as it was exported: engines, built later, change nothing of what was verified."""
+    text = (directory / MANIFEST).read_text(encoding="utf-8")
+    content = json.loads(text)
+    if content.pop("engines", None) is not None:
+        text = _text(content)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_hash(manifest: Manifest) -> str:
+    """What an engine is built from: a hash over the hashes of graphs and weights."""
+    parts = sorted(
+        f"{name} {spec.sha256}" for name, spec in manifest.files.items() if name.endswith((".onnx", ".data"))
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def with_engines(text: str, change: Callable[[dict[str, Any]], None]) -> str:
+    """The text of a manifest in which ``change`` has edited the engines' entries, and nothing else is touched."""
+    content = json.loads(text)
+    engines = content.pop("engines", {})
+    change(engines)
+    return _text({**content, "engines": engines} if engines else content)
 
 
 def _is_count(value: object) -> bool:
@@ -232,14 +263,3 @@ class Package:
     def path(self, name: str) -> Path:
         """The path of a graph ("embed", "loop_step", "lm_head")."""
         return self.directory / self.manifest.graphs[name].file
-
-
-def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
-    return digest.hexdigest()

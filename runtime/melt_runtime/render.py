@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .describe import MemoryFacts, PackageFacts, StateFacts
+from .engines.spec import EngineSpec
 from .generation import Generation
 from .package import Package
 
@@ -83,13 +84,26 @@ def stats_lines(result: Generation, started: float, arrivals: Sequence[float], s
     ]
 
 
+def engine_line(spec: EngineSpec) -> str:
+    """An engine in a few words: library, devices, size and sizes it was built for."""
+    devices = (
+        f"compute capability {', '.join(spec.compute_capabilities)}" if spec.compute_capabilities else "8.0 and up"
+    )
+    last = spec.profiles[-1]
+    return (
+        f"{spec.flavour} {spec.version}, {devices}, batch {last.batch[2]}, chunk {last.chunk[2]}, "
+        f"{human_bytes(spec.bytes)}"
+    )
+
+
 def print_facts(facts: PackageFacts) -> None:
     """Prints a package's facts as a panel and tables."""
     console = Console(highlight=False)
     console.print(_summary(facts))
     for warning in facts.warnings:
         console.print(Text(f"Warning: {warning}", style="bold yellow"))
-    for table in (_files(facts), _states(facts), _memory(facts.memory), _comparison(facts.memory)):
+    engines = [_engines(facts)] if facts.engines else []
+    for table in (_files(facts), *engines, _states(facts), _memory(facts.memory), _comparison(facts.memory)):
         console.print()
         console.print(table)
 
@@ -136,6 +150,16 @@ def _files(facts: PackageFacts) -> Table:
         table.add_row(Text(file.name), names.get(file.name, file.role), human_bytes(file.bytes))
     table.add_section()
     table.add_row("total", "", human_bytes(sum(file.bytes for file in facts.files)), style="bold")
+    return table
+
+
+def _engines(facts: PackageFacts) -> Table:
+    columns = (("engine", "left"), ("built with", "left"), ("for", "left"), ("weights", "left"), ("size", "right"))
+    table = _table("Engines", *columns)
+    for name, spec in facts.engines.items():
+        devices = ", ".join(spec.compute_capabilities) or "8.0 and newer"
+        built = f"{spec.flavour} {spec.version}"
+        table.add_row(Text(name), built, devices, spec.weights or spec.precision, human_bytes(spec.bytes))
     return table
 
 

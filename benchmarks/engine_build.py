@@ -1,0 +1,148 @@
+"""What building an engine costs: time, peak memory and size, each build in a process of its own.
+
+    python benchmarks/engine_build.py [--layers N] [--build fp16 --build fp16-int4 ...] [--json FILE]
+
+Makes a random checkpoint in a real model's shape, exports it in the standard dialect and builds TensorRT-RTX engines
+from it, which needs no GPU. With all layers (--layers 24) it needs 10 GB of memory and of disk, and a quiet machine.
+Runs on Linux (it reads /proc).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+BUILDS = ("fp16", "bf16", "fp32", "fp16-int4", "fp16-int8", "fp16-fp8")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build. ``peak_bytes``: resident memory of the process that built (VmHWM), of which ``start_bytes`` was there
+    before; ``plans``: bytes by graph."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    start_bytes: int
+    plans: dict[str, int]
+    version: str
+
+
+def export(checkpoint: Path, output: Path, precision: str, rows: int) -> None:
+    """In a child process: an unverified package in the standard dialect."""
+    import torch
+
+    from melt_export.export import ExportOptions, building
+
+    torch.set_num_threads(1)
+    with building(checkpoint, output, ExportOptions(precision, "standard", rows)):
+        pass
+
+
+def build(package: Path, name: str, answer: Connection) -> None:
+    """In a child process, which imports no torch: builds one engine and sends a Build."""
+    from melt_runtime.engines.build import EngineOptions, build_engine
+    from melt_runtime.package import Package
+
+    _, _, weights = name.partition("-")
+    opened = Package.open(package, check_hashes=False)
+    start = resident()
+    began = time.perf_counter()
+    spec = build_engine(opened, EngineOptions(weights=weights or None))
+    seconds = time.perf_counter() - began
+    plans = {graph: file.bytes for graph, file in spec.files.items()}
+    answer.send(Build(name, seconds, resident(), start, plans, spec.version))
+
+
+def resident() -> int:
+    """The peak of this process's resident memory in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def in_child(function: Any, *arguments: Any) -> None:
+    """Runs a function in a fresh process. Raises RuntimeError if it fails."""
+    child = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}")
+
+
+def measure(shape: str, layers: int | None, builds: list[str], rows: int, directory: Path) -> list[Build]:
+    """Makes the checkpoint and the packages, and builds one engine after the other."""
+    from make_checkpoint import SHAPES, make
+    from melt_models import MeltConfig
+
+    fields = SHAPES[shape].to_dict()
+    config = MeltConfig(**{**fields, "num_hidden_layers": layers or fields["num_hidden_layers"]})
+    checkpoint = directory / "checkpoint"
+    make(checkpoint, config)
+    found = []
+    for precision in dict.fromkeys(name.partition("-")[0] for name in builds):
+        package = directory / precision
+        in_child(export, checkpoint, package, precision, rows)
+        for name in builds:
+            if name.partition("-")[0] != precision:
+                continue
+            receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+            in_child(build, package, name, sender)
+            found.append(receiver.recv())
+            shutil.rmtree(package / "engines")
+        shutil.rmtree(package)
+    return found
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="A shape of make_checkpoint.py.")] = "ouro-1.4b",
+    layers: Annotated[int, typer.Option(help="Layers; 0: all of the shape.", min=0)] = 2,
+    builds: Annotated[list[str] | None, typer.Option("--build", help=f"Any of {', '.join(BUILDS)}.")] = None,
+    rows: Annotated[int, typer.Option(help="Tokens that the cache holds.", min=1)] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Work in this directory; default: a temporary one.")] = None,
+) -> None:
+    """Measure engine builds."""
+    names = builds or ["fp16", "bf16", "fp32", "fp16-int4"]
+    unknown = [name for name in names if name not in BUILDS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is not one of {', '.join(BUILDS)}")
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="melt-engines-", dir=keep) as directory:
+        found = measure(shape, layers or None, names, rows, Path(directory))
+    table = Table("MB", "seconds", "peak", "before", *found[0].plans)
+    for one in found:
+        sizes = (one.peak_bytes, one.start_bytes, *one.plans.values())
+        table.add_row(one.name, f"{one.seconds:.1f}", *(f"{size / 1e6:,.1f}" for size in sizes))
+    Console().print(table)
+    if json_file is not None:
+        content = {
+            "command": "python benchmarks/engine_build.py",
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+            "load_at_start": round(load, 1),
+            "versions": {"melt-export": version("melt-export"), "tensorrt-rtx": found[0].version},
+            "shape": shape,
+            "layers": layers or "all",
+            "rows": rows,
+            "builds": [asdict(one) for one in found],
+        }
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

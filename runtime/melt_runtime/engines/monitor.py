@@ -1,0 +1,109 @@
+"""A builder's progress as one bar a graph, and Ctrl-C as the way to stop it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..progress import Step
+from .library import Library
+
+_PARTS = 1000  # the bar's length
+
+
+class Phases:
+    """How far nested phases are, as a part of one: a phase counts its finished steps and its running one's part."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, tuple[str | None, int, int]] = {}  # parent, steps, steps done
+        self.reached = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase begins."""
+        self.open[name] = (parent, max(steps, 1), 0)
+
+    def step(self, name: str, step: int) -> None:
+        """A phase finished a step, counted from 0."""
+        if name in self.open:
+            parent, steps, _ = self.open[name]
+            self.open[name] = (parent, steps, min(step + 1, steps))
+            self._move(name)
+
+    def finish(self, name: str) -> None:
+        """A phase ended."""
+        self.open.pop(name, None)
+
+    def _move(self, name: str) -> None:
+        part, current = 0.0, name
+        for _ in range(len(self.open)):  # phases may come back under the same name, but not nest in themselves
+            parent, steps, done = self.open[current]
+            part = min((done + part) / steps, 1.0)
+            if parent is None or parent not in self.open:
+                break
+            current = parent
+        self.reached = max(self.reached, part)
+
+
+@contextmanager
+def signals_deferred(monitor: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the builder to stop at its next step: raised in its callbacks they would end it.
+
+    Only the main thread gets signals; elsewhere this does nothing.
+    """
+    caught: list[tuple[int, Any]] = []
+    previous: dict[int, Callable[[int, Any], Any]] = {}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append((number, frame))
+        monitor.stopped = True
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                previous[number] = handler
+                signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number, frame in caught[:1]:
+            previous[number](number, frame)
+
+
+def make_monitor(library: Library, title: str, progress: Step) -> Any:
+    """An IProgressMonitor that reports to ``progress`` under a title; its ``interrupted`` says why it stopped."""
+    base = library.module.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.phases, self.shown = Phases(), 0
+            self.stopped = False
+            self.interrupted: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases.start(phase_name, parent_phase, num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.phases.finish(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            # An exception must not cross the library's own code: it is kept, the build stops, the caller raises it.
+            try:
+                self.phases.step(phase_name, step)
+                parts = int(self.phases.reached * _PARTS)
+                progress(title, _PARTS, parts - self.shown)
+                self.shown = parts
+            except BaseException as error:
+                self.interrupted = error
+            return self.interrupted is None and not self.stopped
+
+        def complete(self) -> None:
+            progress(title, _PARTS, _PARTS - self.shown)
+
+    return Monitor()

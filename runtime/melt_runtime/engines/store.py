@@ -1,0 +1,151 @@
+"""Engines in a package: written whole or not at all, checked when they are opened."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import BackendError, PackageError
+from ..files import file_hash
+from ..package import MANIFEST, Package, source_hash, with_engines
+from .spec import ENGINES, EngineSpec, plan_path
+
+
+@contextmanager
+def new_engine(package: Path, name: str) -> Iterator[Path]:
+    """Yields an empty directory for an engine's plans; ``keep_engine`` gives it its name. Removed if it got none."""
+    folder = package / ENGINES
+    folder.mkdir(exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=folder))
+    directory.chmod(0o777 & ~_umask())
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def keep_engine(package: Path, name: str, directory: Path, spec: EngineSpec) -> None:
+    """Gives a built engine its name and its entry in the manifest, in place of an older one of that name."""
+    target = package / ENGINES / name
+    old = directory.with_name(f"{directory.name}-old")
+    if target.exists():
+        target.rename(old)
+    directory.rename(target)
+    try:
+        _edit_manifest(package, name, spec)
+    except BaseException:
+        target.rename(directory)
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_engine(package: Path, name: str) -> None:
+    """Takes an engine out of a package: its entry, then its plans. Raises PackageError if it has none of that name."""
+    engine_spec(Package.open(package, check_hashes=False), name)
+    _edit_manifest(package, name, None)
+    shutil.rmtree(package / ENGINES / name, ignore_errors=True)
+
+
+def engine_spec(package: Package, name: str) -> EngineSpec:
+    """An engine's entry. Raises PackageError that names those there are."""
+    engines = package.manifest.engines
+    if name not in engines:
+        there = f"it has {', '.join(engines)}" if engines else "it has none; build one with melt-run build-engine"
+        raise PackageError(f"{package.directory} has no engine {name!r}: {there}")
+    return engines[name]
+
+
+def open_engine(
+    package: Package,
+    name: str,
+    *,
+    flavour: str | None = None,
+    version: str | None = None,
+    capability: str | None = None,
+    check_hashes: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Path]:
+    """An engine's plans by graph, checked: built from this package, for this library and device, and unchanged.
+
+    ``flavour``, ``version``, ``capability``: what it is to run with; None is not compared. Raises PackageError for
+    plans that are missing or changed, BackendError for the wrong library or device; both say how to build again.
+    """
+    spec = engine_spec(package, name)
+    again = f"; build it again with: {rebuild_command(package.directory, spec)}"
+    if flavour is not None and flavour != spec.flavour:
+        raise BackendError(f"engine {name} is for {spec.flavour}, not {flavour}{again}")
+    if version is not None and version != spec.version:
+        raise BackendError(f"engine {name} was built with {spec.flavour} {spec.version}, here is {version}{again}")
+    if capability is not None and not runs_on(spec, capability):
+        built = ", ".join(spec.compute_capabilities) or "8.0 and newer"
+        raise BackendError(f"engine {name} is for compute capability {built}, this device has {capability}{again}")
+    if spec.source != source_hash(package.manifest):
+        raise PackageError(f"engine {name} was built from other graphs or weights than the package has{again}")
+    plans = {graph: plan_path(package.directory, name, graph) for graph in spec.files}
+    root = package.directory.resolve()
+    for graph, path in plans.items():
+        file = spec.files[graph]
+        if not path.is_file() or not path.resolve().is_relative_to(root):
+            raise PackageError(f"engine {name} lacks {path}{again}")
+        if path.stat().st_size != file.bytes:
+            raise PackageError(f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}{again}")
+        if check_hashes and file_hash(path, progress) != file.sha256:
+            raise PackageError(f"{path} was changed: its hash is not the manifest's{again}")
+    return plans
+
+
+def runs_on(spec: EngineSpec, capability: str) -> bool:
+    """Whether an engine is for a device of this compute capability."""
+    if spec.compute_capabilities:
+        return capability in spec.compute_capabilities
+    return float(capability) >= 8.0
+
+
+def rebuild_command(directory: Path, spec: EngineSpec) -> str:
+    """The command that builds an engine as it was built."""
+    words = ["melt-run", "build-engine", str(directory), "--engine", spec.flavour]
+    if spec.weights:
+        words += ["--weights", spec.weights]
+    for option, value in spec.options.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        flag = f"--{option.replace('_', '-')}"
+        words += [flag] if value is True else [word for v in values if v for word in (flag, str(v))]
+    return shlex.join(words)
+
+
+def _edit_manifest(package: Path, name: str, spec: EngineSpec | None) -> None:
+    """Replaces the manifest, in one step, by one with or without an engine's entry."""
+    path = package / MANIFEST
+
+    def change(engines: dict) -> None:
+        engines.pop(name, None)
+        if spec is not None:
+            engines[name] = spec.to_dict()
+
+    text = with_engines(path.read_text(encoding="utf-8"), change)
+    handle, temporary = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=package)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
