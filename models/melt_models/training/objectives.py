@@ -91,13 +91,13 @@ class TeacherObjective(Objective):
         output = self.model(input_ids, num_loops=loops, exit_threshold=1.0, logits_to_keep=1, use_cache=False)
         labelled = targets != IGNORE
         logits = widen(self.model.lm_head(output.loop_hidden[:, labelled]))
-        entropies = _cross_entropy(logits, targets[labelled]).sum(-1)
+        losses = _cross_entropy(logits, targets[labelled])
         p = output.exit_distribution[:, labelled]
-        expected = (p * _cross_entropy(logits, targets[labelled])).sum()
+        expected = (p * losses).sum()
         entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
         total = (expected - self.options.entropy_weight * entropy) / size.labelled
         depth = (p * torch.arange(1, loops + 1, device=p.device)[:, None]).sum()
-        parts = {f"loss_{loop + 1}": entropies[loop] for loop in range(loops)}
+        parts = {f"loss_{loop + 1}": loss for loop, loss in enumerate(losses.sum(-1))}
         parts |= {"exit_entropy": entropy, "depth": depth}
         return Losses(total, {name: value.detach() / size.labelled for name, value in parts.items()})
 
