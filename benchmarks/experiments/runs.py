@@ -114,6 +114,15 @@ ROWS = tuple({row.name: row for row in (*AGGREGATIONS, *LEFT_OUT)}.values())
 
 MAIN = _row("main", "MELT")
 LONG = _row("main-long", "MELT, phase 2 twice as long")
+# The same length with what was learned from the rows: the weight of the alignment and the optimiser.
+TUNED = _row(
+    "main-tuned",
+    "MELT, also Muon and alignment at 0.02",
+    both={"optimizer": "muon", "matrix_learning_rate": 1e-2},
+    phase1={"interpolation_share": 0.6},
+    phase2={"attention_weight": 0.02},
+)
+BUDGETS = (MAIN, LONG, TUNED)
 # More than the two phases: every loop learns from the teacher's last one; chunks leave after random numbers of loops
 # and the exit gate learns when that does no harm.
 LAST: Section = {"teacher_loop": "last"}
@@ -145,7 +154,7 @@ def all_runs(root: Path, quick: bool = False) -> list[Run]:
     runs += [make.main(MAIN, first), make.depths(depths, first), *(make.main(MAIN, seed) for seed in others)]
     runs += [make.even_teacher(first), make.even(first)]
     runs += [make.ablation(row, seed) for seed in SEEDS for row in ROWS]
-    runs += [make.main(LONG, seed) for seed in SEEDS]
+    runs += [make.main(row, seed) for row in (LONG, TUNED) for seed in SEEDS]
     runs += [make.depths(last, first), *(make.depths(depths, seed) for seed in others)]
     return runs
 
@@ -162,7 +171,7 @@ class _Maker:
         return self._teacher("teacher-even", seed, EVEN.teacher)
 
     def main(self, row: Row, seed: int) -> Run:
-        steps = LONG_STEPS if row is LONG else MAIN_STEPS
+        steps = MAIN_STEPS if row is MAIN else LONG_STEPS
         return self._student(f"{row.name}-{seed}", row, seed, steps, 1.0, curves=True)
 
     def depths(self, row: Row, seed: int) -> Run:
