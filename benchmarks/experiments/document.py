@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
-from notes import NOTES
+from distance import teacher_part
 from plots import draw_all
-from results import KINDS, Results, each, percent, spread, table
-from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, LONG, MAIN, SEEDS, TEACHER, Row
+from results import KINDS, Results, each, spread, table
+from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, TEACHER, Row
+from words import PAPER, Section, few, picture, plural, section
 
-PAPER = "arXiv 2605.07721"
-PAPER_DISTANCE = 2.4  # points between the paper's MELT and its teacher: 62.3 - 59.9, mean over six sets
 EQUAL = 1.0  # points: means that are closer are called equal
 # The paper's own figures for the rows of both tables.
 PAPER_AGGREGATIONS = {"gate": "77.7", "scalar-gate": "66.9", "mean": "68.8", "ema-0.2": "68.6", "last": "69.7"}
@@ -30,21 +29,6 @@ PAPER_LEFT_OUT = {
 }
 PHASES = {"phase1": "after phase 1", "phase2": "after phase 2"}
 STUDENTS = {"main": "MELT", **{row.name: row.title for row in (*DEPTHS, EVEN)}}
-Section = str
-
-
-def section(title: str, *parts: str, note: str = "", level: int = 2) -> Section:
-    """A titled part; empty strings are left out, and a note comes last."""
-    reason = f"**Why.** {NOTES[note]}\n" if note and NOTES.get(note) else ""
-    return "\n".join([f"{'#' * level} {title}\n", *(part for part in (*parts, reason) if part)])
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def picture(name: str, words: str) -> str:
-    return f"![{words}]({name})\n"
 
 
 def top(results: Results) -> str:
@@ -66,80 +50,6 @@ def top(results: Results) -> str:
         "± is the sample standard deviation over seeds.\n"
         + (f"\nNot finished yet: {', '.join(missing)}.\n" if missing else "")
     )
-
-
-def teacher_part(results: Results) -> Section:
-    """The teacher against MELT."""
-    teachers, budgets = results.row("teacher"), [row for row in (MAIN, LONG) if results.row(row.name)]
-    if not teachers or not budgets:
-        return section("A teacher and its MELT", "Not measured yet.\n")
-    deep = teachers[0]["content"]["model"]["total_ut_steps"]
-    at_loop = {
-        loops: {kind: {run["seed"]: _at(run, loops, kind) for run in teachers} for kind in KINDS} for loops in (1, deep)
-    }
-    rows = [
-        _teacher_row("teacher stopped at loop 1", at_loop[1], teachers, ""),
-        _teacher_row(f"teacher, {deep} loops", at_loop[deep], teachers, minutes(teachers)),
-    ]
-    sentences = []
-    for row in budgets:
-        runs = results.row(row.name)
-        right = {kind: results.accuracies(row.name, "phase2", kind) for kind in KINDS}
-        rows.append(_teacher_row(row.title + few(results, row), right, runs, minutes(runs)))
-        gaps = {
-            kind: [
-                at_loop[deep][kind][seed] - value for seed, value in right[kind].items() if seed in at_loop[deep][kind]
-            ]
-            for kind in KINDS
-        }
-        rows.append(["points below its teacher", *(f"{spread(x)} ({each(x)})" for x in gaps.values()), "", "", ""])
-        sentences.append(_distance(row, gaps))
-    solved = min(at_loop[deep]["even"].values()) >= 95 and max(at_loop[1]["even"].values()) < 50
-    smaller = teachers[0]["cache_bytes_a_token"] / results.row(budgets[0].name)[0]["cache_bytes_a_token"]
-    return section(
-        "A teacher and its MELT",
-        table(
-            ["", *(f"{words}, % right" for words in KINDS.values()), "cache a token, bytes", "weights", "minutes"], rows
-        ),
-        "In brackets every seed's value. Minutes: mean wall time of training a run on a core that it may have had to "
-        "share.\n",
-        f"The teacher {'solves' if solved else 'DOES NOT solve'} the task by looping: at least "
-        f"{min(at_loop[deep]['even'].values()):.1f}% right with {deep} loops and at most "
-        f"{max(at_loop[1]['even'].values()):.1f}% at loop 1 on problems drawn evenly (wanted: at least 95, below 50). "
-        f"MELT has 1/{smaller:.0f} of its cache. The paper's MELT-1.6B is {PAPER_DISTANCE} points below its teacher "
-        f"({PAPER}, mean of six sets of maths problems). " + " ".join(sentences) + "\n",
-        note="teacher",
-    )
-
-
-def _at(run: dict[str, Any], loops: int, kind: str) -> float:
-    """Percent right of a run with a number of loops."""
-    return next(percent(point[kind]) for point in run["by_loops"] if point["num_loops"] == loops)
-
-
-def _teacher_row(name: str, values: dict[str, dict[int, float]], runs: list[dict[str, Any]], minutes: str) -> list[str]:
-    cells = [f"{spread(list(x.values()))} ({each(list(x.values()))})" for x in values.values()]
-    return [name, *cells, f"{runs[0]['cache_bytes_a_token']:,}", f"{runs[0]['parameters']:,}", minutes]
-
-
-def _distance(row: Row, gaps: dict[str, list[float]]) -> str:
-    """How far a MELT is from its teacher, on average and at worst."""
-    means = {kind: statistics.fmean(values) for kind, values in gaps.items()}
-    worst = max(max(values) for values in gaps.values())
-    parts = [f"{means[kind]:.1f} ({words})" for kind, words in KINDS.items()]
-
-    def judged(distance: float) -> str:
-        return f"{'within' if round(distance, 1) <= PAPER_DISTANCE else 'MORE than'} the {PAPER_DISTANCE} points"
-
-    return (
-        f"**{row.title}** is on average {' and '.join(parts)} points below, {judged(max(means.values()))}; "
-        f"at worst, on one seed and kind of problem, {worst:.1f}, {judged(worst)}."
-    )
-
-
-def minutes(runs: list[dict[str, Any]]) -> str:
-    """Mean minutes of training."""
-    return f"{statistics.fmean(sum(s['seconds'] for s in run['stages'].values()) for run in runs) / 60:.0f}"
 
 
 def ablations_part(results: Results) -> Section:
@@ -193,12 +103,6 @@ def ablation_part(
         note=note,
         level=3,
     )
-
-
-def few(results: Results, row: Row) -> str:
-    """Says so where a row has fewer seeds than it should."""
-    count = len(results.row(row.name))
-    return "" if count == len(SEEDS) else f" ({plural(count, 'seed')} of {len(SEEDS)})"
 
 
 def comparison(results: Results, row: Row, compared: str | None) -> str:

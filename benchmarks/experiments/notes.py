@@ -7,13 +7,12 @@ from __future__ import annotations
 
 _TEXTS: dict[str, str] = {
     "teacher": """
-        The seed that misses has a teacher whose squared attention outputs in the last loop are three times the
-        other two's (182 against 57 and 60), so that the alignment term weighs three times as much for it; the
-        next section shows that this term costs more than it brings here. That is one case, not a proof. The
-        teachers' weight decay was raised from 0.01 to 0.05 after a first student had reached 90%: attention
-        outputs were three to nine times larger before. All runs shown here have the new teachers. The model of
-        the section on depth whose teacher is even, trained with Muon and a smaller alignment weight, is at its
-        own teacher's level.
+        At the paper's weights the seed that misses has a teacher whose squared attention outputs in the last
+        loop are three times the other two's (182 against 57 and 60), so that the alignment term weighs three
+        times as much for it; the next section shows that this term costs more than it brings at this scale.
+        With the smaller weight and Muon that seed is at its teacher's level as well. The teachers' weight decay
+        was raised from 0.01 to 0.05 after a first student had reached 90%: attention outputs were three to nine
+        times larger before. All runs shown here have the new teachers.
     """,
     "aggregations": """
         The order is the paper's, learned gates first and the last loop alone far behind, but at this width one

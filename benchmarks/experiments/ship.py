@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from document import PAPER_DISTANCE, table
+from distance import PAPER_DISTANCE
 from measure import problems
 from melt_models.atomic import new_directory
-from results import KINDS
+from results import KINDS, table
 from run import REPOSITORY, directory, result_of
 from runs import MODEL, Run, all_runs
 
