@@ -81,6 +81,19 @@ def test_the_demo_checkpoint_becomes_an_engine_with_small_weights(
     assert Package.open(directory).manifest.engines == {f"tensorrt-rtx-{precision}-{weights}": spec}
 
 
+def test_two_layers_of_ouro_1_4b_become_engines_whose_size_follows_their_weights(
+    make_package: MakePackage, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
+    checkpoint = make_checkpoint(**shape, chunk_size=128, max_position_embeddings=4096)
+    source = make_package(checkpoint, dialect="standard", precision="fp16")
+    package = Package.open(shutil.copytree(source, tmp_path / "package"))
+    weights = package.manifest.files["weights.data"].bytes
+    wide, narrow = (build_engine(package, EngineOptions(weights=w)).files["loop_step"].bytes for w in (None, "int4"))
+    assert 0.9 * weights < wide < 1.2 * weights
+    assert 0.25 * wide < narrow < 0.35 * wide
+
+
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_the_portable_dialect_becomes_an_engine(make_package: MakePackage, tmp_path: Path, precision: str) -> None:
     directory = shutil.copytree(make_package(DEMO, dialect="portable", precision=precision), tmp_path / "package")
