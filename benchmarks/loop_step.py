@@ -14,10 +14,8 @@ measures them with the runtime. Three questions:
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,13 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from common import command_line, loaded_machine, save, versions
 from melt_runtime import LoopSettings, Runtime, Session
 from melt_runtime.generation import Generator
 from melt_runtime.package import DIALECTS, PRECISIONS
@@ -210,25 +208,12 @@ def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, in
             yield {"tokens": count, "resident_bytes": resident("VmRSS")}
 
 
-def machine() -> dict[str, Any]:
-    """The machine, by what matters for these figures; nothing that names it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "load_at_start": round(os.getloadavg()[0], 2),
-    }
-
-
 def run(settings: Settings, console: Console) -> dict[str, Any]:
     """All three measurements, as they go into the JSON file."""
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "machine": loaded_machine(),
+        "versions": versions(*_LIBRARIES),
         "settings": asdict(settings) | {"vocabulary": VOCABULARY, "memory_rows": MEMORY_ROWS},
     }
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -282,13 +267,6 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
 
 
-def save(path: Path, section: str, report: dict[str, Any]) -> None:
-    """Puts a section into a JSON file and leaves the file's other sections as they are."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    content[section] = report
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the section 'loop_step' of this JSON file.")
@@ -311,15 +289,10 @@ def main(
     changes |= {"dialect": dialect, "precision": precision, "threads": threads}
     changes |= {name: value for name, value in (("layers", layers), ("rounds", rounds)) if value is not None}
     report = run(Settings(**changes), Console(stderr=True))
-    report["command"] = " ".join(["python benchmarks/loop_step.py", *_shown(sys.argv[1:])])
+    report["command"] = command_line("loop_step.py", sys.argv[1:])
     show(report, Console())
     if json_file is not None:
         save(json_file, "loop_step", report)
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """The command line with nothing of this machine's paths in it."""
-    return ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
 
 
 if __name__ == "__main__":

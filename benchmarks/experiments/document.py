@@ -15,8 +15,9 @@ import typer
 import yaml
 from notes import NOTES
 from plots import draw_all
-from results import KINDS, Results, each, percent, spread, table
+from results import KINDS, Results, each, percent, spread
 from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, LONG, MAIN, SEEDS, TEACHER, Row
+from shared import table
 
 PAPER = "arXiv 2605.07721"
 PAPER_DISTANCE = 2.4  # points between the paper's MELT and its teacher: 62.3 - 59.9, mean over six sets
