@@ -87,8 +87,9 @@ def in_child(function: Any, *arguments: Any) -> None:
 
 def measure(shape: str, layers: int | None, builds: list[str], rows: int, directory: Path) -> list[Build]:
     """Makes the checkpoint and the packages, and builds one engine after the other."""
-    from make_checkpoint import SHAPES, make
     from melt_models import MeltConfig
+
+    from melt_export.random_checkpoint import SHAPES, make
 
     fields = SHAPES[shape].to_dict()
     config = MeltConfig(**{**fields, "num_hidden_layers": layers or fields["num_hidden_layers"]})
@@ -138,7 +139,7 @@ def main(
 
 def report(shape: str, layers: int, rows: int, machine: dict[str, Any], builds: list[Build]) -> dict[str, Any]:
     """The section of the JSON file. layers: 0 for all of the shape; machine: as it was before the first build."""
-    from make_checkpoint import SHAPES
+    from melt_export.random_checkpoint import SHAPES
 
     return {
         "command": command_line("engine_build.py", sys.argv[1:]),

@@ -15,12 +15,10 @@ measures them with the runtime. Three questions:
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -109,15 +107,14 @@ def _send_all(pipe: Connection, function: Callable[..., Iterator[Any]], *argumen
 
 def export_packages(directory: Path, settings: Settings, rows: tuple[int, ...]) -> Iterator[str]:
     """Makes one checkpoint and exports a package for each buffer size, yielding a line before each step."""
-    from make_checkpoint import SHAPES, make
     from melt_models import MeltConfig
 
     from melt_export.export import ExportOptions, building
+    from melt_export.random_checkpoint import SHAPES, make
 
     shape = {"num_hidden_layers": settings.layers, "vocab_size": VOCABULARY}
     yield "writing a checkpoint"
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # it has a progress bar
-        make(directory / "checkpoint", MeltConfig(**{**SHAPES[settings.shape].to_dict(), **shape}))
+    make(directory / "checkpoint", MeltConfig(**{**SHAPES[settings.shape].to_dict(), **shape}))
     for size in rows:
         yield f"exporting {size:,} rows"
         options = ExportOptions(settings.precision, settings.dialect, max_seq_len=size, max_batch=1)
