@@ -1,0 +1,59 @@
+"""What lies under the backends: a card (or, for trying the checks without one, the host), its memory and bandwidth."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_COPIES = 20
+
+
+class Machine(Protocol):
+    """Where the states of the targets lie."""
+
+    def facts(self) -> dict[str, Any]:
+        """What it is: card, driver, memory."""
+
+    def memory_used(self) -> int:
+        """Bytes of its memory that are in use now, by everything on it."""
+
+    def bandwidth(self, size: int) -> dict[str, Any]:
+        """``bytes_per_second`` of copying ``size`` bytes within its memory, each byte read and written, and ``how``."""
+
+
+class HostMachine:
+    """The host's CPU and memory."""
+
+    def facts(self) -> dict[str, Any]:
+        """Processor, cores and memory."""
+        file = Path("/proc/cpuinfo")
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return {"host": model or platform.machine(), "cores": os.cpu_count(), "memory_bytes": memory}
+
+    def memory_used(self) -> int:
+        """Resident memory of this process."""
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+    def bandwidth(self, size: int) -> dict[str, Any]:
+        """Of one thread's copies in host memory."""
+        source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+        times = []
+        for _ in range(_COPIES):
+            began = time.perf_counter()
+            np.copyto(target, source)
+            times.append(time.perf_counter() - began)
+        return described(size, times, "copies in host memory, one thread")
+
+
+def described(size: int, seconds: list[float], how: str) -> dict[str, Any]:
+    """The bandwidth of copies of one size: the median's."""
+    rate = 2 * size / float(np.median(seconds))
+    return {"bytes_per_second": rate, "how": f"median of {len(seconds)} {how}, {size / 1e6:,.0f} MB each"}
