@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Package
-from melt_runtime.engines.bindings import loop_bindings, state_buffers
+from melt_runtime.backends.bindings import loop_bindings, state_buffers
 from melt_runtime.package import Manifest
 
 

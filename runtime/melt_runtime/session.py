@@ -73,8 +73,7 @@ class Session:
         """
         logits = np.zeros((self.batch, self.manifest.vocab_size), np.float32)
         for chunk in self.chunks(tokens, settings.chunk):
-            for _ in self.loops(chunk, settings):
-                pass
+            self._run(chunk, settings)
             if chunk.last.any():
                 after = self.state.logits(np.maximum(chunk.counts - 1, 0)[:, None])[:, 0]
                 logits[chunk.last] = after[chunk.last]
@@ -117,6 +116,20 @@ class Session:
                 if not active.any():
                     break
         self.state.commit(control)
+        self._count(chunk, depth)
+
+    def _run(self, chunk: Chunk, settings: LoopSettings) -> None:
+        """A chunk's loops: all at once, where no token can leave early."""
+        if settings.exit_threshold < 1.0:
+            for _ in self.loops(chunk, settings):
+                pass
+            return
+        active = np.arange(chunk.ids.shape[1]) < chunk.counts[:, None]
+        control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
+        self.state.run_chunk(chunk.ids, control, settings.loops, head=bool(chunk.last.any()))
+        self._count(chunk, active * settings.loops)
+
+    def _count(self, chunk: Chunk, depth: NDArray[np.int64]) -> None:
         self.lengths += chunk.counts
         for slot, count in enumerate(chunk.counts):
             self.depth[slot].extend(depth[slot, :count].tolist())

@@ -38,6 +38,12 @@ class BackendState(Protocol):
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
         """One loop step; swaps hidden and latent. Returns the exit probability (batch, chunk), valid until the next."""
 
+    def run_chunk(self, token_ids: NDArray[np.int64], control: LoopControl, loops: int, head: bool) -> None:
+        """``embed``, ``loops`` loop steps and ``commit``, nothing decided between; ``control`` is the first one's.
+
+        ``head``: whether logits are wanted next, so that the whole token may be one launch; only a hint.
+        """
+
     def commit(self, control: LoopControl) -> None:
         """After a chunk's last loop: writes its rows, where the graph did not do that itself."""
 

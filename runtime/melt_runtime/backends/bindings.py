@@ -1,0 +1,108 @@
+"""What a graph is bound to: which buffer is behind each tensor, and what must be allocated once for a batch.
+
+Caches are one buffer, bound as input and output. Hidden and latent are two buffers each, which trade places every loop:
+an even loop and an odd one differ in nothing else, and no buffer moves while a session lives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..package import Manifest, StateSpec, TensorSpec, rows_shape, size_of
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A graph's input or output: the buffer behind it, from whose front it is laid out in its shape at this width."""
+
+    tensor: str
+    buffer: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Bindings = tuple[tuple[Binding, ...], tuple[Binding, ...]]  # inputs, outputs
+
+
+def state_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
+    """The bytes of every state buffer of a batch, by name: allocated once, for the widest chunk."""
+    sizes: dict[str, int] = {}
+    for state in manifest.states:
+        names = [behind(state, 0), behind(state, 1)] if state.kind == "swap" else [state.input]
+        for name in names:
+            sizes[name] = size_of(state.shape, state.dtype, batch=batch, chunk=manifest.chunk)
+        if state.kind == "read_only":
+            sizes[state.output] = size_of(rows_shape(state.shape), state.dtype, batch=batch, chunk=manifest.chunk)
+    return sizes
+
+
+def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
+    """The bytes of everything else that graphs are bound to, by name; for the widest chunk and the whole cache.
+
+    ``first_loop/1`` and ``first_loop/0`` are for a batch whose sequences are all in their first loop, or all past it:
+    they are filled once. ``first_loop`` is for a mixed batch. ``head_hidden`` holds one column a sequence.
+    """
+    hidden = manifest.states[0]
+    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        "input_ids": ("int64", ("batch", "chunk")),
+        "first_loop/0": ("bool", ("batch",)),
+        "first_loop/1": ("bool", ("batch",)),
+        "first_loop": ("bool", ("batch",)),
+        "active": ("bool", ("batch", "chunk")),
+        "lengths": ("int64", ("batch",)),
+        "exit_probability": ("float32", ("batch", "chunk")),
+        "head_hidden": (hidden.dtype, ("batch", hidden.shape[-1])),
+        "logits": ("float32", ("batch", manifest.vocab_size)),
+    }
+    inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
+    if "chunk_lengths" in inputs:
+        shapes["chunk_lengths"] = ("int64", ("batch",))
+    if "attention_mask" in inputs:
+        shapes["attention_mask"] = ("bool", ("batch", "chunk", manifest.cache_rows))
+    return {name: size_of(shape, dtype, batch=batch, chunk=manifest.chunk) for name, (dtype, shape) in shapes.items()}
+
+
+def embed_bindings(manifest: Manifest, batch: int, chunk: int) -> Bindings:
+    """Token ids -> the first of the two hidden buffers."""
+    graph, named = manifest.graphs["embed"], {"batch": batch, "chunk": chunk}
+    hidden = behind(manifest.states[0], 0)
+    inputs = tuple(_bound(spec, "input_ids", named) for spec in graph.inputs)
+    return inputs, tuple(_bound(spec, hidden, named) for spec in graph.outputs)
+
+
+def loop_bindings(
+    manifest: Manifest, batch: int, chunk: int, context: int, current: int, first_loop: str = "first_loop"
+) -> Bindings:
+    """The loop step. ``current``: which of the swapped buffers holds the newest states.
+
+    What is no state (masks, lengths, exit probability) is bound to a buffer of its own name, or to ``first_loop``.
+    """
+    named = {"batch": batch, "chunk": chunk, "context": context}
+    graph = manifest.graphs["loop_step"]
+    sources = {state.input: behind(state, current) for state in manifest.states} | {"first_loop": first_loop}
+    targets = {state.output: _written(state, current) for state in manifest.states}
+    inputs = tuple(_bound(spec, sources.get(spec.name, spec.name), named) for spec in graph.inputs)
+    outputs = tuple(_bound(spec, targets.get(spec.name, spec.name), named) for spec in graph.outputs)
+    return inputs, outputs
+
+
+def head_bindings(manifest: Manifest, batch: int, hidden: str) -> Bindings:
+    """One column of each sequence in the buffer ``hidden`` -> logits."""
+    graph, named = manifest.graphs["lm_head"], {"batch": batch, "chunk": 1}
+    inputs = tuple(_bound(spec, hidden, named) for spec in graph.inputs)
+    return inputs, tuple(_bound(spec, spec.name, named) for spec in graph.outputs)
+
+
+def behind(state: StateSpec, which: int) -> str:
+    """The buffer of a state: one of the two that trade places, or its only one."""
+    return f"{state.input}/{which}" if state.kind == "swap" else state.input
+
+
+def _written(state: StateSpec, current: int) -> str:
+    """The other of two swapped buffers; the cache itself; a read-only cache's rows."""
+    return state.output if state.kind == "read_only" else behind(state, 1 - current)
+
+
+def _bound(spec: TensorSpec, buffer: str, named: dict[str, int]) -> Binding:
+    shape = tuple(named[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+    return Binding(spec.name, buffer, spec.dtype, shape)

@@ -1,0 +1,260 @@
+"""What all backends share of a batch's state: which buffers there are, what is written into them, what is run on them.
+
+A backend adds where the buffers lie and how a graph is run: the abstract methods of ``BufferState``, and no more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+from ..package import ITEM_BYTES, Manifest, rows_shape
+from . import LoopControl
+from .bindings import (
+    Binding,
+    Bindings,
+    behind,
+    embed_bindings,
+    head_bindings,
+    loop_bindings,
+    scratch_buffers,
+    state_buffers,
+)
+
+_MAX_BINDINGS = 32
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Equal pieces of a buffer at equal distances, in bytes: where the first begins, and from one to the next."""
+
+    buffer: str
+    offset: int
+    pitch: int
+
+
+class BufferState(ABC):
+    """All state of a batch in named buffers. Caches have one, bound as input and output; hidden and latent have two.
+
+    A subclass gives the buffers and the execution. Its constructor calls this one, which calls ``allocate`` once.
+    """
+
+    def __init__(self, manifest: Manifest, batch: int):
+        self.manifest, self.batch, self.chunk = manifest, batch, manifest.chunk
+        self.width = 1  # columns of the chunk that was embedded last
+        self.current = 0  # which of the two swap buffers holds the newest hidden and latent
+        self.hidden = manifest.states[0]
+        self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
+        sizes = state_buffers(manifest, batch)
+        self.state_bytes = sum(sizes.values())
+        self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self.allocate({**sizes, **scratch_buffers(manifest, batch)})
+        self.put("first_loop/1", np.ones(batch, np.bool_))
+
+    @abstractmethod
+    def allocate(self, sizes: dict[str, int]) -> None:
+        """Makes all buffers, zeroed, of so many bytes each; or none, and raises BackendError."""
+
+    @abstractmethod
+    def stage(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """A host array in which the front of a buffer is prepared, to be handed over with ``send``."""
+
+    @abstractmethod
+    def send(self, buffer: str, count: int) -> None:
+        """Hands the first ``count`` bytes of what was staged over to the buffer; nothing where they are one."""
+
+    @abstractmethod
+    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """What the front of a buffer holds, when all that was run is done; valid until the next call of any method."""
+
+    @abstractmethod
+    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
+        """Copies ``pieces`` pieces of ``count`` bytes from one buffer to another."""
+
+    @abstractmethod
+    def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
+        """What ``run`` needs to run a graph on these buffers; made once and used again."""
+
+    @abstractmethod
+    def run(self, graph: str, bound: Any) -> None:
+        """Runs a graph, after all that was sent, copied and run before. Raises BackendError."""
+
+    @abstractmethod
+    def bucket(self, rows: int) -> int:
+        """The attention length, one of few, that ``rows`` rows of the cache are rounded up to."""
+
+    def embed(self, token_ids: NDArray[np.int64]) -> None:
+        """token_ids (batch, chunk) -> hidden."""
+        self.width, self.current = token_ids.shape[1], 0
+        self.put("input_ids", token_ids)
+        self.run_embed()
+
+    def loop(self, control: LoopControl) -> NDArray[np.float32]:
+        """One loop step over the chunk. Returns the exit probability (batch, chunk), valid until the next call."""
+        self.run_loop(*self.prepare(control))
+        return self._exits()
+
+    def run_chunk(self, token_ids: NDArray[np.int64], control: LoopControl, loops: int, head: bool) -> None:
+        """A chunk from token ids to its last loop's rows in the cache, with nothing to decide on the way.
+
+        ``control`` is the first loop's. ``head`` says whether logits are wanted next: only a hint.
+        """
+        self.embed(token_ids)
+        for loop in range(loops):
+            self.run_loop(*self.prepare(control if loop == 0 else self.later(control)))
+        self.commit(control)
+
+    def commit(self, control: LoopControl) -> None:
+        """Copies the chunk's rows into read-only caches; the other dialects wrote them in the graph."""
+        width = control.active.shape[1]
+        for state in self.manifest.states:
+            if state.kind != "read_only":
+                continue
+            heads, rows, size = (int(dim) for dim in state.shape[1:])
+            row = size * ITEM_BYTES[state.dtype]
+            for slot, (at, count) in enumerate(
+                zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
+            ):
+                if count:
+                    target = Strip(state.input, (slot * heads * rows + int(at)) * row, rows * row)
+                    source = Strip(state.output, slot * heads * width * row, width * row)
+                    self.copy(target, source, int(count) * row, heads)
+
+    def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
+        if columns.shape[1] > 1:
+            single = [self.logits(column[:, None]).copy() for column in columns.T]
+            return np.concatenate(single, axis=1)
+        self.gather(columns[:, 0])
+        self.run_head()
+        return self.view("logits", np.dtype(np.float32), (self.batch, 1, self.manifest.vocab_size))
+
+    def exit_probability(self) -> NDArray[np.float32]:
+        """A copy of what the last loop step returned, (batch, chunk)."""
+        return self._exits().copy()
+
+    def read(self, name: str, index: Any = ...) -> NDArray[Any]:
+        """A copy of a state, or of the part at ``index``, by its name in the manifest; bfloat16 comes as float32.
+
+        An input name gives the state itself: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache
+        (batch, kv_heads, rows, head_dim); the output name of a read-only cache gives the chunk's new rows.
+        """
+        for state in self.manifest.states:
+            if name == state.input:
+                return self._read(behind(state, self.current), state.shape, state.dtype, index)
+            if name == state.output and state.kind == "read_only":
+                return self._read(name, rows_shape(state.shape), state.dtype, index)
+        raise ArgumentError(f"the package has no state {name!r}")
+
+    def put(self, buffer: str, values: NDArray[Any]) -> None:
+        """Writes an array to the front of a buffer."""
+        self.stage(buffer, values.dtype, values.shape)[...] = values
+        self.send(buffer, values.nbytes)
+
+    def prepare(self, control: LoopControl) -> tuple[int, int, str]:
+        """Writes what steers a loop. Returns its chunk width, attention length and the buffer of ``first_loop``.
+
+        Lengths and mask are those of the chunk, so they are written for its first loop only.
+        """
+        width, context = control.active.shape[1], self.context(control)
+        first, name = control.first_loop, "first_loop"
+        if first.any():
+            self.put("lengths", control.lengths)
+            if self.masked:
+                self._write_mask(control, width, context)
+            else:
+                self.put("chunk_lengths", control.chunk_lengths)
+        if first.all() or not first.any():
+            name = f"first_loop/{int(first[0])}"
+        else:
+            self.put(name, first)
+        self.put("active", control.active)
+        return width, context, name
+
+    def later(self, control: LoopControl) -> LoopControl:
+        """The same chunk past its first loop."""
+        return replace(control, first_loop=np.zeros(self.batch, np.bool_))
+
+    def run_embed(self) -> None:
+        """The embedding, of the token ids in their buffer."""
+        key = ("embed", self.width)
+        bound = self._bindings.get(key) or self._bind(key, embed_bindings(self.manifest, self.batch, self.width))
+        self.run("embed", bound)
+
+    def run_loop(self, width: int, context: int, first_loop: str) -> None:
+        """A loop step on what ``prepare`` wrote; hidden and latent trade places."""
+        key = ("loop_step", self.current, width, context, first_loop)
+        bound = self._bindings.get(key)
+        if bound is None:
+            made = loop_bindings(self.manifest, self.batch, width, context, self.current, first_loop)
+            bound = self._bind(key, made)
+        self.run("loop_step", bound)
+        self.current = 1 - self.current
+
+    def gather(self, columns: NDArray[np.int64]) -> None:
+        """Brings one column (batch,) of each sequence's hidden together for the head; a single one already is."""
+        if self.width == 1:
+            return
+        row = int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
+        for slot, column in enumerate(columns.tolist()):
+            source = Strip(behind(self.hidden, self.current), (slot * self.width + column) * row, row)
+            self.copy(Strip("head_hidden", slot * row, row), source, row, 1)
+
+    def run_head(self) -> None:
+        """The head, on what ``gather`` brought together."""
+        source = behind(self.hidden, self.current) if self.width == 1 else "head_hidden"
+        key = ("lm_head", source)
+        bound = self._bindings.get(key) or self._bind(key, self.head_bindings(source))
+        self.run("lm_head", bound)
+
+    def head_bindings(self, hidden: str) -> Bindings:
+        """The head's inputs and outputs, for one column of each sequence in a buffer."""
+        return head_bindings(self.manifest, self.batch, hidden)
+
+    def context(self, control: LoopControl) -> int:
+        """How many rows of the cache the attention reads, for the dialects with a mask; else 0."""
+        if not self.masked:
+            return 0
+        own = 0 if self.manifest.dialect == "portable" else control.active.shape[1]
+        return self.bucket(min(max(int(control.lengths.max()) + own, 1), self.manifest.cache_rows))
+
+    def _write_mask(self, control: LoopControl, width: int, context: int) -> None:
+        """Who sees what: (batch, 1, chunk, context). In the portable dialect the chunk's own rows are not in it."""
+        mask = self.stage("attention_mask", np.dtype(np.bool_), (self.batch, 1, width, context))
+        row = np.arange(context)
+        seen = np.repeat(control.lengths[:, None], width, axis=1)
+        if self.manifest.dialect != "portable":
+            seen = seen + np.arange(1, width + 1)
+        np.less(row, seen[:, None, :, None], out=mask)
+        self.send("attention_mask", mask.nbytes)
+
+    def _exits(self) -> NDArray[np.float32]:
+        return self.view("exit_probability", np.dtype(np.float32), (self.batch, self.width))
+
+    def _read(self, buffer: str, shape: tuple[int | str, ...], dtype: str, index: Any) -> NDArray[Any]:
+        sizes = {"batch": self.batch, "chunk": self.width}
+        dims = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
+        values = self.view(buffer, host_dtype(dtype), dims)[index]
+        return widened(values) if dtype == "bfloat16" else values.copy()
+
+    def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
+        self._bindings[key] = bound = self.bind(key[0], *bindings)
+        if len(self._bindings) > _MAX_BINDINGS:
+            self._bindings.popitem(last=False)
+        return bound
+
+
+def host_dtype(dtype: str) -> np.dtype[Any]:
+    """numpy's type for a tensor's; bfloat16, which it lacks, as bits."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bits -> float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
