@@ -142,7 +142,9 @@ def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) 
     """One row a configuration: rows, tokens, median and quartiles of a step in microseconds, and the ratio to the
     smallest buffer that holds as many tokens (median over the rounds of the ratio within a round)."""
     sessions = {
-        rows: Runtime.load(package_path(directory, rows), threads=settings.threads, check_hashes=False).session()
+        rows: Runtime.load(
+            package_path(directory, rows), backend="onnxruntime", threads=settings.threads, check_hashes=False
+        ).session()
         for rows in settings.buffers
     }
     configurations = [(rows, n) for n in settings.tokens for rows in settings.buffers if n < rows]
@@ -182,7 +184,7 @@ def _generator(runtime: Runtime, session: Session, tokens: int, loops: int) -> G
 
 def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Iterator[dict[str, int]]:
     """State and resident memory, in bytes, of a process that generates ``tokens`` tokens with ``loops`` loops."""
-    runtime = Runtime.load(package, threads=threads, check_hashes=False)
+    runtime = Runtime.load(package, backend="onnxruntime", threads=threads, check_hashes=False)
     loaded = resident("VmRSS")
     session = runtime.session()
     written = sum(1 for _ in _generator(runtime, session, tokens, loops))
@@ -198,7 +200,7 @@ def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Ite
 
 def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, int]]:
     """Resident memory in bytes after every ``long_every`` tokens of one long generation."""
-    runtime = Runtime.load(package, threads=settings.threads, check_hashes=False)
+    runtime = Runtime.load(package, backend="onnxruntime", threads=settings.threads, check_hashes=False)
     pieces = _generator(runtime, runtime.session(), settings.long_tokens, settings.long_loops)
     for count, _ in enumerate(pieces, start=1):
         if count == 1 or count % settings.long_every == 0:

@@ -95,7 +95,7 @@ def verify(
             float32_twin(package, directory)
         progress("package: loop by loop", 0, 0)
         low_memory = large and manifest.precision == "fp16"
-        runtime = Runtime.load(directory, check_hashes=False, low_memory=low_memory)
+        runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
     report.manifest_sha256 = manifest_hash(package)
     report.libraries = {name: version(name) for name in _LIBRARIES}

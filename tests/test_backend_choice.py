@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from melt_runtime.backends.choice import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Facts, candidates, explain, ranked
+from melt_runtime.backends.choice import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Facts, choices, explain, ranked
 from melt_runtime.engines.spec import EngineSpec, ProfileSpec
 from melt_runtime.errors import ArgumentError, BackendError
 from melt_runtime.package import DIALECTS, PRECISIONS
@@ -34,7 +34,7 @@ ALL = Facts(
     libraries={"tensorrt-rtx": "1.7"},
     providers=(CUDA_PROVIDER, "CPUExecutionProvider"),
     plugin=True,
-    cuda_python=True,
+    cuda_bindings=True,
 )
 ENGINES = [
     {},
@@ -61,7 +61,7 @@ MACHINES = list(
 
 def reason(facts: Facts, name: str, device: int = 0) -> str:
     """Why a backend cannot run the package."""
-    found = next(c for c in candidates(facts, device) if c.name == name)
+    found = next(c for c in choices(facts, device) if c.name == name)
     assert not found.usable
     return found.reason
 
@@ -70,7 +70,7 @@ def test_auto_takes_the_first_usable_in_the_order_of_preference_on_every_machine
     for combination in MACHINES:
         facts = Facts(*combination)
         for device in (0, 1):
-            found = candidates(facts, device)
+            found = choices(facts, device)
             usable = [c.name for c in found if c.usable and c.name not in BY_NAME_ONLY]
             assert [c.name for c in found] == list(NAMES)
             assert all(c.reason for c in found)
@@ -86,7 +86,7 @@ def test_auto_takes_the_first_usable_in_the_order_of_preference_on_every_machine
 def test_no_backend_on_a_device_is_usable_without_a_driver() -> None:
     for combination in MACHINES:
         facts = replace(Facts(*combination), devices=())
-        assert [c.name for c in candidates(facts) if c.usable] in ([], ["onnxruntime"])
+        assert [c.name for c in choices(facts) if c.usable] in ([], ["onnxruntime"])
 
 
 def test_everything_installed_means_tensorrt() -> None:
@@ -129,7 +129,7 @@ def test_an_engine_with_the_packages_own_weights_comes_before_a_smaller_one() ->
         ({"libraries": {"tensorrt-rtx": "1.8"}}, "built with tensorrt-rtx 1.7, here is 1.8"),
         ({"devices": ("12.0",)}, "compute capability 8.9, this device has 12.0"),
         ({"source": "another"}, "other graphs or weights"),
-        ({"cuda_python": False}, "cuda-python is not installed"),
+        ({"cuda_bindings": False}, "cuda-bindings is not installed"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_with_its_reason(change: dict[str, object], says: str) -> None:
@@ -144,7 +144,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_its_reason(change: dict[str
         ({"providers": ("CPUExecutionProvider",)}, "no CUDA provider"),
         ({"devices": ()}, "no NVIDIA driver"),
         ({"dialect": "onnxruntime", "precision": "fp32"}, "--precision fp16, or with --dialect standard"),
-        ({"cuda_python": False}, "cuda-python is not installed"),
+        ({"cuda_bindings": False}, "cuda-bindings is not installed"),
     ],
 )
 def test_onnx_runtime_on_cuda_is_refused_with_the_way_out(change: dict[str, object], says: str) -> None:

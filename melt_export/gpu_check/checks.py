@@ -30,9 +30,7 @@ def parity(runtime: Runtime, subject: Subject, row: Row) -> list[Result]:
     """Every loop's states and logits, exit depths, and greedy tokens, against PyTorch: two rows."""
     manifest = runtime.manifest
     tolerance = TOLERANCES[manifest.precision]
-    report = ParityReport(
-        manifest.precision, manifest.dialect, manifest.loops, runtime.backend.name, tolerance
-    )
+    report = ParityReport(manifest.precision, manifest.dialect, manifest.loops, runtime.backend.name, tolerance)
     compare(runtime, subject.expected, report)
     failures = report.failures()
     greedy = [failure for failure in failures if failure.startswith("greedy")]

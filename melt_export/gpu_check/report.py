@@ -70,7 +70,11 @@ class Report:
             if previous is not None and previous[0] != row.model:
                 table.add_section()
             here = (row.model, row.target)
-            shown = ("", "") if previous == here else ("" if previous and previous[0] == row.model else row.model, row.target)
+            shown = (
+                ("", "")
+                if previous == here
+                else ("" if previous and previous[0] == row.model else row.model, row.target)
+            )
             table.add_row(*map(Text, (*shown, row.check)), Text(row.state, style=_STYLES[row.state]), Text(row.detail))
             previous = here
         console.print(table)

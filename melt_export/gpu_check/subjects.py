@@ -85,9 +85,7 @@ def prepare(
         with building(checkpoint, packages[dialect], options, progress=_named(plan, progress, dialect)):
             pass
     manifest = Package.open(next(iter(packages.values())), check_hashes=False).manifest
-    expected = expected_of(
-        checkpoint, manifest, plan.tokens, device=torch_device, progress=_named(plan, progress)
-    )
+    expected = expected_of(checkpoint, manifest, plan.tokens, device=torch_device, progress=_named(plan, progress))
     return Subject(plan.name, checkpoint, packages, manifest, expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from melt_runtime.backends import survey
-from melt_runtime.backends.choice import candidates
+from melt_runtime.backends.choice import choices
 from melt_runtime.engines.build import EngineOptions, build_engine, check_package, engine_name
 from melt_runtime.engines.library import open_library
 from melt_runtime.engines.spec import FLAVOURS
@@ -77,6 +77,6 @@ def ready(target: Target, package: Package, device: int, progress: Step) -> Pack
 
 
 def _require(target: Target, package: Package, device: int) -> None:
-    candidate = next(c for c in candidates(survey(package), device) if c.name == target.backend)
-    if not candidate.usable:
-        raise NotHere(candidate.reason)
+    choice = next(c for c in choices(survey(package), device) if c.name == target.backend)
+    if not choice.usable:
+        raise NotHere(choice.reason)

@@ -27,9 +27,7 @@ def moved_bytes(manifest: Manifest, loop_weights: int, head_weights: int, loops:
     return loops * (loop_weights + manifest.cache_bytes(tokens)) + head_weights
 
 
-def decode(
-    runtime: Runtime, weights: tuple[int, int], tokens: int, steps: int, bandwidth: float, row: Row
-) -> Result:
+def decode(runtime: Runtime, weights: tuple[int, int], tokens: int, steps: int, bandwidth: float, row: Row) -> Result:
     """One token after ``tokens`` in the cache. weights: bytes of loop step and head."""
     session, settings = runtime.session(), LoopSettings(runtime.manifest.loops)
 
@@ -118,7 +116,7 @@ def _decoded(
     least = moved / bandwidth
     detail = (
         f"{middle * 1e3:,.2f} ms a token of {manifest.loops} loops ({1 / middle:,.1f} tokens/s), {tokens:,} in the "
-        f"cache; {moved / 1e6:,.1f} MB moved: {least * 1e3:,.2f} ms at the measured bandwidth, {least / middle:.0%} of it"
+        f"cache; {moved / 1e6:,.1f} MB moved: {least * 1e3:,.2f} ms at full bandwidth, {least / middle:.0%} reached"
     )
     figures: dict[str, Any] = {
         "tokens_in_cache": tokens,

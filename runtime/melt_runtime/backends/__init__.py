@@ -8,8 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, BackendError, PackageError
 from ..package import Package
+from .choice import Choice, explain, ranked
+from .survey import survey
+
+__all__ = ["Backend", "BackendState", "LoopControl", "Opened", "open_backend", "survey"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,51 @@ class Backend(Protocol):
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""
 
 
-def open_backend(package: Package, name: str = "auto", threads: int | None = None, low_memory: bool = False) -> Backend:
-    """Loads a package into a backend: "onnxruntime", or "auto" for the best one here. Raises BackendError."""
-    if name not in ("auto", "onnxruntime"):
-        raise ArgumentError(f"backend {name!r} is not one of auto, onnxruntime")
-    from .onnxruntime import OnnxRuntimeBackend
+@dataclass(frozen=True)
+class Opened:
+    """A backend that was loaded, and in a sentence why it was that one."""
 
-    return OnnxRuntimeBackend(package, threads, low_memory)
+    backend: Backend
+    reason: str
+
+
+def open_backend(
+    package: Package, name: str = "auto", device: int = 0, threads: int | None = None, low_memory: bool = False
+) -> Opened:
+    """Loads a package into a backend by name, or for "auto" into the best one that can run it here.
+
+    device: index of the NVIDIA device, where one is used. threads, low_memory: of the CPU. With "auto" a backend that
+    fails to load is passed over, and the reason says why. Raises ArgumentError, BackendError, PackageError.
+    """
+    if low_memory and name == "auto":
+        name = "onnxruntime"
+    if low_memory and name != "onnxruntime":
+        raise ArgumentError(f"low_memory is of the CPU (backend onnxruntime); {name} keeps the weights on its device")
+    facts = survey(package)
+    failed: dict[str, str] = {}
+    for choice in ranked(facts, name, device):
+        try:
+            backend = _load(package, choice, device, threads, low_memory)
+        except (BackendError, PackageError) as error:
+            if name != "auto":
+                raise
+            failed[choice.name] = str(error)
+            continue
+        return Opened(backend, explain(facts, choice, name, device, failed))
+    tried = "; ".join(f"not {backend}: {reason}" for backend, reason in failed.items())
+    raise BackendError(f"nothing here can run this package; {tried}")
+
+
+def _load(package: Package, chosen: Choice, device: int, threads: int | None, low_memory: bool) -> Backend:
+    """Imports a backend's module, and with it its library, only when it is the one."""
+    if chosen.name == "tensorrt":
+        from .tensorrt import TensorRTBackend
+
+        return TensorRTBackend(package, device=device, engine=chosen.engine)
+    if chosen.name == "onnxruntime":
+        from .onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(package, threads, low_memory)
+    from .onnxruntime_cuda import CudaBackend, TensorRTRTXBackend
+
+    return (CudaBackend if chosen.name == "onnxruntime-cuda" else TensorRTRTXBackend)(package, device)

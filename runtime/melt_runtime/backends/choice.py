@@ -23,7 +23,7 @@ class Facts:
     dialect, precision, engines: the package's; ``source``: the hash of its graphs and weights, as ``source_hash``
     gives it. devices: the compute capability of every NVIDIA device by index ("8.9"), none without a driver.
     libraries: version of each installed TensorRT flavour. providers: those of the installed ONNX Runtime, None
-    without one. plugin: whether the TensorRT-RTX provider's package is installed. cuda_python: whether cuda-python is.
+    without one. plugin: whether the TensorRT-RTX provider's package is installed. cuda_bindings: whether cuda-bindings is.
     """
 
     dialect: str
@@ -34,11 +34,11 @@ class Facts:
     libraries: Mapping[str, str] | None = None
     providers: tuple[str, ...] | None = None
     plugin: bool = False
-    cuda_python: bool = False
+    cuda_bindings: bool = False
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Choice:
     """A backend, whether it could run the package here, and why (not), in a few words; ``engine`` is tensorrt's."""
 
     name: str
@@ -47,7 +47,7 @@ class Candidate:
     engine: str | None = None
 
 
-def candidates(facts: Facts, device: int = 0) -> tuple[Candidate, ...]:
+def choices(facts: Facts, device: int = 0) -> tuple[Choice, ...]:
     """Every backend, best first."""
     judges = {
         "tensorrt": _tensorrt,
@@ -58,7 +58,7 @@ def candidates(facts: Facts, device: int = 0) -> tuple[Candidate, ...]:
     return tuple(judges[name](facts, device) for name in NAMES)
 
 
-def ranked(facts: Facts, name: str = "auto", device: int = 0) -> tuple[Candidate, ...]:
+def ranked(facts: Facts, name: str = "auto", device: int = 0) -> tuple[Choice, ...]:
     """The backends to try, one after the other: the one that was named, or for "auto" all that could do.
 
     Raises ArgumentError for an unknown name or a device below 0, BackendError if none could do.
@@ -67,7 +67,7 @@ def ranked(facts: Facts, name: str = "auto", device: int = 0) -> tuple[Candidate
         raise ArgumentError(f"backend {name!r} is not one of auto, {', '.join(NAMES)}")
     if isinstance(device, bool) or not isinstance(device, int) or device < 0:
         raise ArgumentError(f"device is {device!r}; it must be a whole number from 0")
-    found = candidates(facts, device)
+    found = choices(facts, device)
     if name == "auto":
         usable = tuple(c for c in found if c.usable and c.name not in BY_NAME_ONLY)
         if not usable:
@@ -79,20 +79,20 @@ def ranked(facts: Facts, name: str = "auto", device: int = 0) -> tuple[Candidate
     return (chosen,)
 
 
-def explain(facts: Facts, chosen: Candidate, name: str, device: int, failed: Mapping[str, str]) -> str:
+def explain(facts: Facts, chosen: Choice, name: str, device: int, failed: Mapping[str, str]) -> str:
     """Why this one runs, in a sentence. failed: what went wrong with those that were tried before it."""
     if name != "auto":
         return f"asked for by name; {chosen.reason}"
-    before = candidates(facts, device)[: NAMES.index(chosen.name)]
-    passed = [Candidate(c.name, False, failed.get(c.name, c.reason)) for c in before if c.name not in BY_NAME_ONLY]
+    before = choices(facts, device)[: NAMES.index(chosen.name)]
+    passed = [Choice(c.name, False, failed.get(c.name, c.reason)) for c in before if c.name not in BY_NAME_ONLY]
     return f"{chosen.reason}; {_why_not(tuple(passed))}" if passed else chosen.reason
 
 
-def _why_not(found: tuple[Candidate, ...]) -> str:
+def _why_not(found: tuple[Choice, ...]) -> str:
     return "; ".join(f"not {c.name}: {c.reason}" for c in found)
 
 
-def _tensorrt(facts: Facts, device: int) -> Candidate:
+def _tensorrt(facts: Facts, device: int) -> Choice:
     if not facts.engines:
         return _no("tensorrt", "the package has no engine (melt-run build-engine builds one)")
     missing = _no_device(facts, device)
@@ -104,11 +104,11 @@ def _tensorrt(facts: Facts, device: int) -> Candidate:
     fitting = next((name for name in order if wrong[name] is None), None)
     if fitting is None:
         return _no("tensorrt", "; ".join(f"engine {name} {reason}" for name, reason in wrong.items()))
-    if not facts.cuda_python:
-        return _no("tensorrt", "cuda-python is not installed; install it with: pip install 'melt-export[tensorrt]'")
+    if not facts.cuda_bindings:
+        return _no("tensorrt", "cuda-bindings is not installed; install it with: pip install 'melt-export[tensorrt]'")
     spec = facts.engines[fitting]
     reason = f"engine {fitting} is for {spec.flavour} {spec.version} and compute capability {facts.devices[device]}"
-    return Candidate("tensorrt", True, reason, fitting)
+    return Choice("tensorrt", True, reason, fitting)
 
 
 def _mismatch(facts: Facts, spec: EngineSpec, device: int) -> str | None:
@@ -126,7 +126,7 @@ def _mismatch(facts: Facts, spec: EngineSpec, device: int) -> str | None:
     return None
 
 
-def _cuda(facts: Facts, device: int) -> Candidate:
+def _cuda(facts: Facts, device: int) -> Choice:
     name = "onnxruntime-cuda"
     install = "install it with: pip install 'melt-export[gpu]', after pip uninstall onnxruntime"
     if facts.providers is None:
@@ -139,12 +139,12 @@ def _cuda(facts: Facts, device: int) -> Candidate:
     if facts.dialect == "onnxruntime" and facts.precision == "fp32":
         way = "export with --precision fp16, or with --dialect standard"
         return _no(name, f"GroupQueryAttention has CUDA kernels for fp16 and bf16, not for fp32; {way}")
-    if not facts.cuda_python:
-        return _no(name, "cuda-python is not installed; install it with: pip install 'melt-export[gpu]'")
-    return Candidate(name, True, f"ONNX Runtime has its CUDA provider, and device {device} is there")
+    if not facts.cuda_bindings:
+        return _no(name, "cuda-bindings is not installed; install it with: pip install 'melt-export[gpu]'")
+    return Choice(name, True, f"ONNX Runtime has its CUDA provider, and device {device} is there")
 
 
-def _plugin(facts: Facts, device: int) -> Candidate:
+def _plugin(facts: Facts, device: int) -> Choice:
     name, extra = "onnxruntime-tensorrt-rtx", "pip install 'melt-export[onnxruntime-tensorrt-rtx]'"
     if facts.providers is None:
         return _no(name, f"ONNX Runtime is not installed; install it with: {extra}")
@@ -160,18 +160,18 @@ def _plugin(facts: Facts, device: int) -> Candidate:
     if float(facts.devices[device]) < 8.0:
         capability = facts.devices[device]
         return _no(name, f"the TensorRT-RTX provider is for compute capability 8.0 and newer; this has {capability}")
-    if not facts.cuda_python:
-        return _no(name, f"cuda-python is not installed; install it with: {extra}")
-    return Candidate(name, True, "it compiles the graphs for this device when they are loaded; only by name")
+    if not facts.cuda_bindings:
+        return _no(name, f"cuda-bindings is not installed; install it with: {extra}")
+    return Choice(name, True, "it compiles the graphs for this device when they are loaded; only by name")
 
 
-def _cpu(facts: Facts, device: int) -> Candidate:
+def _cpu(facts: Facts, device: int) -> Choice:
     if facts.providers is None:
         return _no("onnxruntime", "ONNX Runtime is not installed; install it with: pip install 'melt-export[cpu]'")
     if facts.precision == "bf16":
         way = "export this checkpoint as fp32 or fp16"
         return _no("onnxruntime", f"ONNX Runtime has no bf16 kernels for the CPU; {way}")
-    return Candidate("onnxruntime", True, "ONNX Runtime runs it on the CPU")
+    return Choice("onnxruntime", True, "ONNX Runtime runs it on the CPU")
 
 
 def _no_device(facts: Facts, device: int) -> str | None:
@@ -182,5 +182,5 @@ def _no_device(facts: Facts, device: int) -> str | None:
     return None
 
 
-def _no(name: str, reason: str) -> Candidate:
-    return Candidate(name, False, reason)
+def _no(name: str, reason: str) -> Choice:
+    return Choice(name, False, reason)
