@@ -23,7 +23,7 @@ class Facts:
     dialect, precision, engines: the package's; ``source``: the hash of its graphs and weights, as ``source_hash``
     gives it. devices: the compute capability of every NVIDIA device by index ("8.9"), none without a driver.
     libraries: version of each installed TensorRT flavour. providers: those of the installed ONNX Runtime, None
-    without one. plugin: whether the TensorRT-RTX provider's package is installed. cuda_bindings: whether cuda-bindings is.
+    without one. plugin, cuda_bindings: whether the TensorRT-RTX provider's package and cuda-bindings are installed.
     """
 
     dialect: str

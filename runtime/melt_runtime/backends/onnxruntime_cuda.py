@@ -54,21 +54,18 @@ class Buffers(Protocol):
 class DeviceBackend(Sessions):
     """The graphs on a device. A subclass says how a session gets its provider."""
 
-    device_kind = "cuda"
-
     def __init__(self, package: Package, device: int = 0):
         super().__init__(package)
         self.device_index = device
         self.device = self.open_device()
         self.sessions = {name: self.session(name) for name in GRAPHS}
-        self.on_device = {
-            name: {
-                i.name: in_device_memory(info)
-                for i, info in zip(s.get_inputs(), s.get_input_memory_infos(), strict=True)
-            }
-            for name, s in self.sessions.items()
-        }
-        require_states_on_device(package.manifest, self.on_device["loop_step"])
+        self.on_device = {name: self.reads_on_device(session) for name, session in self.sessions.items()}
+        require_states_on_device(package.manifest, self.on_device)
+
+    def reads_on_device(self, session: Any) -> dict[str, bool]:
+        """Whether a session reads each of its inputs in the device's memory."""
+        infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+        return {spec.name: in_device_memory(info) for spec, info in infos}
 
     def open_device(self) -> Any:
         """The device's memory. Raises BackendError: no driver, no such device, cuda-bindings not installed."""
@@ -229,15 +226,16 @@ def in_device_memory(info: Any) -> bool:
     return str(info.name).lower() != "cpu" and "HOST" not in str(info.device_mem_type)
 
 
-def require_states_on_device(manifest: Manifest, on_device: dict[str, bool]) -> None:
-    """Refuses a session that would run what reads a state on the CPU: it would copy all of it every loop.
+def require_states_on_device(manifest: Manifest, on_device: dict[str, dict[str, bool]]) -> None:
+    """Refuses sessions that would run what reads a state on the CPU: they would copy all of it every loop.
 
-    Raises BackendError that names the states and the way out.
+    on_device: by graph and input. Raises BackendError that names the state and the way out.
     """
-    host = [state.input for state in manifest.states if not on_device[state.input]]
-    if host:
+    host = [state.input for state in manifest.states if not on_device["loop_step"][state.input]]
+    if host or not on_device["lm_head"]["hidden"]:
+        what = host[0] if host else "hidden in the head"
         raise BackendError(
-            f"ONNX Runtime has no kernel on this device for what reads {host[0]} in the {manifest.dialect} dialect and "
+            f"ONNX Runtime has no kernel on this device for what reads {what} in the {manifest.dialect} dialect and "
             f"{manifest.precision} and would run it on the CPU; export with --precision fp16 or another --dialect, "
             "or use the backend onnxruntime"
         )
