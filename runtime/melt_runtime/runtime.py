@@ -44,6 +44,8 @@ class Runtime:
         backend: str = "auto",
         threads: int | None = None,
         low_memory: bool = False,
+        engine: str | None = None,
+        device: int = 0,
         check_hashes: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> Runtime:
@@ -51,11 +53,12 @@ class Runtime:
 
         ``threads`` None uses the physical cores. ``low_memory`` leaves the weights on disk, mapped, at several times
         the time a loop: an fp16 package otherwise takes twice its size on a CPU, which computes in float32.
-        ``progress`` is called with the bytes hashed since its last call.
+        ``engine`` and ``device`` are for the backend "tensorrt": an engine of the package by name (None: the first that
+        runs here), a CUDA device by index. ``progress`` is called with the bytes hashed since its last call.
         """
         package = Package.open(directory, check_hashes=check_hashes, progress=progress)
         codec = TextCodec.load(package.directory) if (package.directory / "tokenizer.json").is_file() else None
-        return cls(package, open_backend(package, backend, threads, low_memory), codec)
+        return cls(package, open_backend(package, backend, threads, low_memory, engine, device, check_hashes), codec)
 
     @property
     def manifest(self) -> Manifest:

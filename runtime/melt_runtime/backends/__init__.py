@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..candidates import Candidates
 from ..errors import ArgumentError
 from ..package import Package
 
@@ -50,6 +51,9 @@ class BackendState(Protocol):
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
 
+    def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
+        """The likeliest tokens after columns (batch, 1), a sequence each; None where only whole rows are to be had."""
+
     def exit_probability(self) -> NDArray[np.float32]:
         """A copy of what the last loop step returned, (batch, chunk)."""
 
@@ -66,10 +70,25 @@ class Backend(Protocol):
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""
 
 
-def open_backend(package: Package, name: str = "auto", threads: int | None = None, low_memory: bool = False) -> Backend:
-    """Loads a package into a backend: "onnxruntime", or "auto" for the best one here. Raises BackendError."""
+def open_backend(
+    package: Package,
+    name: str = "auto",
+    threads: int | None = None,
+    low_memory: bool = False,
+    engine: str | None = None,
+    device: int = 0,
+    check_hashes: bool = True,
+) -> Backend:
+    """Loads a package into a backend: "onnxruntime", "tensorrt", or "auto". Raises ArgumentError, BackendError.
+
+    ``engine`` and ``device`` are for TensorRT: an engine by name (None: the first that runs here), a device by index.
+    """
+    if name == "tensorrt":
+        from .tensorrt import TensorRTBackend
+
+        return TensorRTBackend(package, engine, device, check_hashes=check_hashes)
     if name not in ("auto", "onnxruntime"):
-        raise ArgumentError(f"backend {name!r} is not one of auto, onnxruntime")
+        raise ArgumentError(f"backend {name!r} is not one of auto, onnxruntime, tensorrt")
     from .onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(package, threads, low_memory)
