@@ -68,7 +68,7 @@ def pytorch(
     assert isinstance(model, MeltForCausalLM)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = torch.float32 if device == "cpu" else half.get(manifest.precision, torch.float32)
-    model = model.to(device, dtype).eval()  # type: ignore[call-overload]
+    model = model.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg, call-overload, arg-type]
     chunks = max(1, min(chunks, manifest.max_seq_len // manifest.chunk))
 
     def run(ids: list[int], cache: MeltCache) -> None:

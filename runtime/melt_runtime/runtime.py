@@ -43,9 +43,10 @@ class Runtime:
         directory: Path | str,
         *,
         backend: str = "auto",
-        device: int = 0,
         threads: int | None = None,
         low_memory: bool = False,
+        engine: str | None = None,
+        device: int = 0,
         check_hashes: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> Runtime:
@@ -53,15 +54,15 @@ class Runtime:
 
         ``backend``: "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime" (the CPU), or "auto" for
         the first of tensorrt, onnxruntime-cuda and onnxruntime that can run the package here; ``backend.name`` and
-        ``backend_reason`` say which it was and why. ``device``: index of the NVIDIA device.
-        ``threads``, of the CPU: None uses the physical cores. ``low_memory``, of the CPU too, leaves the weights on
-        disk, mapped, at several times the time a loop: an fp16 package otherwise takes twice its size there, because
-        a CPU computes in float32.
-        ``progress`` is called with the bytes hashed since its last call.
+        ``backend_reason`` say which it was and why. ``device``: index of the NVIDIA device. ``engine``, for tensorrt:
+        one of the package by name; None: the first that runs here. ``threads``, of the CPU: None uses the physical
+        cores. ``low_memory``, of the CPU too, leaves the weights on disk, mapped, at several times the time a loop:
+        an fp16 package otherwise takes twice its size there, because a CPU computes in float32. ``progress`` is
+        called with the bytes hashed since its last call.
         """
         package = Package.open(directory, check_hashes=check_hashes, progress=progress)
         codec = TextCodec.load(package.directory) if (package.directory / "tokenizer.json").is_file() else None
-        opened = open_backend(package, backend, device, threads, low_memory)
+        opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
         return cls(package, opened.backend, codec, opened.reason)
 
     @property
