@@ -3,27 +3,28 @@
     python benchmarks/engine_build.py [--layers N] [--build fp16 --build fp16-int4 ...] [--json FILE]
 
 Makes a random checkpoint in a real model's shape, exports it in the standard dialect and builds TensorRT-RTX engines
-from it, which needs no GPU. With all layers (--layers 24) it needs 10 GB of memory and of disk, and a quiet machine.
-Runs on Linux (it reads /proc).
+from it, which needs no GPU. With all layers (--layers 0) it needs 10 GB of memory and of disk, and a quiet machine:
+
+    python benchmarks/engine_build.py --layers 0 --build fp16 --build fp16-int4 --json docs/benchmarks.json
+
+``write_docs.py`` turns the JSON file into docs/benchmarks.md. Runs on Linux (it reads /proc).
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
-import platform
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from common import command_line, loaded_machine, save, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -86,8 +87,9 @@ def in_child(function: Any, *arguments: Any) -> None:
 
 def measure(shape: str, layers: int | None, builds: list[str], rows: int, directory: Path) -> list[Build]:
     """Makes the checkpoint and the packages, and builds one engine after the other."""
-    from make_checkpoint import SHAPES, make
     from melt_models import MeltConfig
+
+    from melt_export.random_checkpoint import SHAPES, make
 
     fields = SHAPES[shape].to_dict()
     config = MeltConfig(**{**fields, "num_hidden_layers": layers or fields["num_hidden_layers"]})
@@ -113,7 +115,9 @@ def main(
     layers: Annotated[int, typer.Option(help="Layers; 0: all of the shape.", min=0)] = 2,
     builds: Annotated[list[str] | None, typer.Option("--build", help=f"Any of {', '.join(BUILDS)}.")] = None,
     rows: Annotated[int, typer.Option(help="Tokens that the cache holds.", min=1)] = 4096,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the section 'engines' of this JSON file.")
+    ] = None,
     keep: Annotated[Path | None, typer.Option(help="Work in this directory; default: a temporary one.")] = None,
 ) -> None:
     """Measure engine builds."""
@@ -121,7 +125,7 @@ def main(
     unknown = [name for name in names if name not in BUILDS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]} is not one of {', '.join(BUILDS)}")
-    load = os.getloadavg()[0]
+    machine = loaded_machine()
     with tempfile.TemporaryDirectory(prefix="melt-engines-", dir=keep) as directory:
         found = measure(shape, layers or None, names, rows, Path(directory))
     table = Table("MB", "seconds", "peak", "before", *found[0].plans)
@@ -130,18 +134,24 @@ def main(
         table.add_row(one.name, f"{one.seconds:.1f}", *(f"{size / 1e6:,.1f}" for size in sizes))
     Console().print(table)
     if json_file is not None:
-        content = {
-            "command": "python benchmarks/engine_build.py",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-            "load_at_start": round(load, 1),
-            "versions": {"melt-export": version("melt-export"), "tensorrt-rtx": found[0].version},
-            "shape": shape,
-            "layers": layers or "all",
-            "rows": rows,
-            "builds": [asdict(one) for one in found],
-        }
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save(json_file, "engines", report(shape, layers, rows, machine, found))
+
+
+def report(shape: str, layers: int, rows: int, machine: dict[str, Any], builds: list[Build]) -> dict[str, Any]:
+    """The section of the JSON file. layers: 0 for all of the shape; machine: as it was before the first build."""
+    from melt_export.random_checkpoint import SHAPES
+
+    return {
+        "command": command_line("engine_build.py", sys.argv[1:]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine,
+        "versions": {**versions("melt-export", "torch", "onnx"), "tensorrt-rtx": builds[0].version},
+        "shape": shape,
+        "layers": layers or SHAPES[shape].num_hidden_layers,
+        "shape_layers": SHAPES[shape].num_hidden_layers,
+        "rows": rows,
+        "builds": [asdict(build) for build in builds],
+    }
 
 
 if __name__ == "__main__":

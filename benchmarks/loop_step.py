@@ -14,24 +14,20 @@ measures them with the runtime. Three questions:
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from common import command_line, loaded_machine, save, versions
 from melt_runtime import LoopSettings, Runtime, Session
 from melt_runtime.generation import Generator
 from melt_runtime.package import DIALECTS, PRECISIONS
@@ -111,15 +107,14 @@ def _send_all(pipe: Connection, function: Callable[..., Iterator[Any]], *argumen
 
 def export_packages(directory: Path, settings: Settings, rows: tuple[int, ...]) -> Iterator[str]:
     """Makes one checkpoint and exports a package for each buffer size, yielding a line before each step."""
-    from make_checkpoint import SHAPES, make
     from melt_models import MeltConfig
 
     from melt_export.export import ExportOptions, building
+    from melt_export.random_checkpoint import SHAPES, make
 
     shape = {"num_hidden_layers": settings.layers, "vocab_size": VOCABULARY}
     yield "writing a checkpoint"
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # it has a progress bar
-        make(directory / "checkpoint", MeltConfig(**{**SHAPES[settings.shape].to_dict(), **shape}))
+    make(directory / "checkpoint", MeltConfig(**{**SHAPES[settings.shape].to_dict(), **shape}))
     for size in rows:
         yield f"exporting {size:,} rows"
         options = ExportOptions(settings.precision, settings.dialect, max_seq_len=size, max_batch=1)
@@ -147,7 +142,9 @@ def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) 
     """One row a configuration: rows, tokens, median and quartiles of a step in microseconds, and the ratio to the
     smallest buffer that holds as many tokens (median over the rounds of the ratio within a round)."""
     sessions = {
-        rows: Runtime.load(package_path(directory, rows), threads=settings.threads, check_hashes=False).session()
+        rows: Runtime.load(
+            package_path(directory, rows), backend="onnxruntime", threads=settings.threads, check_hashes=False
+        ).session()
         for rows in settings.buffers
     }
     configurations = [(rows, n) for n in settings.tokens for rows in settings.buffers if n < rows]
@@ -187,7 +184,7 @@ def _generator(runtime: Runtime, session: Session, tokens: int, loops: int) -> G
 
 def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Iterator[dict[str, int]]:
     """State and resident memory, in bytes, of a process that generates ``tokens`` tokens with ``loops`` loops."""
-    runtime = Runtime.load(package, threads=threads, check_hashes=False)
+    runtime = Runtime.load(package, backend="onnxruntime", threads=threads, check_hashes=False)
     loaded = resident("VmRSS")
     session = runtime.session()
     written = sum(1 for _ in _generator(runtime, session, tokens, loops))
@@ -203,32 +200,19 @@ def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Ite
 
 def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, int]]:
     """Resident memory in bytes after every ``long_every`` tokens of one long generation."""
-    runtime = Runtime.load(package, threads=settings.threads, check_hashes=False)
+    runtime = Runtime.load(package, backend="onnxruntime", threads=settings.threads, check_hashes=False)
     pieces = _generator(runtime, runtime.session(), settings.long_tokens, settings.long_loops)
     for count, _ in enumerate(pieces, start=1):
         if count == 1 or count % settings.long_every == 0:
             yield {"tokens": count, "resident_bytes": resident("VmRSS")}
 
 
-def machine() -> dict[str, Any]:
-    """The machine, by what matters for these figures; nothing that names it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "load_at_start": round(os.getloadavg()[0], 2),
-    }
-
-
 def run(settings: Settings, console: Console) -> dict[str, Any]:
     """All three measurements, as they go into the JSON file."""
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "machine": loaded_machine(),
+        "versions": versions(*_LIBRARIES),
         "settings": asdict(settings) | {"vocabulary": VOCABULARY, "memory_rows": MEMORY_ROWS},
     }
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -282,13 +266,6 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
 
 
-def save(path: Path, section: str, report: dict[str, Any]) -> None:
-    """Puts a section into a JSON file and leaves the file's other sections as they are."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    content[section] = report
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the section 'loop_step' of this JSON file.")
@@ -311,15 +288,10 @@ def main(
     changes |= {"dialect": dialect, "precision": precision, "threads": threads}
     changes |= {name: value for name, value in (("layers", layers), ("rounds", rounds)) if value is not None}
     report = run(Settings(**changes), Console(stderr=True))
-    report["command"] = " ".join(["python benchmarks/loop_step.py", *_shown(sys.argv[1:])])
+    report["command"] = command_line("loop_step.py", sys.argv[1:])
     show(report, Console())
     if json_file is not None:
         save(json_file, "loop_step", report)
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """The command line with nothing of this machine's paths in it."""
-    return ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
 
 
 if __name__ == "__main__":

@@ -7,59 +7,14 @@ For measuring size, memory and speed; its answers mean nothing.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from melt_models import MeltConfig
-from melt_models.atomic import new_directory
-from melt_models.checkpoint import expected_shapes, hollow_model
-from rich.progress import track
-from safetensors.torch import save_file
+from melt_runtime.progress import shown_progress
 
-SHAPES = {
-    "ouro-1.4b": MeltConfig(num_hidden_layers=24, chunk_size=128),
-    "ouro-2.6b": MeltConfig(num_hidden_layers=48, chunk_size=128),
-}
-_SHARD_BYTES = 1 << 30
-_SCALE = 0.02
-
-
-def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norm weights are one, biases zero, everything else normal with a standard deviation of 0.02; bf16."""
-    if "norm" in name:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    if name.endswith("bias"):
-        return torch.zeros(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator) * _SCALE).to(torch.bfloat16)
-
-
-def make(output: Path, config: MeltConfig, *, seed: int = 0, force: bool = False) -> None:
-    """Writes config.json and sharded safetensors. Raises TargetExistsError, OSError."""
-    shapes = expected_shapes(hollow_model(config))
-    generator = torch.Generator().manual_seed(seed)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    with new_directory(output, force=force) as build:
-
-        def flush() -> None:
-            name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-            save_file(shard, build / name, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, name))
-            shard.clear()
-
-        for name, shape in track(shapes.items(), "writing random weights"):
-            shard[name] = random_tensor(name, shape, generator)
-            if sum(t.nbytes for t in shard.values()) > _SHARD_BYTES:
-                flush()
-        if shard:
-            flush()
-        total = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (build / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-        config.save_pretrained(build)
+from melt_export.random_checkpoint import SHAPES, make
 
 
 def main(
@@ -74,7 +29,8 @@ def main(
     config = SHAPES[shape]
     if layers is not None:
         config = MeltConfig(**{**config.to_dict(), "num_hidden_layers": layers})
-    make(output, config, force=force)
+    with shown_progress() as step:
+        make(output, config, force=force, progress=step)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ optimiser states and the teacher's cache come on top. ``write_docs.py`` turns th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from common import save
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltForCausalLM
 from melt_models.convert import melt_config
 from melt_models.training.objectives import PHASE2, DistillObjective, StepSize
@@ -107,9 +107,7 @@ def main(
     for row in rows:
         typer.echo("  ".join(f"{name} {value:,}" for name, value in row.items()))
     if path is not None:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        content["training_memory"] = section
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save(path, "training_memory", section)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/write_docs.py
 
-Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has two sections: "loop_step", written by
-loop_step.py, and "export", the figures of one export of a real-size checkpoint.
+Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the sections "loop_step", written by loop_step.py,
+and, where they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py) and
+"training_memory" (training_memory.py).
 """
 
 from __future__ import annotations
@@ -14,19 +15,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from common import FAINT, STYLE, table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-_INK, _FAINT = "#24292f", "#6e7781"
 _COLORS = ("#d1700f", "#7a3e9d", "#0b6bcb")
 _MARKERS = ("o", "s", "D")
 
 Row = dict[str, Any]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: the first column left, the others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def human(count: float) -> str:
@@ -160,6 +155,39 @@ def export_part(export: Row) -> str:
     )
 
 
+def engines_part(section: Row) -> str:
+    """The section on building engines."""
+    builds = section["builds"]
+    graphs = [graph for graph in ("embed", "loop_step", "lm_head") if graph in builds[0]["plans"]]
+    cells = [
+        [
+            precision_name(build["name"]),
+            clock(build["seconds"]),
+            human(build["peak_bytes"]),
+            *(human(build["plans"][graph]) for graph in graphs),
+            human(sum(build["plans"].values())),
+        ]
+        for build in builds
+    ]
+    head = ["precision", "time", "peak resident memory", *(f"plan of {graph}" for graph in graphs), "all plans"]
+    part = "all " if section["layers"] == section["shape_layers"] else ""
+    return (
+        "## Engines\n\n"
+        f"Building TensorRT-RTX engines on the CPU, without a GPU: {part}{plural(section['layers'], 'layer')} of the "
+        f"{section['shape']} shape, random weights, a cache of {section['rows']:,} rows, three plans each. Each build "
+        "has a process of its own; peak resident memory is its VmHWM. These engines were built, not run.\n\n"
+        + command(section["command"])
+        + f"\n{facts(section)}\n"
+        + table(head, cells)
+    )
+
+
+def precision_name(build: str) -> str:
+    """ "fp16-int4" -> "fp16, int4 weights"."""
+    precision, _, weights = build.partition("-")
+    return f"{precision}, {weights} weights" if weights else precision
+
+
 def training_part(section: Row) -> str:
     """The section on what training keeps for the backward pass."""
     modes, shape = section["modes"], section["shape"]
@@ -195,6 +223,8 @@ def markdown(content: Row) -> str:
     ]
     if "export" in content:
         parts.append(export_part(content["export"]))
+    if "engines" in content:
+        parts.append(engines_part(content["engines"]))
     if "training_memory" in content:
         parts.append(training_part(content["training_memory"]))
     return "\n".join(parts)
@@ -207,24 +237,7 @@ def plot(report: Row, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10.5,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": "#afb8c1",
-        "xtick.color": _FAINT,
-        "ytick.color": _FAINT,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#eaeef2",
-        "axes.axisbelow": True,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11.5,
-        "axes.titlepad": 26,
-    }
+    style = {**STYLE, "font.size": 10.5, "axes.titlesize": 11.5, "axes.titlepad": 26}
     with plt.rc_context(style):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.45, 1), layout="constrained")
         figure.get_layout_engine().set(wspace=0.07, w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
@@ -235,7 +248,7 @@ def plot(report: Row, path: Path) -> None:
 
 
 def _subtitle(axes: Any, text: str) -> None:
-    axes.text(0, 1.035, text, transform=axes.transAxes, color=_FAINT, fontsize=9.5, va="bottom")
+    axes.text(0, 1.035, text, transform=axes.transAxes, color=FAINT, fontsize=9.5, va="bottom")
 
 
 def _highest(report: Row, tokens: int) -> float:
@@ -304,7 +317,7 @@ def _memory_panel(axes: Any, report: Row) -> None:
     cache = report["loops"][0]["cache_bytes_a_loop"] / 1e9
     lines = {
         "caches of a LoopLM\n(computed)": ([loop * cache for loop in loops], _COLORS[0], (0, (4, 2))),
-        "MELT, whole process\nat its peak": ([row["peak_bytes"] / 1e9 for row in report["loops"]], _FAINT, "-"),
+        "MELT, whole process\nat its peak": ([row["peak_bytes"] / 1e9 for row in report["loops"]], FAINT, "-"),
         "MELT, all state": ([row["state_bytes"] / 1e9 for row in report["loops"]], _COLORS[2], "-"),
     }
     for name, (y, color, dashes) in lines.items():

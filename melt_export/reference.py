@@ -46,13 +46,13 @@ class _WideProducts(TorchFunctionMode):
 
 
 class Reference:
-    """A MELT checkpoint as PyTorch computes it, one sequence at a time."""
+    """A MELT checkpoint as PyTorch computes it, one sequence at a time. device: where, as PyTorch names it."""
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: Path, device: str = "cpu"):
         model = load_model(checkpoint)
         if not isinstance(model, MeltForCausalLM):
             raise UnsupportedConfigError(f"{checkpoint} is not a MELT checkpoint")
-        self.model, self.config = model, model.config
+        self.model, self.config, self.device = model.to(device), model.config, device  # type: ignore[arg-type]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -68,9 +68,9 @@ class Reference:
         depths: list[int] = []
         with self._computing():
             for ids in pieces:
-                valid = torch.ones(1, len(ids), dtype=torch.bool)
-                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)]))
-                depth = torch.zeros(len(ids), dtype=torch.long)
+                valid = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
+                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
+                depth = torch.zeros(len(ids), dtype=torch.long, device=self.device)
                 chunk: list[LoopTrace] = []
                 for step, active in self.model.model.loops(hidden, valid, cache, loops, threshold):
                     depth += active[0]
@@ -80,7 +80,7 @@ class Reference:
                         for part in ("keys", "values")
                     ]
                     tensors = (step.hidden[0], step.latent[:, 0], step.exit_probability[0], *rows, logits)
-                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().numpy().copy() for x in tensors)))
+                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().cpu().numpy().copy() for x in tensors)))
                 cache.commit(valid)
                 traces.append(chunk)
                 depths += depth.tolist()
@@ -93,7 +93,7 @@ class Reference:
         with self._computing():
             for _ in range(count):
                 output = self.model(
-                    torch.tensor([ids]),
+                    torch.tensor([ids], device=self.device),
                     past_key_values=cache,
                     num_loops=loops,
                     chunk_size=chunk,

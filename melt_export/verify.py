@@ -48,8 +48,8 @@ class _GreedyRun:
 
 
 @dataclass(frozen=True)
-class _Expected:
-    """All that PyTorch had to say: traced cases, exit depths of a prompt at a threshold, greedy runs."""
+class Expected:
+    """All that PyTorch has to say: traced cases, exit depths of a prompt at a threshold, greedy runs."""
 
     cases: list[_Case]
     prompt: list[int]
@@ -82,7 +82,7 @@ def verify(
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
     tokens = (16 if large else 256) if tokens is None else tokens
-    expected = _expected(checkpoint, manifest, tokens, np.random.default_rng(seed), progress)
+    expected = expected_of(checkpoint, manifest, tokens, seed=seed, progress=progress)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
     )
@@ -95,20 +95,29 @@ def verify(
             float32_twin(package, directory)
         progress("package: loop by loop", 0, 0)
         low_memory = large and manifest.precision == "fp16"
-        runtime = Runtime.load(directory, check_hashes=False, low_memory=low_memory)
-        _compare(runtime, expected, report, progress)
+        runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
+        compare(runtime, expected, report, progress)
     report.manifest_sha256 = manifest_hash(package)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)
     return report
 
 
-def _expected(
-    checkpoint: Path, manifest: Manifest, tokens: int, rng: np.random.Generator, progress: Progress
-) -> _Expected:
-    """The PyTorch side. The model is freed when this returns."""
+def expected_of(
+    checkpoint: Path,
+    manifest: Manifest,
+    tokens: int,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Expected:
+    """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
+
+    tokens: greedy tokens a prompt; device: where PyTorch computes. Raises CheckpointError.
+    """
     progress("PyTorch: loop by loop", 0, 0)
-    reference = Reference(checkpoint)
+    reference, rng = Reference(checkpoint, device), np.random.default_rng(seed)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
     cases = [
@@ -127,11 +136,11 @@ def _expected(
         greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
         runs.append(_GreedyRun(ids, size, *greedy))
         progress("PyTorch: greedy tokens", len(lengths), 1)
-    return _Expected(cases, prompt, chunk, threshold, depths, runs)
+    return Expected(cases, prompt, chunk, threshold, depths, runs)
 
 
-def _compare(runtime: Runtime, expected: _Expected, report: ParityReport, progress: Progress) -> None:
-    """The package's side, and what differs, into the report."""
+def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress: Progress = no_progress) -> None:
+    """The package's side of a comparison, and what differs, into the report. Raises BackendError."""
     errors = StateErrors()
     for case in expected.cases:
         _compare_case(runtime, case, report.loops, errors)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from results import KINDS, Results, each, percent, spread, table
+from results import KINDS, Results, each, percent, spread
 from runs import BUDGETS, EVEN, LONG_STEPS, TEACHER, TUNED, Row
+from shared import table
 from words import PAPER, Section, few, section
 
 PAPER_DISTANCE = 2.4  # points between the paper's MELT and its teacher: 62.3 - 59.9, mean over six sets

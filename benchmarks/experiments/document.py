@@ -15,8 +15,9 @@ import typer
 import yaml
 from distance import teacher_part
 from plots import draw_all
-from results import KINDS, Results, each, spread, table
+from results import KINDS, Results, each, spread
 from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, TEACHER, Row
+from shared import table
 from words import PAPER, Section, few, picture, plural, section
 
 EQUAL = 1.0  # points: means that are closer are called equal

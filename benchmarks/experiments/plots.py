@@ -11,34 +11,15 @@ from typing import Any
 import matplotlib
 from results import Results
 from runs import AGGREGATIONS, DEPTHS, EVEN, LEFT_OUT
+from shared import FAINT, INK, STYLE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_INK, _FAINT, _GRID = "#24292f", "#6e7781", "#eaeef2"
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": "#afb8c1",
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-}
 # Row -> name, colour, marker, dashes.
 _LINES: dict[str, tuple[str, str, str, Any]] = {
-    "teacher": ("teacher", _FAINT, "D", (0, (4, 2))),
+    "teacher": ("teacher", FAINT, "D", (0, (4, 2))),
     "main": ("MELT", _BLUE, "o", "-"),
     "depths": (DEPTHS[0].title, _ORANGE, "s", "-"),
     "depths-last": (DEPTHS[1].title, _GREEN, "^", (0, (1, 1))),
@@ -61,7 +42,7 @@ def draw_all(results: Results, docs: Path) -> None:
             with suppress(FileNotFoundError):
                 path.unlink()
             continue
-        with plt.rc_context(_STYLE):
+        with plt.rc_context(STYLE):
             figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
             draw(axes[0], results)
             figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": ""})
@@ -81,7 +62,7 @@ def _ablations(panels: Any, results: Results) -> None:
                 mean = statistics.fmean(values)
                 axes.plot([mean, mean], [at + shift - 0.14, at + shift + 0.14], color=color, linewidth=3, zorder=2)
         axes.set_yticks(range(len(found)), [row.title.replace(" (everything)", "\n(everything)") for row in found])
-        axes.tick_params(axis="y", labelcolor=_INK, length=0)
+        axes.tick_params(axis="y", labelcolor=INK, length=0)
         axes.invert_yaxis()
         axes.set_xlim(-3, 103)
         axes.grid(axis="y", visible=False)
@@ -92,7 +73,7 @@ def _ablations(panels: Any, results: Results) -> None:
         for label, color, marker in (("after phase 1", _SKY, "o"), ("after phase 2", _BLUE, "s"))
     ]
     panels[0].figure.legend(
-        handles=[*handles, plt.Line2D([], [], color=_FAINT, marker="|", markeredgewidth=3, linestyle="", label="mean")],
+        handles=[*handles, plt.Line2D([], [], color=FAINT, marker="|", markeredgewidth=3, linestyle="", label="mean")],
         loc="outside lower center",
         ncols=3,
     )
@@ -159,9 +140,9 @@ def _losses(panels: Any, results: Results) -> None:
         _line(second, points, "kl", "mean of all loops", _ORANGE)
         _line(second, points, "kl_last", "last loop", _BLUE)
         above = second.twinx()
-        above.plot([p["step"] for p in points], [p["alpha"] for p in points], color=_FAINT, linestyle=(0, (1, 1)))
+        above.plot([p["step"] for p in points], [p["alpha"] for p in points], color=FAINT, linestyle=(0, (1, 1)))
         above.set_ylim(0, 1.02)
-        above.set_ylabel("alpha (dotted)", color=_FAINT)
+        above.set_ylabel("alpha (dotted)", color=FAINT)
         above.grid(visible=False)
         points = main["stages"]["phase2"]["losses"]
         _line(third, points, "kl", "divergence, all loops", _ORANGE)

@@ -81,9 +81,3 @@ def spread(values: list[float]) -> str:
 def each(values: list[float], show: Callable[[float], str] = "{:.1f}".format) -> str:
     """ "96.2, 97.0, 98.6"."""
     return ", ".join(map(show, values)) or "–"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: the first column left, the others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

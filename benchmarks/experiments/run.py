@@ -26,11 +26,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from machine import machine, versions
 from melt_models.training.snapshots import write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from runs import Run, all_runs
+from shared import machine, versions
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent

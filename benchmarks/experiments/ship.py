@@ -19,9 +19,10 @@ import yaml
 from distance import PAPER_DISTANCE
 from measure import problems
 from melt_models.atomic import new_directory
-from results import KINDS, table
+from results import KINDS
 from run import REPOSITORY, directory, result_of
 from runs import MODEL, Run, all_runs
+from shared import table
 
 PROBLEMS = 200  # that the demo has to hand
 LOOPS = MODEL["total_ut_steps"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from .errors import ArgumentError, PromptError
+from .logits import NextLogits
 from .sampling import Sampler, SamplingParams
 from .session import LoopSettings, Session, whole_number
 from .stopping import StopMatcher
@@ -65,9 +64,9 @@ class _Track:
         self.text: list[str] = []
         self.finish_reason: str | None = None
 
-    def draw(self, logits: np.ndarray, room: int) -> Piece:
-        """Draws the next token from logits (vocab,); ``room`` is how many more tokens the cache can take."""
-        token = self.sampler.sample(logits, self.history)
+    def draw(self, logits: NextLogits, room: int) -> Piece:
+        """Draws the next token; ``room`` is how many more tokens the cache can take."""
+        token = logits.sample(self.slot, self.sampler, self.history)
         self.history.append(token)
         if token in self.options.stop_ids:
             self.finish_reason = "stop"
@@ -122,13 +121,13 @@ class Generator:
 
     def __iter__(self) -> Iterator[Piece]:
         while any(self.pending):
-            logits = self.session.append(self.pending, self.options.loops)
+            logits = self.session.advance(self.pending, self.options.loops)
             fed, self.pending = self.pending, [[] for _ in self.tracks]
             for track in self.tracks:
                 if not len(fed[track.slot]):
                     continue
                 room = self.session.capacity - int(self.session.lengths[track.slot])
-                piece = track.draw(logits[track.slot], room)
+                piece = track.draw(logits, room)
                 if piece.finish_reason is None:
                     self.pending[track.slot] = [piece.token_id]
                 yield piece

@@ -31,8 +31,9 @@ class Runtime:
     one call at a time; open a ``session`` each for more. Raises errors of the MeltError family only.
     """
 
-    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None):
+    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
         self.package, self.backend, self.codec = package, backend, codec
+        self.backend_reason = backend_reason  # why this backend, in a sentence
         self.stop_ids = _stop_ids(package)
         self._session: Session | None = None
 
@@ -44,18 +45,25 @@ class Runtime:
         backend: str = "auto",
         threads: int | None = None,
         low_memory: bool = False,
+        engine: str | None = None,
+        device: int = 0,
         check_hashes: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> Runtime:
-        """Opens a package directory. Raises PackageError, BackendError.
+        """Opens a package directory. Raises PackageError, BackendError, ArgumentError.
 
-        ``threads`` None uses the physical cores. ``low_memory`` leaves the weights on disk, mapped, at several times
-        the time a loop: an fp16 package otherwise takes twice its size on a CPU, which computes in float32.
-        ``progress`` is called with the bytes hashed since its last call.
+        ``backend``: "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime" (the CPU), or "auto" for
+        the first of tensorrt, onnxruntime-cuda and onnxruntime that can run the package here; ``backend.name`` and
+        ``backend_reason`` say which it was and why. ``device``: index of the NVIDIA device. ``engine``, for tensorrt:
+        one of the package by name; None: the first that runs here. ``threads``, of the CPU: None uses the physical
+        cores. ``low_memory``, of the CPU too, leaves the weights on disk, mapped, at several times the time a loop:
+        an fp16 package otherwise takes twice its size there, because a CPU computes in float32. ``progress`` is
+        called with the bytes hashed since its last call.
         """
         package = Package.open(directory, check_hashes=check_hashes, progress=progress)
         codec = TextCodec.load(package.directory) if (package.directory / "tokenizer.json").is_file() else None
-        return cls(package, open_backend(package, backend, threads, low_memory), codec)
+        opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
+        return cls(package, opened.backend, codec, opened.reason)
 
     @property
     def manifest(self) -> Manifest:

@@ -89,16 +89,21 @@ class Sampler:
             what = "infinite logits" if top > 0 else "logits that are all -inf, so no token is left to choose"
             raise ArgumentError(f"The model returned {what}; check its weights and the precision it runs in.")
         if self.params.repetition_penalty != 1.0:
-            scores = _penalise(scores, history, float(self.params.repetition_penalty))
+            scores = penalise(scores, history, float(self.params.repetition_penalty))
         if self.params.temperature == 0:
             return int(np.argmax(scores))
-        return self._draw(*self._candidates(scores))
+        ids = top_k_ids(scores, int(self.params.top_k)) if 0 < self.params.top_k < scores.size else None
+        return self.draw(*self.narrow(ids, scores if ids is None else scores[ids]))
 
-    def _candidates(self, scores: npt.NDArray[Any]) -> tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.float64]]:
-        """The ids left after the filters (None stands for the whole vocabulary) and their unnormalised weights."""
+    def narrow(
+        self, ids: npt.NDArray[Any] | None, scores: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.float64]]:
+        """The ids left after top-p and min-p (None stands for the whole vocabulary) and their unnormalised weights.
+
+        ids: those that top-k left, ascending, or None; scores: theirs.
+        """
         params = self.params
-        ids = _top_k(scores, int(params.top_k)) if 0 < params.top_k < scores.size else None
-        kept = (scores if ids is None else scores[ids]).astype(np.float64)
+        kept = scores.astype(np.float64)
         # The largest becomes 0 before the division, so that a tiny temperature ends in 0 and -inf, never in NaN.
         with np.errstate(over="ignore"):
             weights = np.exp((kept - kept.max()) / float(params.temperature))
@@ -113,7 +118,8 @@ class Sampler:
             weights = weights[likely]
         return ids, weights
 
-    def _draw(self, ids: npt.NDArray[np.intp] | None, weights: npt.NDArray[np.float64]) -> int:
+    def draw(self, ids: npt.NDArray[Any] | None, weights: npt.NDArray[np.float64]) -> int:
+        """One of the ids, each as likely as its weight: one random number."""
         mass = np.cumsum(weights)
         drawn = int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
         # Rounding may carry the product up to the whole mass: the last token with any weight is meant then.
@@ -135,29 +141,38 @@ class Sampler:
         self._random = np.random.Generator(bits)
 
 
-def _penalise(
-    scores: npt.NDArray[Any], history: Sequence[int] | npt.NDArray[Any], penalty: float
+def penalise(
+    scores: npt.NDArray[Any],
+    history: Sequence[int] | npt.NDArray[Any],
+    penalty: float,
+    ids: npt.NDArray[Any] | None = None,
+    vocab: int | None = None,
 ) -> npt.NDArray[np.float64]:
-    """A copy of the scores in which each token of the history got the penalty once, however often it occurred."""
-    ids = np.unique(np.asarray(history))
+    """A copy of the scores in which each token of the history got the penalty once, however often it occurred.
+
+    The scores are the whole vocabulary's, or those of ``ids``, ascending, out of ``vocab``. Raises ArgumentError.
+    """
+    seen_ids = np.unique(np.asarray(history))
     penalised = scores.astype(np.float64)
-    if ids.size == 0:
+    if seen_ids.size == 0:
         return penalised
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ArgumentError(f"The history must be token ids, not values of type {ids.dtype}.")
-    if ids[0] < 0 or ids[-1] >= scores.size:
+    vocab = scores.size if vocab is None else vocab
+    if not np.issubdtype(seen_ids.dtype, np.integer):
+        raise ArgumentError(f"The history must be token ids, not values of type {seen_ids.dtype}.")
+    if seen_ids[0] < 0 or seen_ids[-1] >= vocab:
         raise ArgumentError(
-            f"The history must be token ids from 0 to {scores.size - 1}, but spans {ids[0]} to {ids[-1]}."
+            f"The history must be token ids from 0 to {vocab - 1}, but spans {seen_ids[0]} to {seen_ids[-1]}."
         )
-    seen = penalised[ids]
-    penalised[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+    at = seen_ids if ids is None else np.flatnonzero(np.isin(ids, seen_ids))
+    seen = penalised[at]
+    penalised[at] = np.where(seen > 0, seen / penalty, seen * penalty)
     return penalised
 
 
-def _top_k(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
+def top_k_ids(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
     """The ids, ascending, of exactly the k largest scores."""
     threshold = scores[np.argpartition(scores, scores.size - k)[scores.size - k]]
-    return _largest(scores, k, threshold)
+    return largest(scores, k, threshold)
 
 
 def _top_p(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.intp]:
@@ -165,10 +180,10 @@ def _top_p(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.int
     descending = np.sort(weights)[::-1]  # values alone: several times faster than sorting indices
     mass = np.cumsum(descending)
     count = min(int(np.searchsorted(mass, share * mass[-1], side="left")) + 1, weights.size)
-    return _largest(weights, count, descending[count - 1])
+    return largest(weights, count, descending[count - 1])
 
 
-def _largest(values: npt.NDArray[Any], count: int, threshold: Any) -> npt.NDArray[np.intp]:
+def largest(values: npt.NDArray[Any], count: int, threshold: Any) -> npt.NDArray[np.intp]:
     """The indices, ascending, of the `count` largest, the last of which is `threshold`.
 
     Of equal values the lowest indices stay, as in greedy; half-precision logits are often equal.

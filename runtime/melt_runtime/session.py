@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .backends import BackendState, LoopControl
 from .errors import ArgumentError, PromptError
+from .logits import NextLogits
 from .package import Manifest
 
 
@@ -71,12 +72,15 @@ class Session:
         A sequence with no new tokens sits idle; its row of the result is zero. Raises PromptError, before anything
         is changed, if a sequence would not fit in the cache or a token id is out of range.
         """
-        logits = np.zeros((self.batch, self.manifest.vocab_size), np.float32)
+        return self.advance(tokens, settings).full()
+
+    def advance(self, tokens: Sequence[Sequence[int]], settings: LoopSettings) -> NextLogits:
+        """As ``append``, but leaves the logits where they are until they are asked for."""
+        logits = NextLogits(self.state, self.manifest.vocab_size)
         for chunk in self.chunks(tokens, settings.chunk):
+            logits.keep()
             self._run(chunk, settings)
-            if chunk.last.any():
-                after = self.state.logits(np.maximum(chunk.counts - 1, 0)[:, None])[:, 0]
-                logits[chunk.last] = after[chunk.last]
+            logits.follow(np.maximum(chunk.counts - 1, 0)[:, None], chunk.last)
         return logits
 
     def chunks(self, tokens: Sequence[Sequence[int]], size: int | None = None) -> list[Chunk]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError
+from ..candidates import Candidates
+from ..errors import ArgumentError, BackendError, PackageError
 from ..package import Package
+from .choice import Choice, explain, ranked
+from .survey import survey
+
+if TYPE_CHECKING:
+    from .tensorrt import TensorRTBackend
+
+__all__ = ["Backend", "BackendState", "LoopControl", "Opened", "open_backend", "survey"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,9 @@ class BackendState(Protocol):
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
 
+    def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
+        """The likeliest tokens after columns (batch, 1), a sequence each; None where only whole rows are to be had."""
+
     def exit_probability(self) -> NDArray[np.float32]:
         """A copy of what the last loop step returned, (batch, chunk)."""
 
@@ -66,10 +77,70 @@ class Backend(Protocol):
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""
 
 
-def open_backend(package: Package, name: str = "auto", threads: int | None = None, low_memory: bool = False) -> Backend:
-    """Loads a package into a backend: "onnxruntime", or "auto" for the best one here. Raises BackendError."""
-    if name not in ("auto", "onnxruntime"):
-        raise ArgumentError(f"backend {name!r} is not one of auto, onnxruntime")
-    from .onnxruntime import OnnxRuntimeBackend
+@dataclass(frozen=True)
+class Opened:
+    """A backend that was loaded, and in a sentence why it was that one."""
 
-    return OnnxRuntimeBackend(package, threads, low_memory)
+    backend: Backend
+    reason: str
+
+
+def open_backend(
+    package: Package,
+    name: str = "auto",
+    threads: int | None = None,
+    low_memory: bool = False,
+    engine: str | None = None,
+    device: int = 0,
+    check_hashes: bool = True,
+) -> Opened:
+    """Loads a package into a backend by name, or for "auto" into the best one that can run it here.
+
+    threads, low_memory: of the CPU. engine: for TensorRT, by its name in the package (None: the first that fits).
+    device: index of the NVIDIA device, where one is used. With "auto" a backend that fails to load is passed over, and
+    the reason says why. Raises ArgumentError, BackendError, PackageError.
+    """
+    if name == "auto" and (low_memory or engine is not None):
+        name = "onnxruntime" if low_memory else "tensorrt"
+    if low_memory and name != "onnxruntime":
+        raise ArgumentError(f"low_memory is of the CPU (backend onnxruntime); {name} keeps the weights on its device")
+    if engine is not None and name != "tensorrt":
+        raise ArgumentError(f"engine {engine!r} was named for the backend {name}; only tensorrt runs engines")
+    if name == "tensorrt":
+        # It has the most to say about why not, and what to build again.
+        backend = _tensorrt(package, engine, device, check_hashes)
+        return Opened(backend, f"asked for by name; engine {backend.engine}")
+    facts = survey(package)
+    failed: dict[str, str] = {}
+    for choice in ranked(facts, name, device):
+        try:
+            opened = _load(package, choice, device, threads, low_memory, check_hashes)
+        except (BackendError, PackageError) as error:
+            if name != "auto":
+                raise
+            failed[choice.name] = str(error)
+            continue
+        return Opened(opened, explain(facts, choice, name, device, failed))
+    tried = "; ".join(f"not {backend}: {reason}" for backend, reason in failed.items())
+    raise BackendError(f"nothing here can run this package; {tried}")
+
+
+def _load(
+    package: Package, choice: Choice, device: int, threads: int | None, low_memory: bool, check_hashes: bool
+) -> Backend:
+    """Imports a backend's module, and with it its library, only when it is the one."""
+    if choice.name == "tensorrt":
+        return _tensorrt(package, choice.engine, device, check_hashes)
+    if choice.name == "onnxruntime":
+        from .onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(package, threads, low_memory)
+    from .onnxruntime_cuda import CudaBackend, TensorRTRTXBackend
+
+    return (CudaBackend if choice.name == "onnxruntime-cuda" else TensorRTRTXBackend)(package, device)
+
+
+def _tensorrt(package: Package, engine: str | None, device: int, check_hashes: bool) -> TensorRTBackend:
+    from .tensorrt import TensorRTBackend
+
+    return TensorRTBackend(package, engine, device, check_hashes=check_hashes)

@@ -17,30 +17,64 @@ from .state import BufferState, Strip
 CONTEXT_BUCKET = 64
 
 
-class OnnxRuntimeBackend:
-    """A package's three graphs as ONNX Runtime sessions."""
+class Sessions:
+    """A package's three graphs as ONNX Runtime sessions; what its backends share.
+
+    A subclass says with which providers they run, and opens states.
+    """
+
+    name: str
+
+    def __init__(self, package: Package):
+        self.package = package
+        self.ort: Any = import_onnxruntime()
+
+    def options(self) -> Any:
+        """Options of a session that says nothing but errors."""
+        options = self.ort.SessionOptions()
+        options.log_severity_level = 3
+        return options
+
+    def load(self, graph: str, options: Any, providers: list[Any] | None) -> Any:
+        """A graph's session. Raises BackendError."""
+        try:
+            return self.ort.InferenceSession(str(self.package.path(graph)), options, providers=providers)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {one_line(error)}") from error
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ArgumentError above the package's max_batch."""
+        most = self.package.manifest.max_batch
+        if not 1 <= batch <= most:
+            raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {most} sequences")
+
+
+def import_onnxruntime() -> Any:
+    """The library. Raises BackendError that says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("ONNX Runtime is not installed; install it with: pip install melt-export[cpu]") from error
+    return onnxruntime
+
+
+class OnnxRuntimeBackend(Sessions):
+    """The graphs on the CPU."""
 
     name = "onnxruntime"
 
     def __init__(self, package: Package, threads: int | None = None, low_memory: bool = False):
-        self.package, self.low_memory = package, low_memory
         if package.manifest.precision == "bf16":
             raise BackendError("ONNX Runtime has no bf16 kernels for the CPU; export this checkpoint as fp32 or fp16")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError(
-                "ONNX Runtime is not installed; install it with: pip install melt-export[cpu]"
-            ) from error
-        self.ort: Any = onnxruntime
+        super().__init__(package)
+        self.low_memory = low_memory
         most = 4 * (os.cpu_count() or 1)
         if threads is not None and not 1 <= threads <= most:
             raise ArgumentError(f"threads is {threads}; on this machine it must lie between 1 and {most}")
         self.sessions = {name: self._session(name, threads) for name in GRAPHS}
 
     def _session(self, graph: str, threads: int | None) -> Any:
-        options = self.ort.SessionOptions()
-        options.log_severity_level = 3
+        options = self.options()
         if self.low_memory:
             # Nothing is widened, packed or kept ahead of its use: weights stay mapped from disk as they are stored.
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -49,20 +83,15 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            return self.ort.InferenceSession(str(self.package.path(graph)), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {_one_line(error)}") from error
+        return self.load(graph, options, ["CPUExecutionProvider"])
 
     def open_state(self, batch: int) -> OnnxRuntimeState:
         """Allocates all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
-        manifest = self.package.manifest
-        if not 1 <= batch <= manifest.max_batch:
-            raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {manifest.max_batch} sequences")
+        self.check_batch(batch)
         try:
             return OnnxRuntimeState(self, batch)
         except MemoryError as error:
-            need = manifest.state_bytes(batch)
+            need = self.package.manifest.state_bytes(batch)
             raise BackendError(f"there is no memory for {need:,} bytes of state; use a smaller batch") from error
 
 
@@ -110,14 +139,11 @@ class OnnxRuntimeState(BufferState):
 
     def run(self, graph: str, bound: Any) -> None:
         """Runs a graph on its bound buffers."""
-        try:
-            self.backend.sessions[graph].run_with_iobinding(bound)
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {graph}: {_one_line(error)}") from error
+        run_bound(self.backend.sessions[graph], graph, bound)
 
     def bucket(self, rows: int) -> int:
         """The next multiple of a fixed length, so that few shapes are ever bound."""
-        return min(-(-rows // CONTEXT_BUCKET) * CONTEXT_BUCKET, self.manifest.cache_rows)
+        return rounded(rows, self.manifest.cache_rows)
 
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of columns (batch, n) of the chunk -> (batch, n, vocab). One column reuses its buffers."""
@@ -129,5 +155,19 @@ class OnnxRuntimeState(BufferState):
         return cast(NDArray[np.float32], self.backend.sessions["lm_head"].run(["logits"], {"hidden": rows})[0])
 
 
-def _one_line(error: BaseException) -> str:
+def run_bound(session: Any, graph: str, binding: Any) -> None:
+    """Runs a session on its binding and waits for it. Raises BackendError."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime failed in {graph}: {one_line(error)}") from error
+
+
+def rounded(rows: int, most: int) -> int:
+    """The attention length for so many rows."""
+    return min(-(-rows // CONTEXT_BUCKET) * CONTEXT_BUCKET, most)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
     return " ".join(str(error).split())[:300]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..candidates import Candidates
 from ..errors import ArgumentError
 from ..package import ITEM_BYTES, Manifest, rows_shape
 from . import LoopControl
@@ -134,6 +135,10 @@ class BufferState(ABC):
         self.gather(columns[:, 0])
         self.run_head()
         return self.view("logits", np.dtype(np.float32), (self.batch, 1, self.manifest.vocab_size))
+
+    def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
+        """None: whole rows of logits are in reach."""
+        return None
 
     def exit_probability(self) -> NDArray[np.float32]:
         """A copy of what the last loop step returned, (batch, chunk)."""

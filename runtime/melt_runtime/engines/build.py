@@ -19,7 +19,7 @@ from ..progress import Step, no_progress
 from .inspection import inspect_network, inspect_operators, require_small
 from .library import Library, current_capability, open_library
 from .monitor import make_monitor, signals_deferred
-from .network import add_profiles, allow_decomposition, parse, quantize_products
+from .network import add_candidates, add_profiles, allow_decomposition, parse, quantize_products
 from .shapes import length_buckets, make_profiles
 from .spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
 from .store import keep_engine, new_engine
@@ -188,6 +188,8 @@ def _build_plan(
             progress(f"quantizing {graph}", 0, 0)
             savings = quantize_products(network, file, options.weights, manifest.states[0].dtype)
     inspect_network(network, graph, manifest, options.weights if savings else None)
+    if graph == "lm_head":
+        add_candidates(network, manifest.vocab_size)
 
     config = _configure(options, library, builder)
     add_profiles(network, config, manifest.graphs[graph], profiles)

@@ -16,6 +16,8 @@ from .quantize import Quantized, quantize, stored, worth_it
 from .shapes import resolve
 from .spec import ProfileSpec
 
+CANDIDATES = 256  # how many of the likeliest tokens the head picks out; TensorRT's limit is 3,840
+
 _CLASSES = {
     "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
     "ATTENTION_INPUT": "IAttentionInputLayer",
@@ -148,6 +150,38 @@ def allow_decomposition(network: Network) -> None:
     """Lets every attention become plain products: there is no fused kernel for float32."""
     for layer in network.layers("ATTENTION_INPUT"):
         layer.attention.decomposable = True
+
+
+def add_candidates(network: Network, vocab: int) -> int:
+    """Gives the head three more outputs, and returns k: what the runtime needs instead of a whole row of logits.
+
+    top_logits and top_ids (batch, chunk, k): the k largest logits, descending, float32, and their ids, int32; log_sum
+    (batch, chunk, 1): the logarithm of the sum of exp of all. Raises BackendError where the library refuses.
+    """
+    module, made = network.library.module, network.network
+    logits = network.outputs()["logits"]
+    k, last = min(CANDIDATES, vocab), 1 << (len(tuple(logits.shape)) - 1)
+
+    def combine(left: Any, right: Any, operation: str) -> Any:
+        return made.add_elementwise(left, right, getattr(module.ElementWiseOperation, operation)).get_output(0)
+
+    def unary(tensor: Any, operation: str) -> Any:
+        return made.add_unary(tensor, getattr(module.UnaryOperation, operation)).get_output(0)
+
+    def reduced(tensor: Any, operation: str) -> Any:
+        return made.add_reduce(tensor, getattr(module.ReduceOperation, operation), last, True).get_output(0)
+
+    top = made.add_topk(logits, module.TopKOperation.MAX, k, last)
+    if top is None:
+        raise BackendError(f"{network.library.title} has no top {k}: {network.library.messages.reason()}")
+    largest = reduced(logits, "MAX")
+    sums = reduced(unary(combine(logits, largest, "SUB"), "EXP"), "SUM")
+    outputs = (top.get_output(0), top.get_output(1), combine(unary(sums, "LOG"), largest, "SUM"))
+    for name, tensor in zip(("top_logits", "top_ids", "log_sum"), outputs, strict=True):
+        tensor.name = name
+        made.mark_output(tensor)
+    network.map_wires()
+    return k
 
 
 def quantize_products(network: Network, file: Path, kind: str, dtype: str) -> Savings:

@@ -1,0 +1,72 @@
+"""What all benchmarks need: machine and versions behind figures, where figures go, how documents show them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+INK, FAINT, GRID = "#24292f", "#6e7781", "#eaeef2"
+# Of matplotlib; a plot adds what is its own.
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#afb8c1",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+}
+
+
+def machine() -> dict[str, Any]:
+    """The machine, by what matters for figures; nothing that names it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def loaded_machine() -> dict[str, Any]:
+    """``machine`` with its load average now: call it before measuring."""
+    return {**machine(), "load_at_start": round(os.getloadavg()[0], 2)}
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """Python's version and those of installed libraries. Raises PackageNotFoundError."""
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def command_line(script: str, arguments: list[str]) -> str:
+    """A command as documents show it, with nothing of this machine's paths in it."""
+    shown = ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
+    return " ".join([f"python benchmarks/{script}", *shown])
+
+
+def save(path: Path, section: str, report: Any) -> None:
+    """Puts a section into a JSON file and leaves the file's other sections as they are."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content[section] = report
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column left, the others right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,21 @@
+"""What the experiments share with the other benchmarks, one folder up."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import common
+from common import FAINT, INK, machine, table
+
+__all__ = ["FAINT", "INK", "STYLE", "machine", "table", "versions"]
+
+STYLE: dict[str, Any] = {**common.STYLE, "legend.frameon": False, "lines.linewidth": 2}
+
+
+def versions() -> dict[str, str]:
+    """Of what trains and measures here."""
+    return common.versions("melt-export", "torch", "transformers", "numpy")

@@ -1,0 +1,186 @@
+"""Which backend runs a package here: a pure function of what the package is and what the machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..engines.spec import EngineSpec
+from ..engines.store import runs_on
+from ..errors import ArgumentError, BackendError
+
+# In the order of preference. What "auto" does not take must be asked for by name.
+NAMES = ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime")
+BY_NAME_ONLY = ("onnxruntime-tensorrt-rtx",)
+CUDA_PROVIDER = "CUDAExecutionProvider"
+_NO_DRIVER = "there is no NVIDIA driver with a device here"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choice depends on.
+
+    dialect, precision, engines: the package's; ``source``: the hash of its graphs and weights, as ``source_hash``
+    gives it. devices: the compute capability of every NVIDIA device by index ("8.9"), none without a driver.
+    libraries: version of each installed TensorRT flavour. providers: those of the installed ONNX Runtime, None
+    without one. plugin, cuda_bindings: whether the TensorRT-RTX provider's package and cuda-bindings are installed.
+    """
+
+    dialect: str
+    precision: str
+    engines: Mapping[str, EngineSpec]
+    source: str
+    devices: tuple[str, ...] = ()
+    libraries: Mapping[str, str] | None = None
+    providers: tuple[str, ...] | None = None
+    plugin: bool = False
+    cuda_bindings: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, whether it could run the package here, and why (not), in a few words; ``engine`` is tensorrt's."""
+
+    name: str
+    usable: bool
+    reason: str
+    engine: str | None = None
+
+
+def choices(facts: Facts, device: int = 0) -> tuple[Choice, ...]:
+    """Every backend, best first."""
+    judges = {
+        "tensorrt": _tensorrt,
+        "onnxruntime-cuda": _cuda,
+        "onnxruntime-tensorrt-rtx": _plugin,
+        "onnxruntime": _cpu,
+    }
+    return tuple(judges[name](facts, device) for name in NAMES)
+
+
+def ranked(facts: Facts, name: str = "auto", device: int = 0) -> tuple[Choice, ...]:
+    """The backends to try, one after the other: the one that was named, or for "auto" all that could do.
+
+    Raises ArgumentError for an unknown name or a device below 0, BackendError if none could do.
+    """
+    if name != "auto" and name not in NAMES:
+        raise ArgumentError(f"backend {name!r} is not one of auto, {', '.join(NAMES)}")
+    if isinstance(device, bool) or not isinstance(device, int) or device < 0:
+        raise ArgumentError(f"device is {device!r}; it must be a whole number from 0")
+    found = choices(facts, device)
+    if name == "auto":
+        usable = tuple(c for c in found if c.usable and c.name not in BY_NAME_ONLY)
+        if not usable:
+            raise BackendError(f"nothing here can run this package; {_why_not(found)}")
+        return usable
+    chosen = next(c for c in found if c.name == name)
+    if not chosen.usable:
+        raise BackendError(f"{name} cannot run this package here: {chosen.reason}")
+    return (chosen,)
+
+
+def explain(facts: Facts, chosen: Choice, name: str, device: int, failed: Mapping[str, str]) -> str:
+    """Why this one runs, in a sentence. failed: what went wrong with those that were tried before it."""
+    if name != "auto":
+        return f"asked for by name; {chosen.reason}"
+    before = choices(facts, device)[: NAMES.index(chosen.name)]
+    passed = [Choice(c.name, False, failed.get(c.name, c.reason)) for c in before if c.name not in BY_NAME_ONLY]
+    return f"{chosen.reason}; {_why_not(tuple(passed))}" if passed else chosen.reason
+
+
+def _why_not(found: tuple[Choice, ...]) -> str:
+    return "; ".join(f"not {c.name}: {c.reason}" for c in found)
+
+
+def _tensorrt(facts: Facts, device: int) -> Choice:
+    if not facts.engines:
+        return _no("tensorrt", "the package has no engine (melt-run build-engine builds one)")
+    missing = _no_device(facts, device)
+    if missing:
+        return _no("tensorrt", missing)
+    # An engine with the package's own weights computes what was verified; one with fewer bits does not quite.
+    order = sorted(facts.engines, key=lambda name: facts.engines[name].weights is not None)
+    wrong = {name: _mismatch(facts, facts.engines[name], device) for name in order}
+    fitting = next((name for name in order if wrong[name] is None), None)
+    if fitting is None:
+        return _no("tensorrt", "; ".join(f"engine {name} {reason}" for name, reason in wrong.items()))
+    if not facts.cuda_bindings:
+        return _no("tensorrt", "cuda-bindings is not installed; install it with: pip install 'melt-export[tensorrt]'")
+    spec = facts.engines[fitting]
+    reason = f"engine {fitting} is for {spec.flavour} {spec.version} and compute capability {facts.devices[device]}"
+    return Choice("tensorrt", True, reason, fitting)
+
+
+def _mismatch(facts: Facts, spec: EngineSpec, device: int) -> str | None:
+    """Why an engine is not for this machine or package; None if it is."""
+    here, capability = (facts.libraries or {}).get(spec.flavour), facts.devices[device]
+    if here is None:
+        return f"needs {spec.flavour}; install it with: pip install 'melt-export[{spec.flavour}]'"
+    if here != spec.version:
+        return f"was built with {spec.flavour} {spec.version}, here is {here}; build it again"
+    if not runs_on(spec, capability):
+        built = ", ".join(spec.compute_capabilities) or "8.0 and newer"
+        return f"is for compute capability {built}, this device has {capability}; build it again"
+    if spec.source != facts.source:
+        return "was built from other graphs or weights; build it again"
+    return None
+
+
+def _cuda(facts: Facts, device: int) -> Choice:
+    name = "onnxruntime-cuda"
+    install = "install it with: pip install 'melt-export[gpu]', after pip uninstall onnxruntime"
+    if facts.providers is None:
+        return _no(name, "ONNX Runtime is not installed; install it with: pip install 'melt-export[gpu]'")
+    if CUDA_PROVIDER not in facts.providers:
+        return _no(name, f"this ONNX Runtime has no CUDA provider; {install}")
+    missing = _no_device(facts, device)
+    if missing:
+        return _no(name, missing)
+    if facts.dialect == "onnxruntime" and facts.precision == "fp32":
+        way = "export with --precision fp16, or with --dialect standard"
+        return _no(name, f"GroupQueryAttention has CUDA kernels for fp16 and bf16, not for fp32; {way}")
+    if not facts.cuda_bindings:
+        return _no(name, "cuda-bindings is not installed; install it with: pip install 'melt-export[gpu]'")
+    return Choice(name, True, f"ONNX Runtime has its CUDA provider, and device {device} is there")
+
+
+def _plugin(facts: Facts, device: int) -> Choice:
+    name, extra = "onnxruntime-tensorrt-rtx", "pip install 'melt-export[onnxruntime-tensorrt-rtx]'"
+    if facts.providers is None:
+        return _no(name, f"ONNX Runtime is not installed; install it with: {extra}")
+    if not facts.plugin:
+        return _no(name, f"ONNX Runtime's TensorRT-RTX provider is not installed; install it with: {extra}")
+    missing = _no_device(facts, device)
+    if missing:
+        return _no(name, missing)
+    if facts.dialect == "onnxruntime":
+        return _no(
+            name, "GroupQueryAttention is ONNX Runtime's own operator; export with --dialect standard or portable"
+        )
+    if float(facts.devices[device]) < 8.0:
+        capability = facts.devices[device]
+        return _no(name, f"the TensorRT-RTX provider is for compute capability 8.0 and newer; this has {capability}")
+    if not facts.cuda_bindings:
+        return _no(name, f"cuda-bindings is not installed; install it with: {extra}")
+    return Choice(name, True, "it compiles the graphs for this device when they are loaded; only by name")
+
+
+def _cpu(facts: Facts, device: int) -> Choice:
+    if facts.providers is None:
+        return _no("onnxruntime", "ONNX Runtime is not installed; install it with: pip install 'melt-export[cpu]'")
+    if facts.precision == "bf16":
+        way = "export this checkpoint as fp32 or fp16"
+        return _no("onnxruntime", f"ONNX Runtime has no bf16 kernels for the CPU; {way}")
+    return Choice("onnxruntime", True, "ONNX Runtime runs it on the CPU")
+
+
+def _no_device(facts: Facts, device: int) -> str | None:
+    if not facts.devices:
+        return _NO_DRIVER
+    if device >= len(facts.devices):
+        return f"there is no device {device}; the driver knows {len(facts.devices)}, from 0"
+    return None
+
+
+def _no(name: str, reason: str) -> Choice:
+    return Choice(name, False, reason)
