@@ -58,6 +58,7 @@ class Dialect(ABC):
     attention: ClassVar[type[GraphAttention]]
 
     head_multiple: ClassVar[int] = 2
+    packs_products: ClassVar[bool] = False  # where what runs the graph does not do it by itself
 
     def check(self, config: MeltConfig) -> None:
         """Raises ExportError for a model that the dialect cannot express."""
@@ -126,6 +127,7 @@ class OnnxRuntimeDialect(Dialect):
     control = TensorSpec("chunk_lengths", "int64", ("batch",))
     attention = _GroupQueryAttention
     head_multiple = 16
+    packs_products = True
 
 
 class _RotatedAttention(GraphAttention):

@@ -18,6 +18,7 @@ from melt_runtime.package import StateSpec, TensorSpec
 from torch import Tensor, nn
 
 from .dialects import Dialect, GraphInputs
+from .pack import pack_products
 from .simplify import simplify
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -135,7 +136,10 @@ def trace_loop_step(
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
     module = _LoopStep(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
-    return _trace(module, dialect.opset, inputs, outputs)
+    traced = _trace(module, dialect.opset, inputs, outputs)
+    if dialect.packs_products:
+        pack_products(traced.model.graph)
+    return traced
 
 
 def trace_lm_head(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> TracedGraph:
