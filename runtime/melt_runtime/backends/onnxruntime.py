@@ -87,8 +87,10 @@ class OnnxRuntimeState:
                 self.buffers[name] = self._allocate(size_of(shape, state.dtype, batch=batch, chunk=self.chunk))
         self.state_bytes = sum(buffer.nbytes for buffer in self.buffers.values())
 
-        self.hidden, self.latent = manifest.states[0], manifest.states[1]
-        self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
+        self.hidden = manifest.states[0]
+        self.loops_run = 0  # of the open chunk: which of a LoopLM's caches is bound next
+        self.inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
+        self.masked = "attention_mask" in self.inputs
         self.dtype = np.dtype(self.hidden.dtype)
         self._scratch = {
             "first_loop": np.zeros(batch, np.bool_),
@@ -119,7 +121,7 @@ class OnnxRuntimeState:
         """token_ids (batch, chunk) -> hidden."""
         self.width = width = token_ids.shape[1]
         self._view("input_ids", (self.batch, width))[...] = token_ids
-        self.current = 0
+        self.current = self.loops_run = 0
         key = ("embed", width)
         if key not in self._bindings:
             ids = self._view("input_ids", (self.batch, width))
@@ -136,11 +138,13 @@ class OnnxRuntimeState:
         self._scratch["chunk_lengths"][...] = control.chunk_lengths
         if self.masked and control.first_loop.any():
             self._write_mask(control, width, context)
-        key = ("loop_step", self.current, width, context)
+        cache = self.loops_run if self.manifest.cache_loops else 0
+        key = ("loop_step", self.current, width, context, cache)
         if key not in self._bindings:
-            self._remember(key, self._bind_loop(self.current, width, context))
+            self._remember(key, self._bind_loop(self.current, width, context, cache))
         self._run("loop_step", self._bindings[key])
         self.current = 1 - self.current
+        self.loops_run += 1
         return self._view("exit_probability", (self.batch, width))
 
     def commit(self, control: LoopControl) -> None:
@@ -172,7 +176,8 @@ class OnnxRuntimeState:
         """A copy of a state, or of the part at ``index``, by its name in the manifest.
 
         An input name gives the state itself: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache
-        (batch, kv_heads, rows, head_dim); the output name of a read-only cache gives the chunk's new rows.
+        (batch, kv_heads, rows, head_dim), a LoopLM's with the loops in front; the output name of a read-only cache
+        gives the chunk's new rows.
         """
         for state in self.manifest.states:
             if name == state.input and state.kind == "swap":
@@ -201,7 +206,7 @@ class OnnxRuntimeState:
             seen = seen + np.arange(1, width + 1)
         np.less(row, seen[:, None, :, None], out=mask)
 
-    def _bind_loop(self, current: int, width: int, context: int) -> Any:
+    def _bind_loop(self, current: int, width: int, context: int, loop: int) -> Any:
         inputs: dict[str, NDArray[Any]] = {}
         outputs: dict[str, NDArray[Any]] = {}
         for state in self.manifest.states:
@@ -210,6 +215,7 @@ class OnnxRuntimeState:
                 outputs[state.output] = self._state(state, 1 - current, width)
                 continue
             cache = self._array(state.input, state.shape, state.dtype, width)
+            cache = cache[loop] if state.kind == "per_loop" else cache
             inputs[state.input] = outputs[state.output] = cache
             if state.kind == "read_only":
                 outputs[state.output] = self._array(state.output, rows_shape(state.shape), state.dtype, width)
@@ -220,7 +226,7 @@ class OnnxRuntimeState:
         else:
             inputs["chunk_lengths"] = self._scratch["chunk_lengths"]
         outputs["exit_probability"] = self._view("exit_probability", (self.batch, width))
-        return self._bind("loop_step", inputs, outputs)
+        return self._bind("loop_step", {name: inputs[name] for name in inputs if name in self.inputs}, outputs)
 
     def _bind(self, graph: str, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> Any:
         binding = self.backend.sessions[graph].io_binding()
