@@ -42,7 +42,7 @@ def _show_version(wanted: bool) -> None:
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
-Checkpoint = Annotated[Path, typer.Option(help="MELT checkpoint directory: config.json and safetensors.")]
+Checkpoint = Annotated[Path, typer.Option(help="MELT or LoopLM (Ouro) checkpoint directory: config.json, safetensors.")]
 Tokens = Annotated[
     int | None,
     typer.Option(help="Greedy tokens to compare for each prompt. Default: 256; 16 for over 1 GB of weights.", min=1),
@@ -83,7 +83,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
     show_version: Version = False,
 ) -> None:
-    """Export a MELT checkpoint to a verified ONNX package.
+    """Export a MELT or LoopLM (Ouro) checkpoint to a verified ONNX package.
 
     The package is built beside OUTPUT and gets that name only when everything, the comparison with PyTorch at every
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
@@ -155,8 +155,9 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_row("package", str(output))
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
     table.add_row("graphs and weights", human_bytes(weights))
+    depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"
     table.add_row(
-        "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, any loops"
+        "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"
     )
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
     if manifest.untrained:

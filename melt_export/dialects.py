@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from melt_models import MeltConfig
+from melt_models import LoopLMConfig
+from melt_models.configuration import LoopedConfig
 from melt_models.layers import merge_heads, rotate, split_heads
 from melt_runtime.package import StateSpec, TensorSpec, rows_shape
 from torch import Tensor
@@ -28,7 +29,7 @@ class GraphInputs:
     layer (batch, kv_heads, rows, head_dim); cos, sin: rotary tables (rows, head_dim / 2).
     """
 
-    config: MeltConfig
+    config: LoopedConfig
     lengths: Tensor
     control: Tensor
     keys: list[Tensor]
@@ -58,20 +59,29 @@ class Dialect(ABC):
     attention: ClassVar[type[GraphAttention]]
 
     head_multiple: ClassVar[int] = 2
+    packs_products: ClassVar[bool] = False  # where what runs the graph does not do it by itself
 
-    def check(self, config: MeltConfig) -> None:
+    def check(self, config: LoopedConfig) -> None:
         """Raises ExportError for a model that the dialect cannot express."""
+        if isinstance(config, LoopLMConfig) and self.cache_kind != "in_place":
+            raise ExportError(
+                f"a LoopLM writes its caches in every loop, the {self.name} dialect once after the last: "
+                "export with --dialect onnxruntime or standard"
+            )
         if config.head_dim % self.head_multiple:
             raise ExportError(
                 f"head_dim is {config.head_dim}; attention in the {self.name} dialect needs a multiple of "
                 f"{self.head_multiple}: export with --dialect standard or portable"
             )
 
-    def cache_states(self, config: MeltConfig, dtype: str, cache_rows: int) -> list[StateSpec]:
-        """The caches as state tensors, key before value, layer by layer."""
-        shape = ("batch", config.num_key_value_heads, cache_rows, config.head_dim)
+    def cache_states(self, config: LoopedConfig, dtype: str, cache_rows: int) -> list[StateSpec]:
+        """The caches as state tensors, key before value, layer by layer; a LoopLM's with its loops in front."""
+        shape: tuple[int | str, ...] = ("batch", config.num_key_value_heads, cache_rows, config.head_dim)
+        kind = self.cache_kind
+        if isinstance(config, LoopLMConfig):
+            shape, kind = (config.total_ut_steps, *shape), "per_loop"
         return [
-            StateSpec(f"{part}_cache.{layer}", self.cache_output(part, layer), dtype, shape, self.cache_kind)
+            StateSpec(f"{part}_cache.{layer}", self.cache_output(part, layer), dtype, shape, kind)
             for layer in range(config.num_hidden_layers)
             for part in ("key", "value")
         ]
@@ -81,7 +91,7 @@ class Dialect(ABC):
 
     def output_shape(self, state: StateSpec) -> tuple[int | str, ...]:
         """The shape of what the graph gives back for a cache."""
-        return state.shape
+        return state.bound_shape
 
 
 MASK = TensorSpec("attention_mask", "bool", ("batch", 1, "chunk", "context"))
@@ -126,6 +136,7 @@ class OnnxRuntimeDialect(Dialect):
     control = TensorSpec("chunk_lengths", "int64", ("batch",))
     attention = _GroupQueryAttention
     head_multiple = 16
+    packs_products = True
 
 
 class _RotatedAttention(GraphAttention):

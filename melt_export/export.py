@@ -14,9 +14,10 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from melt_models import MeltForCausalLM, UnsupportedConfigError
+from melt_models import LoopLMConfig, MeltConfig
 from melt_models.atomic import new_directory
-from melt_models.checkpoint import Weights, open_checkpoint
+from melt_models.checkpoint import open_checkpoint
+from melt_models.configuration import LoopedConfig
 from melt_models.convert import COMPANIONS
 from melt_runtime.package import DIALECTS as DIALECT_NAMES
 from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, StateSpec, file_hash
@@ -31,6 +32,7 @@ from .hollow import without_memory
 from .weights import attach_weights, external_bytes, write_weights
 
 _MAX_DEFAULT_SEQ_LEN = 4096
+_LOOPLM_CHUNK = 128  # a LoopLM computes the same whatever its chunk
 _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
@@ -55,15 +57,21 @@ class ExportOptions:
                 raise ExportError(f"{name} is {value}; it must be 1 or more")
 
 
-def open_melt(checkpoint: Path) -> tuple[MeltForCausalLM, Weights]:
-    """A MELT checkpoint, checked. Raises CheckpointError; for a LoopLM or Llama it says how to convert."""
-    model, weights = open_checkpoint(checkpoint)
-    if not isinstance(model, MeltForCausalLM):
-        raise UnsupportedConfigError(
-            f"{checkpoint} is a LoopLM (model_type 'ouro'), which has one cache a loop: "
-            f"turn it into a MELT first with: melt-convert {checkpoint} OUTPUT"
+def default_depth(config: LoopedConfig) -> int:
+    """How many loops a package runs unless asked otherwise: a LoopLM that reads an earlier loop needs no later one.
+
+    Raises ExportError for a LoopLM whose tokens leave early: their rows would be missing from the later caches.
+    """
+    if not isinstance(config, LoopLMConfig):
+        return config.total_ut_steps
+    if config.early_exit_step is not None:
+        return config.early_exit_step + 1
+    if config.early_exit_threshold < 1.0:
+        raise ExportError(
+            f"early_exit_threshold is {config.early_exit_threshold}; a LoopLM package has a cache a loop and runs "
+            "every loop: set it to 1.0 in config.json, or turn the checkpoint into a MELT with melt-convert"
         )
-    return model, weights
+    return config.total_ut_steps
 
 
 @contextmanager
@@ -84,9 +92,11 @@ def build_package(
     checkpoint: Path, directory: Path, options: ExportOptions, progress: Progress = no_progress
 ) -> Manifest:
     """Writes all files of a package into an empty directory. Raises as ``building``."""
-    model, weights = open_melt(checkpoint)
-    config = model.config
-    chunk, max_seq_len, cache_rows = sizes(config.chunk_size, config.max_position_embeddings, options)
+    model, weights = open_checkpoint(checkpoint)
+    config: LoopedConfig = model.config
+    loops = default_depth(config)
+    wanted = config.chunk_size if isinstance(config, MeltConfig) else _LOOPLM_CHUNK
+    chunk, max_seq_len, cache_rows = sizes(wanted, config.max_position_embeddings, options)
     copy_companions(checkpoint, directory, config.vocab_size)
 
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
@@ -113,14 +123,14 @@ def build_package(
         cache_rows=cache_rows,
         max_batch=options.max_batch,
         chunk=chunk,
-        loops=config.total_ut_steps,
-        exit_threshold=config.early_exit_threshold,
+        loops=loops,
+        exit_threshold=config.early_exit_threshold if isinstance(config, MeltConfig) else 1.0,
         vocab_size=config.vocab_size,
         model=_plain(config.to_dict()),
         states=tuple(states),
         graphs=specs,
         files=_hash_files(directory, progress),
-        untrained=tuple(config.untrained),
+        untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries={name: version(name) for name in _LIBRARIES},
     )
     _check_states(manifest.states, specs["loop_step"])

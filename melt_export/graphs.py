@@ -7,17 +7,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from melt_models import MeltConfig, MeltForCausalLM
+from melt_models.checkpoint import LoopedModel
+from melt_models.configuration import LoopedConfig
 from melt_models.layers import rotary_tables
+from melt_models.looplm import LoopLMModel
 from melt_models.melt import MeltModel
 from melt_runtime.package import StateSpec, TensorSpec
 from torch import Tensor, nn
 
-from .dialects import Dialect, GraphInputs
+from .dialects import Dialect, GraphAttention, GraphInputs
+from .pack import pack_products
 from .simplify import simplify
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,7 +32,7 @@ _TRACE_SIZES = {"batch": 2, "chunk": 3, "context": 5}
 
 
 class _Embed(nn.Module):
-    def __init__(self, model: MeltModel):
+    def __init__(self, model: MeltModel | LoopLMModel):
         super().__init__()
         self.model = model
 
@@ -38,7 +43,7 @@ class _Embed(nn.Module):
 class _LmHead(nn.Module):
     """The head. A tied one multiplies with the embedding itself, so that both graphs share its bytes."""
 
-    def __init__(self, model: MeltForCausalLM):
+    def __init__(self, model: LoopedModel):
         super().__init__()
         if model.config.tie_word_embeddings:
             self.model = nn.Module()
@@ -62,14 +67,28 @@ class _Rotary(nn.Module):
         self.sin: Tensor = nn.Buffer(sin)
 
 
-class _LoopStep(nn.Module):
-    """``MeltModel.loop_step`` with a dialect's attention and all state as inputs and outputs."""
+M = TypeVar("M", MeltModel, LoopLMModel)
 
-    def __init__(self, model: MeltModel, dialect: Dialect, cache_rows: int, dtype: torch.dtype):
+
+class _LoopStep(nn.Module, Generic[M]):
+    """A model's ``loop_step`` with a dialect's attention and all state as inputs and outputs."""
+
+    model: M
+
+    def __init__(self, model: M, dialect: Dialect, cache_rows: int, dtype: torch.dtype):
         super().__init__()
         self.model, self.dialect = model, dialect
         cos, sin = rotary_tables(model.config, torch.arange(cache_rows))
         self.rotary = _Rotary(cos.to(dtype), sin.to(dtype))
+
+    def attend(self, lengths: Tensor, control: Tensor, caches: tuple[Tensor, ...]) -> GraphAttention:
+        keys, values = list(caches[::2]), list(caches[1::2])
+        inputs = GraphInputs(self.model.config, lengths, control, keys, values, self.rotary.cos, self.rotary.sin)
+        return self.dialect.attention(inputs)
+
+
+class _MeltStep(_LoopStep[MeltModel]):
+    """MELT: the latent goes in and out, and tokens that left the loop are frozen."""
 
     def forward(
         self,
@@ -81,10 +100,17 @@ class _LoopStep(nn.Module):
         control: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        keys, values = list(caches[::2]), list(caches[1::2])
-        inputs = GraphInputs(self.model.config, lengths, control, keys, values, self.rotary.cos, self.rotary.sin)
-        attend = self.dialect.attention(inputs)
+        attend = self.attend(lengths, control, caches)
         step = self.model.loop_step(hidden, latent, first_loop, active, attend)
+        return (*step, *attend.outputs)
+
+
+class _LoopLMStep(_LoopStep[LoopLMModel]):
+    """LoopLM: the caches are those of the loop that runs, and nothing else is kept between loops."""
+
+    def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        attend = self.attend(lengths, control, caches)
+        step = self.model.loop_step(hidden, attend)
         return (*step, *attend.outputs)
 
 
@@ -97,17 +123,16 @@ class TracedGraph:
     outputs: tuple[TensorSpec, ...]
 
 
-def loop_states(config: MeltConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
+def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
     """All state tensors of the loop step, in the order of its inputs."""
-    d, layers = config.hidden_size, config.num_hidden_layers
-    return [
-        StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", d), "swap"),
-        StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", config.latent_size), "swap"),
-        *dialect.cache_states(config, dtype, cache_rows),
-    ]
+    states = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", config.hidden_size), "swap")]
+    if isinstance(config, MeltConfig):
+        latent = (config.num_hidden_layers, "batch", "chunk", config.latent_size)
+        states.append(StateSpec("latent", "next_latent", dtype, latent, "swap"))
+    return [*states, *dialect.cache_states(config, dtype, cache_rows)]
 
 
-def trace_embed(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> TracedGraph:
+def trace_embed(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
     """token ids (batch, chunk) -> hidden (batch, chunk, d)."""
     ids = TensorSpec("input_ids", "int64", ("batch", "chunk"))
     hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
@@ -115,30 +140,32 @@ def trace_embed(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> TracedG
 
 
 def trace_loop_step(
-    model: MeltForCausalLM, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
+    model: LoopedModel, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
 ) -> TracedGraph:
     """One loop over a chunk: every state tensor in and out, and the exit probability (batch, chunk)."""
-    hidden, latent, *caches = states
-    inputs = (
-        TensorSpec(hidden.input, dtype, hidden.shape),
-        TensorSpec(latent.input, dtype, latent.shape),
-        TensorSpec("first_loop", "bool", ("batch",)),
-        TensorSpec("active", "bool", ("batch", "chunk")),
+    melt = isinstance(model, MeltForCausalLM)
+    swapped, caches = ([s for s in states if (s.kind == "swap") == wanted] for wanted in (True, False))
+    steering = (TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk")))
+    fixed = (
+        *(TensorSpec(s.input, s.dtype, s.shape) for s in swapped),
+        *(steering if melt else ()),
         TensorSpec("lengths", "int64", ("batch",)),
         dialect.control,
-        *(TensorSpec(s.input, s.dtype, s.shape) for s in caches),
     )
+    inputs = (*fixed, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in caches))
     outputs = (
-        TensorSpec(hidden.output, dtype, hidden.shape),
-        TensorSpec(latent.output, dtype, latent.shape),
+        *(TensorSpec(s.output, s.dtype, s.shape) for s in swapped),
         TensorSpec("exit_probability", "float32", ("batch", "chunk")),
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
-    module = _LoopStep(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
-    return _trace(module, dialect.opset, inputs, outputs)
+    module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
+    traced = _trace(module, dialect.opset, inputs, outputs, len(fixed))
+    if dialect.packs_products:
+        pack_products(traced.model.graph)
+    return traced
 
 
-def trace_lm_head(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> TracedGraph:
+def trace_lm_head(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
     """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision."""
     hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
     logits = TensorSpec("logits", "float32", ("batch", "chunk", model.config.vocab_size))
@@ -146,9 +173,12 @@ def trace_lm_head(model: MeltForCausalLM, dialect: Dialect, dtype: str) -> Trace
 
 
 def _trace(
-    module: nn.Module, opset: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+    module: nn.Module, opset: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], fixed: int = 1
 ) -> TracedGraph:
-    """Exports a module with named dynamic dimensions and cleans the graph up."""
+    """Exports a module with named dynamic dimensions and cleans the graph up.
+
+    ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
+    """
     sizes = {name: torch.export.Dim(name) for name in _TRACE_SIZES}
     example = tuple(
         torch.zeros([_TRACE_SIZES.get(d, d) for d in spec.shape], dtype=_DTYPES[spec.dtype])  # type: ignore[arg-type, call-overload]
@@ -156,7 +186,7 @@ def _trace(
     )
     dynamic = tuple({i: sizes[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
     names = [spec.name for spec in inputs]
-    shapes = (*dynamic[:6], dynamic[6:]) if len(inputs) > 6 else dynamic
+    shapes = (*dynamic[:fixed], dynamic[fixed:]) if len(inputs) > fixed else dynamic
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,

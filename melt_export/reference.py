@@ -6,15 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from melt_models import MeltForCausalLM, UnsupportedConfigError
+from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.cache import MeltCache
 from melt_models.checkpoint import load_model
+from melt_models.looplm import causal_mask
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
@@ -22,12 +24,13 @@ LOGIT_COLUMNS = 8
 
 @dataclass(frozen=True)
 class LoopTrace:
-    """One loop over one sequence's chunk: hidden (chunk, d), latent (layers, chunk, d), exit_probability (chunk,),
+    """One loop over one sequence's chunk: hidden (chunk, d), latent (layers, chunk, d; None: a LoopLM),
+    exit_probability (chunk,),
     keys and values (layers, kv_heads, chunk, head_dim), logits (at most LOGIT_COLUMNS, vocab)."""
 
     loop: int
     hidden: NDArray[Any]
-    latent: NDArray[Any]
+    latent: NDArray[Any] | None
     exit_probability: NDArray[Any]
     keys: NDArray[Any]
     values: NDArray[Any]
@@ -45,19 +48,36 @@ class _WideProducts(TorchFunctionMode):
         return result.float() if func is F.embedding else result
 
 
-class Reference:
-    """A MELT checkpoint as PyTorch computes it, one sequence at a time. device: where, as PyTorch names it."""
+@contextmanager
+def _computing() -> Iterator[None]:
+    with torch.inference_mode(), _WideProducts():
+        yield
 
-    def __init__(self, checkpoint: Path, device: str = "cpu"):
-        model = load_model(checkpoint)
-        if not isinstance(model, MeltForCausalLM):
-            raise UnsupportedConfigError(f"{checkpoint} is not a MELT checkpoint")
-        self.model, self.config, self.device = model.to(device), model.config, device  # type: ignore[arg-type]
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with torch.inference_mode(), _WideProducts():
-            yield
+class Reference(Protocol):
+    """A checkpoint as PyTorch computes it, one sequence at a time."""
+
+    def traces(
+        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
+    ) -> tuple[list[list[LoopTrace]], list[int]]:
+        """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
+
+    def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
+        """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
+
+
+def open_reference(checkpoint: Path, device: str = "cpu") -> Reference:
+    """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError."""
+    model = load_model(checkpoint)
+    found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
+    return found(model.to(device), device)  # type: ignore[arg-type]
+
+
+class MeltReference:
+    """A MELT checkpoint as PyTorch computes it, one sequence at a time."""
+
+    def __init__(self, model: MeltForCausalLM, device: str = "cpu"):
+        self.model, self.config, self.device = model, model.config, device
 
     def traces(
         self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
@@ -66,7 +86,7 @@ class Reference:
         cache = MeltCache(self.config.num_hidden_layers)
         traces: list[list[LoopTrace]] = []
         depths: list[int] = []
-        with self._computing():
+        with _computing():
             for ids in pieces:
                 valid = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
                 hidden = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
@@ -90,7 +110,7 @@ class Reference:
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
         cache = MeltCache(self.config.num_hidden_layers)
         ids, tokens, margins = list(prompt), [], []
-        with self._computing():
+        with _computing():
             for _ in range(count):
                 output = self.model(
                     torch.tensor([ids], device=self.device),
@@ -98,6 +118,60 @@ class Reference:
                     num_loops=loops,
                     chunk_size=chunk,
                     exit_threshold=1.0,
+                    logits_to_keep=1,
+                )
+                best = output.logits[0, -1].topk(2)
+                tokens.append(int(best.indices[0]))
+                margins.append(float(best.values[0] - best.values[1]))
+                ids = tokens[-1:]
+        return tokens, margins
+
+
+class LoopLMReference:
+    """A LoopLM checkpoint: every loop keeps the rows of its own caches, so chunks change nothing."""
+
+    def __init__(self, model: LoopLMForCausalLM, device: str = "cpu"):
+        self.model, self.config, self.device = model, model.config, device
+
+    def traces(
+        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
+    ) -> tuple[list[list[LoopTrace]], list[int]]:
+        """As ``Reference``; every token runs all loops, whatever the threshold."""
+        cache, traces = DynamicCache(), []
+        layers = self.config.num_hidden_layers
+        with _computing():
+            for ids in pieces:
+                seen = cache.get_seq_length() + len(ids)
+                mask = causal_mask(torch.ones(1, seen, dtype=torch.bool, device=self.device), len(ids))
+                positions = torch.arange(seen - len(ids), seen, device=self.device)[None]
+                embedded = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
+                hidden, exits = self.model.model(embedded, mask, positions, cache, loops)
+                chunk: list[LoopTrace] = []
+                for loop in range(loops):
+                    own = cache.layers[loop * layers : (loop + 1) * layers]
+                    keys, values = (
+                        torch.stack([getattr(layer, part)[0, :, -len(ids) :] for layer in own])
+                        for part in ("keys", "values")
+                    )
+                    logits = self.model.lm_head(hidden[loop, 0, -LOGIT_COLUMNS:])
+                    found = [
+                        x.float().cpu().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)
+                    ]
+                    chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
+                traces.append(chunk)
+        return traces, [loops] * sum(map(len, pieces))
+
+    def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
+        """As ``Reference``."""
+        cache = DynamicCache()
+        ids, tokens, margins = list(prompt), [], []
+        with _computing():
+            for _ in range(count):
+                output = self.model(
+                    torch.tensor([ids], device=self.device),
+                    past_key_values=cache,
+                    num_loops=loops,
+                    exit_at_step=loops - 1,
                     logits_to_keep=1,
                 )
                 best = output.logits[0, -1].topk(2)

@@ -18,7 +18,7 @@ from melt_runtime.progress import no_progress
 
 from .errors import ParityError
 from .parity import TOLERANCES, GenerationResult, ParityReport, StateErrors, common_prefix
-from .reference import LOGIT_COLUMNS, LoopTrace, Reference
+from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin
 
 _LIBRARIES = ("torch", "transformers", "onnxruntime", "numpy")
@@ -54,7 +54,7 @@ class Expected:
     cases: list[_Case]
     prompt: list[int]
     chunk: int
-    threshold: float
+    threshold: float | None
     depths: list[int]
     runs: list[_GreedyRun]
 
@@ -80,6 +80,7 @@ def verify(
     manifest = Package.open(package, check_hashes=False).manifest
     _same_model(manifest, checkpoint)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
+    manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
     tokens = (16 if large else 256) if tokens is None else tokens
     expected = expected_of(checkpoint, manifest, tokens, seed=seed, progress=progress)
@@ -117,7 +118,7 @@ def expected_of(
     tokens: greedy tokens a prompt; device: where PyTorch computes. Raises CheckpointError.
     """
     progress("PyTorch: loop by loop", 0, 0)
-    reference, rng = Reference(checkpoint, device), np.random.default_rng(seed)
+    reference, rng = open_reference(checkpoint, device), np.random.default_rng(seed)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
     cases = [
@@ -125,9 +126,11 @@ def expected_of(
         _case(reference, manifest, rng, [4], 1),
     ]
     prompt = cases[0].prompts[0]
-    threshold = _splitting_threshold(cases[0].reference[0])
-    pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
-    depths = reference.traces(pieces, manifest.loops, threshold)[1]
+    threshold, depths = None, []
+    if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
+        threshold = _splitting_threshold(cases[0].reference[0])
+        pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
+        depths = reference.traces(pieces, manifest.loops, threshold)[1]
 
     runs = []
     lengths = ((3 * manifest.chunk // 2, manifest.chunk), (7, manifest.chunk), (1, manifest.chunk), (9, 1))
@@ -146,10 +149,11 @@ def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress
         _compare_case(runtime, case, report.loops, errors)
     errors.into(report)
 
-    session = runtime.session(1)
-    session.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
-    report.exit_threshold, report.exit_tokens = expected.threshold, len(expected.depths)
-    report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], expected.depths, strict=True))
+    if expected.threshold is not None:
+        session = runtime.session(1)
+        session.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
+        report.exit_threshold, report.exit_tokens = expected.threshold, len(expected.depths)
+        report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], expected.depths, strict=True))
 
     for run in expected.runs:
         got = runtime.generate(
@@ -236,12 +240,13 @@ def _compare_loop(session: Session, slot: int, count: int, expected: LoopTrace, 
     """Compares one sequence's part of the chunk that just ran a loop, its rows still open."""
     state, loop = session.state, expected.loop
     errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
-    errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
+    if expected.latent is not None:
+        errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
     exits = state.exit_probability()[slot, :count]
     errors.compare("exit probability", loop, exits, expected.exit_probability, scale=1.0)
     caches = [s for s in session.manifest.states if s.kind != "swap"]
     for part, rows in (("key", expected.keys), ("value", expected.values)):
-        stored = [_open_rows(session, s, slot, count) for s in caches if s.input.startswith(part)]
+        stored = [_open_rows(session, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)]
         errors.compare(f"{part} rows", loop, np.stack(stored), rows)
     columns = np.zeros((session.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
@@ -250,9 +255,10 @@ def _compare_loop(session: Session, slot: int, count: int, expected: LoopTrace, 
     errors.compare_logits(logits, expected.logits)
 
 
-def _open_rows(session: Session, spec: StateSpec, slot: int, count: int) -> np.ndarray:
-    """The rows that the open chunk wrote: (kv_heads, count, head_dim)."""
+def _open_rows(session: Session, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:
+    """The rows that the open chunk wrote, in the loop's own cache where it has one: (kv_heads, count, head_dim)."""
     if spec.kind == "read_only":
         return session.state.read(spec.output, (slot, slice(None), slice(count)))
     start = int(session.lengths[slot])
-    return session.state.read(spec.input, (slot, slice(None), slice(start, start + count)))
+    rows = (slot, slice(None), slice(start, start + count))
+    return session.state.read(spec.input, (loop, *rows) if spec.kind == "per_loop" else rows)

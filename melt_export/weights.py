@@ -11,6 +11,7 @@ from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
 
 from .errors import ExportError
+from .pack import PARTS
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 WEIGHTS_FILE = "weights.data"
@@ -31,19 +32,34 @@ def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype)
 
 def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
     """The weight itself if it is small, else one that is read when it is written."""
-    transposed = bool(value.meta.get(TRANSPOSED))
 
     def read() -> ir.TensorProtocol:
-        tensor = weights.tensor(name).to(dtype)
+        tensor = read_weight(value, weights, dtype)
         if dtype != torch.float32 and not torch.isfinite(tensor).all():
             short, wider = ("fp16", "bf16 or fp32") if dtype == torch.float16 else ("bf16", "fp32")
             raise ExportError(f"tensor {name} has values beyond {short}'s range; export with --precision {wider}")
-        return tensor_adapters.TorchTensor(tensor.t().contiguous() if transposed else tensor, name=value.name)
+        return tensor_adapters.TorchTensor(tensor, name=value.name)
 
     assert value.shape is not None
     kind = tensor_adapters.from_torch_dtype(dtype)
     lazy = ir.LazyTensor(read, dtype=kind, shape=value.shape, name=value.name)
     return read() if lazy.nbytes < _INLINE_BYTES else lazy
+
+
+def read_weight(value: ir.Value, weights: Weights, dtype: torch.dtype) -> torch.Tensor:
+    """A detached weight as the graph has it: cast, transposed, and side by side where several were packed into one."""
+    parts = value.meta.get(PARTS)
+    if parts:
+        assert value.shape is not None
+        packed = torch.empty([int(size) for size in value.shape], dtype=dtype)  # type: ignore[arg-type]
+        start = 0
+        for part in parts:
+            tensor = weights.tensor(part).t()
+            packed[:, start : start + tensor.shape[1]] = tensor
+            start += tensor.shape[1]
+        return packed
+    tensor = weights.tensor(value.meta[CHECKPOINT_NAME]).to(dtype)
+    return tensor.t().contiguous() if value.meta.get(TRANSPOSED) else tensor
 
 
 def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[int], None] | None = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from melt_models import MeltConfig, MeltForCausalLM
+from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from melt_export.export import ExportOptions, building
@@ -64,6 +64,23 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
             if tokenizer:
                 write_tokenizer(directory)
             made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_looplm(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """A function of config fields -> a random LoopLM (Ouro) checkpoint, made once for equal fields."""
+    made: dict[str, Path] = {}
+
+    def make(**fields: object) -> Path:
+        key = repr(sorted(fields.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("looplm")
+            shape = {name: value for name, value in TINY.items() if name != "chunk_size"}
+            torch.manual_seed(0)
+            LoopLMForCausalLM(LoopLMConfig(**{**shape, **fields})).save_pretrained(made[key])
         return made[key]
 
     return make

@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 from conftest import TINY, MakeCheckpoint, MakePackage
-from melt_models import CheckpointError, LoopLMConfig, LoopLMForCausalLM, MeltConfig
+from melt_models import CheckpointError, MeltConfig
 from melt_models.atomic import TargetExistsError
 from melt_models.checkpoint import Weights, hollow_model
 from melt_runtime.package import Package
@@ -228,12 +228,10 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "nowhere does not exist" in message
 
 
-@pytest.mark.parametrize("kind", ["ouro", "llama"])
-def test_a_checkpoint_that_is_not_melt_yet_is_sent_to_melt_convert(tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_that_is_not_looped_yet_is_sent_to_melt_convert(tmp_path: Path) -> None:
     own = ("total_ut_steps", "chunk_size", "pad_token_id", "eos_token_id")
     shape: dict[str, Any] = {name: value for name, value in TINY.items() if name not in own}
-    model = LoopLMForCausalLM(LoopLMConfig(**shape)) if kind == "ouro" else LlamaForCausalLM(LlamaConfig(**shape))
-    model.save_pretrained(tmp_path / "source")
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "source")
     assert "melt-convert" in refusal(CheckpointError, tmp_path / "source", tmp_path / "package")
 
 

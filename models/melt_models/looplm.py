@@ -75,13 +75,18 @@ class LoopLMModel(nn.Module):
         cos, sin = rotary_tables(self.config, positions)
         outputs, exits = [], []
         for loop in range(num_loops):
-            attend = _LoopAttention(self.config, cache, loop, cos, sin, mask)
-            for layer in self.layers:
-                hidden = layer(hidden, attend)
-            hidden = self.norm(hidden)
+            hidden, exit_probability = self.loop_step(hidden, _LoopAttention(self.config, cache, loop, cos, sin, mask))
             outputs.append(hidden)
-            exits.append(torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float()))
+            exits.append(exit_probability)
         return torch.stack(outputs), torch.stack(exits)
+
+    def loop_step(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """One loop: the stack, then the final norm, whose output (b, c, d) the next loop reads; and the exit
+        probability (b, c) float32. ``attend`` writes and reads the rows of this loop's own caches."""
+        for layer in self.layers:
+            hidden = layer(hidden, attend)
+        hidden = self.norm(hidden)
+        return hidden, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
 
 
 def exit_distribution(exit_probability: Tensor) -> Tensor:

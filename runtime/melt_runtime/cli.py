@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_cli import bench_command
 from .command import one_line, reported_errors, run_app
 from .describe import describe, untrained_warnings
 from .engine_cli import build_engine_command
@@ -176,6 +177,7 @@ def inspect(
 
 
 app.command("build-engine", epilog=_EPILOG)(build_engine_command)
+app.command("bench", epilog=_EPILOG)(bench_command)
 
 
 class Chat:

@@ -206,7 +206,7 @@ def _memory(package: Package, length: int, batch: int) -> MemoryFacts:
         weights_bytes=sum(file.bytes for file in _files(package) if file.role == "weights"),
         state_bytes=manifest.state_bytes(batch),
         cache_bytes=cache,
-        looplm_cache_bytes={loops: loops * cache for loops in COMPARED_LOOPS},
+        looplm_cache_bytes={loops: loops * cache // (manifest.cache_loops or 1) for loops in COMPARED_LOOPS},
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .engines.spec import EngineSpec
-from .errors import PackageError
+from .errors import ArgumentError, PackageError
 from .files import FileSpec, file_hash
 
 FORMAT_VERSION = 1
@@ -18,7 +18,7 @@ MANIFEST, PARITY = "manifest.json", "parity.json"
 DIALECTS = ("onnxruntime", "standard", "portable")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
-STATE_KINDS = ("swap", "in_place", "read_only")
+STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")
 
 
@@ -46,7 +46,8 @@ class StateSpec:
 
     ``kind``: "swap" (two buffers trade places each loop: hidden, latent), "in_place" (one buffer is bound as
     ``input`` and ``output``: the caches), "read_only" (caches of the portable dialect, whose ``output`` holds the
-    chunk's new rows, which the runtime copies in after the last loop).
+    chunk's new rows, which the runtime copies in after the last loop), "per_loop" (a LoopLM's caches: ``shape`` begins
+    with the number of loops, and loop t binds the t-th part in place).
     """
 
     input: str
@@ -54,6 +55,11 @@ class StateSpec:
     dtype: str
     shape: tuple[int | str, ...]
     kind: str
+
+    @property
+    def bound_shape(self) -> tuple[int | str, ...]:
+        """What one loop step is given of it: all, or of a cache a loop its own."""
+        return self.shape[1:] if self.kind == "per_loop" else self.shape
 
     def bytes(self, batch: int, chunk: int) -> int:
         """Bytes that the runtime allocates for it, both swap buffers or the new rows included."""
@@ -110,7 +116,25 @@ class Manifest:
     def cache_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of key/value rows that hold ``tokens`` tokens of each sequence of a batch."""
         caches = [s for s in self.states if s.kind != "swap"]
-        return sum(size_of((batch, s.shape[1], tokens, s.shape[3]), s.dtype) for s in caches)
+        rows = sum(size_of((batch, s.bound_shape[1], tokens, s.bound_shape[3]), s.dtype) for s in caches)
+        return rows * (self.cache_loops or 1)
+
+    @property
+    def cache_loops(self) -> int | None:
+        """How many loops have a cache of their own (a LoopLM); None where all loops share one (MELT)."""
+        return next((int(s.shape[0]) for s in self.states if s.kind == "per_loop"), None)
+
+    def check_depth(self, loops: int, exit_threshold: float) -> None:
+        """Raises ArgumentError for a depth that a LoopLM's caches do not allow; MELT allows any."""
+        if self.cache_loops is None:
+            return
+        if loops > self.cache_loops:
+            raise ArgumentError(f"loops is {loops}; this LoopLM package has caches for {self.cache_loops}")
+        if exit_threshold < 1.0:
+            raise ArgumentError(
+                f"exit_threshold is {exit_threshold}; a token of a LoopLM that left early would lack its rows in the "
+                "later loops' caches, so only 1.0 is possible"
+            )
 
     def to_json(self) -> str:
         """The manifest as written to disk. A package without engines says nothing of them."""
@@ -164,10 +188,14 @@ class Manifest:
             raise PackageError(f"{MANIFEST}: model and libraries must be JSON objects")
         if not all(isinstance(part, str) for part in self.untrained):
             raise PackageError(f"{MANIFEST}: untrained must be a list of names")
-        if [state.input for state in self.states[:2]] != ["hidden", "latent"] or len(self.states) < 4:
-            raise PackageError(f"{MANIFEST}: states must be hidden, latent and a key and value cache a layer")
+        per_loop = any(state.kind == "per_loop" for state in self.states)
+        first = ["hidden"] if per_loop else ["hidden", "latent"]
+        if [state.input for state in self.states if state.kind == "swap"] != first or len(self.states) < len(first) + 2:
+            raise PackageError(f"{MANIFEST}: states must be {', '.join(first)} and a key and value cache a layer")
+        if len({(state.kind, state.shape[:1]) for state in self.states[len(first) :]}) > 1:
+            raise PackageError(f"{MANIFEST}: the caches are of different kinds")
         for state in self.states:
-            rank = 3 if state.input == "hidden" else 4
+            rank = {"hidden": 3}.get(state.input, 5 if state.kind == "per_loop" else 4)
             dims = all(_is_count(d) or d in ("batch", "chunk") for d in state.shape)
             if state.kind not in STATE_KINDS or state.dtype not in ITEM_BYTES or len(state.shape) != rank or not dims:
                 raise PackageError(f"{MANIFEST}: state {state.input} has an unknown kind, dtype or shape")

@@ -196,8 +196,9 @@ def _memory(memory: MemoryFacts) -> Table:
 def _comparison(memory: MemoryFacts) -> Table:
     columns = (("loops", "right"), ("MELT", "right"), ("LoopLM, one cache per loop", "right"))
     table = _table(f"Cache by loops{_at(memory)}", *columns)
+    shared = memory.looplm_cache_bytes[1]
     for loops, count in memory.looplm_cache_bytes.items():
-        table.add_row(str(loops), Text(human_bytes(memory.cache_bytes), style="green"), human_bytes(count))
+        table.add_row(str(loops), Text(human_bytes(shared), style="green"), human_bytes(count))
     return table
 
 

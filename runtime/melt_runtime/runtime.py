@@ -154,6 +154,7 @@ class Runtime:
             self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
             chunk,
         )
+        self.manifest.check_depth(depth.loops, depth.exit_threshold)
         if isinstance(stop_ids, int):
             stop_ids = [stop_ids]
         ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)

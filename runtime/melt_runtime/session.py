@@ -105,6 +105,7 @@ class Session:
         A token leaves the loop once 1 - prod(1 - exit probability) reaches the threshold; its hidden and latent
         are frozen from then on, so that its cache rows keep their values. The chunk stops when all have left.
         """
+        self._check_depth(settings)
         active = np.arange(chunk.ids.shape[1]) < chunk.counts[:, None]
         remaining, depth = np.ones(active.shape, np.float32), np.zeros(active.shape, np.int64)
         control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
@@ -128,6 +129,7 @@ class Session:
             for _ in self.loops(chunk, settings):
                 pass
             return
+        self._check_depth(settings)
         active = np.arange(chunk.ids.shape[1]) < chunk.counts[:, None]
         control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
         self.state.run_chunk(chunk.ids, control, settings.loops, head=bool(chunk.last.any()))
@@ -137,6 +139,15 @@ class Session:
         self.lengths += chunk.counts
         for slot, count in enumerate(chunk.counts):
             self.depth[slot].extend(depth[slot, :count].tolist())
+
+    def _check_depth(self, settings: LoopSettings) -> None:
+        """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""
+        self.manifest.check_depth(settings.loops, settings.exit_threshold)
+        filled = min((depth for depths in self.depth for depth in depths), default=settings.loops)
+        if self.manifest.cache_loops is not None and filled < settings.loops:
+            raise ArgumentError(
+                f"loops is {settings.loops}, but tokens in the cache ran {filled}; a LoopLM cannot deepen its caches"
+            )
 
     def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
         """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""

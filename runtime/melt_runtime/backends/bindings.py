@@ -28,9 +28,8 @@ def state_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     """The bytes of every state buffer of a batch, by name: allocated once, for the widest chunk."""
     sizes: dict[str, int] = {}
     for state in manifest.states:
-        names = [behind(state, 0), behind(state, 1)] if state.kind == "swap" else [state.input]
-        for name in names:
-            sizes[name] = size_of(state.shape, state.dtype, batch=batch, chunk=manifest.chunk)
+        for name in buffers_of(state):
+            sizes[name] = size_of(state.bound_shape, state.dtype, batch=batch, chunk=manifest.chunk)
         if state.kind == "read_only":
             sizes[state.output] = size_of(rows_shape(state.shape), state.dtype, batch=batch, chunk=manifest.chunk)
     return sizes
@@ -71,16 +70,23 @@ def embed_bindings(manifest: Manifest, batch: int, chunk: int) -> Bindings:
 
 
 def loop_bindings(
-    manifest: Manifest, batch: int, chunk: int, context: int, current: int, first_loop: str = "first_loop"
+    manifest: Manifest,
+    batch: int,
+    chunk: int,
+    context: int,
+    current: int,
+    first_loop: str = "first_loop",
+    loop: int = 0,
 ) -> Bindings:
-    """The loop step. ``current``: which of the swapped buffers holds the newest states.
+    """The loop step. ``current``: which of the swapped buffers holds the newest states. ``loop``: whose caches, where
+    each has its own.
 
     What is no state (masks, lengths, exit probability) is bound to a buffer of its own name, or to ``first_loop``.
     """
     named = {"batch": batch, "chunk": chunk, "context": context}
     graph = manifest.graphs["loop_step"]
-    sources = {state.input: behind(state, current) for state in manifest.states} | {"first_loop": first_loop}
-    targets = {state.output: _written(state, current) for state in manifest.states}
+    sources = {state.input: behind(state, current, loop) for state in manifest.states} | {"first_loop": first_loop}
+    targets = {state.output: _written(state, current, loop) for state in manifest.states}
     inputs = tuple(_bound(spec, sources.get(spec.name, spec.name), named) for spec in graph.inputs)
     outputs = tuple(_bound(spec, targets.get(spec.name, spec.name), named) for spec in graph.outputs)
     return inputs, outputs
@@ -93,14 +99,25 @@ def head_bindings(manifest: Manifest, batch: int, hidden: str) -> Bindings:
     return inputs, tuple(_bound(spec, spec.name, named) for spec in graph.outputs)
 
 
-def behind(state: StateSpec, which: int) -> str:
-    """The buffer of a state: one of the two that trade places, or its only one."""
+def buffers_of(state: StateSpec) -> list[str]:
+    """All buffers of a state: two that trade places, one a loop, or its only one."""
+    if state.kind == "swap":
+        return [behind(state, 0), behind(state, 1)]
+    if state.kind == "per_loop":
+        return [behind(state, 0, loop) for loop in range(int(state.shape[0]))]
+    return [state.input]
+
+
+def behind(state: StateSpec, which: int, loop: int = 0) -> str:
+    """The buffer of a state: one of the two that trade places, a loop's own, or its only one."""
+    if state.kind == "per_loop":
+        return f"{state.input}/{loop}"
     return f"{state.input}/{which}" if state.kind == "swap" else state.input
 
 
-def _written(state: StateSpec, current: int) -> str:
+def _written(state: StateSpec, current: int, loop: int) -> str:
     """The other of two swapped buffers; the cache itself; a read-only cache's rows."""
-    return state.output if state.kind == "read_only" else behind(state, 1 - current)
+    return state.output if state.kind == "read_only" else behind(state, 1 - current, loop)
 
 
 def _bound(spec: TensorSpec, buffer: str, named: dict[str, int]) -> Binding:

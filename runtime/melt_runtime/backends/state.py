@@ -50,6 +50,7 @@ class BufferState(ABC):
         self.manifest, self.batch, self.chunk = manifest, batch, manifest.chunk
         self.width = 1  # columns of the chunk that was embedded last
         self.current = 0  # which of the two swap buffers holds the newest hidden and latent
+        self.loops_run = 0  # of the open chunk: whose caches are bound next, where each loop has its own
         self.hidden = manifest.states[0]
         self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
         sizes = state_buffers(manifest, batch)
@@ -92,7 +93,7 @@ class BufferState(ABC):
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
         """token_ids (batch, chunk) -> hidden."""
-        self.width, self.current = token_ids.shape[1], 0
+        self.width, self.current, self.loops_run = token_ids.shape[1], 0, 0
         self.put("input_ids", token_ids)
         self.run_embed()
 
@@ -148,9 +149,18 @@ class BufferState(ABC):
         """A copy of a state, or of the part at ``index``, by its name in the manifest; bfloat16 comes as float32.
 
         An input name gives the state itself: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache
-        (batch, kv_heads, rows, head_dim); the output name of a read-only cache gives the chunk's new rows.
+        (batch, kv_heads, rows, head_dim), a LoopLM's with the loops in front; the output name of a read-only cache
+        gives the chunk's new rows.
         """
         for state in self.manifest.states:
+            if name == state.input and state.kind == "per_loop":
+                which, *rest = index if isinstance(index, tuple) else (index,)
+                loops = np.arange(int(state.shape[0]))[which]
+                parts = [
+                    self._read(behind(state, 0, int(loop)), state.bound_shape, state.dtype, tuple(rest))
+                    for loop in np.atleast_1d(loops)
+                ]
+                return np.stack(parts) if np.ndim(loops) else parts[0]
             if name == state.input:
                 return self._read(behind(state, self.current), state.shape, state.dtype, index)
             if name == state.output and state.kind == "read_only":
@@ -194,13 +204,15 @@ class BufferState(ABC):
 
     def run_loop(self, width: int, context: int, first_loop: str) -> None:
         """A loop step on what ``prepare`` wrote; hidden and latent trade places."""
-        key = ("loop_step", self.current, width, context, first_loop)
+        loop = self.loops_run if self.manifest.cache_loops else 0
+        key = ("loop_step", self.current, width, context, first_loop, loop)
         bound = self._bindings.get(key)
         if bound is None:
-            made = loop_bindings(self.manifest, self.batch, width, context, self.current, first_loop)
+            made = loop_bindings(self.manifest, self.batch, width, context, self.current, first_loop, loop)
             bound = self._bind(key, made)
         self.run("loop_step", bound)
         self.current = 1 - self.current
+        self.loops_run += 1
 
     def gather(self, columns: NDArray[np.int64]) -> None:
         """Brings one column (batch,) of each sequence's hidden together for the head; a single one already is."""

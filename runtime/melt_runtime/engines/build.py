@@ -107,6 +107,8 @@ def build_engine(package: Package, options: EngineOptions, progress: Step = no_p
 
 def check_package(manifest: Manifest, options: EngineOptions, library: Library) -> None:
     """``check_options`` for a package."""
+    if manifest.cache_loops is not None:
+        raise ArgumentError("this is a LoopLM package, with caches a loop; engines are built from MELT packages")
     check_options(manifest.dialect, manifest.precision, manifest.max_batch, options, library)
 
 

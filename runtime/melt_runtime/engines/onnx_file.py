@@ -87,6 +87,25 @@ def read_operators(path: Path) -> list[Operator]:
     return found
 
 
+def initializer_bytes(path: Path) -> dict[str, int]:
+    """The bytes of every initializer of an ONNX file as stored, by name, whatever its type. Raises PackageError."""
+    found: dict[str, int] = {}
+    try:
+        for graph in _fields(path.read_bytes(), 7):  # ModelProto.graph
+            for tensor in _fields(graph, 5):  # GraphProto.initializer
+                name = next(_fields(tensor, 8), b"").decode()
+                outside = {
+                    key.decode(): value.decode()
+                    for entry in _fields(tensor, 13)
+                    for key, value in [(next(_fields(entry, 1), b""), next(_fields(entry, 2), b""))]
+                }
+                inside = sum(len(value) for number in (4, 5, 7, 9, 10) for value in _fields(tensor, number))
+                found[name] = int(outside.get("length", inside))
+    except (IndexError, ValueError, TypeError) as error:
+        raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
+    return found
+
+
 def _tensor(content: bytes, directory: Path) -> Initializer | None:
     """A TensorProto; None for one of another type."""
     dims: list[int] = []

@@ -1,0 +1,124 @@
+"""``melt-run bench``: how fast packages run here, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .bench import Sweep, bench
+from .command import reported_errors
+from .errors import ArgumentError
+from .machine import describe_machine
+from .progress import shown_progress
+from .render import human_bytes
+
+_LIBRARIES = ("melt-export", "onnxruntime", "numpy")
+
+
+def bench_command(
+    package: Annotated[Path, typer.Argument(help="The package to measure.")],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="A rival, run in turn with it; may be given several times.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    context: Annotated[str, typer.Option(help="Tokens in the cache before the timed ones, such as 0,512,2048.")] = "0",
+    loops: Annotated[str, typer.Option(help="Loops a token, such as 1,2,4. Default: each package's.")] = "",
+    batch: Annotated[str, typer.Option(help="Sequences at a time, such as 1,4.")] = "1",
+    chunk: Annotated[str, typer.Option(help="Prefill chunks, such as 32,128. Default: each package's.")] = "",
+    threads: Annotated[str, typer.Option(help="Threads, such as 1,2. Default: the physical cores.")] = "",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded at each visit.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Visits to each combination, packages in turn.")] = 5,
+) -> None:
+    """Measure speed, bytes and memory of a package, and of rivals in turn with it.
+
+    Every combination of the lists is run. Bandwidth is what this machine reads with as many threads, measured first
+    and again before each visit.
+    """
+    with reported_errors():
+        sweep = Sweep(
+            contexts=_numbers("context", context),
+            loops=_numbers("loops", loops),
+            batches=_numbers("batch", batch),
+            chunks=_numbers("chunk", chunk),
+            threads=_numbers("threads", threads),
+            prompt=prompt,
+            tokens=tokens,
+            rounds=rounds,
+        )
+        if json_file is not None and not json_file.resolve().parent.is_dir():
+            raise ArgumentError(f"{json_file} cannot be written: its directory does not exist")
+        report: dict[str, Any] = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": describe_machine(),
+            "versions": _versions(),
+        }
+        with shown_progress() as step:
+            report |= bench([package, *(against or [])], sweep, step)
+        if json_file is not None:
+            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        show(report, Console())
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """ "0,512" -> (0, 512). Raises ArgumentError."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wrong = next((word for word in words if not word.isascii() or not word.isdigit()), None)
+    if wrong is not None:
+        raise ArgumentError(f"--{name} takes whole numbers with commas between them, not {wrong!r}")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report as tables."""
+    for found in report["bandwidth"]:
+        console.print(f"memory is read at {_middle(found['bytes_s'], 1e9, 1)} GB/s with {found['threads']} threads")
+    table = Table("package", "state", "loaded", "peak")
+    for found in report["packages"]:
+        sizes = (found["state_bytes"], found["loaded_bytes"], found["peak_bytes"])
+        table.add_row(found["name"], *("not known" if size is None else human_bytes(size) for size in sizes))
+    console.print(table)
+    columns = ("package", "context", "loops", "batch", "chunk", "threads", "first token s", "prefill/s", "decode/s")
+    table = Table(*columns, "ms a loop", "a loop moves", "GB/s", "of bandwidth", "time, first = 1", "overhead")
+    for row in report["results"]:
+        share, own = row["bandwidth_share"], row["overhead_share"]
+        table.add_row(
+            row["package"],
+            *(str(row[name]) for name in ("context", "loops", "batch", "chunk", "threads")),
+            _middle(row["first_token_s"], 1, 3),
+            _middle(row["prefill_tokens_s"], 1, 1),
+            _middle(row["decode_tokens_s"], 1, 2),
+            _middle(row["loop_ms"], 1, 2),
+            human_bytes(row["bytes_a_loop"]["total"]),
+            _middle(row["effective_bytes_s"], 1e9, 2),
+            "-" if share is None else f"{share['median']:.0%}",
+            _middle(row["time_against_first"], 1, 3),
+            "-" if own is None else f"{own['median']:.1%}",
+        )
+    console.print(table)
+
+
+def _middle(values: dict[str, float] | None, unit: float, digits: int) -> str:
+    """The median in a unit, and half the way between the quartiles."""
+    if values is None:
+        return "-"
+    half = (values["high"] - values["low"]) / 2
+    return f"{values['median'] / unit:.{digits}f} ± {half / unit:.{digits}f}"

@@ -1,0 +1,115 @@
+"""The machine that figures come from: what it is, how fast it reads memory, how much of it a process holds."""
+
+from __future__ import annotations
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Far more than any cache holds, so that every byte comes from memory.
+READ_BYTES = 1 << 28
+
+
+def describe_machine() -> dict[str, Any]:
+    """The machine by what matters for figures; nothing that names it. What the system does not tell is None."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    affinity = getattr(os, "sched_getaffinity", None)
+    pages = getattr(os, "sysconf_names", {})
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in pages else None
+    load = getattr(os, "getloadavg", None)
+    return {
+        "cpu": model or platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "memory_bytes": memory,
+        "system": f"{platform.system()} {platform.release()}",
+        "load_at_start": round(load()[0], 2) if load else None,
+    }
+
+
+def resident(field: str) -> int | None:
+    """Bytes of memory of this process: "VmRSS" now, "VmHWM" at its peak; None where the system does not tell.
+
+    Not getrusage: a child's peak there starts at its parent's.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+class ReadBandwidth:
+    """Reads a large buffer with several threads, in the fastest of a few ways, and says how many bytes a second came.
+
+    Every byte is used (a maximum, or the bits of all), so nothing can be skipped; numpy lets go of the interpreter
+    while it reads. ``threads``: as many as the measured package uses.
+    """
+
+    def __init__(self, threads: int, total: int = READ_BYTES):
+        self.threads = threads
+        words = max(total // threads // 8, 1)
+        self._parts = [np.ones(words, np.uint64) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads)
+        self._way = max(_WAYS, key=lambda way: max(self._rate(way) for _ in range(3)))
+
+    def measure(self) -> float:
+        """Bytes a second, the better of two readings."""
+        return max(self._rate(self._way) for _ in range(2))
+
+    def _rate(self, way: str) -> float:
+        started = perf_counter()
+        list(self._pool.map(_WAYS[way], self._parts))
+        return sum(part.nbytes for part in self._parts) / (perf_counter() - started)
+
+    def close(self) -> None:
+        """Ends the threads and frees the buffer."""
+        self._pool.shutdown()
+        self._parts.clear()
+
+
+def _largest(part: NDArray[np.uint64]) -> object:
+    return part.view(np.float32).max()
+
+
+def _all_bits(part: NDArray[np.uint64]) -> object:
+    return np.bitwise_or.reduce(part)
+
+
+def _largest_byte(part: NDArray[np.uint64]) -> object:
+    return part.view(np.int8).max()
+
+
+_WAYS = {"largest": _largest, "all bits": _all_bits, "largest byte": _largest_byte}
+
+
+def physical_cores() -> int:
+    """Cores that compute at full speed and that this process may use: what a backend takes when it is not told."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    return max(1, min(cores, _listed_cores() or cores))
+
+
+def _listed_cores() -> int | None:
+    """Counted in /proc/cpuinfo; None where that cannot be read."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return None
+    pairs: set[tuple[str, str]] = set()
+    socket = ""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "physical id":
+            socket = value.strip()
+        elif name.strip() == "core id":
+            pairs.add((socket, value.strip()))
+    return len(pairs) or None

@@ -1,0 +1,140 @@
+"""``melt-run bench`` measures what it says, packages in turn. Mechanics only: no figure that depends on time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import MakeCheckpoint, MakePackage
+from melt_runtime import ArgumentError, LoopSettings, Runtime
+from melt_runtime import bench as module
+from melt_runtime.bench import Driver, Sweep, bench, loop_bytes, overhead, spread
+from melt_runtime.cli import app
+from melt_runtime.machine import ReadBandwidth
+from melt_runtime.package import Package
+from typer.testing import CliRunner
+
+QUICK = {"prompt": 10, "tokens": 1, "rounds": 2, "threads": (1,)}
+
+
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads a megabyte instead of what real figures need."""
+    monkeypatch.setattr(ReadBandwidth.__init__, "__defaults__", (1 << 20,))
+
+
+@pytest.fixture(scope="module")
+def looplm(make_looplm: MakeCheckpoint, make_package: MakePackage) -> Path:
+    return make_package(make_looplm(), chunk=8)
+
+
+def test_a_sweep_runs_every_combination_of_every_package(tiny_package: Path, looplm: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ["--context", "0,20", "--loops", "1,2", "--batch", "1,3", "--chunk", "4,8", "--threads", "1"]
+    options += ["--prompt", "10", "--tokens", "1", "--rounds", "1", "--json", str(file), "--against", str(looplm)]
+    result = CliRunner().invoke(app, ["bench", str(tiny_package), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert len(report["results"]) == 2 * 2 * 2 * 2 * 2
+    names = ("package", "context", "loops", "batch", "chunk")
+    assert len({tuple(row[name] for name in names) for row in report["results"]}) == 32
+    for row in report["results"]:
+        for name in ("first_token_s", "prefill_tokens_s", "decode_tokens_s", "token_ms", "loop_ms", "bandwidth_share"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+    assert [found["model_type"] for found in report["packages"]] == ["melt", "ouro"]
+    assert report["packages"][0]["state_bytes"] == Package.open(tiny_package).manifest.state_bytes(3)
+    assert all(found["peak_bytes"] >= found["loaded_bytes"] > 0 for found in report["packages"])
+    assert str(tmp_path) not in file.read_text(encoding="utf-8")
+    assert "of bandwidth" in result.output
+
+
+def test_packages_take_turns(tiny_package: Path, looplm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    visits: list[str] = []
+    decode = Driver.decode
+
+    def noted(self: Driver, context: int, loops: int, tokens: int) -> tuple[float, float]:
+        visits.append(self.manifest.model["model_type"])
+        return decode(self, context, loops, tokens)
+
+    monkeypatch.setattr(Driver, "decode", noted)
+    monkeypatch.setattr(module, "peak_memory", lambda *_: {"loaded_bytes": None, "peak_bytes": None})
+    report = bench([tiny_package, looplm], Sweep(**QUICK))  # type: ignore[arg-type]
+    assert visits == ["melt", "ouro"] * 3  # two rounds, and one before that does not count
+    first, rival = report["results"]
+    assert first["time_against_first"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert rival["time_against_first"]["median"] > 0
+
+
+@pytest.mark.parametrize("context", [0, 100])
+def test_bytes_a_loop_are_weights_rows_and_state(tiny_package: Path, looplm: Path, context: int) -> None:
+    d, mlp, kv, layers = 64, 96, 32, 2
+    stack = 2 * d * d + 2 * d * kv + 3 * d * mlp + 4 * d  # q, o; k, v; the MLP; four norms
+    shared = d + d + 1  # final norm, exit gate
+    gate = 2 * d * d + d
+    rows = layers * 2 * kv * (context + 1) * 4
+    melt, ouro = (loop_bytes(Package.open(package), context) for package in (tiny_package, looplm))
+    assert ouro["cache"] == melt["cache"] == rows
+    assert melt["state"] == 2 * 4 * (d + layers * d)
+    assert ouro["state"] == 2 * 4 * d
+    assert 0 <= ouro["weights"] - 4 * (layers * stack + shared) < 512  # a few small constants
+    assert 0 <= melt["weights"] - 4 * (layers * (stack + gate) + shared) < 512
+
+
+def test_measuring_runs_the_same_loops_as_generating(tiny_package: Path) -> None:
+    runtime = Runtime.load(tiny_package)
+    session = runtime.session()
+    driver = Driver(session.state, runtime.manifest)
+    driver.prefill(10, 8, 3)
+    expected = runtime.session()
+    expected.append([[0] * 10], LoopSettings(3))
+    rows = (0, slice(None), slice(10))
+    assert (session.state.read("key_cache.1", rows) == expected.state.read("key_cache.1", rows)).all()
+
+
+def test_overhead_is_a_share_and_leaves_the_runtime_as_it_was(tiny_package: Path) -> None:
+    runtime = Runtime.load(tiny_package)
+    before = dict(runtime.backend.sessions)  # type: ignore[attr-defined]
+    share = overhead(runtime, tokens=4)
+    assert share is not None
+    assert 0 < share < 1
+    assert runtime.backend.sessions == before  # type: ignore[attr-defined]
+
+
+def test_read_bandwidth_reads_every_byte_it_counts() -> None:
+    bandwidth = ReadBandwidth(2, 1 << 20)
+    assert sum(part.nbytes for part in bandwidth._parts) == 1 << 20
+    assert bandwidth.measure() > 0
+    bandwidth.close()
+
+
+def test_a_spread_is_median_and_quartiles() -> None:
+    assert spread([1, 2, 3, 4, 5]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert spread([]) is None
+
+
+# Refusals: before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "256"], "holds 256 tokens; the sweep needs 257"),
+        (["--batch", "9"], "at most 8 sequences"),
+        (["--chunk", "16"], "a chunk of at most 8"),
+        (["--loops", "0"], "loops is 0"),
+        (["--context", "x"], "--context takes whole numbers"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["--json", "nowhere/at/all.json"], "its directory does not exist"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(tiny_package: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", str(tiny_package), "--prompt", "8", *options])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_more_loops_than_a_rival_has_caches_for_are_refused(tiny_package: Path, looplm: Path) -> None:
+    with pytest.raises(ArgumentError, match="caches for 4"):
+        bench([tiny_package, looplm], Sweep(loops=(8,), prompt=8))
