@@ -61,7 +61,7 @@ def load(directory: Path, graphs: bool = True) -> Runtime:
 
 
 def test_every_loop_is_onnx_runtimes(directory: Path) -> None:
-    ours, theirs = load(directory).session(3), Runtime.load(directory).session(3)
+    ours, theirs = load(directory).session(3), Runtime.load(directory, backend="onnxruntime").session(3)
     for tokens in (PROMPTS, [[5], [6], []], [[7], [8], [9]]):
         for chunk in ours.chunks(tokens):
             loops = zip(ours.loops(chunk, LoopSettings(4)), theirs.loops(chunk, LoopSettings(4)), strict=True)
@@ -82,7 +82,10 @@ def test_every_loop_is_onnx_runtimes(directory: Path) -> None:
 def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(directory: Path, threshold: float) -> None:
     asked: dict[str, Any] = {"max_tokens": 100, "exit_threshold": threshold, "ignore_eos": True}
     captured, plain = load(directory), load(directory, graphs=False)
-    found = [runtime.generate(PROMPTS, **asked) for runtime in (captured, plain, Runtime.load(directory))]
+    found = [
+        runtime.generate(PROMPTS, **asked)
+        for runtime in (captured, plain, Runtime.load(directory, backend="onnxruntime"))
+    ]
     assert [g.token_ids for g in found[0]] == [g.token_ids for g in found[1]] == [g.token_ids for g in found[2]]
     assert captured._session.state.captured()  # type: ignore[union-attr, attr-defined]
 
@@ -90,7 +93,7 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(directory: Path
 def test_candidates_draw_what_whole_rows_draw(directory: Path) -> None:
     asked: dict[str, Any] = {"max_tokens": 40, "temperature": 0.7, "top_p": 0.8, "seed": 3, "ignore_eos": True}
     found = load(directory).generate(PROMPTS[0], **asked)
-    assert found.token_ids == Runtime.load(directory).generate(PROMPTS[0], **asked).token_ids
+    assert found.token_ids == Runtime.load(directory, backend="onnxruntime").generate(PROMPTS[0], **asked).token_ids
 
 
 def test_device_memory_is_flat_over_loops(directory: Path, device: Device) -> None:

@@ -89,7 +89,7 @@ def real(values: np.ndarray, name: str, counts: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_state_of_every_loop_is_onnx_runtimes(directory: Path, device: HostDevice, graphs: bool) -> None:
-    ours, theirs = load(directory, graphs=graphs).session(3), Runtime.load(directory).session(3)
+    ours, theirs = load(directory, graphs=graphs).session(3), Runtime.load(directory, backend="onnxruntime").session(3)
     steps = [PROMPTS, *([[token], [token + 1], []] for token in range(5, 10))]
     for tokens in steps:
         for chunk in ours.chunks(tokens):
@@ -112,7 +112,10 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(
 ) -> None:
     asked: dict[str, Any] = {"max_tokens": 110, "exit_threshold": threshold, "ignore_eos": True}
     captured, plain = (load(directory, graphs=graphs) for graphs in (True, False))
-    found = [runtime.generate(PROMPTS, **asked) for runtime in (captured, plain, Runtime.load(directory))]
+    found = [
+        runtime.generate(PROMPTS, **asked)
+        for runtime in (captured, plain, Runtime.load(directory, backend="onnxruntime"))
+    ]
     assert found[0] == found[1] == found[2]
     kinds = {key[0] for key in captured._session.state.captured()}  # type: ignore[union-attr, attr-defined]
     assert kinds == {"chunk" if threshold == 1.0 else "loop"}
@@ -135,7 +138,9 @@ def test_sampling_draws_what_it_draws_from_whole_rows(
     directory: Path, device: HostDevice, sampling: dict[str, float]
 ) -> None:
     asked: dict[str, Any] = {"max_tokens": 40, "seed": 3, "ignore_eos": True, **sampling}
-    assert load(directory).generate(PROMPTS[0], **asked) == Runtime.load(directory).generate(PROMPTS[0], **asked)
+    assert load(directory).generate(PROMPTS[0], **asked) == Runtime.load(directory, backend="onnxruntime").generate(
+        PROMPTS[0], **asked
+    )
 
 
 def test_an_engine_that_picks_out_no_candidates_gives_whole_rows(spoilt: Path, device: HostDevice) -> None:
@@ -143,7 +148,7 @@ def test_an_engine_that_picks_out_no_candidates_gives_whole_rows(spoilt: Path, d
     runtime = load(spoilt)
     assert runtime.session().state.candidates(np.zeros((1, 1), np.int64)) is None
     found = runtime.generate(PROMPTS[0], max_tokens=12)
-    assert found == Runtime.load(spoilt).generate(PROMPTS[0], max_tokens=12)
+    assert found == Runtime.load(spoilt, backend="onnxruntime").generate(PROMPTS[0], max_tokens=12)
 
 
 def test_a_token_is_one_launch_and_brings_no_row_of_logits_back(directory: Path, device: HostDevice) -> None:
@@ -196,7 +201,7 @@ def test_a_context_that_cannot_be_captured_runs_plainly(
     runtime = load(directory)
     found = runtime.generate(PROMPTS[0], max_tokens=20)
     assert not runtime._session.state.captured()  # type: ignore[union-attr, attr-defined]
-    assert found == Runtime.load(directory).generate(PROMPTS[0], max_tokens=20)
+    assert found == Runtime.load(directory, backend="onnxruntime").generate(PROMPTS[0], max_tokens=20)
 
 
 def test_more_loops_and_tokens_allocate_nothing(directory: Path, device: HostDevice) -> None:
@@ -284,7 +289,7 @@ def test_a_run_that_fails_says_why_and_counts_no_token(
         session.append([[8]], settings())
     assert (session.lengths.tolist(), len(session.depth[0])) == ([3], 3)
     monkeypatch.setattr(HostEngine, "fails", False)
-    other = Runtime.load(directory).session()
+    other = Runtime.load(directory, backend="onnxruntime").session()
     other.append([[5, 6, 7]], settings())
     np.testing.assert_allclose(session.append([[8]], settings()), other.append([[8]], settings()), rtol=1e-4, atol=1e-5)
 
