@@ -105,7 +105,10 @@ def test_without_an_engine_it_is_onnx_runtime_on_cuda_and_says_why_not_tensorrt(
 
 def test_a_machine_without_a_gpu_runs_on_the_cpu() -> None:
     facts = replace(ALL, devices=(), providers=("CPUExecutionProvider",))
-    assert [c.name for c in ranked(facts)] == ["onnxruntime"]
+    (chosen,) = ranked(facts)
+    assert chosen.name == "onnxruntime"
+    text = explain(facts, chosen, "auto", 0, {})
+    assert text.endswith("; not tensorrt or onnxruntime-cuda: there is no NVIDIA driver with a device here")
 
 
 def test_what_failed_to_open_is_in_the_reason_of_what_runs_instead() -> None:

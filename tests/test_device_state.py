@@ -1,7 +1,6 @@
-"""ONNX Runtime on a device, with the host's memory in the device's place: all but CUDA's own calls.
+"""ONNX Runtime on a device, with a stand-in for the device: all but CUDA's own calls and kernels.
 
-The buffers below are two blocks that know nothing of each other until something is uploaded or downloaded, as a device
-and its host are.
+The stand-in's stream works only when it is waited for, so that whoever reads or runs too early gets wrong values.
 """
 
 from __future__ import annotations
@@ -14,69 +13,42 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakePackage
+from device_double import HostDevice
 from melt_runtime import LoopSettings, Runtime
-from melt_runtime.backends.device_memory import layout
+from melt_runtime.backends.device_memory import DeviceBuffers
 from melt_runtime.backends.onnxruntime_cuda import DeviceBackend, in_device_memory, require_states_on_device
-from melt_runtime.backends.state import Strip
 from melt_runtime.errors import BackendError
 from melt_runtime.package import DIALECTS, Package
 
 STATES = ("hidden", "latent", "key_cache", "value_cache")
 
 
-class TwoBlocks:
-    """A device's block and the host's, both in this process's memory."""
+class CountedBuffers(DeviceBuffers):
+    """The buffers of a device, which ONNX Runtime is told are on the CPU; ``crossed``: bytes up and down."""
 
-    kind, index = "cpu", 0
-
-    def __init__(self, sizes: dict[str, int], twins: Iterable[str]):
-        self.offsets, total = layout(sizes)
-        self.twin_offsets, pinned = layout({name: sizes[name] for name in twins})
-        self.device, self.twins = np.zeros(total, np.uint8), np.zeros(pinned, np.uint8)
-        self.crossed = 0
-
-    def address(self, buffer: str) -> int:
-        return self.device.ctypes.data + self.offsets[buffer]
-
-    def host(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-        return np.ndarray(shape, dtype, self.twins.data, self.twin_offsets[buffer])
+    kind = "cpu"
+    crossed = 0
 
     def upload(self, buffer: str, count: int) -> None:
-        at, to = self.twin_offsets[buffer], self.offsets[buffer]
-        self.device[to : to + count] = self.twins[at : at + count]
         self.crossed += count
+        super().upload(buffer, count)
 
     def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-        values = np.ndarray(shape, dtype, self.device.data, self.offsets[buffer]).copy()
+        values = super().download(buffer, dtype, shape)
         self.crossed += values.nbytes
-        if buffer not in self.twin_offsets:
-            return values
-        twin = self.host(buffer, dtype, shape)
-        twin[...] = values
-        return twin
-
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        to, of = (
-            np.ndarray(
-                (pieces, count),
-                np.uint8,
-                self.device.data,
-                self.offsets[strip.buffer] + strip.offset,
-                (strip.pitch, 1),
-            )
-            for strip in (target, source)
-        )
-        to[...] = of
+        return values
 
 
-class HostDevice(DeviceBackend):
+class OnStandIn(DeviceBackend):
     """The CPU provider behind everything else of a device. ``controls``: whether those too are read on the device."""
 
-    name = "onnxruntime-host-device"
+    name = "onnxruntime-on-a-stand-in"
     controls = True
 
-    def open_device(self) -> None:
-        return None
+    def open_device(self) -> HostDevice:
+        device = HostDevice()
+        device.index = 0  # type: ignore[attr-defined]
+        return device
 
     def session(self, graph: str) -> Any:
         return self.load(graph, self.options(), ["CPUExecutionProvider"])
@@ -84,11 +56,11 @@ class HostDevice(DeviceBackend):
     def reads_on_device(self, session: Any) -> dict[str, bool]:
         return {spec.name: self.controls or spec.name.startswith(STATES) for spec in session.get_inputs()}
 
-    def buffers(self, sizes: dict[str, int], twins: Iterable[str]) -> TwoBlocks:
-        return TwoBlocks(sizes, twins)
+    def buffers(self, sizes: dict[str, int], twins: Iterable[str]) -> CountedBuffers:
+        return CountedBuffers(self.device, sizes, twins)
 
 
-class ControlsOnTheHost(HostDevice):
+class ControlsOnTheHost(OnStandIn):
     controls = False
 
 
@@ -98,17 +70,17 @@ def packages(make_package: MakePackage, tiny_checkpoint: Path) -> dict[str, Path
     return {dialect: make_package(tiny_checkpoint, dialect=dialect, max_batch=3) for dialect in DIALECTS}
 
 
-def runtimes(package: Path, backend: type[HostDevice]) -> tuple[Runtime, Runtime]:
+def runtimes(package: Path, backend: type[OnStandIn]) -> tuple[Runtime, Runtime]:
     """The package on the device and on the CPU."""
     opened = Package.open(package)
     on_cpu = Runtime.load(package, backend="onnxruntime")
     return Runtime(opened, backend(opened), on_cpu.codec), on_cpu
 
 
-@pytest.mark.parametrize("backend", [HostDevice, ControlsOnTheHost])
+@pytest.mark.parametrize("backend", [OnStandIn, ControlsOnTheHost])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_device_computes_what_the_cpu_computes(
-    packages: dict[str, Path], dialect: str, backend: type[HostDevice]
+    packages: dict[str, Path], dialect: str, backend: type[OnStandIn]
 ) -> None:
     device, cpu = runtimes(packages[dialect], backend)
     prompts = [list(range(3, 22)), [7, 8], list(range(5, 14))]
@@ -123,7 +95,7 @@ def test_a_device_computes_what_the_cpu_computes(
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_states_can_be_read_back_from_a_device(packages: dict[str, Path], dialect: str) -> None:
-    sessions = [runtime.session(2) for runtime in runtimes(packages[dialect], HostDevice)]
+    sessions = [runtime.session(2) for runtime in runtimes(packages[dialect], OnStandIn)]
     for session in sessions:
         session.append([[3, 4, 5, 6], [9, 8]], LoopSettings(2))
     for state in sessions[0].manifest.states:
@@ -131,15 +103,15 @@ def test_states_can_be_read_back_from_a_device(packages: dict[str, Path], dialec
 
 
 def test_only_controls_exit_probabilities_and_logits_cross(packages: dict[str, Path]) -> None:
-    device, _ = runtimes(packages["onnxruntime"], HostDevice)
+    device, _ = runtimes(packages["onnxruntime"], OnStandIn)
     session = device.session()
     session.append([[3, 4, 5]], LoopSettings(2))
-    blocks = session.state.buffers
-    before = blocks.crossed
+    buffers = session.state.buffers
+    before = buffers.crossed
     session.append([[6]], LoopSettings(4))
     logits = 4 * device.manifest.vocab_size
     controls = 8 + 8 + 8 + 4 * 1  # a token id, two lengths, and for each loop who is active
-    assert blocks.crossed - before == logits + controls
+    assert buffers.crossed - before == logits + controls
 
 
 def test_a_graph_that_would_run_on_the_cpu_is_refused(packages: dict[str, Path]) -> None:
@@ -165,3 +137,19 @@ def test_a_graph_that_would_run_on_the_cpu_is_refused(packages: dict[str, Path])
 )
 def test_where_an_input_is_read_is_told_by_its_memory(name: str, kind: str, there: bool) -> None:
     assert in_device_memory(SimpleNamespace(name=name, device_mem_type=kind)) is there
+
+
+def test_a_device_without_room_refuses_before_anything_is_allocated() -> None:
+    device = HostDevice(total=5000)
+    device.index = 0  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match=r"needs 5,376 bytes of device memory, 5,000 are free .* smaller batch"):
+        DeviceBuffers(device, {"hidden": 4097, "active": 1000}, ["active"])  # type: ignore[arg-type]
+    assert device.made == 0
+
+
+def test_nothing_stays_allocated_when_pinned_memory_runs_out() -> None:
+    device = HostDevice(fails="pinned")
+    device.index = 0  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="out of memory"):
+        DeviceBuffers(device, {"hidden": 4096, "active": 1000}, ["active"])  # type: ignore[arg-type]
+    assert device.live == []

@@ -17,7 +17,7 @@ from melt_runtime.describe import describe
 from melt_runtime.engines.build import EngineOptions, build_engine
 from melt_runtime.engines.inspection import inspect_network
 from melt_runtime.engines.library import Library, open_library
-from melt_runtime.engines.network import Network, parse, quantize_products
+from melt_runtime.engines.network import Network, add_candidates, parse, quantize_products
 from melt_runtime.engines.shapes import length_buckets
 from melt_runtime.engines.store import open_engine
 from melt_runtime.errors import ArgumentError
@@ -147,6 +147,19 @@ def test_every_wide_product_is_quantized(standard: Package, library: Library) ->
     # Per layer: two of the gate, four of the attention, three of the MLP; the exit gate is a vector.
     assert (kinds.count("DEQUANTIZE"), kinds.count("CONSTANT")) == (2 * 9, 1)
     inspect_network(network, "loop_step", standard.manifest, "int4")
+
+
+def test_the_head_also_gives_the_likeliest_tokens_and_the_log_sum(standard: Package, library: Library) -> None:
+    network = parse(library, library.builder(), standard.path("lm_head"))
+    vocab = standard.manifest.vocab_size
+    assert add_candidates(network, vocab) == vocab  # as many as there are, up to 256
+    found = {name: (tuple(t.shape), str(t.dtype).rpartition(".")[2]) for name, t in network.outputs().items()}
+    assert found == {
+        "logits": ((-1, -1, vocab), "FLOAT"),
+        "top_logits": ((-1, -1, vocab), "FLOAT"),
+        "top_ids": ((-1, -1, vocab), "INT32"),
+        "log_sum": ((-1, -1, 1), "FLOAT"),
+    }
 
 
 def test_a_product_that_stayed_wide_is_found(standard: Package, library: Library) -> None:

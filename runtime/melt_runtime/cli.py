@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .backends.choice import NAMES
 from .bench_cli import bench_command
 from .command import one_line, reported_errors, run_app
 from .describe import describe, untrained_warnings
@@ -58,8 +59,11 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely; 1: off.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same draws; default: new ones each time.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with; default: the physical cores.")]
-BackendName = Annotated[str, typer.Option(help="What runs the graphs; auto takes the best one installed.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with on the CPU; default: the physical cores.")]
+BackendName = Annotated[
+    str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can here.")
+]
+DeviceIndex = Annotated[int, typer.Option(help="The NVIDIA device to run on, by index.", min=0)]
 
 
 def _version(value: bool) -> None:
@@ -104,6 +108,7 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Print speed, loops and state size afterwards.")] = False,
     threads: Threads = None,
     backend: BackendName = "auto",
+    device: DeviceIndex = 0,
 ) -> None:
     """Continue a prompt, streaming the text as it comes."""
     with reported_errors():
@@ -113,7 +118,7 @@ def generate(
         if ids and chat:
             raise ArgumentError("--ids and --chat exclude each other: a chat is wrapped around text")
         text = _read_stdin() if prompt == "-" else prompt
-        runtime = _load(package, backend, threads)
+        runtime = _load(package, backend, device, threads)
         prompt_ids = _prompt_ids(runtime, text, ids, chat)
         session = runtime.session()
         generator = Generator(session, [prompt_ids], runtime.options(**request), runtime.codec)
@@ -123,6 +128,7 @@ def generate(
         if as_json:
             print(json.dumps(generation_dict(result)), flush=True)
         if stats:
+            _notice(f"backend              {runtime.backend.name} ({runtime.backend_reason})")
             for line in stats_lines(result, started, arrivals, session.state.state_bytes):
                 _notice(line)
 
@@ -143,13 +149,14 @@ def chat(
     stop: Stop = None,
     threads: Threads = None,
     backend: BackendName = "auto",
+    device: DeviceIndex = 0,
 ) -> None:
     """Talk with a model in the terminal; /help lists the commands."""
     with reported_errors():
         request = _request(
             max_tokens, loops, exit_threshold, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
         )
-        runtime = _load(package, backend, threads)
+        runtime = _load(package, backend, device, threads)
         if runtime.codec is None or not runtime.codec.has_chat_template:
             lacks = "tokenizer" if runtime.codec is None else "chat template"
             raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
@@ -163,13 +170,14 @@ def inspect(
         int | None, typer.Option(help="Tokens a sequence, for the memory tables; default: the most that fit.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time, for the memory tables.")] = 1,
+    device: DeviceIndex = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
 ) -> None:
-    """Show what is in a package and what memory it needs. Checks its files, loads no graph."""
+    """Show what is in a package, what memory it needs and what could run it here. Checks its files, loads no graph."""
     with reported_errors():
         with hash_progress(package) as progress:
             opened = Package.open(package, progress=progress)
-        facts = describe(opened, length=length, batch=batch)
+        facts = describe(opened, length=length, batch=batch, device=device)
         if as_json:
             print(json.dumps(facts.to_dict(), indent=2), flush=True)
         else:
@@ -299,9 +307,9 @@ def _request(
     return {"max_tokens": max_tokens, "loops": loops, "exit_threshold": exit_threshold, "stop": stop, **sampling}
 
 
-def _load(package: Path, backend: str, threads: int | None) -> Runtime:
+def _load(package: Path, backend: str, device: int, threads: int | None) -> Runtime:
     with hash_progress(package) as progress:
-        return Runtime.load(package, backend=backend, threads=threads, progress=progress)
+        return Runtime.load(package, backend=backend, device=device, threads=threads, progress=progress)
 
 
 def _read_stdin() -> str:

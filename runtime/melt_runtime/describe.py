@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .backends.choice import Choice, choices
+from .backends.survey import survey
 from .engines.spec import EngineSpec
 from .errors import ArgumentError, PackageError
 from .package import PARITY, Package, manifest_hash
@@ -91,7 +93,8 @@ class ParityFacts:
 class PackageFacts:
     """Everything ``melt-run inspect`` shows. Sizes of the model that its configuration does not name are None.
 
-    ``parity`` is None for a package that was never verified. ``warnings`` are sentences for people.
+    ``parity`` is None for a package that was never verified. ``warnings`` are sentences for people. ``backends``: what
+    could run the package on this machine, best first, and why the others cannot.
     """
 
     directory: str
@@ -120,14 +123,16 @@ class PackageFacts:
     memory: MemoryFacts
     libraries: dict[str, str]
     engines: dict[str, EngineSpec]
+    backends: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as plain values that ``json`` can write."""
         return asdict(self)
 
 
-def describe(package: Package, *, length: int | None = None, batch: int = 1) -> PackageFacts:
-    """The facts of an open package, with its memory at a length in tokens (None: all it can hold) and a batch.
+def describe(package: Package, *, length: int | None = None, batch: int = 1, device: int = 0) -> PackageFacts:
+    """The facts of an open package, with its memory at a length in tokens (None: all it can hold) and a batch, and
+    what could run it on this machine (on an NVIDIA device of this index, where there is one).
 
     Raises ArgumentError for a length or batch beyond the package's, PackageError for a broken tokenizer or
     parity.json.
@@ -178,6 +183,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1) -> 
         memory=_memory(package, length, batch),
         libraries=dict(manifest.libraries),
         engines=dict(manifest.engines),
+        backends=choices(survey(package), device),
     )
 
 

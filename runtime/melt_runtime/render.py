@@ -103,7 +103,14 @@ def print_facts(facts: PackageFacts) -> None:
     for warning in facts.warnings:
         console.print(Text(f"Warning: {warning}", style="bold yellow"))
     engines = [_engines(facts)] if facts.engines else []
-    for table in (_files(facts), *engines, _states(facts), _memory(facts.memory), _comparison(facts.memory)):
+    for table in (
+        _files(facts),
+        *engines,
+        _states(facts),
+        _memory(facts.memory),
+        _comparison(facts.memory),
+        _backends(facts),
+    ):
         console.print()
         console.print(table)
 
@@ -160,6 +167,14 @@ def _engines(facts: PackageFacts) -> Table:
         devices = ", ".join(spec.compute_capabilities) or "8.0 and newer"
         built = f"{spec.flavour} {spec.version}"
         table.add_row(Text(name), built, devices, spec.weights or spec.precision, human_bytes(spec.bytes))
+    return table
+
+
+def _backends(facts: PackageFacts) -> Table:
+    table = _table("Backends, here", ("backend", "left"), ("runs", "left"), ("why", "left"))
+    for backend in facts.backends:
+        shown = Text("yes", style="green") if backend.usable else Text("no", style="dim")
+        table.add_row(Text(backend.name), shown, Text(backend.reason))
     return table
 
 

@@ -89,15 +89,18 @@ def explain(facts: Facts, chosen: Choice, name: str, device: int, failed: Mappin
 
 
 def _why_not(found: tuple[Choice, ...]) -> str:
-    return "; ".join(f"not {c.name}: {c.reason}" for c in found)
+    names: dict[str, list[str]] = {}
+    for choice in found:
+        names.setdefault(choice.reason, []).append(choice.name)
+    return "; ".join(f"not {' or '.join(group)}: {reason}" for reason, group in names.items())
 
 
 def _tensorrt(facts: Facts, device: int) -> Choice:
-    if not facts.engines:
-        return _no("tensorrt", "the package has no engine (melt-run build-engine builds one)")
     missing = _no_device(facts, device)
     if missing:
         return _no("tensorrt", missing)
+    if not facts.engines:
+        return _no("tensorrt", "the package has no engine (melt-run build-engine builds one)")
     # An engine with the package's own weights computes what was verified; one with fewer bits does not quite.
     order = sorted(facts.engines, key=lambda name: facts.engines[name].weights is not None)
     wrong = {name: _mismatch(facts, facts.engines[name], device) for name in order}
@@ -129,13 +132,13 @@ def _mismatch(facts: Facts, spec: EngineSpec, device: int) -> str | None:
 def _cuda(facts: Facts, device: int) -> Choice:
     name = "onnxruntime-cuda"
     install = "install it with: pip install 'melt-export[gpu]', after pip uninstall onnxruntime"
+    missing = _no_device(facts, device)
+    if missing:
+        return _no(name, missing)
     if facts.providers is None:
         return _no(name, "ONNX Runtime is not installed; install it with: pip install 'melt-export[gpu]'")
     if CUDA_PROVIDER not in facts.providers:
         return _no(name, f"this ONNX Runtime has no CUDA provider; {install}")
-    missing = _no_device(facts, device)
-    if missing:
-        return _no(name, missing)
     if facts.dialect == "onnxruntime" and facts.precision == "fp32":
         way = "export with --precision fp16, or with --dialect standard"
         return _no(name, f"GroupQueryAttention has CUDA kernels for fp16 and bf16, not for fp32; {way}")
@@ -146,13 +149,13 @@ def _cuda(facts: Facts, device: int) -> Choice:
 
 def _plugin(facts: Facts, device: int) -> Choice:
     name, extra = "onnxruntime-tensorrt-rtx", "pip install 'melt-export[onnxruntime-tensorrt-rtx]'"
+    missing = _no_device(facts, device)
+    if missing:
+        return _no(name, missing)
     if facts.providers is None:
         return _no(name, f"ONNX Runtime is not installed; install it with: {extra}")
     if not facts.plugin:
         return _no(name, f"ONNX Runtime's TensorRT-RTX provider is not installed; install it with: {extra}")
-    missing = _no_device(facts, device)
-    if missing:
-        return _no(name, missing)
     if facts.dialect == "onnxruntime":
         return _no(
             name, "GroupQueryAttention is ONNX Runtime's own operator; export with --dialect standard or portable"

@@ -162,11 +162,11 @@ class Recordings:
         self._made.move_to_end(key)
         if recording.graph is None and recording.uses and recording.refused is None:
             self._capture(recording, work)
-        recording.uses += 1
         if recording.graph is not None:
             recording.graph.launch()
         else:
             work(recording.contexts)
+        recording.uses += 1  # a run that failed is none: its contexts are not ready to be captured
 
     def _capture(self, recording: _Recording, work: Callable[[Contexts], None]) -> None:
         if not recording.contexts.capturable():

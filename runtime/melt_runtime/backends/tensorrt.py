@@ -143,6 +143,7 @@ class TensorRTState(BufferState):
         self._unread = False  # whether the device may still read pinned memory
         self._headed = False  # whether the head ran after the last loop of a chunk of one token
         super().__init__(backend.package.manifest, batch)
+        self._upload()
         contexts = partial(Contexts, backend.plans, self.stream, self.address("engine scratch"))
         self._plain = contexts()
         self._recordings = Recordings(self.stream, contexts)

@@ -1,0 +1,317 @@
+"""A stand-in for a CUDA device and for TensorRT's runtime, in host memory. Nothing of CUDA or TensorRT is shown by it.
+
+What it is for: the logic around them. Its stream is lazy: work waits until someone synchronizes, so that whoever reads
+too early, or writes over what is still to be read, gets wrong values. A graph is a list of work with the addresses
+of its capture. A plan is the name of an ONNX file, which ONNX Runtime's CPU provider runs at the addresses given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from melt_runtime.backends.cuda import host_array
+from melt_runtime.engines.library import Library
+from melt_runtime.engines.shapes import length_buckets, make_profiles
+from melt_runtime.engines.spec import EngineSpec
+from melt_runtime.engines.store import keep_engine, new_engine
+from melt_runtime.errors import BackendError
+from melt_runtime.files import FileSpec, file_hash
+from melt_runtime.package import GRAPHS, Package, source_hash
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+CANDIDATES = 16
+
+
+class HostMemory:
+    """Host memory that stands for either kind; the device counts it."""
+
+    def __init__(self, device: HostDevice, count: int, kind: str):
+        self.device, self.bytes, self.kind = device, count, kind
+        self.raw = np.full(count + 256, 0xCD, np.uint8)
+        self.address = self.raw.ctypes.data + -self.raw.ctypes.data % 256
+        device.live.append((kind, count))
+
+    def array(self) -> np.ndarray:
+        """The bytes."""
+        return host_array(self.address, self.bytes, self)
+
+    def free(self) -> None:
+        """Gives it back."""
+        if self.address:
+            self.device.live.remove((self.kind, self.bytes))
+            self.address = 0
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class HostStream:
+    """Work that waits for ``synchronize``, or is recorded."""
+
+    def __init__(self) -> None:
+        self.handle = id(self)
+        self.waiting: list[Callable[[], None]] = []
+        self.recorded: list[Callable[[], None]] | None = None
+        self.launches = self.copies = 0
+        STREAMS[self.handle] = self
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Adds work."""
+        (self.waiting if self.recorded is None else self.recorded).append(work)
+
+    def copy(self, target: int, source: int, count: int) -> None:
+        self.copies += self.recorded is None
+        self.put(lambda: ctypes.memmove(target, source, count) and None)
+
+    def copy_pieces(self, target: int, to: int, source: int, of: int, count: int, pieces: int) -> None:
+        def work() -> None:
+            for piece in range(pieces):
+                ctypes.memmove(target + piece * to, source + piece * of, count)
+
+        assert self.recorded is None
+        self.put(work)
+
+    def fill(self, target: int, value: int, count: int) -> None:
+        self.put(lambda: ctypes.memset(target, value, count) and None)
+
+    def synchronize(self) -> None:
+        assert self.recorded is None, "a stream that is captured cannot be waited for"
+        waiting, self.waiting = self.waiting, []
+        for work in waiting:
+            work()
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        self.recorded = []
+        try:
+            work()
+            recorded = self.recorded
+        finally:
+            self.recorded = None
+
+        def launch() -> None:
+            self.launches += 1
+            self.waiting += recorded
+
+        return SimpleNamespace(launch=launch)
+
+
+STREAMS: dict[int, HostStream] = {}
+
+
+class HostDevice:
+    """A device of so many bytes. ``fails``: the kind of allocation that fails although there was room."""
+
+    name, capability, driver = "host memory", "8.9", "13.0"
+
+    def __init__(self, total: int = 1 << 40, fails: str | None = None):
+        self.total, self.fails = total, fails
+        self.live: list[tuple[str, int]] = []
+        self.made = 0
+
+    def use(self) -> None:
+        """There is only one."""
+
+    def memory(self) -> tuple[int, int]:
+        return self.total - sum(count for kind, count in self.live if kind == "device"), self.total
+
+    def _allocate(self, count: int, kind: str) -> HostMemory:
+        if self.fails == kind:
+            raise BackendError("cudaMalloc failed with cudaErrorMemoryAllocation: out of memory")
+        self.made += 1
+        return HostMemory(self, count, kind)
+
+    def allocate(self, count: int) -> HostMemory:
+        return self._allocate(count, "device")
+
+    def pinned(self, count: int) -> HostMemory:
+        return self._allocate(count, "pinned")
+
+    def stream(self) -> HostStream:
+        return HostStream()
+
+
+@cache
+def session_of(path: str) -> onnxruntime.InferenceSession:
+    """A graph, loaded once."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class HostContext:
+    """An execution context: shapes and addresses as they are when work is put on the stream."""
+
+    def __init__(self, engine: HostEngine):
+        self.engine = engine
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch: tuple[int, int] | None = None
+        self.profile = -1
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_device_memory(self, address: int, count: int) -> None:
+        assert address % 256 == 0
+        assert count >= self.engine.device_memory_size_v2
+        self.scratch = (address, count)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.capturable
+
+    def execute_async_v3(self, stream: int) -> bool:
+        missing = self.engine.names - self.addresses.keys()
+        if missing or self.scratch is None or self.profile < 0 or self.engine.fails:
+            self.engine.logger.log("ERROR", f"no address for {missing}" if missing else "enqueue failed")
+            return False
+        shapes, addresses, (scratch, count) = dict(self.shapes), dict(self.addresses), self.scratch
+
+        def work() -> None:
+            ctypes.memset(scratch, 0xAB, count)  # scratch memory is nobody's between runs
+            self.engine.run(shapes, addresses)
+
+        STREAMS[stream].put(work)
+        return True
+
+
+class HostEngine:
+    """An "engine": an ONNX file, and for the head the likeliest tokens beside it."""
+
+    capturable, fails = True, False
+    streamable_weights_size = 0
+
+    def __init__(self, content: dict[str, Any], logger: Any):
+        self.logger, self.candidates = logger, content["candidates"]
+        self.device_memory_size_v2 = content["scratch"]
+        self.session = session_of(content["path"])
+        names = [t.name for t in (*self.session.get_inputs(), *self.session.get_outputs())]
+        self.io = names + (["top_logits", "top_ids", "log_sum"] if self.candidates else [])
+        self.names, self.num_io_tensors = set(self.io), len(self.io)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.io[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, -1, self.candidates)
+
+    def create_execution_context(self, strategy: Any) -> HostContext:
+        assert strategy == "user managed"
+        return HostContext(self)
+
+    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        """Runs the graph where its tensors lie."""
+        binding = self.session.io_binding()
+        for tensor in self.session.get_inputs():
+            binding.bind_input(tensor.name, "cpu", 0, TYPES[tensor.type], shapes[tensor.name], addresses[tensor.name])
+        sizes = {}
+        for tensor in self.session.get_inputs():
+            for dim, size in zip(tensor.shape, shapes[tensor.name], strict=True):
+                sizes[dim] = size
+        for tensor in self.session.get_outputs():
+            shape = [sizes.get(dim, dim) for dim in tensor.shape]
+            binding.bind_output(tensor.name, "cpu", 0, TYPES[tensor.type], shape, addresses[tensor.name])
+        self.session.run_with_iobinding(binding)
+        if self.candidates:
+            self._pick(sizes, addresses)
+
+    def _pick(self, sizes: dict[str, int], addresses: dict[str, int]) -> None:
+        vocab = int(self.session.get_outputs()[0].shape[-1])
+        batch = next(iter(sizes.values()))
+        logits = host_array(addresses["logits"], 4 * batch * vocab).view(np.float32).reshape(batch, vocab)
+        ids = np.argsort(-logits, axis=1)[:, : self.candidates].astype(np.int32)
+        values = {
+            "top_ids": ids,
+            "top_logits": np.take_along_axis(logits, ids, axis=1),
+            "log_sum": np.log(np.exp(logits).sum(axis=1)),
+        }
+        for name, value in values.items():
+            host_array(addresses[name], value.nbytes)[...] = np.ascontiguousarray(value).view(np.uint8).ravel()
+
+
+class HostRuntime:
+    """Reads plans."""
+
+    def __init__(self, logger: Any):
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, content: bytes) -> HostEngine | None:
+        try:
+            return HostEngine(json.loads(content), self.logger)
+        except ValueError:
+            self.logger.log("ERROR", "the plan cannot be read")
+            return None
+
+
+class HostTensorRT:
+    """What of the library's module the backend touches."""
+
+    __version__ = "1.7.1"
+    Runtime = HostRuntime
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING = "INTERNAL_ERROR", "ERROR", "WARNING"
+
+        def __init__(self) -> None:
+            """Nothing to do."""
+
+
+def host_library(flavour: str) -> Library:
+    """The stand-in for an installed TensorRT-RTX; TensorRT is not there."""
+    if flavour != "tensorrt-rtx":
+        raise BackendError("TensorRT is not installed (stand-in)")
+    return Library(flavour, HostTensorRT)
+
+
+def add_plans(directory: Path, name: str = "double", candidates: int = CANDIDATES, **changes: Any) -> EngineSpec:
+    """Keeps an "engine" in a package."""
+    package = Package.open(directory, check_hashes=False)
+    manifest, buckets = package.manifest, length_buckets(package.manifest.cache_rows)
+    with new_engine(directory, name) as build:
+        files = {}
+        for graph in GRAPHS:
+            plan = build / f"{graph}.plan"
+            few = candidates if graph == "lm_head" else 0
+            content = {"path": str(package.path(graph)), "candidates": few, "scratch": 4096}
+            plan.write_text(json.dumps(content))
+            files[graph] = FileSpec(file_hash(plan), plan.stat().st_size)
+        spec = EngineSpec(
+            flavour="tensorrt-rtx",
+            version=HostTensorRT.__version__,
+            compute_capabilities=(),
+            precision=manifest.precision,
+            weights=None,
+            dialect=manifest.dialect,
+            profiles=make_profiles(manifest.max_batch, manifest.chunk, 4, buckets),
+            buckets=buckets,
+            options={},
+            source=source_hash(manifest),
+            files=files,
+        )
+        spec = replace(spec, **changes)
+        keep_engine(directory, name, build, spec)
+    return spec

@@ -1,0 +1,71 @@
+"""What only a machine with an NVIDIA GPU can show. Elsewhere each of these skips and says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import MakeCheckpoint, MakePackage
+from melt_runtime import Runtime
+from melt_runtime.backends import survey
+from melt_runtime.backends.choice import choices
+from melt_runtime.backends.survey import devices
+from melt_runtime.package import DIALECTS, Package
+from typer.testing import CliRunner
+
+from melt_export.gpu_check.__main__ import app
+from melt_export.parity import TOLERANCES, ParityReport
+from melt_export.verify import compare, expected_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not devices(), reason="there is no NVIDIA driver with a device here"),
+]
+PROVIDERS = ("onnxruntime-cuda", "onnxruntime-tensorrt-rtx")
+
+
+def package_for(backend: str, checkpoint: Path, make_package: MakePackage, dialect: str, precision: str) -> Path:
+    """A package; skips with the reason where the backend cannot run it here."""
+    package = make_package(checkpoint, dialect=dialect, precision=precision, max_batch=3)
+    choice = next(c for c in choices(survey(Package.open(package))) if c.name == backend)
+    if not choice.usable:
+        pytest.skip(choice.reason)
+    return package
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("backend", PROVIDERS)
+def test_onnx_runtime_on_a_device_agrees_with_pytorch_at_every_loop(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, backend: str, dialect: str, precision: str
+) -> None:
+    checkpoint = make_checkpoint()
+    package = package_for(backend, checkpoint, make_package, dialect, precision)
+    runtime = Runtime.load(package, backend=backend)
+    manifest = runtime.manifest
+    report = ParityReport(precision, dialect, manifest.loops, backend, TOLERANCES[precision])
+    compare(runtime, expected_of(checkpoint, manifest, 16), report)
+    assert report.failures() == []
+
+
+@pytest.mark.parametrize("backend", PROVIDERS)
+def test_state_on_a_device_is_allocated_once_for_any_number_of_loops(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, backend: str
+) -> None:
+    from melt_runtime.backends.cuda import open_device
+
+    package = package_for(backend, make_checkpoint(), make_package, "standard", "fp16")
+    runtime, device = Runtime.load(package, backend=backend), open_device()
+    runtime.generate([3, 4, 5], max_tokens=4, loops=1)
+    before = device.memory()[0]
+    runtime.generate([3, 4, 5], max_tokens=4, loops=16)
+    assert before - device.memory()[0] < 8 << 20
+
+
+def test_gpu_check_passes_on_this_device(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    result = CliRunner().invoke(app, ["--quick", "--json", str(file)])
+    content = json.loads(file.read_text())
+    assert [row for row in content["results"] if row["state"] == "failed"] == []
+    assert result.exit_code == 0
