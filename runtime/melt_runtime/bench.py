@@ -250,9 +250,8 @@ def _with_threads(
         progress(f"loading, {label}", len(packages), 1)
         runtimes.append(Runtime.load(package.directory, threads=threads, check_hashes=False))
 
-    points = [
-        Point(*c) for c in product(sweep.contexts, sweep.loops or (None,), sweep.batches, sweep.chunks or (None,))
-    ]
+    choices = product(sweep.contexts, sweep.loops or (None,), sweep.batches, sweep.chunks or (None,))
+    points = [Point(*choice) for choice in choices]
     samples = {(at, point): Samples() for at in range(len(packages)) for point in points}
     shares: list[list[float]] = [[] for _ in packages]
     for batch in sweep.batches:  # one batch's state at a time
@@ -269,6 +268,7 @@ def _with_threads(
                         for list_, value in zip((kept.token, kept.loop, kept.prefill), found, strict=True):
                             list_ += [] if value is None else [value]
                 progress(f"in turn, {label}", len(points) * (sweep.rounds + 1), 1)
+        del drivers  # before the next batch's state is allocated
     for at, runtime in enumerate(runtimes):
         runs = [overhead(runtime, loops=sweep.loops[0] if sweep.loops else None) for _ in range(min(sweep.rounds, 3))]
         shares[at] = [share for share in runs if share is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from .machine import describe_machine
 from .progress import shown_progress
 from .render import human_bytes
 
+_WIDTH = 200  # of the table in a file or a pipe
 _LIBRARIES = ("melt-export", "onnxruntime", "numpy")
 
 
@@ -65,7 +67,7 @@ def bench_command(
             report |= bench([package, *(against or [])], sweep, step)
         if json_file is not None:
             json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        show(report, Console())
+        show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
@@ -96,29 +98,44 @@ def show(report: dict[str, Any], console: Console) -> None:
         sizes = (found["state_bytes"], found["loaded_bytes"], found["peak_bytes"])
         table.add_row(found["name"], *("not known" if size is None else human_bytes(size) for size in sizes))
     console.print(table)
-    columns = ("package", "context", "loops", "batch", "chunk", "threads", "first token s", "prefill/s", "decode/s")
-    table = Table(*columns, "ms a loop", "a loop moves", "GB/s", "of bandwidth", "time, first = 1", "overhead")
-    for row in report["results"]:
-        share, own = row["bandwidth_share"], row["overhead_share"]
-        table.add_row(
-            row["package"],
-            *(str(row[name]) for name in ("context", "loops", "batch", "chunk", "threads")),
-            _middle(row["first_token_s"], 1, 3),
-            _middle(row["prefill_tokens_s"], 1, 1),
-            _middle(row["decode_tokens_s"], 1, 2),
-            _middle(row["loop_ms"], 1, 2),
-            human_bytes(row["bytes_a_loop"]["total"]),
-            _middle(row["effective_bytes_s"], 1e9, 2),
-            "-" if share is None else f"{share['median']:.0%}",
-            _middle(row["time_against_first"], 1, 3),
-            "-" if own is None else f"{own['median']:.1%}",
-        )
+    rows = report["results"]
+    swept = [name for name in _SWEPT if len({row[name] for row in rows}) > 1]
+    table = Table("package", *swept, *_SHOWN)
+    for row in rows:
+        table.add_row(row["package"], *(str(row[name]) for name in swept), *_cells(row))
     console.print(table)
+    console.print("medians; quartiles and everything else are in the JSON file (--json)", style="dim")
 
 
-def _middle(values: dict[str, float] | None, unit: float, digits: int) -> str:
-    """The median in a unit, and half the way between the quartiles."""
-    if values is None:
-        return "-"
-    half = (values["high"] - values["low"]) / 2
-    return f"{values['median'] / unit:.{digits}f} ± {half / unit:.{digits}f}"
+_SWEPT = ("context", "loops", "batch", "chunk", "threads")
+_SHOWN = (
+    "first token",
+    "prefill/s",
+    "decode/s",
+    "a loop",
+    "moves",
+    "GB/s",
+    "of bandwidth",
+    "against first",
+    "overhead",
+)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row's figures in the order of the columns."""
+    return [
+        _middle(row["first_token_s"], 1, 3, " s"),
+        _middle(row["prefill_tokens_s"], 1, 1),
+        _middle(row["decode_tokens_s"], 1, 2),
+        _middle(row["loop_ms"], 1, 2, " ms"),
+        human_bytes(row["bytes_a_loop"]["total"]),
+        _middle(row["effective_bytes_s"], 1e9, 2),
+        _middle(row["bandwidth_share"], 0.01, 0, "%"),
+        _middle(row["time_against_first"], 1, 3, " x"),
+        _middle(row["overhead_share"], 0.01, 1, "%"),
+    ]
+
+
+def _middle(values: dict[str, float] | None, unit: float, digits: int, sign: str = "") -> str:
+    """The median in a unit; a dash where nothing was measured."""
+    return "-" if values is None else f"{values['median'] / unit:.{digits}f}{sign}"

@@ -1,0 +1,164 @@
+"""Contestants that run in turn, each in a process of its own: A B A B, so that a noisy machine disturbs all alike.
+
+A contestant is a function that loads what it measures and yields one sample, a dictionary of numbers, a visit.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from melt_runtime.machine import resident
+
+Sample = dict[str, float]
+
+
+class Contestant:
+    """A generator function in a fresh process, which makes one step whenever ``visit`` is called.
+
+    Raises RuntimeError, with the reason, when it fails.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Iterator[Sample]], *arguments: Any):
+        self.name, self.samples = name, list[Sample]()
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._child = context.Process(target=_serve, args=(theirs, function, *arguments), daemon=True)
+        self._child.start()
+        theirs.close()
+
+    def visit(self, *, counts: bool) -> None:
+        """One step; a sample that does not count is a warm-up."""
+        self._ours.send(True)
+        try:
+            sample = self._ours.recv()
+        except EOFError:
+            sample = "its process ended"
+        if isinstance(sample, str):
+            raise RuntimeError(f"{self.name}: {sample}")
+        if counts:
+            self.samples.append(sample)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._ours.close()
+        self._child.join()
+
+
+def _serve(pipe: Connection, function: Callable[..., Iterator[Sample]], *arguments: Any) -> None:
+    steps: Iterator[Sample] | None = None
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        try:
+            steps = steps or function(*arguments)
+            pipe.send({**next(steps), "peak_bytes": resident("VmHWM") or 0})
+        except Exception as error:  # whatever a rival raises is its result
+            pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            return
+
+
+def take_turns(contestants: list[Contestant], rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
+    """Every contestant's median and quartiles of every number, and its time against the first's, pair by pair."""
+    try:
+        for turn in range(rounds + 1):
+            for contestant in contestants:
+                contestant.visit(counts=turn > 0)
+                advance()
+    finally:
+        for contestant in contestants:
+            contestant.close()
+    first = np.array([sample["token_s"] for sample in contestants[0].samples])
+    found: dict[str, Any] = {}
+    for contestant in contestants:
+        numbers = {name: [sample[name] for sample in contestant.samples] for name in contestant.samples[0]}
+        numbers["time_against_first"] = (np.array(numbers["token_s"]) / first).tolist()
+        found[contestant.name] = {name: quartiles(values) for name, values in numbers.items()}
+    return found
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    return {"median": middle, "low": low, "high": high}
+
+
+def package(directory: Path, threads: int, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
+    """A package through the runtime's own buffers."""
+    from melt_runtime import Runtime
+    from melt_runtime.bench import Driver
+
+    runtime = Runtime.load(directory, threads=threads, check_hashes=False)
+    driver = Driver(runtime.session().state, runtime.manifest)
+    while True:
+        token, loop = driver.decode(context, loops, tokens)
+        sample = {"token_s": token, "loop_s": loop}
+        if prompt:
+            sample["prefill_s"] = driver.prefill(prompt, runtime.manifest.chunk, loops)
+        yield sample
+
+
+def eager(checkpoint: Path, precision: str, threads: int, loops: int, context: int, tokens: int) -> Iterator[Sample]:
+    """The checkpoint in PyTorch, operator by operator, over a cache of ``context`` rows."""
+    import torch
+    from melt_models.cache import MeltCache
+    from melt_models.checkpoint import load_model
+
+    torch.set_num_threads(threads)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = load_model(checkpoint, dtype)
+    config = model.config
+    rows = torch.zeros(1, config.num_key_value_heads, context, config.head_dim, dtype=dtype)
+    one = torch.zeros(1, 1, dtype=torch.long)
+    while True:
+        cache = MeltCache(config.num_hidden_layers)
+        if context:
+            for layer in range(config.num_hidden_layers):
+                cache.write(layer, rows, rows)
+            cache.commit(torch.ones(1, context, dtype=torch.bool))
+            cache.columns = context
+        times = []
+        with torch.inference_mode():
+            for _ in range(tokens + 1):
+                started = perf_counter()
+                output = model(one, past_key_values=cache, num_loops=loops, exit_threshold=1.0, logits_to_keep=1)
+                output.logits.argmax(-1)
+                times.append(perf_counter() - started)
+        token = float(np.median(times[1:]))
+        yield {"token_s": token, "loop_s": token / loops}
+
+
+def genai(directory: Path, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
+    """A model exported by onnxruntime-genai's own builder, run by onnxruntime-genai with its default threads."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(directory))
+    longest = max(context, prompt) + tokens + 2
+
+    def generator(count: int) -> Any:
+        options = og.GeneratorParams(model)
+        options.set_search_options(max_length=longest, min_length=longest, do_sample=False)
+        made = og.Generator(model, options)
+        made.append_tokens(np.arange(1, count + 1, dtype=np.int32))
+        return made
+
+    while True:
+        sample: Sample = {}
+        if prompt:
+            started = perf_counter()
+            generator(prompt).generate_next_token()
+            sample["prefill_s"] = perf_counter() - started
+        running, times = generator(max(context, 1)), []
+        running.generate_next_token()
+        for _ in range(tokens):
+            started = perf_counter()
+            running.generate_next_token()
+            times.append(perf_counter() - started)
+        token = float(np.median(times))
+        yield sample | {"token_s": token, "loop_s": token}

