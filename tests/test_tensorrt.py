@@ -18,7 +18,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
 from melt_runtime import ArgumentError, BackendError, LoopSettings, Package, PackageError, Runtime, Session
-from melt_runtime.backends import tensorrt
+from melt_runtime.backends import LoopControl, tensorrt
 from melt_runtime.backends.plans import Recordings
 from melt_runtime.backends.state import widened
 from melt_runtime.backends.tensorrt import TensorRTBackend, layout
@@ -141,6 +141,31 @@ def test_sampling_draws_what_it_draws_from_whole_rows(
     assert load(directory).generate(PROMPTS[0], **asked) == Runtime.load(directory, backend="onnxruntime").generate(
         PROMPTS[0], **asked
     )
+
+
+@pytest.mark.parametrize("first", [[True, False], [False, True]])
+def test_sequences_in_different_loops_may_share_a_step(directory: Path, device: HostDevice, first: list[bool]) -> None:
+    found = []
+    for runtime in (load(directory), Runtime.load(directory)):
+        state = runtime.session(2).state
+        state.embed(np.array([[5], [6]]))
+        ones, counts = np.ones((2, 1), np.bool_), np.ones(2, np.int64)
+        state.loop(LoopControl(np.ones(2, np.bool_), ones, np.zeros(2, np.int64), counts))
+        state.loop(LoopControl(np.array(first), ones, np.zeros(2, np.int64), counts))
+        found.append(state.read("hidden"))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_may_be_streamed_get_the_librarys_budget(
+    spoilt: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostEngine, "streamable_weights_size", 1000)
+    monkeypatch.setattr(HostEngine, "get_weight_streaming_automatic_budget", lambda _: 420, raising=False)
+    for streamed in (False, True):
+        add_plans(spoilt, options={"weight_streaming": True} if streamed else {})
+        backend: Any = load(spoilt).backend
+        assert hasattr(backend.plans["loop_step"].engine, "weight_streaming_budget_v2") == streamed
+    assert backend.plans["loop_step"].engine.weight_streaming_budget_v2 == 420
 
 
 def test_an_engine_that_picks_out_no_candidates_gives_whole_rows(spoilt: Path, device: HostDevice) -> None:
