@@ -127,11 +127,10 @@ def check(
         ("memory", lambda: [checks.flat_memory(runtime, machine, options.memory_tokens, row)]),
         ("graphs against plain runs", lambda: [_graphs(runtime, package, options, row)]),
     ]
-    for count in options.decode_tokens:
-        if count < runtime.manifest.max_seq_len:
-            steps.append(
-                ("decode", lambda n=count: [timing.decode(runtime, weights, n, options.steps, rate, row)])  # type: ignore[misc]
-            )
+    for count in sorted({min(count, runtime.manifest.max_seq_len - 1) for count in options.decode_tokens}):
+        steps.append(
+            ("decode", lambda n=count: [timing.decode(runtime, weights, n, options.steps, rate, row)])  # type: ignore[misc]
+        )
     steps.append(("prefill", lambda: [timing.prefill(runtime, 4, max(2, options.steps // 4), row)]))
     results: list[Result] = []
     for name, step in steps:
