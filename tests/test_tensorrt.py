@@ -146,7 +146,7 @@ def test_sampling_draws_what_it_draws_from_whole_rows(
 @pytest.mark.parametrize("first", [[True, False], [False, True]])
 def test_sequences_in_different_loops_may_share_a_step(directory: Path, device: HostDevice, first: list[bool]) -> None:
     found = []
-    for runtime in (load(directory), Runtime.load(directory)):
+    for runtime in (load(directory), Runtime.load(directory, backend="onnxruntime")):
         state = runtime.session(2).state
         state.embed(np.array([[5], [6]]))
         ones, counts = np.ones((2, 1), np.bool_), np.ones(2, np.int64)
