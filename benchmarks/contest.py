@@ -34,10 +34,10 @@ class Contestant:
 
     def visit(self, *, counts: bool) -> None:
         """One step; a sample that does not count is a warm-up."""
-        self._ours.send(True)
         try:
+            self._ours.send(True)
             sample = self._ours.recv()
-        except EOFError:
+        except (EOFError, OSError):
             sample = "its process ended"
         if isinstance(sample, str):
             raise RuntimeError(f"{self.name}: {sample}")
