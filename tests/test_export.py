@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -29,6 +30,7 @@ from melt_export import export
 from melt_export.errors import ExportError, ParityError
 from melt_export.export import ExportOptions, building, sizes
 from melt_export.hollow import without_memory
+from melt_export.pack import packed_name
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -339,7 +341,11 @@ def test_every_weight_is_stored_once(checkpoint: Path, make_package: MakePackage
                 places.add((int(place["offset"]), int(place["length"])))
                 stored.add(tensor.name)
     large = {name for name, tensor in Weights(checkpoint).items() if 4 * math.prod(tensor.shape) >= 4096}
-    assert stored == large | {"rotary.cos", "rotary.sin"}
+    alone = sorted(large - stored)
+    groups = [list(group) for size in (2, 3) for group in itertools.combinations(alone, size)]
+    together = {packed_name(group): group for group in groups if packed_name(group) in stored}
+    assert sorted(itertools.chain(*together.values())) == alone  # each in one packed weight, and in no other
+    assert stored == (large - set(alone)) | set(together) | {"rotary.cos", "rotary.sin"}
     assert len(places) == len(stored)
     end = 0
     for offset, length in sorted(places):
