@@ -95,7 +95,7 @@ def package(directory: Path, threads: int, loops: int, context: int, tokens: int
     from melt_runtime.bench import Driver
 
     runtime = Runtime.load(directory, threads=threads, check_hashes=False)
-    driver = Driver(runtime.session().state, runtime.manifest)
+    driver = Driver(runtime.driver().state, runtime.manifest)
     while True:
         token, loop = driver.decode(context, loops, tokens)
         sample = {"token_s": token, "loop_s": loop}

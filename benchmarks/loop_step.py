@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from common import command_line, loaded_machine, save, versions
-from melt_runtime import LoopSettings, Runtime, Session
+from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.generation import Generator
 from melt_runtime.package import DIALECTS, PRECISIONS
 from rich.console import Console
@@ -127,24 +127,24 @@ def package_path(directory: Path, rows: int) -> Path:
     return directory / f"rows-{rows}"
 
 
-def step_times(session: Session, tokens: int, loops: int) -> list[float]:
+def step_times(driver: LoopDriver, tokens: int, loops: int) -> list[float]:
     """Seconds of the loop steps of one decoded token over a cache of ``tokens`` tokens, the first loop left out.
 
     The cache is filled by declaring it full: what the rows hold does not matter for time.
     """
-    session.lengths[...] = tokens
-    (chunk,) = session.chunks([[1]])
-    marks = [time.perf_counter() for _ in session.loops(chunk, LoopSettings(loops))]
+    driver.lengths[...] = tokens
+    (chunk,) = driver.chunks([[1]])
+    marks = [time.perf_counter() for _ in driver.loops(chunk, LoopSettings(loops))]
     return np.diff(marks).tolist()
 
 
 def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) -> list[dict[str, Any]]:
     """One row a configuration: rows, tokens, median and quartiles of a step in microseconds, and the ratio to the
     smallest buffer that holds as many tokens (median over the rounds of the ratio within a round)."""
-    sessions = {
+    drivers = {
         rows: Runtime.load(
             package_path(directory, rows), backend="onnxruntime", threads=settings.threads, check_hashes=False
-        ).session()
+        ).driver()
         for rows in settings.buffers
     }
     configurations = [(rows, n) for n in settings.tokens for rows in settings.buffers if n < rows]
@@ -152,7 +152,7 @@ def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) 
     for round_ in range(settings.rounds + 1):
         # A B C, then C B A: neither a drift of the machine nor the predecessor favours one of them.
         for rows, tokens in configurations if round_ % 2 else configurations[::-1]:
-            times = step_times(sessions[rows], tokens, settings.time_loops)
+            times = step_times(drivers[rows], tokens, settings.time_loops)
             if round_:  # round 0 warms up
                 found[rows, tokens].append(times)
         tick()
@@ -177,21 +177,21 @@ def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) 
     return result
 
 
-def _generator(runtime: Runtime, session: Session, tokens: int, loops: int) -> Generator:
+def _generator(runtime: Runtime, driver: LoopDriver, tokens: int, loops: int) -> Generator:
     options = runtime.options(max_tokens=tokens, loops=loops, exit_threshold=1.0, ignore_eos=True)
-    return Generator(session, [PROMPT], options, None)
+    return Generator(driver, [PROMPT], options, None)
 
 
 def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Iterator[dict[str, int]]:
     """State and resident memory, in bytes, of a process that generates ``tokens`` tokens with ``loops`` loops."""
     runtime = Runtime.load(package, backend="onnxruntime", threads=threads, check_hashes=False)
     loaded = resident("VmRSS")
-    session = runtime.session()
-    written = sum(1 for _ in _generator(runtime, session, tokens, loops))
+    driver = runtime.driver()
+    written = sum(1 for _ in _generator(runtime, driver, tokens, loops))
     yield {
         "loops": loops,
         "tokens": written,
-        "state_bytes": session.state.state_bytes,
+        "state_bytes": driver.state.state_bytes,
         "loaded_bytes": loaded,
         "peak_bytes": resident("VmHWM"),
         "cache_bytes_a_loop": runtime.manifest.cache_bytes(runtime.manifest.cache_rows),
@@ -201,7 +201,7 @@ def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Ite
 def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, int]]:
     """Resident memory in bytes after every ``long_every`` tokens of one long generation."""
     runtime = Runtime.load(package, backend="onnxruntime", threads=settings.threads, check_hashes=False)
-    pieces = _generator(runtime, runtime.session(), settings.long_tokens, settings.long_loops)
+    pieces = _generator(runtime, runtime.driver(), settings.long_tokens, settings.long_loops)
     for count, _ in enumerate(pieces, start=1):
         if count == 1 or count % settings.long_every == 0:
             yield {"tokens": count, "resident_bytes": resident("VmRSS")}
@@ -279,7 +279,7 @@ def main(
         int, typer.Option(help="Threads of ONNX Runtime; one disturbs and is disturbed least.", min=1)
     ] = 1,
 ) -> None:
-    """Measure the time of a loop step and the memory of a session."""
+    """Measure the time of a loop step and the memory of a batch."""
     if dialect not in DIALECTS:
         raise typer.BadParameter(f"{dialect} is not one of {', '.join(DIALECTS)}")
     if precision not in PRECISIONS or precision == "bf16":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from melt_models.checkpoint import read_config
-from melt_runtime import LoopSettings, Runtime, Session
+from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
@@ -150,10 +150,10 @@ def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress
     errors.into(report)
 
     if expected.threshold is not None:
-        session = runtime.session(1)
-        session.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
+        driver = runtime.driver(1)
+        driver.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
         report.exit_threshold, report.exit_tokens = expected.threshold, len(expected.depths)
-        report.exit_same_depth = sum(a == b for a, b in zip(session.depth[0], expected.depths, strict=True))
+        report.exit_same_depth = sum(a == b for a, b in zip(driver.depth[0], expected.depths, strict=True))
 
     for run in expected.runs:
         got = runtime.generate(
@@ -221,44 +221,44 @@ def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
 
 def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors) -> None:
     """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
-    session = runtime.session(len(case.prompts))
+    driver = runtime.driver(len(case.prompts))
     settings = LoopSettings(loops, chunk=case.chunk)
-    position = [0] * session.batch
+    position = [0] * driver.batch
     steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(_DECODE_STEPS)]
     for tokens in (case.prompts, *steps):
-        for chunk in session.chunks(tokens, case.chunk):
-            for loop, _ in enumerate(session.loops(chunk, settings)):
+        for chunk in driver.chunks(tokens, case.chunk):
+            for loop, _ in enumerate(driver.loops(chunk, settings)):
                 for slot, count in enumerate(chunk.counts):
                     if count:
                         expected = case.reference[slot][position[slot]][loop]
-                        _compare_loop(session, slot, int(count), expected, errors)
+                        _compare_loop(driver, slot, int(count), expected, errors)
             for slot, count in enumerate(chunk.counts):
                 position[slot] += int(count > 0)
 
 
-def _compare_loop(session: Session, slot: int, count: int, expected: LoopTrace, errors: StateErrors) -> None:
+def _compare_loop(driver: LoopDriver, slot: int, count: int, expected: LoopTrace, errors: StateErrors) -> None:
     """Compares one sequence's part of the chunk that just ran a loop, its rows still open."""
-    state, loop = session.state, expected.loop
+    state, loop = driver.state, expected.loop
     errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
     if expected.latent is not None:
         errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
     exits = state.exit_probability()[slot, :count]
     errors.compare("exit probability", loop, exits, expected.exit_probability, scale=1.0)
-    caches = [s for s in session.manifest.states if s.kind != "swap"]
+    caches = [s for s in driver.manifest.states if s.kind != "swap"]
     for part, rows in (("key", expected.keys), ("value", expected.values)):
-        stored = [_open_rows(session, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)]
+        stored = [_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)]
         errors.compare(f"{part} rows", loop, np.stack(stored), rows)
-    columns = np.zeros((session.batch, min(count, LOGIT_COLUMNS)), np.int64)
+    columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
     logits = state.logits(columns)[slot]
     errors.compare("logits", loop, logits, expected.logits)
     errors.compare_logits(logits, expected.logits)
 
 
-def _open_rows(session: Session, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:
+def _open_rows(driver: LoopDriver, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:
     """The rows that the open chunk wrote, in the loop's own cache where it has one: (kv_heads, count, head_dim)."""
     if spec.kind == "read_only":
-        return session.state.read(spec.output, (slot, slice(None), slice(count)))
-    start = int(session.lengths[slot])
+        return driver.state.read(spec.output, (slot, slice(None), slice(count)))
+    start = int(driver.lengths[slot])
     rows = (slot, slice(None), slice(start, start + count))
-    return session.state.read(spec.input, (loop, *rows) if spec.kind == "per_loop" else rows)
+    return driver.state.read(spec.input, (loop, *rows) if spec.kind == "per_loop" else rows)

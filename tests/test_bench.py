@@ -83,13 +83,13 @@ def test_bytes_a_loop_are_weights_rows_and_state(tiny_package: Path, looplm: Pat
 
 def test_measuring_runs_the_same_loops_as_generating(tiny_package: Path) -> None:
     runtime = Runtime.load(tiny_package)
-    session = runtime.session()
-    driver = Driver(session.state, runtime.manifest)
+    loop_driver = runtime.driver()
+    driver = Driver(loop_driver.state, runtime.manifest)
     driver.prefill(10, 8, 3)
-    expected = runtime.session()
+    expected = runtime.driver()
     expected.append([[0] * 10], LoopSettings(3))
     rows = (0, slice(None), slice(10))
-    assert (session.state.read("key_cache.1", rows) == expected.state.read("key_cache.1", rows)).all()
+    assert (loop_driver.state.read("key_cache.1", rows) == expected.state.read("key_cache.1", rows)).all()
 
 
 def test_overhead_is_a_share_and_leaves_the_runtime_as_it_was(tiny_package: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_device_computes_what_the_cpu_computes(
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_states_can_be_read_back_from_a_device(packages: dict[str, Path], dialect: str) -> None:
-    sessions = [runtime.session(2) for runtime in runtimes(packages[dialect], OnStandIn)]
+    sessions = [runtime.driver(2) for runtime in runtimes(packages[dialect], OnStandIn)]
     for session in sessions:
         session.append([[3, 4, 5, 6], [9, 8]], LoopSettings(2))
     for state in sessions[0].manifest.states:
@@ -104,7 +104,7 @@ def test_states_can_be_read_back_from_a_device(packages: dict[str, Path], dialec
 
 def test_only_controls_exit_probabilities_and_logits_cross(packages: dict[str, Path]) -> None:
     device, _ = runtimes(packages["onnxruntime"], OnStandIn)
-    session = device.session()
+    session = device.driver()
     session.append([[3, 4, 5]], LoopSettings(2))
     buffers = session.state.buffers
     before = buffers.crossed

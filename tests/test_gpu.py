@@ -61,7 +61,7 @@ def load(directory: Path, graphs: bool = True) -> Runtime:
 
 
 def test_every_loop_is_onnx_runtimes(directory: Path) -> None:
-    ours, theirs = load(directory).session(3), Runtime.load(directory, backend="onnxruntime").session(3)
+    ours, theirs = load(directory).driver(3), Runtime.load(directory, backend="onnxruntime").driver(3)
     for tokens in (PROMPTS, [[5], [6], []], [[7], [8], [9]]):
         for chunk in ours.chunks(tokens):
             loops = zip(ours.loops(chunk, LoopSettings(4)), theirs.loops(chunk, LoopSettings(4)), strict=True)
@@ -87,7 +87,7 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(directory: Path
         for runtime in (captured, plain, Runtime.load(directory, backend="onnxruntime"))
     ]
     assert [g.token_ids for g in found[0]] == [g.token_ids for g in found[1]] == [g.token_ids for g in found[2]]
-    assert captured._session.state.captured()  # type: ignore[union-attr, attr-defined]
+    assert captured._driver.state.captured()  # type: ignore[union-attr, attr-defined]
 
 
 def test_candidates_draw_what_whole_rows_draw(directory: Path) -> None:
@@ -97,12 +97,12 @@ def test_candidates_draw_what_whole_rows_draw(directory: Path) -> None:
 
 
 def test_device_memory_is_flat_over_loops(directory: Path, device: Device) -> None:
-    session = load(directory).session()
+    driver = load(directory).driver()
     free = []
     for loops in (16, 1, 4, 16, 1, 4, 16):
-        session.reset()
+        driver.reset()
         for tokens in (PROMPTS[0], [5], [6], [7]):
-            session.append([tokens], LoopSettings(loops))
+            driver.append([tokens], LoopSettings(loops))
         free.append(device.memory()[0])
     assert free[-1] >= min(free[1:4])
 
@@ -115,7 +115,7 @@ def test_a_state_too_large_for_the_device_is_refused_and_takes_nothing(
     held = device.allocate(before - (8 << 20))
     monkeypatch.setattr(runtime.backend.plans["embed"], "scratch_bytes", 1 << 30)  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match=r"needs [0-9,]+ bytes of device memory .* are free on"):
-        runtime.session()
+        runtime.driver()
     held.free()
     assert device.memory()[0] >= before - (4 << 20)
 

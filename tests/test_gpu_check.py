@@ -145,15 +145,15 @@ def test_two_ways_of_running_that_differ_in_a_bit_do_not_pass(tiny_package: Path
     first, second = (Runtime.load(tiny_package, backend="onnxruntime") for _ in range(2))
     row = lambda *parts: Result("model", "target", *parts)  # noqa: E731
     assert checks.same_answers(first, second, 3, row).state == PASSED
-    open_session = second.session
+    open_driver = second.driver
 
     def altered(batch: int = 1) -> Any:
-        session = open_session(batch)
-        append = session.append
-        session.append = lambda tokens, settings: np.nextafter(append(tokens, settings), np.float32(9e9))  # type: ignore[method-assign]
-        return session
+        driver = open_driver(batch)
+        append = driver.append
+        driver.append = lambda tokens, settings: np.nextafter(append(tokens, settings), np.float32(9e9))  # type: ignore[method-assign]
+        return driver
 
-    second.session = altered  # type: ignore[method-assign]
+    second.driver = altered  # type: ignore[method-assign]
     assert checks.same_answers(first, second, 3, row).state == FAILED
 
 

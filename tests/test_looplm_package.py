@@ -58,13 +58,13 @@ def test_its_cache_bytes_are_melts_times_the_loops(package: Path, tiny_package: 
 
 
 def test_each_loop_writes_its_own_cache(runtime: Runtime) -> None:
-    session = runtime.session()
-    session.append([PROMPT], LoopSettings(2))
-    rows = session.state.read("key_cache.0")[:, 0, :, : len(PROMPT)]
+    driver = runtime.driver()
+    driver.append([PROMPT], LoopSettings(2))
+    rows = driver.state.read("key_cache.0")[:, 0, :, : len(PROMPT)]
     assert (rows[0] != rows[1]).any()
     assert rows[:2].any(axis=(1, 3)).all()
     assert not rows[2:].any()
-    assert session.state.state_bytes == runtime.state_bytes(1)
+    assert driver.state.state_bytes == runtime.state_bytes(1)
 
 
 def test_the_chunk_changes_nothing(runtime: Runtime) -> None:
@@ -90,10 +90,10 @@ def test_products_that_read_the_same_input_are_packed(package: Path) -> None:
 def test_more_loops_than_it_has_caches_for_are_refused(runtime: Runtime, checkpoint: Path, package: Path) -> None:
     with pytest.raises(ArgumentError, match="loops is 5; this LoopLM package has caches for 4"):
         runtime.generate(PROMPT, loops=LOOPS + 1)
-    session = runtime.session()
+    driver = runtime.driver()
     with pytest.raises(ArgumentError, match="caches for 4"):
-        session.append([PROMPT], LoopSettings(LOOPS + 1))
-    assert session.lengths.tolist() == [0]
+        driver.append([PROMPT], LoopSettings(LOOPS + 1))
+    assert driver.lengths.tolist() == [0]
     with pytest.raises(ArgumentError, match="caches for 4"):
         verify(package, checkpoint, loops=LOOPS + 1)
 
@@ -104,12 +104,12 @@ def test_leaving_early_is_refused(runtime: Runtime) -> None:
 
 
 def test_filled_caches_cannot_be_deepened(runtime: Runtime) -> None:
-    session = runtime.session()
-    session.append([PROMPT], LoopSettings(2))
+    driver = runtime.driver()
+    driver.append([PROMPT], LoopSettings(2))
     with pytest.raises(ArgumentError, match="tokens in the cache ran 2"):
-        session.append([[5]], LoopSettings(3))
-    session.append([[5]], LoopSettings(1))
-    assert session.lengths.tolist() == [len(PROMPT) + 1]
+        driver.append([[5]], LoopSettings(3))
+    driver.append([[5]], LoopSettings(1))
+    assert driver.lengths.tolist() == [len(PROMPT) + 1]
 
 
 def test_the_portable_dialect_is_refused(checkpoint: Path, tmp_path: Path) -> None:

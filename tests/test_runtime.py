@@ -95,14 +95,14 @@ def test_the_checkpoints_end_token_stops_by_default(runtime: Runtime) -> None:
 
 def test_generation_stops_at_the_end_of_the_cache(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:
     runtime = Runtime.load(make_package(make_checkpoint(), max_seq_len=16, max_batch=1))
-    session = runtime.session()
-    generator = Generator(session, [[5] * 10], runtime.options(max_tokens=100, ignore_eos=True), None)
+    driver = runtime.driver()
+    generator = Generator(driver, [[5] * 10], runtime.options(max_tokens=100, ignore_eos=True), None)
     pieces = list(generator)
     assert pieces[-1].finish_reason == "length"
     assert len(pieces) == 16 - 10 + 1  # the last token is drawn from a full cache and never enters it
-    assert int(session.lengths[0]) == 16
+    assert int(driver.lengths[0]) == 16
     with pytest.raises(PromptError, match="room for 0 of 16"):
-        session.append([[3]], LoopSettings(1))
+        driver.append([[3]], LoopSettings(1))
 
 
 def test_a_prompt_may_fill_the_cache(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:
@@ -123,10 +123,10 @@ def test_early_exit_spends_fewer_loops(runtime: Runtime) -> None:
 def test_a_smaller_chunk_is_the_models_other_meaning(runtime: Runtime, tiny_checkpoint: Path) -> None:
     model = load_model(tiny_checkpoint)
     prompt = list(range(3, 23))
-    session = runtime.session()
+    driver = runtime.driver()
     for chunk in (1, 3, 8):
-        session.reset()
-        got = session.append([prompt], LoopSettings(4, chunk=chunk))[0]
+        driver.reset()
+        got = driver.append([prompt], LoopSettings(4, chunk=chunk))[0]
         with torch.no_grad():
             expected = model(torch.tensor([prompt]), chunk_size=chunk, logits_to_keep=1).logits[0, -1].numpy()
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -187,7 +187,7 @@ def test_an_option_that_makes_no_sense_is_refused(runtime: Runtime, options: dic
 
 def test_more_sequences_than_exported_for_are_refused(runtime: Runtime) -> None:
     with pytest.raises(ArgumentError, match="1 to 8 sequences"):
-        runtime.session(9)
+        runtime.driver(9)
 
 
 def test_without_a_tokenizer_text_is_refused_and_ids_work(tiny_package_without_tokenizer: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_bf16_package_says_what_to_do(make_checkpoint: MakeCheckpoint, make_pa
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_low_memory_gives_the_same_answers(tiny_checkpoint: Path, make_package: MakePackage, precision: str) -> None:
     package = make_package(tiny_checkpoint, precision=precision)
-    usual, lean = Runtime.load(package).session(), Runtime.load(package, low_memory=True).session()
+    usual, lean = Runtime.load(package).driver(), Runtime.load(package, low_memory=True).driver()
     tokens = [[7, 12, 30, 5, 9, 22, 41, 3, 17]]
-    expected, got = (session.append(tokens, LoopSettings(4)) for session in (usual, lean))
+    expected, got = (driver.append(tokens, LoopSettings(4)) for driver in (usual, lean))
     np.testing.assert_allclose(got, expected, rtol=0, atol=(1e-4 if precision == "fp32" else 2e-2))

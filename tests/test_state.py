@@ -10,14 +10,14 @@ import numpy as np
 import psutil
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import LoopSettings, Runtime, Session
+from melt_runtime import LoopDriver, LoopSettings, Runtime
 
 DIALECTS = ("onnxruntime", "standard", "portable")
 
 
-def addresses(session: Session) -> dict[str, int]:
+def addresses(driver: LoopDriver) -> dict[str, int]:
     """Where every state buffer lies."""
-    return {name: buffer.ctypes.data for name, buffer in session.state.buffers.items()}  # type: ignore[attr-defined]
+    return {name: buffer.ctypes.data for name, buffer in driver.state.buffers.items()}  # type: ignore[attr-defined]
 
 
 @pytest.fixture(params=DIALECTS)
@@ -26,16 +26,16 @@ def runtime(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, mak
 
 
 def test_more_loops_allocate_nothing(runtime: Runtime) -> None:
-    session = runtime.session()
-    before, size = addresses(session), session.state.state_bytes
+    driver = runtime.driver()
+    before, size = addresses(driver), driver.state.state_bytes
     assert size == runtime.state_bytes(1)
     for loops in (1, 4, 16):
-        session.reset()
-        session.append([[5, 6, 7, 8, 9]], LoopSettings(loops))
-        session.append([[10]], LoopSettings(loops))
-        assert addresses(session) == before
-        assert session.state.state_bytes == size
-        assert session.depth[0] == [loops] * 6
+        driver.reset()
+        driver.append([[5, 6, 7, 8, 9]], LoopSettings(loops))
+        driver.append([[10]], LoopSettings(loops))
+        assert addresses(driver) == before
+        assert driver.state.state_bytes == size
+        assert driver.depth[0] == [loops] * 6
 
 
 def test_the_state_is_what_the_manifest_says(runtime: Runtime) -> None:
@@ -48,57 +48,57 @@ def test_the_state_is_what_the_manifest_says(runtime: Runtime) -> None:
 
 
 def test_a_loop_rewrites_the_tokens_row_and_no_other(runtime: Runtime) -> None:
-    session = runtime.session()
-    session.append([[5, 6, 7]], LoopSettings(2))
+    driver = runtime.driver()
+    driver.append([[5, 6, 7]], LoopSettings(2))
     names = [s.input for s in runtime.manifest.states if s.kind != "swap"]
-    before = {name: session.state.read(name) for name in names}
-    session.append([[8]], LoopSettings(4))
+    before = {name: driver.state.read(name) for name in names}
+    driver.append([[8]], LoopSettings(4))
     for name in names:
-        after = session.state.read(name)
+        after = driver.state.read(name)
         changed = np.flatnonzero((after != before[name]).any(axis=(0, 1, 3)))
         assert changed.tolist() == [3]
 
 
 def test_caches_are_bound_to_one_buffer_as_input_and_output(tiny_package: Path) -> None:
-    session = Runtime.load(tiny_package).session()
-    session.append([[5, 6, 7]], LoopSettings(1))
-    session.append([[8]], LoopSettings(1))
-    state = session.state
+    driver = Runtime.load(tiny_package).driver()
+    driver.append([[5, 6, 7]], LoopSettings(1))
+    driver.append([[8]], LoopSettings(1))
+    state = driver.state
     binding = next(b for key, b in state._bindings.items() if key[0] == "loop_step")  # type: ignore[attr-defined]
     outputs = {value.data_ptr() for value in binding.get_outputs()}
     for spec in state.manifest.states:  # type: ignore[attr-defined]
         if spec.kind == "in_place":
-            assert addresses(session)[spec.input] in outputs
+            assert addresses(driver)[spec.input] in outputs
 
 
 def test_hidden_and_latent_swap_between_two_buffers(runtime: Runtime) -> None:
-    session = runtime.session()
-    (chunk,) = session.chunks([[5, 6, 7]])
+    driver = runtime.driver()
+    (chunk,) = driver.chunks([[5, 6, 7]])
     seen = []
-    for _ in session.loops(chunk, LoopSettings(4)):
-        seen.append(session.state.read("hidden"))
-    names = addresses(session)
+    for _ in driver.loops(chunk, LoopSettings(4)):
+        seen.append(driver.state.read("hidden"))
+    names = addresses(driver)
     assert {"hidden/0", "hidden/1", "latent/0", "latent/1"} <= set(names)
     assert not np.array_equal(seen[0], seen[1])
-    buffers = session.state.buffers  # type: ignore[attr-defined]
+    buffers = driver.state.buffers  # type: ignore[attr-defined]
     last = [buffers[f"hidden/{i}"].view(np.float32)[: seen[-1].size].reshape(seen[-1].shape) for i in (0, 1)]
     assert any(np.array_equal(side, seen[-1]) for side in last)
     assert any(np.array_equal(side, seen[-2]) for side in last)
 
 
 def test_a_token_that_left_keeps_hidden_latent_and_rows(runtime: Runtime) -> None:
-    session = runtime.session()
-    (chunk,) = session.chunks([[5, 6, 7, 8, 9, 10]])
+    driver = runtime.driver()
+    (chunk,) = driver.chunks([[5, 6, 7, 8, 9, 10]])
     before: dict[str, np.ndarray] = {}
     left = np.zeros((1, 6), bool)
     froze = 0
     caches = [s for s in runtime.manifest.states if s.kind != "swap"]
-    for control in session.loops(chunk, LoopSettings(4, exit_threshold=0.8)):
-        now = {"hidden": session.state.read("hidden")[0]}
-        now["latent"] = session.state.read("latent")[:, 0].transpose(1, 0, 2)
+    for control in driver.loops(chunk, LoopSettings(4, exit_threshold=0.8)):
+        now = {"hidden": driver.state.read("hidden")[0]}
+        now["latent"] = driver.state.read("latent")[:, 0].transpose(1, 0, 2)
         for spec in caches:
             name = spec.output if spec.kind == "read_only" else spec.input
-            now[name] = session.state.read(name, (0, slice(None), slice(0, 6))).transpose(1, 0, 2)
+            now[name] = driver.state.read(name, (0, slice(None), slice(0, 6))).transpose(1, 0, 2)
         left = ~control.active
         if before:
             for name, value in now.items():
@@ -110,26 +110,26 @@ def test_a_token_that_left_keeps_hidden_latent_and_rows(runtime: Runtime) -> Non
 
 def test_one_sequence_leaving_early_changes_no_other(runtime: Runtime) -> None:
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
-    together = runtime.session(3)
+    together = runtime.driver(3)
     logits = together.append(prompts, LoopSettings(4, exit_threshold=0.85))
     assert len({tuple(depth) for depth in together.depth}) > 1
     for slot, prompt in enumerate(prompts):
-        alone = runtime.session(1)
+        alone = runtime.driver(1)
         own = alone.append([prompt], LoopSettings(4, exit_threshold=0.85))
         assert alone.depth[0] == together.depth[slot]
         np.testing.assert_allclose(own[0], logits[slot], rtol=1e-4, atol=1e-5)
 
 
 def test_an_idle_sequence_keeps_its_rows(runtime: Runtime) -> None:
-    session = runtime.session(2)
-    session.append([[5, 6, 7], [8, 9, 10]], LoopSettings(4))
+    driver = runtime.driver(2)
+    driver.append([[5, 6, 7], [8, 9, 10]], LoopSettings(4))
     caches = [s.input for s in runtime.manifest.states if s.kind != "swap"]
-    before = {name: session.state.read(name, (0, slice(None), slice(0, 3))) for name in caches}
+    before = {name: driver.state.read(name, (0, slice(None), slice(0, 3))) for name in caches}
     for token in (11, 12, 13):
-        session.append([[], [token]], LoopSettings(4))
-    assert session.lengths.tolist() == [3, 6]
+        driver.append([[], [token]], LoopSettings(4))
+    assert driver.lengths.tolist() == [3, 6]
     for name, rows in before.items():
-        assert np.array_equal(session.state.read(name, (0, slice(None), slice(0, 3))), rows)
+        assert np.array_equal(driver.state.read(name, (0, slice(None), slice(0, 3))), rows)
 
 
 def test_a_full_sequence_may_sit_beside_one_that_goes_on(
@@ -137,17 +137,17 @@ def test_a_full_sequence_may_sit_beside_one_that_goes_on(
 ) -> None:
     for dialect in DIALECTS:
         runtime = Runtime.load(make_package(make_checkpoint(), dialect=dialect, max_seq_len=16, max_batch=2))
-        session = runtime.session(2)
+        driver = runtime.driver(2)
         rng = np.random.default_rng(0)
         full, short = rng.integers(3, 50, 16).tolist(), [4]
-        session.append([full, short], LoopSettings(2))
+        driver.append([full, short], LoopSettings(2))
         caches = [s.input for s in runtime.manifest.states if s.kind != "swap"]
-        before = {name: session.state.read(name, (0, slice(None), slice(0, 16))) for name in caches}
+        before = {name: driver.state.read(name, (0, slice(None), slice(0, 16))) for name in caches}
         more = rng.integers(3, 50, 15).tolist()
-        logits = session.append([[], more], LoopSettings(2))
+        logits = driver.append([[], more], LoopSettings(2))
         for name, rows in before.items():
-            assert np.array_equal(session.state.read(name, (0, slice(None), slice(0, 16))), rows)
-        alone = runtime.session(1)
+            assert np.array_equal(driver.state.read(name, (0, slice(None), slice(0, 16))), rows)
+        alone = runtime.driver(1)
         alone.append([short], LoopSettings(2))
         np.testing.assert_allclose(alone.append([more], LoopSettings(2))[0], logits[1], rtol=1e-4, atol=1e-5)
 
@@ -156,17 +156,17 @@ def test_resident_memory_stays_flat_over_two_thousand_tokens(
     make_checkpoint: MakeCheckpoint, make_package: MakePackage
 ) -> None:
     checkpoint = make_checkpoint(max_position_embeddings=4096, eos_token_id=None)
-    session = Runtime.load(make_package(checkpoint, max_seq_len=4096, max_batch=1), threads=1).session()
+    driver = Runtime.load(make_package(checkpoint, max_seq_len=4096, max_batch=1), threads=1).driver()
     process, settings = psutil.Process(), LoopSettings(2)
-    session.append([[5, 6, 7]], settings)
+    driver.append([[5, 6, 7]], settings)
     for token in range(200):
-        session.append([[token % 40]], settings)
+        driver.append([[token % 40]], settings)
     before = process.memory_info().rss
     for token in range(2000):
-        session.append([[token % 40]], settings)
-    assert int(session.lengths[0]) == 2203
+        driver.append([[token % 40]], settings)
+    assert int(driver.lengths[0]) == 2203
     # Attention's scratch for the scores grows by a few bytes a token; nothing may grow by a state.
-    assert process.memory_info().rss - before < session.state.state_bytes // 4
+    assert process.memory_info().rss - before < driver.state.state_bytes // 4
 
 
 def test_the_runtime_needs_no_torch(tiny_package: Path) -> None:

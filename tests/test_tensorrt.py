@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
-from melt_runtime import ArgumentError, BackendError, LoopSettings, Package, PackageError, Runtime, Session
+from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime
 from melt_runtime.backends import LoopControl, tensorrt
 from melt_runtime.backends.plans import Recordings
 from melt_runtime.backends.state import widened
@@ -66,14 +66,14 @@ def settings(loops: int = 4, threshold: float = 1.0) -> LoopSettings:
     return LoopSettings(loops, threshold)
 
 
-def states(session: Session) -> dict[str, np.ndarray]:
+def states(driver: LoopDriver) -> dict[str, np.ndarray]:
     """Everything that can be read, the cache as far as it was filled."""
-    found = {name: session.state.read(name) for name in ("hidden", "latent")}
-    found["exit probability"] = session.state.exit_probability()
-    for state in session.manifest.states[2:]:
-        found[state.input] = session.state.read(state.input, (..., slice(0, int(session.lengths.max())), slice(None)))
+    found = {name: driver.state.read(name) for name in ("hidden", "latent")}
+    found["exit probability"] = driver.state.exit_probability()
+    for state in driver.manifest.states[2:]:
+        found[state.input] = driver.state.read(state.input, (..., slice(0, int(driver.lengths.max())), slice(None)))
         if state.kind == "read_only":
-            found[state.output] = session.state.read(state.output)
+            found[state.output] = driver.state.read(state.output)
     return found
 
 
@@ -89,7 +89,7 @@ def real(values: np.ndarray, name: str, counts: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_state_of_every_loop_is_onnx_runtimes(directory: Path, device: HostDevice, graphs: bool) -> None:
-    ours, theirs = load(directory, graphs=graphs).session(3), Runtime.load(directory, backend="onnxruntime").session(3)
+    ours, theirs = load(directory, graphs=graphs).driver(3), Runtime.load(directory, backend="onnxruntime").driver(3)
     steps = [PROMPTS, *([[token], [token + 1], []] for token in range(5, 10))]
     for tokens in steps:
         for chunk in ours.chunks(tokens):
@@ -117,9 +117,9 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(
         for runtime in (captured, plain, Runtime.load(directory, backend="onnxruntime"))
     ]
     assert found[0] == found[1] == found[2]
-    kinds = {key[0] for key in captured._session.state.captured()}  # type: ignore[union-attr, attr-defined]
+    kinds = {key[0] for key in captured._driver.state.captured()}  # type: ignore[union-attr, attr-defined]
     assert kinds == {"chunk" if threshold == 1.0 else "loop"}
-    assert not plain._session.state.captured()  # type: ignore[union-attr, attr-defined]
+    assert not plain._driver.state.captured()  # type: ignore[union-attr, attr-defined]
     if threshold < 1.0:
         assert len(set(found[0][0].depth)) > 1
 
@@ -147,7 +147,7 @@ def test_sampling_draws_what_it_draws_from_whole_rows(
 def test_sequences_in_different_loops_may_share_a_step(directory: Path, device: HostDevice, first: list[bool]) -> None:
     found = []
     for runtime in (load(directory), Runtime.load(directory, backend="onnxruntime")):
-        state = runtime.session(2).state
+        state = runtime.driver(2).state
         state.embed(np.array([[5], [6]]))
         ones, counts = np.ones((2, 1), np.bool_), np.ones(2, np.int64)
         state.loop(LoopControl(np.ones(2, np.bool_), ones, np.zeros(2, np.int64), counts))
@@ -171,14 +171,14 @@ def test_weights_that_may_be_streamed_get_the_librarys_budget(
 def test_an_engine_that_picks_out_no_candidates_gives_whole_rows(spoilt: Path, device: HostDevice) -> None:
     add_plans(spoilt, candidates=0)
     runtime = load(spoilt)
-    assert runtime.session().state.candidates(np.zeros((1, 1), np.int64)) is None
+    assert runtime.driver().state.candidates(np.zeros((1, 1), np.int64)) is None
     found = runtime.generate(PROMPTS[0], max_tokens=12)
     assert found == Runtime.load(spoilt, backend="onnxruntime").generate(PROMPTS[0], max_tokens=12)
 
 
 def test_a_token_is_one_launch_and_brings_no_row_of_logits_back(directory: Path, device: HostDevice) -> None:
-    session = load(directory).session()
-    state: Any = session.state
+    driver = load(directory).driver()
+    state: Any = driver.state
     rows = 0
 
     def count(columns: np.ndarray) -> np.ndarray:
@@ -186,12 +186,12 @@ def test_a_token_is_one_launch_and_brings_no_row_of_logits_back(directory: Path,
         rows += 1
         return type(state).logits(state, columns)
 
-    session.advance([[5]], settings())
-    session.advance([[6]], settings())
+    driver.advance([[5]], settings())
+    driver.advance([[6]], settings())
     launches, copies = state.stream.launches, state.stream.copies
     state.logits = count
     for token in range(7, 17):
-        following = session.advance([[token]], settings())
+        following = driver.advance([[token]], settings())
         few = following.candidates(0)
         assert few is not None
         assert few.logits.shape == (16,)
@@ -201,10 +201,10 @@ def test_a_token_is_one_launch_and_brings_no_row_of_logits_back(directory: Path,
 
 
 def test_each_attention_length_has_one_graph(directory: Path, device: HostDevice) -> None:
-    session = load(directory).session()
+    driver = load(directory).driver()
     for token in range(140):
-        session.append([[token % 40]], settings(2))
-    state: Any = session.state
+        driver.append([[token % 40]], settings(2))
+    state: Any = driver.state
     assert sorted(key[2] for key in state.captured()) == [64, 96, 128, 192]
 
 
@@ -225,18 +225,18 @@ def test_a_context_that_cannot_be_captured_runs_plainly(
     monkeypatch.setattr(HostEngine, "capturable", False)
     runtime = load(directory)
     found = runtime.generate(PROMPTS[0], max_tokens=20)
-    assert not runtime._session.state.captured()  # type: ignore[union-attr, attr-defined]
+    assert not runtime._driver.state.captured()  # type: ignore[union-attr, attr-defined]
     assert found == Runtime.load(directory, backend="onnxruntime").generate(PROMPTS[0], max_tokens=20)
 
 
 def test_more_loops_and_tokens_allocate_nothing(directory: Path, device: HostDevice) -> None:
-    session = load(directory).session(2)
-    assert session.state.state_bytes == session.manifest.state_bytes(2)
+    driver = load(directory).driver(2)
+    assert driver.state.state_bytes == driver.manifest.state_bytes(2)
     held, made = list(device.live), device.made
     for loops in (1, 4, 16):
-        session.reset()
+        driver.reset()
         for tokens in (PROMPTS[:2], [[5], [6]], [[7], []], [[8], [9]]):
-            session.append(tokens, settings(loops))
+            driver.append(tokens, settings(loops))
         assert device.live == held
         assert device.made == made == 2
 
@@ -245,11 +245,11 @@ def test_a_state_that_is_dropped_gives_its_memory_back(directory: Path, device: 
     gc.collect()
     gc.disable()
     try:
-        session = load(directory).session()
+        driver = load(directory).driver()
         for token in (5, 6, 7):
-            session.append([[token]], settings())
+            driver.append([[token]], settings())
         assert device.live
-        del session
+        del driver
         assert device.live == []
     finally:
         gc.enable()
@@ -259,11 +259,11 @@ def test_too_little_memory_is_refused_with_both_figures_before_any_is_taken(
     directory: Path, device: HostDevice
 ) -> None:
     runtime = load(directory)
-    small = runtime.session(1)
+    small = runtime.driver(1)
     device.total = 200_000
     free = device.memory()[0]
     with pytest.raises(BackendError, match=rf"batch of 8 needs [0-9,]+ bytes .* {free:,} are free on host memory"):
-        runtime.session(8)
+        runtime.driver(8)
     assert len(device.live) == 2
     small.append([[5]], settings())
 
@@ -273,7 +273,7 @@ def test_an_allocation_that_fails_leaves_nothing_allocated(directory: Path, devi
     runtime = load(directory)
     device.fails = kind
     with pytest.raises(BackendError, match="cudaErrorMemoryAllocation"):
-        runtime.session()
+        runtime.driver()
     assert device.live == []
 
 
@@ -287,42 +287,42 @@ def test_a_batch_above_the_engines_is_refused(spoilt: Path, device: HostDevice) 
     spec = add_plans(spoilt)
     add_plans(spoilt, profiles=tuple(replace(profile, batch=(1, 1, 2)) for profile in spec.profiles))
     with pytest.raises(ArgumentError, match="batch is 3; engine double was built for 1 to 2 sequences"):
-        load(spoilt).session(3)
+        load(spoilt).driver(3)
 
 
 def test_a_chunk_above_the_engines_is_refused_and_the_state_stays(spoilt: Path, device: HostDevice) -> None:
     spec = add_plans(spoilt)
     add_plans(spoilt, profiles=tuple(replace(profile, chunk=(1, 1, 4)) for profile in spec.profiles))
-    session = load(spoilt).session()
-    session.append([[5, 6, 7]], settings())
-    before = states(session)
+    driver = load(spoilt).driver()
+    driver.append([[5, 6, 7]], settings())
+    before = states(driver)
     for threshold in (1.0, 0.5):
         with pytest.raises(ArgumentError, match=r"chunk 8 .* are beyond what the engine was built for: .* chunk 4"):
-            session.append([list(range(5, 13))], settings(4, threshold))
-    assert session.lengths.tolist() == [3]
-    after = states(session)
+            driver.append([list(range(5, 13))], settings(4, threshold))
+    assert driver.lengths.tolist() == [3]
+    after = states(driver)
     assert all(np.array_equal(after[name], values) for name, values in before.items())
 
 
 def test_a_run_that_fails_says_why_and_counts_no_token(
     directory: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = load(directory).session()
-    session.append([[5, 6, 7]], settings())
+    driver = load(directory).driver()
+    driver.append([[5, 6, 7]], settings())
     monkeypatch.setattr(HostEngine, "fails", True)
     with pytest.raises(BackendError, match="TensorRT-RTX failed in embed: enqueue failed"):
-        session.append([[8]], settings())
-    assert (session.lengths.tolist(), len(session.depth[0])) == ([3], 3)
+        driver.append([[8]], settings())
+    assert (driver.lengths.tolist(), len(driver.depth[0])) == ([3], 3)
     monkeypatch.setattr(HostEngine, "fails", False)
-    other = Runtime.load(directory, backend="onnxruntime").session()
+    other = Runtime.load(directory, backend="onnxruntime").driver()
     other.append([[5, 6, 7]], settings())
-    np.testing.assert_allclose(session.append([[8]], settings()), other.append([[8]], settings()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(driver.append([[8]], settings()), other.append([[8]], settings()), rtol=1e-4, atol=1e-5)
 
 
 def test_a_shape_that_is_refused_is_named(directory: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostContext, "set_input_shape", lambda *_: False)
     with pytest.raises(BackendError, match=r"TensorRT-RTX refuses shape \(1, 1\) of input_ids in embed"):
-        load(directory).session().append([[5]], settings())
+        load(directory).driver().append([[5]], settings())
 
 
 def test_the_first_engine_that_runs_here_is_taken(spoilt: Path, device: HostDevice) -> None:

@@ -54,15 +54,15 @@ def parity(runtime: Runtime, subject: Subject, row: Row) -> list[Result]:
 
 def flat_memory(runtime: Runtime, machine: Machine, tokens: int, row: Row) -> Result:
     """Memory after generating with 1, 4 and 16 loops: what a LoopLM would add in caches must not be added."""
-    session = runtime.session()
+    driver = runtime.driver()
     prompt = np.arange(min(4, runtime.manifest.vocab_size))[None].tolist()
 
     def generate(loops: int) -> int:
-        session.reset()
+        driver.reset()
         settings = LoopSettings(loops)
-        logits = session.append(prompt, settings)
-        for _ in range(min(tokens, session.capacity - len(prompt[0]))):
-            logits = session.append([[int(logits[0].argmax())]], settings)
+        logits = driver.append(prompt, settings)
+        for _ in range(min(tokens, driver.capacity - len(prompt[0]))):
+            logits = driver.append([[int(logits[0].argmax())]], settings)
         return machine.memory_used()
 
     generate(1)  # what is allocated at first use, at any depth
@@ -72,14 +72,14 @@ def flat_memory(runtime: Runtime, machine: Machine, tokens: int, row: Row) -> Re
     limit = int(max(_SLACK_SHARE * caches, _SLACK_BYTES))
     figures = {
         "used_bytes": used,
-        "state_bytes": session.state.state_bytes,
+        "state_bytes": driver.state.state_bytes,
         "grown_bytes": grown,
         "limit_bytes": limit,
         "looplm_would_add_bytes": caches,
     }
     detail = (
         f"{grown / 1e6:+.1f} MB from 1 to 16 loops (limit {limit / 1e6:.1f} MB; a LoopLM's caches would add "
-        f"{caches / 1e6:,.1f} MB); state {session.state.state_bytes / 1e6:,.1f} MB"
+        f"{caches / 1e6:,.1f} MB); state {driver.state.state_bytes / 1e6:,.1f} MB"
     )
     return row("memory", PASSED if grown <= limit else FAILED, detail, figures)
 
@@ -87,11 +87,11 @@ def flat_memory(runtime: Runtime, machine: Machine, tokens: int, row: Row) -> Re
 def same_answers(first: Runtime, second: Runtime, tokens: int, row: Row) -> Result:
     """Two ways of running one package, such as with CUDA graphs and without: equal logits, bit for bit."""
     prompt = np.arange(2 * first.manifest.chunk // 3 + 1) % first.manifest.vocab_size
-    sessions = [runtime.session() for runtime in (first, second)]
+    drivers = [runtime.driver() for runtime in (first, second)]
     settings = LoopSettings(first.manifest.loops)
     pending, worst, steps = [prompt.tolist()], 0.0, 0
-    for _ in range(min(tokens, sessions[0].capacity - len(prompt))):
-        one, other = (session.append(pending, settings) for session in sessions)
+    for _ in range(min(tokens, drivers[0].capacity - len(prompt))):
+        one, other = (driver.append(pending, settings) for driver in drivers)
         worst, steps = max(worst, float(np.abs(one - other).max())), steps + 1
         pending = [[int(one[0].argmax())]]
     equal = worst == 0.0

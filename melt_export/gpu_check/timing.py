@@ -31,13 +31,13 @@ def moved_bytes(manifest: Manifest, loop_weights: int, head_weights: int, loops:
 
 def decode(runtime: Runtime, weights: tuple[int, int], tokens: int, steps: int, bandwidth: float, row: Row) -> Result:
     """One token after ``tokens`` in the cache. weights: bytes of loop step and head."""
-    session, settings = runtime.session(), LoopSettings(runtime.manifest.loops)
+    driver, settings = runtime.driver(), LoopSettings(runtime.manifest.loops)
 
     def step() -> None:
-        session.lengths[...] = tokens  # what the rows hold does not matter for time
-        session.append([[1]], settings)
+        driver.lengths[...] = tokens  # what the rows hold does not matter for time
+        driver.append([[1]], settings)
 
-    stream = stream_of(session.state)
+    stream = stream_of(driver.state)
     times = timed(step, steps, stream)
     return _decoded(runtime.manifest, weights, tokens, times, clock_of(stream), bandwidth, row)
 
@@ -47,13 +47,13 @@ def prefill(runtime: Runtime, chunks: int, steps: int, row: Row) -> Result:
     manifest = runtime.manifest
     chunks = max(1, min(chunks, manifest.max_seq_len // manifest.chunk))
     prompt = (np.arange(chunks * manifest.chunk) % manifest.vocab_size).tolist()
-    session, settings = runtime.session(), LoopSettings(manifest.loops)
+    driver, settings = runtime.driver(), LoopSettings(manifest.loops)
 
     def step() -> None:
-        session.reset()
-        session.append([prompt], settings)
+        driver.reset()
+        driver.append([prompt], settings)
 
-    stream = stream_of(session.state)
+    stream = stream_of(driver.state)
     return _prefilled(manifest, len(prompt), timed(step, steps, stream), clock_of(stream), row)
 
 

@@ -5,12 +5,13 @@ runtime = Runtime.load("package")
 print(runtime.generate("2+2=").text)
 """
 
+from .driver import LoopDriver, LoopSettings
 from .errors import ArgumentError, BackendError, MeltError, PackageError, PromptError
-from .generation import Generation, GenerationOptions, Generator, Piece
+from .generation import Generator
 from .package import Manifest, Package
 from .runtime import Runtime
 from .sampling import Sampler, SamplingParams
-from .session import LoopSettings, Session
+from .track import Generation, GenerationOptions, Piece
 
 __all__ = [
     "ArgumentError",
@@ -18,6 +19,7 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Generator",
+    "LoopDriver",
     "LoopSettings",
     "Manifest",
     "MeltError",
@@ -28,5 +30,4 @@ __all__ = [
     "Runtime",
     "Sampler",
     "SamplingParams",
-    "Session",
 ]

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from .backends import BackendState, LoopControl
+from .driver import whole_number
 from .engines.onnx_file import initializer_bytes
 from .errors import ArgumentError, BackendError
 from .machine import ReadBandwidth, physical_cores
 from .package import Manifest, Package, size_of
 from .progress import Step, no_progress
 from .runtime import Runtime
-from .session import whole_number
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _with_threads(
     samples = {(at, point): Samples() for at in range(len(packages)) for point in points}
     shares: list[list[float]] = [[] for _ in packages]
     for batch in sweep.batches:  # one batch's state at a time
-        drivers = [Driver(runtime.session(batch).state, runtime.manifest) for runtime in runtimes]
+        drivers = [Driver(runtime.driver(batch).state, runtime.manifest) for runtime in runtimes]
         own = [point for point in points if point.batch == batch]
         for turn in range(sweep.rounds + 1):  # the first does not count
             for point in own:

@@ -17,7 +17,7 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     runtime = Runtime.load(order["package"], threads=order["threads"], check_hashes=False)
     loaded = resident("VmRSS")
-    state = runtime.session(order["batch"]).state
+    state = runtime.driver(order["batch"]).state
     driver = Driver(state, runtime.manifest)
     for position in range(min(_TOKENS, runtime.manifest.max_seq_len)):
         driver.chunk(1, position, order["loops"], head=True)

@@ -18,15 +18,16 @@ from .backends.choice import NAMES
 from .bench_cli import bench_command
 from .command import one_line, reported_errors, run_app
 from .describe import describe, untrained_warnings
+from .driver import LoopSettings
 from .engine_cli import build_engine_command
 from .errors import ArgumentError, PromptError
-from .generation import GenerationOptions, Generator
+from .generation import Generator
 from .package import Package
 from .render import generation_dict, hash_progress, print_facts, stats_lines
 from .runtime import Runtime
 from .sampling import SamplingParams
-from .session import LoopSettings
 from .stopping import stop_strings
+from .track import GenerationOptions
 
 _EPILOG = "Errors are one line and exit code 2; with MELT_TRACEBACK=1 in the environment they show their traceback."
 _HELP = """\
@@ -120,8 +121,8 @@ def generate(
         text = _read_stdin() if prompt == "-" else prompt
         runtime = _load(package, backend, device, threads)
         prompt_ids = _prompt_ids(runtime, text, ids, chat)
-        session = runtime.session()
-        generator = Generator(session, [prompt_ids], runtime.options(**request), runtime.codec)
+        driver = runtime.driver()
+        generator = Generator(driver, [prompt_ids], runtime.options(**request), runtime.codec)
         started = perf_counter()
         arrivals = _stream(generator, ids=ids, silent=as_json)
         result = generator.results()[0]
@@ -129,7 +130,7 @@ def generate(
             print(json.dumps(generation_dict(result)), flush=True)
         if stats:
             _notice(f"backend              {runtime.backend.name} ({runtime.backend_reason})")
-            for line in stats_lines(result, started, arrivals, session.state.state_bytes):
+            for line in stats_lines(result, started, arrivals, driver.state.state_bytes):
                 _notice(line)
 
 

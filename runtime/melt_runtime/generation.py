@@ -1,103 +1,17 @@
-"""Token after token: sampling, stopping and streaming over a session."""
+"""Token after token: sampling, stopping and streaming over a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
+from .driver import LoopDriver
 from .errors import ArgumentError, PromptError
-from .logits import NextLogits
-from .sampling import Sampler, SamplingParams
-from .session import LoopSettings, Session, whole_number
-from .stopping import StopMatcher
-from .text import StreamDecoder, TextCodec
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """One request: how many tokens, how to draw them, how deep to think and when to stop."""
-
-    loops: LoopSettings
-    max_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    stop_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        whole_number("max_tokens", self.max_tokens)
-        if not all(isinstance(i, int) for i in self.stop_ids):
-            raise ArgumentError("stop_ids must be whole numbers (token ids)")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished sequence. ``finish_reason``: "stop" (a stop id or string), or "length" (max_tokens, or the cache is
-    full). ``depth``: loops spent on each token that went through the model, the prompt's included."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    depth: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step added to one sequence: text that is safe to show (perhaps ""), the token, and the end, if it is."""
-
-    slot: int
-    text: str
-    token_id: int
-    finish_reason: str | None
-
-
-class _Track:
-    """One sequence on its way: what was drawn, and what may be shown."""
-
-    def __init__(self, slot: int, prompt: Sequence[int], options: GenerationOptions, codec: TextCodec | None):
-        self.slot, self.options = slot, options
-        self.history = list(prompt)
-        self.prompt_tokens = len(prompt)
-        self.sampler = Sampler(options.sampling, stream=slot)
-        self.decoder = StreamDecoder(codec) if codec is not None else None
-        self.matcher = StopMatcher(options.stop)
-        self.text: list[str] = []
-        self.finish_reason: str | None = None
-
-    def draw(self, logits: NextLogits, room: int) -> Piece:
-        """Draws the next token; ``room`` is how many more tokens the cache can take."""
-        token = logits.sample(self.slot, self.sampler, self.history)
-        self.history.append(token)
-        if token in self.options.stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.history) - self.prompt_tokens >= self.options.max_tokens or room < 1:
-            self.finish_reason = "length"
-        return Piece(self.slot, self._show(token), token, self.finish_reason)
-
-    def _show(self, token: int) -> str:
-        if self.decoder is None:
-            return ""
-        text = "" if token in self.options.stop_ids else self.decoder.push(token)
-        if self.finish_reason is not None:
-            text += self.decoder.flush()
-        shown, found = self.matcher.push(text)
-        if found is None and self.finish_reason is not None:
-            shown += self.matcher.flush()
-            found = self.matcher.found
-        if found is not None:
-            self.finish_reason = "stop"
-        self.text.append(shown)
-        return shown
-
-    def result(self, depth: Sequence[int]) -> Generation:
-        """The finished sequence."""
-        assert self.finish_reason is not None
-        tokens = tuple(self.history[self.prompt_tokens :])
-        return Generation("".join(self.text), tokens, self.finish_reason, self.prompt_tokens, tuple(depth))
+from .text import TextCodec
+from .track import Generation, GenerationOptions, Piece, Track
 
 
 class Generator:
-    """Generates a continuation of every sequence of a session.
+    """Generates a continuation of every sequence of a batch.
 
     Iterating yields the pieces as they come; ``results`` holds the finished sequences afterwards. Sequences that end
     sit idle while the others go on. Raises PromptError for an empty prompt or one that does not fit.
@@ -105,7 +19,7 @@ class Generator:
 
     def __init__(
         self,
-        session: Session,
+        driver: LoopDriver,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         codec: TextCodec | None,
@@ -114,19 +28,19 @@ class Generator:
             raise PromptError("the prompt is empty; give at least one token")
         if options.stop and codec is None:
             raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
-        self.session, self.options = session, options
-        self.tracks = [_Track(slot, prompt, options, codec) for slot, prompt in enumerate(prompts)]
+        self.driver, self.options = driver, options
+        self.tracks = [Track(slot, prompt, options, codec) for slot, prompt in enumerate(prompts)]
         self.pending: list[Sequence[int]] = [list(prompt) for prompt in prompts]
-        session.check(prompts)
+        driver.check(prompts)
 
     def __iter__(self) -> Iterator[Piece]:
         while any(self.pending):
-            logits = self.session.advance(self.pending, self.options.loops)
+            logits = self.driver.advance(self.pending, self.options.loops)
             fed, self.pending = self.pending, [[] for _ in self.tracks]
             for track in self.tracks:
                 if not len(fed[track.slot]):
                     continue
-                room = self.session.capacity - int(self.session.lengths[track.slot])
+                room = self.driver.capacity - int(self.driver.lengths[track.slot])
                 piece = track.draw(logits, room)
                 if piece.finish_reason is None:
                     self.pending[track.slot] = [piece.token_id]
@@ -134,4 +48,4 @@ class Generator:
 
     def results(self) -> list[Generation]:
         """All sequences, once the iteration is over."""
-        return [track.result(self.session.depth[track.slot]) for track in self.tracks]
+        return [track.result(self.driver.depth[track.slot]) for track in self.tracks]

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from .describe import MemoryFacts, PackageFacts, StateFacts
 from .engines.spec import EngineSpec
-from .generation import Generation
 from .package import Package
+from .track import Generation
 
 # Hashing less than this takes about as long as it takes to notice a bar.
 _PROGRESS_FROM_BYTES = 200_000_000

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, overload
 
 from .backends import Backend, open_backend
+from .driver import LoopDriver, LoopSettings
 from .errors import ArgumentError, PackageError, PromptError
-from .generation import Generation, GenerationOptions, Generator
+from .generation import Generator
 from .package import Manifest, Package
 from .sampling import SamplingParams
-from .session import LoopSettings, Session
 from .stopping import stop_strings
 from .text import TextCodec
+from .track import Generation, GenerationOptions
 
 Prompt = str | Sequence[int]
 
@@ -28,14 +29,14 @@ class Runtime:
             print(piece, end="")
 
     ``generate`` and ``stream`` reuse one set of state buffers, allocated at their first call, so a Runtime answers
-    one call at a time; open a ``session`` each for more. Raises errors of the MeltError family only.
+    one call at a time; open a ``driver`` each for more. Raises errors of the MeltError family only.
     """
 
     def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
         self.package, self.backend, self.codec = package, backend, codec
         self.backend_reason = backend_reason  # why this backend, in a sentence
         self.stop_ids = _stop_ids(package)
-        self._session: Session | None = None
+        self._driver: LoopDriver | None = None
 
     @classmethod
     def load(
@@ -70,9 +71,9 @@ class Runtime:
         """What the package says about itself."""
         return self.package.manifest
 
-    def session(self, batch: int = 1) -> Session:
-        """A session with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
-        return Session(self.backend.open_state(batch), self.manifest)
+    def driver(self, batch: int = 1) -> LoopDriver:
+        """A loop driver with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
+        return LoopDriver(self.backend.open_state(batch), self.manifest)
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of state that a session of this batch allocates, whatever the number of loops."""
@@ -117,7 +118,7 @@ class Runtime:
         results: list[Generation] = []
         for start in range(0, len(prompts), self.manifest.max_batch):
             group = prompts[start : start + self.manifest.max_batch]
-            generator = Generator(self._fresh_session(len(group)), group, request, self.codec)
+            generator = Generator(self._fresh_driver(len(group)), group, request, self.codec)
             for _ in generator:
                 pass
             results += generator.results()
@@ -130,7 +131,7 @@ class Runtime:
         """
         if self.codec is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
-        generator = Generator(self._fresh_session(1), [self.encode(prompt)], self.options(**options), self.codec)
+        generator = Generator(self._fresh_driver(1), [self.encode(prompt)], self.options(**options), self.codec)
         return (piece.text for piece in generator if piece.text)
 
     def options(
@@ -160,12 +161,12 @@ class Runtime:
         ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)
         return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), frozenset(ids))
 
-    def _fresh_session(self, batch: int) -> Session:
-        if self._session is None or self._session.batch != batch:
-            self._session = None  # frees the old state before the new one is allocated
-            self._session = self.session(batch)
-        self._session.reset()
-        return self._session
+    def _fresh_driver(self, batch: int) -> LoopDriver:
+        if self._driver is None or self._driver.batch != batch:
+            self._driver = None  # frees the old state before the new one is allocated
+            self._driver = self.driver(batch)
+        self._driver.reset()
+        return self._driver
 
 
 def _stop_ids(package: Package) -> set[int]:

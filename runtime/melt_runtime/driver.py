@@ -1,4 +1,4 @@
-"""A session: the state of one batch of sequences, and the loop driver that moves it forward."""
+"""The loop driver: moves the state of one batch of sequences forward."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Chunk:
     last: NDArray[np.bool_]
 
 
-class Session:
-    """Sequences whose tokens lie in the cache. All memory is allocated when the session opens and never grows.
+class LoopDriver:
+    """Sequences whose tokens lie in the cache. All memory is allocated when it opens and never grows.
 
     ``lengths`` (batch,) counts each sequence's tokens in the cache; ``depth`` holds, a sequence, the loops spent on
     each of its tokens.
@@ -152,7 +152,7 @@ class Session:
     def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
         """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
         if len(tokens) != self.batch:
-            raise PromptError(f"the session has {self.batch} sequences, tokens were given for {len(tokens)}")
+            raise PromptError(f"the batch has {self.batch} sequences, tokens were given for {len(tokens)}")
         try:
             arrays = [np.asarray(ids, np.int64).reshape(-1) for ids in tokens]
         except (OverflowError, TypeError, ValueError) as error:
