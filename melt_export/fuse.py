@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript.rewriter import pattern, rewrite
+from onnxscript.rewriter import MatchResult, pattern, rewrite
 
 _DOMAIN, _FUSED = "com.microsoft", "SkipSimplifiedLayerNormalization"
 
@@ -23,8 +23,8 @@ class _SkipNorm(pattern.RewriteRuleClassBase):
         mean = op.ReduceMean(op.Pow(total, two), axes, _allow_other_attributes=True)
         return op.Mul(weight, op.Div(total, op.Sqrt(op.Add(mean, eps)))), total
 
-    def check(self, op: Any, *args: Any, **values: Any) -> pattern.MatchResult:
-        result = pattern.MatchResult()
+    def check(self, op: Any, *args: Any, **values: Any) -> MatchResult:
+        result = MatchResult()
         if not values["weight"].is_initializer() or values["weight"].dtype != ir.DataType.FLOAT:
             return result.fail("not a float32 norm")
         if (_number(values["two"]), _number(values["axes"])) != (2.0, -1.0) or _number(values["eps"]) is None:
@@ -32,7 +32,7 @@ class _SkipNorm(pattern.RewriteRuleClassBase):
         return result
 
     def rewrite(self, op: Any, a: ir.Value, b: ir.Value, weight: ir.Value, eps: ir.Value, **_: ir.Value) -> Any:  # type: ignore[override]
-        *module, _ = str(weight.name).removeprefix("model.").split(".")
+        *module, _suffix = str(weight.name).removeprefix("model.").split(".")
         path = "/".join(part for part in (".".join(module[:-1]), module[-1], _FUSED) if part)
         names = [f"{path}.out", f"{path}.out1", f"{path}.out2", f"{path}.out3"]
         normed, _mean, _scale, total = op.SkipSimplifiedLayerNormalization(
