@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from .quantize import WeightOptions, dequantized
+
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
 
@@ -66,9 +68,14 @@ class Reference(Protocol):
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
 
 
-def open_reference(checkpoint: Path, device: str = "cpu") -> Reference:
-    """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError."""
+def open_reference(checkpoint: Path, device: str = "cpu", weights: WeightOptions | None = None) -> Reference:
+    """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError.
+
+    weights: how the package's products are quantized; the model then computes with what they stand for.
+    """
     model = load_model(checkpoint)
+    if weights is not None:
+        dequantized(model, weights)
     found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
     return found(model.to(device), device)  # type: ignore[arg-type]
 
@@ -105,6 +112,14 @@ class MeltReference:
                 traces.append(chunk)
                 depths += depth.tolist()
         return traces, depths
+
+    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
+        """Logits (tokens, vocab), float32, of a sequence of its own; every token runs all loops."""
+        with _computing():
+            output = self.model(
+                torch.tensor([list(ids)], device=self.device), num_loops=loops, chunk_size=chunk, exit_threshold=1.0
+            )
+            return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
@@ -160,6 +175,12 @@ class LoopLMReference:
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
         return traces, [loops] * sum(map(len, pieces))
+
+    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
+        """As ``Reference``."""
+        with _computing():
+            output = self.model(torch.tensor([list(ids)], device=self.device), num_loops=loops, exit_at_step=loops - 1)
+            return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """As ``Reference``."""
