@@ -158,12 +158,10 @@ def verify_command(
     eval_text: EvalText = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(
-            help="Of a quantized package against fp32, mean, in nats. Default: 0.01 for int8, 0.5 for int4.", min=0
-        ),
+        typer.Option(help="Quantized against fp32, mean, in nats. Default: 0.01 for int8, 0.5 for int4.", min=0),
     ] = None,
     max_perplexity_change: Annotated[
-        float | None, typer.Option(help="Of a quantized package against fp32, in percent. Default: any.", min=0)
+        float | None, typer.Option(help="Quantized against fp32, in percent. Default: any.", min=0)
     ] = None,
     show_version: Version = False,
 ) -> None:

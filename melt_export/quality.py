@@ -1,4 +1,4 @@
-"""What quantization costs: a package's logits beside those of its checkpoint in float32, on text held out of everything.
+"""What quantization costs: a package's logits beside its checkpoint's in float32, on held-out text.
 
 Parity proves that a package computes what its stored numbers say; this says how far those numbers are from the model.
 """

@@ -198,13 +198,14 @@ def _replace(
     old, new = node.outputs[0], product.outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
     graph.insert_before(node, product)
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
 def _hollow(value: ir.Value) -> ir.Value:
     """An initializer must have a tensor when it is registered; the real one comes with the weights."""
-    assert value.dtype is not None and value.shape is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     value.const_value = ir.LazyTensor(
         _unattached,
         dtype=value.dtype,

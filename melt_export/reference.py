@@ -64,6 +64,9 @@ class Reference(Protocol):
     ) -> tuple[list[list[LoopTrace]], list[int]]:
         """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
 
+    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
+        """Logits (tokens, vocab), float32, of a sequence of its own; every token runs all loops."""
+
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
 
@@ -114,7 +117,7 @@ class MeltReference:
         return traces, depths
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
-        """Logits (tokens, vocab), float32, of a sequence of its own; every token runs all loops."""
+        """As ``Reference``."""
         with _computing():
             output = self.model(
                 torch.tensor([list(ids)], device=self.device), num_loops=loops, chunk_size=chunk, exit_threshold=1.0
