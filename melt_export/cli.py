@@ -24,10 +24,11 @@ from rich.table import Table
 from .export import ExportOptions, building, human_bytes
 from .parity import Limits, ParityReport
 from .quality import MOST_KL
-from .quantize import BITS, BLOCKS, WeightOptions
+from .quantize import BITS, BLOCKS, METHODS, WeightOptions
 from .verify import require_parity, verify
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
+Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
 StoredWeights = StrEnum("StoredWeights", {name: name for name in BITS})  # type: ignore[misc]
 DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
 _EPILOG = "Errors are one line on stderr and exit code 2; set MELT_TRACEBACK=1 to see where one was raised."
@@ -82,9 +83,16 @@ def export(
     ] = None,
     weights: Annotated[
         StoredWeights | None,
-        typer.Option(help="Store products in fewer bits, rounded to nearest (dialect onnxruntime). Head: int8."),
+        typer.Option(help="Store products in fewer bits (dialect onnxruntime); the output head in int8."),
     ] = None,
     block: Annotated[int, typer.Option(help=f"Inputs that share a scale: {', '.join(map(str, BLOCKS))}.")] = 32,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="rtn: rounded to nearest; gptq: calibrated. Default: gptq for int4, rtn for int8."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to calibrate on. Default: Python's own documentation.")
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights to leave as they are: a checkpoint name, * for any part of it.")
     ] = None,
@@ -109,9 +117,17 @@ def export(
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
-    if weights is None and (keep or block != 32 or eval_text is not None):
-        raise ArgumentError("--block, --keep and --eval-text are of quantized weights; choose them with --weights")
-    stored = None if weights is None else WeightOptions(str(weights), block, keep=tuple(keep or ()))
+    if weights is None and (keep or block != 32 or method or calibration or eval_text):
+        raise ArgumentError(
+            "--block, --method, --calibration, --keep and --eval-text are of quantized weights: name --weights"
+        )
+    stored = (
+        None
+        if weights is None
+        else WeightOptions(
+            str(weights), block, keep=tuple(keep or ()), method=str(method or ""), calibration=calibration
+        )
+    )
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored)
     build = _engine_options(options, engine, engine_weights, compute_capability)
     report = None
@@ -197,7 +213,7 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
     table.add_row("graphs and weights", human_bytes(weights))
     if manifest.weights:
-        table.add_row("products", "{kind} in blocks of {block}, head {head}".format(**manifest.weights))
+        table.add_row("products", "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights))
     depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"
     table.add_row(
         "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"

@@ -25,6 +25,7 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from melt_runtime.text import TextCodec
 
+from .calibrate import calibration_tokens, hessians
 from .dialects import DIALECTS
 from .errors import ExportError
 from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
@@ -109,6 +110,11 @@ def build_package(
         check_patterns(options.weights, weights)
     copy_companions(checkpoint, directory, config.vocab_size)
 
+    quantized = options.weights
+    statistics = {}
+    if quantized is not None and quantized.method == "gptq":
+        tokens = calibration_tokens(checkpoint, config, quantized.calibration)
+        statistics = hessians(checkpoint, tokens, loops, chunk, progress)
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
     dialect.check(config)
     without_memory(model, TORCH_DTYPES[dtype])
@@ -122,10 +128,10 @@ def build_package(
             graphs[name] = (trace_embed if name == "embed" else trace_lm_head)(model, dialect, dtype)
 
     models = [graph.model for graph in graphs.values()]
-    if options.weights is not None:
+    if quantized is not None:
         halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
-            quantize_products(graphs[name].model, options.weights)
+            quantize_products(graphs[name].model, quantized, statistics)
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)
     write_weights(models, directory, lambda done: progress("writing weights", total, done))
@@ -146,7 +152,7 @@ def build_package(
         files=_hash_files(directory, progress),
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries={name: version(name) for name in _LIBRARIES},
-        weights={} if options.weights is None else options.weights.record(),
+        weights={} if quantized is None else quantized.record(),
     )
     _check_states(manifest.states, specs["loop_step"])
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

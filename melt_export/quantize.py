@@ -6,9 +6,10 @@ A weight is cut into blocks along its inputs; each block has one float32 scale, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -17,39 +18,47 @@ from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
+from .blocks import Blocks, gptq, round_to_nearest
 from .errors import ExportError
 from .pack import PARTS
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 BITS = {"int4": 4, "int8": 8}
+METHODS = ("rtn", "gptq")
 BLOCKS = (16, 32, 64, 128)
 # Set on a value whose tensor is computed from checkpoint weights: a function of them.
 COMPUTED = "melt.computed"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _FEWEST_COLUMNS = 16
-# Shares of a block's largest value that a scale may stand for: rounding errs less when it clips a little.
-_SHRINK = tuple(1 - step / 50 for step in range(15))
 # Multiplying with activations in 8 bits; without the attribute they stay float32.
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
-_ROWS_AT_ONCE = 1 << 24  # elements of a weight that are quantized at a time
 
 
 @dataclass(frozen=True)
 class WeightOptions:
     """How products are stored. ``kind``: "int4" or "int8"; ``block``: inputs that share a scale; ``head``: of the
     output head, which is read once a token and spoils more than it saves in 4 bits; ``keep``: patterns (``*``) of
-    checkpoint names that stay as they are. Raises ExportError."""
+    checkpoint names that stay as they are; ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated on
+    ``calibration``, a UTF-8 text; None: Python's documentation), which int4 has by default. Raises ExportError."""
 
     kind: str
     block: int = 32
     head: str = "int8"
     keep: tuple[str, ...] = ()
+    method: str = ""
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in BITS or self.head not in BITS:
             raise ExportError(f"weights {self.kind!r} are not one of {', '.join(BITS)}")
+        if not self.method:
+            object.__setattr__(self, "method", "gptq" if self.kind == "int4" or self.calibration else "rtn")
+        if self.method not in METHODS:
+            raise ExportError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+        if self.calibration is not None and self.method != "gptq":
+            raise ExportError("only the method gptq reads a calibration text")
         if self.block not in BLOCKS:
             raise ExportError(f"block is {self.block}; it must be one of {', '.join(map(str, BLOCKS))}")
 
@@ -59,70 +68,14 @@ class WeightOptions:
 
     def record(self) -> dict[str, Any]:
         """As the manifest has it."""
-        return {**asdict(self), "method": "rtn", "keep": list(self.keep)}
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> WeightOptions:
-        """The options that a manifest's record came from. Raises ExportError."""
-        try:
-            return cls(record["kind"], record["block"], record["head"], tuple(record["keep"]))
-        except (KeyError, TypeError) as error:
-            raise ExportError(f"the manifest's record of quantized weights lacks {error}") from error
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A weight (outputs, inputs): ``numbers`` uint8 (outputs, blocks, block) from 0 to 2 ** bits - 1, of which
-    2 ** (bits - 1) means zero; ``scales`` float32 (outputs, blocks). The last block is padded with zeros."""
-
-    numbers: Tensor
-    scales: Tensor
-    bits: int
-    inputs: int
-
-    def values(self) -> Tensor:
-        """What the weight is multiplied as: float32 (outputs, inputs)."""
-        wide = (self.numbers.float() - (1 << (self.bits - 1))) * self.scales[..., None]
-        return wide.flatten(1)[:, : self.inputs]
-
-    def packed(self) -> Tensor:
-        """The numbers as MatMulNBits reads them: uint8 (outputs, blocks, block * bits / 8), low bits first."""
-        if self.bits == 8:
-            return self.numbers
-        return self.numbers[..., ::2] | (self.numbers[..., 1::2] << 4)
-
-
-def round_to_nearest(weight: Tensor, bits: int, block: int) -> Blocks:
-    """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square."""
-    outputs, inputs = weight.shape
-    count = -(-inputs // block)
-    numbers = torch.empty(outputs, count, block, dtype=torch.uint8)
-    scales = torch.empty(outputs, count)
-    step = max(1, _ROWS_AT_ONCE // max(inputs, 1))
-    for at in range(0, outputs, step):
-        rows = weight[at : at + step].float()
-        rows = nn.functional.pad(rows, (0, count * block - inputs)).unflatten(1, (count, block))
-        numbers[at : at + step], scales[at : at + step] = _best(rows, bits)
-    return Blocks(numbers, scales, bits, inputs)
-
-
-def _best(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Numbers and scales of blocks (..., block). The largest value goes to the side that has one number more."""
-    zero = 1 << (bits - 1)
-    extreme = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-    best_error = torch.full_like(extreme, float("inf"))
-    best_scale = torch.ones_like(extreme)
-    for shrink in _SHRINK if bits == 4 else (1.0,):
-        scale = extreme * (shrink / -zero)
-        scale = torch.where(scale == 0, 1.0, scale)
-        error = (_rounded(rows, scale, zero) * scale - rows).square().sum(-1, keepdim=True)
-        better = error < best_error
-        best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
-    return (_rounded(rows, best_scale, zero) + zero).to(torch.uint8), best_scale.squeeze(-1)
-
-
-def _rounded(rows: Tensor, scale: Tensor, zero: int) -> Tensor:
-    return (rows / scale).round().clamp(-zero, zero - 1)
+        return {
+            "kind": self.kind,
+            "block": self.block,
+            "head": self.head,
+            "method": self.method,
+            "keep": list(self.keep),
+            "calibration": self.calibration.name if self.calibration else None,
+        }
 
 
 def check_patterns(options: WeightOptions, weights: Weights) -> None:
@@ -132,10 +85,10 @@ def check_patterns(options: WeightOptions, weights: Weights) -> None:
             raise ExportError(f"--keep {pattern!r} matches no weight of the checkpoint")
 
 
-def quantize_products(model: ir.Model, options: WeightOptions) -> int:
+def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor]) -> int:
     """Turns products with checkpoint weights into MatMulNBits, in place; the numbers are computed when written.
 
-    Returns how many.
+    hessians: by checkpoint name, of the products that are calibrated. Returns how many there are.
     """
     graph, count = model.graph, 0
     for node in list(graph):
@@ -153,7 +106,7 @@ def quantize_products(model: ir.Model, options: WeightOptions) -> int:
         inputs, outputs = [int(size) for size in source.shape][:: -1 if tied else 1]  # type: ignore[arg-type]
         if outputs < _FEWEST_COLUMNS or any(options.kept(part) for part in names):
             continue
-        _replace(graph, node, parts, str(name), (inputs, outputs), options)
+        _replace(graph, node, parts, str(name), (inputs, outputs), options, hessians)
         count += 1
     unused = [node for node in graph if node.op_type == "Transpose" and not node.outputs[0].uses()]
     graph.remove(unused, safe=True)
@@ -166,7 +119,13 @@ def quantize_products(model: ir.Model, options: WeightOptions) -> int:
 
 
 def _replace(
-    graph: ir.Graph, node: ir.Node, parts: tuple[str, ...], name: str, size: tuple[int, int], options: WeightOptions
+    graph: ir.Graph,
+    node: ir.Node,
+    parts: tuple[str, ...],
+    name: str,
+    size: tuple[int, int],
+    options: WeightOptions,
+    hessians: Mapping[str, Tensor],
 ) -> None:
     kind = options.head if name in (HEAD, EMBEDDING) else options.kind
     bits, block, (inputs, outputs) = BITS[kind], options.block, size
@@ -174,7 +133,7 @@ def _replace(
     memo: list[Blocks] = []  # the numbers are written just before their scales
 
     def blocks(weights: Weights, *, last: bool) -> Blocks:
-        found = memo.pop() if memo else _quantized(weights, parts, bits, block)
+        found = memo.pop() if memo else _quantized(weights, parts, bits, block, hessians)
         if not last:
             memo.append(found)
         return found
@@ -219,9 +178,14 @@ def _unattached() -> ir.TensorProtocol:
     raise AssertionError("the weights were not attached")
 
 
-def _quantized(weights: Weights, parts: tuple[str, ...], bits: int, block: int) -> Blocks:
+def _quantized(
+    weights: Weights, parts: tuple[str, ...], bits: int, block: int, hessians: Mapping[str, Tensor]
+) -> Blocks:
     """Packed products lie side by side, and each output has blocks of its own."""
-    found = [round_to_nearest(weights.tensor(part), bits, block) for part in parts]
+    found = []
+    for part in parts:
+        weight, hessian = weights.tensor(part), hessians.get(HEAD if part == EMBEDDING else part)
+        found.append(round_to_nearest(weight, bits, block) if hessian is None else gptq(weight, hessian, bits, block))
     return Blocks(
         torch.cat([part.numbers for part in found]), torch.cat([part.scales for part in found]), bits, found[0].inputs
     )
@@ -266,14 +230,42 @@ def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
     return ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=value.name)  # type: ignore[arg-type]
 
 
-def dequantized(model: nn.Module, options: WeightOptions) -> None:
-    """Replaces a PyTorch model's weights by what its quantized package multiplies with: float32, in place."""
-    with torch.no_grad():
-        for module_name, module in model.named_modules():
-            name = f"{module_name}.weight"
-            if not isinstance(module, nn.Linear) or module.out_features < _FEWEST_COLUMNS or options.kept(name):
+def dequantized(model: nn.Module, package: Path) -> None:
+    """Replaces a PyTorch model's weights by what its quantized package has stored: float32, in place.
+
+    Raises ExportError where a product of the package is none of the model's.
+    """
+    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for graph in ("loop_step", "lm_head"):
+        for node in ir.load(package / f"{graph}.onnx").graph:
+            if node.op_type != "MatMulNBits":
                 continue
-            bits = BITS[options.head if name == HEAD else options.kind]
-            module.weight = nn.Parameter(round_to_nearest(module.weight, bits, options.block).values())
-        table = model.get_submodule(EMBEDDING.removesuffix(".weight"))
-        table.weight = nn.Parameter(table.weight.half().float())  # type: ignore[operator, union-attr, arg-type]
+            numbers, scales = (_tensor(node.inputs[at]) for at in (1, 2))
+            bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
+            values = Blocks.unpacked(numbers, scales, bits, inputs).values()
+            for name in part_names(str(node.inputs[1].name).removesuffix(".q"), linear):  # type: ignore[union-attr]
+                module = linear[name]
+                module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
+                values = values[module.out_features :]
+    table = model.get_submodule(EMBEDDING.removesuffix(".weight"))
+    table.weight = nn.Parameter(table.weight.half().float(), requires_grad=False)  # type: ignore[operator, union-attr, arg-type]
+
+
+def _tensor(value: ir.Value | None) -> Tensor:
+    assert value is not None
+    assert value.const_value is not None
+    return torch.from_numpy(value.const_value.numpy().copy())
+
+
+def part_names(packed: str, known: Container[str]) -> list[str]:
+    """The weights in a packed one, by its name: ``a.k+v.weight`` is ``a.k.weight`` and ``a.v.weight``.
+
+    Raises ExportError where they are not among the known.
+    """
+    first, *others = packed.removesuffix(".weight").split("+")
+    pieces = first.split(".")
+    for shared in range(len(pieces)):
+        names = [".".join((*pieces[:shared], other, "weight")) for other in (".".join(pieces[shared:]), *others)]
+        if all(name in known for name in names):
+            return names
+    raise ExportError(f"the package stores a product {packed!r} that the checkpoint does not have")

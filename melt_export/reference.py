@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from .quantize import WeightOptions, dequantized
+from .quantize import dequantized
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
@@ -71,14 +71,14 @@ class Reference(Protocol):
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
 
 
-def open_reference(checkpoint: Path, device: str = "cpu", weights: WeightOptions | None = None) -> Reference:
+def open_reference(checkpoint: Path, device: str = "cpu", package: Path | None = None) -> Reference:
     """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError.
 
-    weights: how the package's products are quantized; the model then computes with what they stand for.
+    package: one with quantized weights; the model then computes with what is stored there.
     """
     model = load_model(checkpoint)
-    if weights is not None:
-        dequantized(model, weights)
+    if package is not None:
+        dequantized(model, package)
     found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
     return found(model.to(device), device)  # type: ignore[arg-type]
 

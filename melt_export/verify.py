@@ -19,7 +19,6 @@ from melt_runtime.progress import no_progress
 from .errors import ParityError
 from .parity import TOLERANCES, GenerationResult, Limits, ParityReport, StateErrors, common_prefix
 from .quality import MOST_KL, HeldOut, held_out, measure, reference_logits
-from .quantize import WeightOptions
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin, wide_twin
 
@@ -90,7 +89,7 @@ def verify(
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
     held = held_out(package, manifest, eval_text, None, large) if manifest.weights else None
     tokens = (16 if large else 256) if tokens is None else tokens
-    expected = expected_of(checkpoint, manifest, tokens, seed=seed, progress=progress)
+    expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
     unquantized = None if held is None else _unquantized(checkpoint, held, manifest, progress)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
@@ -131,17 +130,21 @@ def expected_of(
     manifest: Manifest,
     tokens: int,
     *,
+    package: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> Expected:
     """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
 
-    tokens: greedy tokens a prompt; device: where PyTorch computes. Raises CheckpointError.
+    tokens: greedy tokens a prompt; package: whose stored weights count where they are quantized; device: where PyTorch
+    computes. Raises CheckpointError.
     """
     progress("PyTorch: loop by loop", 0, 0)
-    weights = WeightOptions.of(manifest.weights) if manifest.weights else None
-    reference, rng = open_reference(checkpoint, device, weights), np.random.default_rng(seed)
+    reference, rng = (
+        open_reference(checkpoint, device, package if manifest.weights else None),
+        np.random.default_rng(seed),
+    )
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
     cases = [
