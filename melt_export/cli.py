@@ -88,13 +88,16 @@ def export(
     block: Annotated[int, typer.Option(help=f"Inputs that share a scale: {', '.join(map(str, BLOCKS))}.")] = 32,
     method: Annotated[
         Method | None,
-        typer.Option(help="rtn: rounded to nearest; gptq: calibrated. Default: gptq for int4, rtn for int8."),
+        typer.Option(help="gptq: calibrated on a text; rtn: rounded to nearest, in seconds."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text to calibrate on. Default: Python's own documentation.")
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights to leave as they are: a checkpoint name, * for any part of it.")
+    ] = None,
+    int8: Annotated[
+        list[str] | None, typer.Option(help="With int4: weights to store in 8 bits all the same, named as in --keep.")
     ] = None,
     engine: Annotated[
         Flavour | None,
@@ -117,15 +120,20 @@ def export(
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
-    if weights is None and (keep or block != 32 or method or calibration or eval_text):
+    if weights is None and (keep or int8 or block != 32 or method or calibration or eval_text):
         raise ArgumentError(
-            "--block, --method, --calibration, --keep and --eval-text are of quantized weights: name --weights"
+            "--block, --method, --calibration, --keep, --int8 and --eval-text are of quantized weights: name --weights"
         )
     stored = (
         None
         if weights is None
         else WeightOptions(
-            str(weights), block, keep=tuple(keep or ()), method=str(method or ""), calibration=calibration
+            str(weights),
+            block,
+            keep=tuple(keep or ()),
+            int8=tuple(int8 or ()),
+            method=str(method or "gptq"),
+            calibration=calibration,
         )
     )
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored)

@@ -40,21 +40,21 @@ _INT8_ACTIVATIONS = 4
 class WeightOptions:
     """How products are stored. ``kind``: "int4" or "int8"; ``block``: inputs that share a scale; ``head``: of the
     output head, which is read once a token and spoils more than it saves in 4 bits; ``keep``: patterns (``*``) of
-    checkpoint names that stay as they are; ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated on
-    ``calibration``, a UTF-8 text; None: Python's documentation), which int4 has by default. Raises ExportError."""
+    checkpoint names that stay as they are; ``int8``: patterns of those that have 8 bits whatever ``kind`` says (and with
+    them what is packed beside them); ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated on
+    ``calibration``, a UTF-8 text; None: Python's documentation). Raises ExportError."""
 
     kind: str
     block: int = 32
     head: str = "int8"
     keep: tuple[str, ...] = ()
-    method: str = ""
+    int8: tuple[str, ...] = ()
+    method: str = "gptq"
     calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in BITS or self.head not in BITS:
             raise ExportError(f"weights {self.kind!r} are not one of {', '.join(BITS)}")
-        if not self.method:
-            object.__setattr__(self, "method", "gptq" if self.kind == "int4" or self.calibration else "rtn")
         if self.method not in METHODS:
             raise ExportError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         if self.calibration is not None and self.method != "gptq":
@@ -74,15 +74,16 @@ class WeightOptions:
             "head": self.head,
             "method": self.method,
             "keep": list(self.keep),
+            "int8": list(self.int8),
             "calibration": self.calibration.name if self.calibration else None,
         }
 
 
 def check_patterns(options: WeightOptions, weights: Weights) -> None:
     """Raises ExportError for a pattern that matches no weight: it is misspelt."""
-    for pattern in options.keep:
+    for pattern in (*options.keep, *options.int8):
         if not any(fnmatchcase(name, pattern) for name in (*weights, HEAD)):
-            raise ExportError(f"--keep {pattern!r} matches no weight of the checkpoint")
+            raise ExportError(f"the pattern {pattern!r} matches no weight of the checkpoint")
 
 
 def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor]) -> int:
@@ -127,7 +128,8 @@ def _replace(
     options: WeightOptions,
     hessians: Mapping[str, Tensor],
 ) -> None:
-    kind = options.head if name in (HEAD, EMBEDDING) else options.kind
+    wide = any(fnmatchcase(part, pattern) for part in parts for pattern in options.int8)
+    kind = options.head if name in (HEAD, EMBEDDING) else "int8" if wide else options.kind
     bits, block, (inputs, outputs) = BITS[kind], options.block, size
     count = -(-inputs // block)
     memo: list[Blocks] = []  # the numbers are written just before their scales

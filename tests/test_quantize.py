@@ -97,7 +97,12 @@ def export(checkpoint: Path, output: Path, weights: WeightOptions | None, **opti
 
 @pytest.mark.parametrize("name", ["melt", "tied", "looplm"])
 @pytest.mark.parametrize(
-    "options", [WeightOptions("int8"), WeightOptions("int4", method="rtn", block=16), WeightOptions("int4")]
+    "options",
+    [
+        WeightOptions("int8"),
+        WeightOptions("int4", method="rtn", block=16),
+        WeightOptions("int4", int8=("*.down_proj.weight", "*.v_proj.weight")),
+    ],
 )
 def test_a_package_computes_with_its_numbers(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, options: WeightOptions
@@ -148,6 +153,18 @@ def test_kept_weights_stay(checkpoints: dict[str, Path], tmp_path: Path) -> None
     with pytest.raises(ExportError, match="matches no weight"):
         export(checkpoints["melt"], tmp_path / "typo", WeightOptions("int8", keep=("*.donw_proj.weight",)))
     assert not (tmp_path / "typo").exists()
+
+
+def test_chosen_weights_have_eight_bits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    options = WeightOptions("int4", method="rtn", int8=("*.v_proj.weight",))
+    graph = onnx.load(export(checkpoints["melt"], tmp_path / "package", options) / "loop_step.onnx").graph
+    bits = {
+        node.name: next(a.i for a in node.attribute if a.name == "bits")
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert {value for name, value in bits.items() if "v_proj" in name} == {8}
+    assert {value for name, value in bits.items() if "v_proj" not in name} == {4}
 
 
 def test_statistics_are_of_every_loop(checkpoints: dict[str, Path]) -> None:
