@@ -124,18 +124,10 @@ def export(
         raise ArgumentError(
             "--block, --method, --calibration, --keep, --int8 and --eval-text are of quantized weights: name --weights"
         )
-    stored = (
-        None
-        if weights is None
-        else WeightOptions(
-            str(weights),
-            block,
-            keep=tuple(keep or ()),
-            int8=tuple(int8 or ()),
-            method=str(method or "gptq"),
-            calibration=calibration,
-        )
-    )
+    stored = None
+    if weights is not None:
+        kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
+        stored = WeightOptions(str(weights), block, keep=kept, int8=wide, method=chosen, calibration=calibration)
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored)
     build = _engine_options(options, engine, engine_weights, compute_capability)
     report = None

@@ -40,8 +40,8 @@ _INT8_ACTIVATIONS = 4
 class WeightOptions:
     """How products are stored. ``kind``: "int4" or "int8"; ``block``: inputs that share a scale; ``head``: of the
     output head, which is read once a token and spoils more than it saves in 4 bits; ``keep``: patterns (``*``) of
-    checkpoint names that stay as they are; ``int8``: patterns of those that have 8 bits whatever ``kind`` says (and with
-    them what is packed beside them); ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated on
+    checkpoint names that stay as they are; ``int8``: patterns of those that have 8 bits whatever ``kind`` says, and
+    with them what is packed beside them; ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated on
     ``calibration``, a UTF-8 text; None: Python's documentation). Raises ExportError."""
 
     kind: str
