@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from melt_models.configuration import LoopedConfig
 from melt_runtime.progress import Step, no_progress
-from melt_runtime.text import TextCodec
 from torch import Tensor, nn
 
 from .errors import ExportError
 from .reference import open_reference
+from .texts import encode_text
 
 _SEQUENCE = 256
 _SEQUENCES = 32
@@ -25,28 +25,19 @@ def calibration_tokens(checkpoint: Path, config: LoopedConfig, path: Path | None
 
     Random tokens where the vocabulary cannot write the latter. Raises ExportError for a file that cannot be used.
     """
-    codec = TextCodec.load(checkpoint) if (checkpoint / "tokenizer.json").is_file() else None
     room = min(_SEQUENCE, config.max_position_embeddings)
-    if path is not None:
-        if codec is None:
-            raise ExportError("--calibration needs a tokenizer, and the checkpoint has none")
-        try:
-            with path.open(encoding="utf-8") as file:
-                text = file.read(_LARGEST_TEXT)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ExportError(f"--calibration {path} cannot be read: {error}") from error
-    elif codec is None or codec.vocab_size < 1000:
+    ids = encode_text(checkpoint, path, _documentation, option="--calibration", refused=ExportError, most=_LARGEST_TEXT)
+    if ids is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(config.vocab_size, (_SEQUENCES, room), generator=generator).tolist()  # type: ignore[no-any-return]
-    else:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(str(topics[name]) for name in sorted(topics))
-    ids = codec.encode(text)
-    if len(ids) < 2:
-        raise ExportError(f"--calibration {path} has fewer than two tokens")
     step = max(room, (len(ids) - room) // max(_SEQUENCES - 1, 1))
     return [ids[at : at + room] for at in range(0, len(ids), step)][:_SEQUENCES]
+
+
+def _documentation() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(str(topics[name]) for name in sorted(topics))
 
 
 def hessians(

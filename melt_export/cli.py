@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .export import ExportOptions, building, human_bytes
-from .parity import Limits, ParityReport
-from .quality import MOST_KL
+from .parity import ParityReport
+from .quality import limits_of
 from .quantize import BITS, BLOCKS, METHODS, WeightOptions
 from .verify import require_parity, verify
 
@@ -51,8 +51,6 @@ Tokens = Annotated[
     int | None,
     typer.Option(help="Greedy tokens to compare for each prompt. Default: 256; 16 for over 1 GB of weights.", min=1),
 ]
-
-
 EvalText = Annotated[
     Path | None,
     typer.Option(
@@ -190,8 +188,7 @@ def verify_command(
         chosen = eval_text is not None or max_kl is not None or max_perplexity_change is not None
         if chosen and not manifest.weights:
             raise ArgumentError("--eval-text and the limits are of quantized packages; this one is not quantized")
-        usual = MOST_KL.get(manifest.weights.get("kind", ""))
-        limits = Limits(usual if max_kl is None else max_kl, max_perplexity_change)
+        limits = limits_of(manifest.weights.get("kind", ""), max_kl, max_perplexity_change)
         report = verify(package, checkpoint, tokens=tokens, eval_text=eval_text, limits=limits, progress=step)
     _TEXT.print(_parity_table(report))
     if report.quality is not None:

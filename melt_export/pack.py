@@ -6,14 +6,17 @@ threads, so one large product moves more bytes a second than two small ones.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import onnx_ir as ir
 
+from .errors import ExportError
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 # Set on a packed weight: the checkpoint's names, in the order of its columns.
 PARTS = "melt.parts"
 # A gate of one column would only spoil the alignment of what it joins.
-_FEWEST_COLUMNS = 16
+FEWEST_COLUMNS = 16
 
 
 def pack_products(graph: ir.Graph) -> None:
@@ -35,7 +38,7 @@ def _packable(weight: ir.Value | None) -> bool:
     """Whether a product's second operand is a checkpoint weight of its own, stored (in, out)."""
     if weight is None or not weight.meta.get(TRANSPOSED) or len(weight.uses()) != 1 or weight.shape is None:
         return False
-    return int(weight.shape[1]) >= _FEWEST_COLUMNS  # type: ignore[arg-type]
+    return int(weight.shape[1]) >= FEWEST_COLUMNS  # type: ignore[arg-type]
 
 
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -77,6 +80,20 @@ def packed_name(names: list[str]) -> str:
     end = -back or None
     middle = "+".join(".".join(part[front:end]) for part in parts)
     return ".".join([*parts[0][:front], middle, *(parts[0][end:] if end else [])])
+
+
+def part_names(packed: str, known: Container[str]) -> list[str]:
+    """The weights in a packed one, by its name: ``a.k+v.weight`` is ``a.k.weight`` and ``a.v.weight``.
+
+    Raises ExportError where they are not among the known.
+    """
+    first, *others = packed.removesuffix(".weight").split("+")
+    pieces = first.split(".")
+    for shared in range(len(pieces)):
+        names = [".".join((*pieces[:shared], other, "weight")) for other in (".".join(pieces[shared:]), *others)]
+        if all(name in known for name in names):
+            return names
+    raise ExportError(f"the package stores a product {packed!r} that the checkpoint does not have")
 
 
 def _agreeing(lists: list[list[str]]) -> int:

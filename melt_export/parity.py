@@ -191,9 +191,9 @@ class StateErrors:
 
     def compare_logits(self, got: NDArray[Any], expected: NDArray[Any]) -> None:
         """KL(expected || got) in nats, and whether the best token is the same, for each row (positions, vocab)."""
-        p, q = log_softmax(expected), log_softmax(got)
-        self.kl += (np.exp(p) * (p - q)).sum(-1).tolist()
-        self.agree += (got.argmax(-1) == expected.argmax(-1)).tolist()
+        kl, agree = agreement(log_softmax(got), log_softmax(expected))
+        self.kl += kl
+        self.agree += agree
 
     def into(self, report: ParityReport) -> None:
         """Moves the figures into a report."""
@@ -204,6 +204,11 @@ class StateErrors:
         report.logit_positions = len(self.kl)
         report.kl_mean, report.kl_max = float(np.mean(self.kl)), float(np.max(self.kl))
         report.top1 = float(np.mean(self.agree))
+
+
+def agreement(got: NDArray[Any], expected: NDArray[Any]) -> tuple[list[float], list[bool]]:
+    """KL(expected || got) in nats, and whether the best token is the same, of log-probabilities (positions, vocab)."""
+    return (np.exp(expected) * (expected - got)).sum(-1).tolist(), (got.argmax(-1) == expected.argmax(-1)).tolist()
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:

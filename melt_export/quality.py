@@ -14,17 +14,22 @@ import numpy as np
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.package import Manifest
 from melt_runtime.progress import Step, no_progress
-from melt_runtime.text import TextCodec
 from numpy.typing import NDArray
 
-from .parity import Limits, Quality, log_softmax
-from .reference import Reference
+from .parity import Limits, Quality, agreement, log_softmax
+from .reference import open_reference
+from .texts import encode_text
 
-TOKENS = 768  # at most, by default
-_LARGE_TOKENS = 96  # of a model whose tokens take PyTorch seconds each
+TOKENS = 768  # that a package is measured on, at most
+LARGE_TOKENS = 96  # of a model whose tokens take PyTorch seconds each
 _SEQUENCE = 256
 # By how weights are stored: the mean KL divergence, in nats, at which melt-verify calls a package spoilt.
-MOST_KL = {"int8": 0.01, "int4": 0.5}
+_MOST_KL = {"int8": 0.01, "int4": 0.5}
+
+
+def limits_of(kind: str, kl: float | None = None, perplexity: float | None = None) -> Limits:
+    """Limits for weights stored as ``kind`` ("int4", "int8"). kl None: the usual one; perplexity None: any."""
+    return Limits(_MOST_KL.get(kind) if kl is None else kl, perplexity)
 
 
 @dataclass(frozen=True)
@@ -36,44 +41,33 @@ class HeldOut:
     real: bool
 
 
-def held_out(package: Path, manifest: Manifest, path: Path | None, tokens: int | None, large: bool) -> HeldOut:
+def held_out(package: Path, manifest: Manifest, path: Path | None, tokens: int) -> HeldOut:
     """The text at ``path`` (UTF-8), or a built-in one; random tokens where the vocabulary cannot write the latter.
 
     tokens: how many at most. Raises ArgumentError for a text that cannot be used.
     """
-    count = tokens or (_LARGE_TOKENS if large else TOKENS)
     room = min(_SEQUENCE, manifest.max_seq_len)
-    codec = TextCodec.load(package) if (package / "tokenizer.json").is_file() else None
-    if path is not None:
-        if codec is None:
-            raise ArgumentError("--eval-text needs a tokenizer, and the checkpoint has none")
-        try:
-            ids = codec.encode(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArgumentError(f"--eval-text {path} cannot be read: {error}") from error
-        name = path.name
-    else:
-        text = files(__package__).joinpath("held_out.txt").read_text(encoding="utf-8")
-        ids, name = _encoded(codec, text), "the built-in text"
-    real = len(ids) > 1
-    if not real and path is not None:
-        raise ArgumentError(f"--eval-text {path} has fewer than two tokens")
-    if not real:
+    ids = encode_text(package, path, _built_in, option="--eval-text", refused=ArgumentError)
+    if ids is None:
         rng = np.random.default_rng(1)
-        ids, name = rng.integers(0, manifest.vocab_size, min(count, 4 * room)).tolist(), "random tokens"
-    sequences = [ids[at : at + room] for at in range(0, min(len(ids), count), room)]
+        ids = rng.integers(0, manifest.vocab_size, min(tokens, 4 * room)).tolist()
+        name, real = "random tokens", False
+    else:
+        name, real = "the built-in text" if path is None else path.name, True
+    sequences = [ids[at : at + room] for at in range(0, min(len(ids), tokens), room)]
     return HeldOut([ids for ids in sequences if len(ids) > 1] or [ids[:room]], name, real)
 
 
-def _encoded(codec: TextCodec | None, text: str) -> list[int]:
-    """Nothing where the vocabulary has no word for most of it."""
-    if codec is None or codec.vocab_size < 1000:
-        return []
-    return codec.encode(text)
+def _built_in() -> str:
+    return files(__package__).joinpath("held_out.txt").read_text(encoding="utf-8")
 
 
-def reference_logits(reference: Reference, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
-    """The checkpoint's logits (tokens, vocab) of each sequence, in the package's chunks."""
+def reference_logits(checkpoint: Path, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
+    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks.
+
+    The model is freed when this returns. Raises CheckpointError.
+    """
+    reference = open_reference(checkpoint)
     return [reference.logits(ids, manifest.loops, manifest.chunk) for ids in held.sequences]
 
 
@@ -98,8 +92,9 @@ def measure(
                 pass
             rows.append(driver.state.logits(np.arange(int(chunk.counts[0]))[None])[0].copy())
         got, want = log_softmax(np.concatenate(rows)), log_softmax(theirs)
-        divergence += (np.exp(want) * (want - got)).sum(-1).tolist()
-        agree += (got.argmax(-1) == want.argmax(-1)).tolist()
+        rows_kl, same = agreement(got, want)
+        divergence += rows_kl
+        agree += same
         following = np.asarray(ids[1:])[:, None]
         for loss, logs in zip(losses, (got, want), strict=True):
             loss += (-np.take_along_axis(logs[:-1], following, -1)[:, 0]).tolist()

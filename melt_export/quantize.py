@@ -6,13 +6,14 @@ A weight is cut into blocks along its inputs; each block has one float32 scale, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
 from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .blocks import Blocks, gptq, round_to_nearest
 from .errors import ExportError
-from .pack import PARTS
+from .pack import FEWEST_COLUMNS, PARTS, part_names
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 BITS = {"int4": 4, "int8": 8}
@@ -30,7 +31,6 @@ BLOCKS = (16, 32, 64, 128)
 COMPUTED = "melt.computed"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_FEWEST_COLUMNS = 16
 # Multiplying with activations in 8 bits; without the attribute they stay float32.
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
@@ -62,10 +62,6 @@ class WeightOptions:
         if self.block not in BLOCKS:
             raise ExportError(f"block is {self.block}; it must be one of {', '.join(map(str, BLOCKS))}")
 
-    def kept(self, name: str) -> bool:
-        """Whether a checkpoint weight stays as it is."""
-        return any(fnmatchcase(name, pattern) for pattern in self.keep)
-
     def record(self) -> dict[str, Any]:
         """As the manifest has it."""
         return {
@@ -82,17 +78,20 @@ class WeightOptions:
 def check_patterns(options: WeightOptions, weights: Weights) -> None:
     """Raises ExportError for a pattern that matches no weight: it is misspelt."""
     for pattern in (*options.keep, *options.int8):
-        if not any(fnmatchcase(name, pattern) for name in (*weights, HEAD)):
+        if not _matches((*weights, HEAD), (pattern,)):
             raise ExportError(f"the pattern {pattern!r} matches no weight of the checkpoint")
 
 
-def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor]) -> int:
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor]) -> None:
     """Turns products with checkpoint weights into MatMulNBits, in place; the numbers are computed when written.
 
-    hessians: by checkpoint name, of the products that are calibrated. Returns how many there are.
+    hessians: by checkpoint name, of the products that are calibrated.
     """
-    graph, count = model.graph, 0
-    for node in list(graph):
+    for node in list(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None:
             continue
@@ -105,18 +104,10 @@ def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping
         parts = tuple(source.meta.get(PARTS) or (name,))
         names = (HEAD,) if tied else parts
         inputs, outputs = [int(size) for size in source.shape][:: -1 if tied else 1]  # type: ignore[arg-type]
-        if outputs < _FEWEST_COLUMNS or any(options.kept(part) for part in names):
+        if outputs < FEWEST_COLUMNS or _matches(names, options.keep):
             continue
-        _replace(graph, node, parts, str(name), (inputs, outputs), options, hessians)
-        count += 1
-    unused = [node for node in graph if node.op_type == "Transpose" and not node.outputs[0].uses()]
-    graph.remove(unused, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
-    if count:
-        model.opset_imports.setdefault("com.microsoft", 1)
-    return count
+        _replace(model.graph, node, parts, str(name), (inputs, outputs), options, hessians)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _replace(
@@ -128,8 +119,8 @@ def _replace(
     options: WeightOptions,
     hessians: Mapping[str, Tensor],
 ) -> None:
-    wide = any(fnmatchcase(part, pattern) for part in parts for pattern in options.int8)
-    kind = options.head if name in (HEAD, EMBEDDING) else "int8" if wide else options.kind
+    kind = "int8" if _matches(parts, options.int8) else options.kind
+    kind = options.head if name in (HEAD, EMBEDDING) else kind
     bits, block, (inputs, outputs) = BITS[kind], options.block, size
     count = -(-inputs // block)
     memo: list[Blocks] = []  # the numbers are written just before their scales
@@ -149,7 +140,7 @@ def _replace(
     for suffix, dtype, shape, compute in stored:
         value = ir.Value(name=f"{label}.{suffix}", shape=ir.Shape(shape), type=ir.TensorType(dtype))
         value.meta[COMPUTED] = compute
-        graph.register_initializer(_hollow(value))
+        graph.initializers[str(value.name)] = value
         operands.append(value)
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, ACCURACY: _INT8_ACTIVATIONS}
     path = str(node.name).removesuffix("/MatMul").removesuffix("MatMul")
@@ -158,26 +149,10 @@ def _replace(
     )
     old, new = node.outputs[0], product.outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
+    graph.opset_imports.setdefault(product.domain, 1)
     graph.insert_before(node, product)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-
-
-def _hollow(value: ir.Value) -> ir.Value:
-    """An initializer must have a tensor when it is registered; the real one comes with the weights."""
-    assert value.dtype is not None
-    assert value.shape is not None
-    value.const_value = ir.LazyTensor(
-        _unattached,
-        dtype=value.dtype,
-        shape=value.shape,
-        name=value.name,  # type: ignore[arg-type]
-    )
-    return value
-
-
-def _unattached() -> ir.TensorProtocol:
-    raise AssertionError("the weights were not attached")
 
 
 def _quantized(
@@ -201,7 +176,7 @@ def halve_embedding(model: ir.Model) -> None:
     assert table is not None
     half = ir.Value(name=f"{table.name}.fp16", shape=table.shape, type=ir.TensorType(ir.DataType.FLOAT16))
     half.meta[COMPUTED] = lambda weights: _half(weights, str(table.meta[CHECKPOINT_NAME]))
-    graph.register_initializer(_hollow(half))
+    graph.initializers[str(half.name)] = half
     old = node.outputs[0]
     rows = ir.Value(name="rows", shape=old.shape, type=ir.TensorType(ir.DataType.FLOAT16))
     gather = ir.Node("", "Gather", [half, node.inputs[1]], outputs=[rows], name=node.name)
@@ -257,17 +232,3 @@ def _tensor(value: ir.Value | None) -> Tensor:
     assert value is not None
     assert value.const_value is not None
     return torch.from_numpy(value.const_value.numpy().copy())
-
-
-def part_names(packed: str, known: Container[str]) -> list[str]:
-    """The weights in a packed one, by its name: ``a.k+v.weight`` is ``a.k.weight`` and ``a.v.weight``.
-
-    Raises ExportError where they are not among the known.
-    """
-    first, *others = packed.removesuffix(".weight").split("+")
-    pieces = first.split(".")
-    for shared in range(len(pieces)):
-        names = [".".join((*pieces[:shared], other, "weight")) for other in (".".join(pieces[shared:]), *others)]
-        if all(name in known for name in names):
-            return names
-    raise ExportError(f"the package stores a product {packed!r} that the checkpoint does not have")

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from melt_runtime.package import MANIFEST, GraphSpec, Package, TensorSpec
 
@@ -44,14 +43,12 @@ def wide_twin(package: Path, directory: Path) -> None:
     """
     manifest = Package.open(package, check_hashes=False).manifest
     for graph in manifest.graphs.values():
-        model = onnx.load(package / graph.file, load_external_data=False)
-        for node in model.graph.node:
-            kept = [attribute for attribute in node.attribute if attribute.name != ACCURACY]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-        onnx.save(model, directory / graph.file)
+        model = ir.load(package / graph.file)
+        for node in model.graph:
+            node.attributes.pop(ACCURACY, None)
+        ir.save(model, directory / graph.file)
     for name in manifest.files:
-        if not (directory / name).exists() and name.endswith(".data"):
+        if name.endswith(".data"):
             (directory / name).hardlink_to(package / name)
     twin = replace(manifest, files=_presence_only(directory), engines={})
     (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")

@@ -18,7 +18,7 @@ from melt_runtime.progress import no_progress
 
 from .errors import ParityError
 from .parity import TOLERANCES, GenerationResult, Limits, ParityReport, StateErrors, common_prefix
-from .quality import MOST_KL, HeldOut, held_out, measure, reference_logits
+from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin, wide_twin
 
@@ -79,50 +79,47 @@ def verify(
     tokens take PyTorch seconds each. A large fp16 package runs with its weights mapped from disk. The PyTorch side
     runs first and is freed before the package is loaded, so the two never share memory. A quantized package is compared
     with what its numbers stand for, and then measured against the checkpoint itself on ``eval_text`` (None: a built-in
-    one) within ``limits`` (None: MOST_KL). Raises CheckpointError,
-    PackageError, ParityError if the two have different shapes.
+    one) within ``limits`` (None: the usual ones). Raises CheckpointError, PackageError, ParityError if the two have
+    different shapes.
     """
     manifest = Package.open(package, check_hashes=False).manifest
     _same_model(manifest, checkpoint)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
-    held = held_out(package, manifest, eval_text, None, large) if manifest.weights else None
+    held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS) if manifest.weights else None
     tokens = (16 if large else 256) if tokens is None else tokens
     expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
-    unquantized = None if held is None else _unquantized(checkpoint, held, manifest, progress)
+    if held is not None:
+        progress("PyTorch: held-out text", 0, 0)
+        unquantized = reference_logits(checkpoint, held, manifest)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
     )
     with ExitStack() as stack:
-        directory = package
+        directory, write_twin = package, None
         if manifest.precision == "bf16":
             progress("widening bf16 to fp32", 0, 0)
             report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
-            float32_twin(package, directory)
-        if manifest.weights:
+            write_twin = float32_twin
+        elif manifest.weights:
             report.arithmetic = "ONNX Runtime, CPU, float32 products with the stored numbers"
+            write_twin = wide_twin
+        if write_twin is not None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
-            wide_twin(package, directory)
+            write_twin(package, directory)
         progress("package: loop by loop", 0, 0)
         low_memory = large and manifest.precision == "fp16"
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
-    if held is not None and unquantized is not None:
-        limits = Limits(MOST_KL[manifest.weights["kind"]]) if limits is None else limits
+    if held is not None:
+        limits = limits_of(manifest.weights["kind"]) if limits is None else limits
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
         report.quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
     report.manifest_sha256 = manifest_hash(package)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)
     return report
-
-
-def _unquantized(checkpoint: Path, held: HeldOut, manifest: Manifest, progress: Progress) -> list[np.ndarray]:
-    """What the checkpoint itself says to the held-out text. The model is freed when this returns."""
-    progress("PyTorch: held-out text", 0, 0)
-    return reference_logits(open_reference(checkpoint), held, manifest)
 
 
 def expected_of(
