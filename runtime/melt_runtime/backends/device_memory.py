@@ -59,11 +59,11 @@ class DeviceBuffers:
         self.stream.copy(self.address(buffer), self._pinned.address + self._host_offsets[buffer], count)
         self.stream.synchronize()
 
-    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer: into its twin, or for one without into a new array."""
+    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """A buffer from ``offset`` bytes on: into its twin, or for one without into a new array."""
         twin = buffer in self._host_offsets
         values = self.host(buffer, dtype, shape) if twin else np.empty(shape, dtype)
-        self.stream.copy(values.ctypes.data, self.address(buffer), values.nbytes)
+        self.stream.copy(values.ctypes.data, self.address(buffer) + offset, values.nbytes)
         self.stream.synchronize()
         return values
 

@@ -112,8 +112,8 @@ class OnnxRuntimeState(BufferState):
             self.buffers[name].fill(0)
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer in a shape; every call gives the same memory."""
-        return np.ndarray(shape, dtype, self.buffers[buffer].data)
+        """A buffer in a shape; every call gives the same memory."""
+        return np.ndarray(shape, dtype, self.buffers[buffer].data, self.offsets.get(buffer, 0))
 
     stage = view
 
@@ -133,7 +133,7 @@ class OnnxRuntimeState(BufferState):
         binding = self.backend.sessions[graph].io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for tensor in tensors:
-                address = self.buffers[tensor.buffer].ctypes.data
+                address = self.buffers[tensor.buffer].ctypes.data + tensor.offset
                 bind(tensor.tensor, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, address)
         return binding
 
