@@ -73,9 +73,13 @@ class BackendState(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded package, ready to open states."""
+    """A loaded package, ready to open states of up to ``max_batch`` sequences."""
 
     name: str
+
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch."""
 
     def open_state(self, batch: int) -> BackendState:
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""

@@ -42,9 +42,14 @@ class Sessions:
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {one_line(error)}") from error
 
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch: what the package was exported for."""
+        return self.package.manifest.max_batch
+
     def check_batch(self, batch: int) -> None:
         """Raises ArgumentError above the package's max_batch."""
-        most = self.package.manifest.max_batch
+        most = self.max_batch
         if not 1 <= batch <= most:
             raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {most} sequences")
 

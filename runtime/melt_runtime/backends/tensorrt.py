@@ -69,9 +69,14 @@ class TensorRTBackend:
         runtime = self.library.module.Runtime(self.library.logger)
         self.plans = {graph: Plan(self.library, runtime, graph, path, streamed) for graph, path in plans.items()}
 
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch: what the engine was built for."""
+        return self.spec.profiles[-1].batch[2]
+
     def open_state(self, batch: int) -> TensorRTState:
         """Allocates all state of a batch. Raises ArgumentError above the engine's batch, BackendError."""
-        most = self.spec.profiles[-1].batch[2]
+        most = self.max_batch
         if not 1 <= batch <= most:
             raise ArgumentError(f"batch is {batch}; engine {self.engine} was built for 1 to {most} sequences")
         return TensorRTState(self, batch)
