@@ -78,9 +78,10 @@ class LoopDriver:
         each = self.each(settings)
         logits = NextLogits(self.state, self.manifest.vocab_size)
         for chunk in self.chunks(tokens, [one.chunk for one in each]):
-            logits.keep()
-            self._run(chunk, each)
-            logits.follow(np.maximum(chunk.counts - 1, 0)[:, None], chunk.last)
+            for group in self._groups(chunk, each):
+                logits.keep()
+                self._run(group, each)
+                logits.follow(np.maximum(group.counts - 1, 0)[:, None], group.last)
         return logits
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
@@ -145,6 +146,18 @@ class LoopDriver:
         self.state.run_chunk(chunk.ids, control, loops, head=bool(chunk.last.any()))
         self._count(chunk, active * loops)
 
+    def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
+        """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
+        loops = np.array([settings.loops for settings in each])
+        depths = np.unique(loops[chunk.counts > 0])
+        if self.manifest.cache_loops is None or len(depths) == 1:
+            return [chunk]
+        groups = []
+        for depth in depths:
+            counts = np.where(loops == depth, chunk.counts, 0)
+            groups.append(Chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
+        return groups
+
     def _present(self, chunk: Chunk) -> NDArray[np.bool_]:
         """Which columns of a chunk are tokens (batch, width)."""
         return np.asarray(np.arange(chunk.ids.shape[1]) < chunk.counts[:, None])
@@ -166,6 +179,8 @@ class LoopDriver:
                     f"loops is {settings.loops}, but tokens in the cache ran {filled}; "
                     "a LoopLM cannot deepen its caches"
                 )
+        if len(self._groups(chunk, each)) > 1:
+            raise ArgumentError("sequences of a LoopLM run the same number of loops in a chunk")
 
     def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
         """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
