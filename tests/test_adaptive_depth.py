@@ -171,3 +171,11 @@ def test_a_looplms_tokens_leave_by_no_rule(looplm: Runtime) -> None:
         driver.append([[7], [8]], LoopSettings(3))
     driver.append([[], [8]], LoopSettings(4))
     assert driver.lengths.tolist() == [1, 2]
+
+
+def test_a_request_may_set_them(tiny_package: Path) -> None:
+    runtime = Runtime.load(tiny_package)
+    result = runtime.generate([5, 6, 7], max_tokens=5, loops=6, min_loops=3, exit_change=1e9, ignore_eos=True)
+    assert set(result.depth) == {3}
+    with pytest.raises(ArgumentError, match="min_loops is 5"):
+        runtime.generate([5], loops=4, min_loops=5)

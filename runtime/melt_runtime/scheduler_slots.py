@@ -10,7 +10,7 @@ from typing import Protocol
 
 from .depth import LoopSettings
 from .driver import LoopDriver
-from .errors import BackendError, MeltError
+from .errors import ArgumentError, MeltError
 from .logits import NextLogits
 from .scheduler_ticket import Ticket
 from .text import TextCodec
@@ -155,13 +155,7 @@ class Slots:
         room = self.driver.capacity - int(self.driver.lengths[slot])
         try:
             piece = sequence.track.draw(logits, room, self.driver.depth[slot][-1], slot - first)
-        except BackendError:
-            raise
-        except MeltError as error:
+        except ArgumentError as error:
             return sequence, error
-        except Exception as error:
-            failure = MeltError(f"the next token could not be drawn: {error!r}")
-            failure.__cause__ = error
-            return sequence, failure
         sequence.token = piece.token_id
         return sequence, piece

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from .logits import NextLogits
 from .sampling import Sampler, SamplingParams, largest
 from .stopping import StopMatcher
 from .text import StreamDecoder, TextCodec
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Track:
         found = None if self.logprobs is None else logprobs_of(logits.row(row), token, self.logprobs)
         self.history.append(token)
         if self.constraint is not None:
-            self.constraint.accept(token)
+            _asked(self.constraint.accept, token)
         if token in self.options.stop_ids:
             self.finish_reason = "stop"
         elif len(self.history) - self.prompt_tokens >= self.options.max_tokens or room < 1:
@@ -136,7 +138,7 @@ class Track:
         return Piece(self.slot, self._show(token), token, self.finish_reason, depth, found)
 
     def _choose(self, logits: NextLogits, row: int) -> int:
-        allowed = None if self.constraint is None else self.constraint.mask(self.history[self.prompt_tokens :])
+        allowed = None if self.constraint is None else _asked(self.constraint.mask, self.history[self.prompt_tokens :])
         if allowed is None:
             return logits.sample(row, self.sampler, self.history)
         return self.sampler.sample(masked(logits.row(row), allowed), self.history)
@@ -169,6 +171,14 @@ class Track:
         tokens = tuple(self.history[self.prompt_tokens :])
         text, loops = "".join(self.text), self.options.loops.loops
         return Generation(text, tokens, self.finish_reason, self.prompt_tokens, tuple(depth), loops)
+
+
+def _asked(method: Callable[[Any], Result], argument: Any) -> Result:
+    """What a constraint answers. Raises ArgumentError for whatever it raises."""
+    try:
+        return method(argument)
+    except Exception as error:
+        raise ArgumentError(f"the request's constraint failed: {error!r}") from error
 
 
 def masked(row: NDArray[np.float32], allowed: NDArray[Any]) -> NDArray[np.float32]:
