@@ -22,10 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .export import ExportOptions, building, human_bytes
-from .parity import ParityReport
+from .parity import Limits, ParityReport
+from .quality import MOST_KL
+from .quantize import BITS, BLOCKS, METHODS, WeightOptions
 from .verify import require_parity, verify
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
+Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
+StoredWeights = StrEnum("StoredWeights", {name: name for name in BITS})  # type: ignore[misc]
 DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
 _EPILOG = "Errors are one line on stderr and exit code 2; set MELT_TRACEBACK=1 to see where one was raised."
 _REFUSED = (MeltError, CheckpointError, TargetExistsError, OSError)
@@ -49,6 +53,14 @@ Tokens = Annotated[
 ]
 
 
+EvalText = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text to measure a quantized package on. Default: a built-in one.", exists=True, dir_okay=False
+    ),
+]
+
+
 @export_app.command(epilog=_EPILOG)
 def export(
     checkpoint: Checkpoint,
@@ -69,6 +81,24 @@ def export(
             "TensorRT), portable (opset 18, for everything else). Default: onnxruntime; standard with --engine."
         ),
     ] = None,
+    weights: Annotated[
+        StoredWeights | None,
+        typer.Option(help="Store products in fewer bits (dialect onnxruntime); the output head in int8."),
+    ] = None,
+    block: Annotated[int, typer.Option(help=f"Inputs that share a scale: {', '.join(map(str, BLOCKS))}.")] = 32,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="gptq: calibrated on a text; rtn: rounded to nearest, in seconds."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to calibrate on. Default: Python's own documentation.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Weights to leave as they are: a checkpoint name, * for any part of it.")
+    ] = None,
+    int8: Annotated[
+        list[str] | None, typer.Option(help="With int4: weights to store in 8 bits all the same, named as in --keep.")
+    ] = None,
     engine: Annotated[
         Flavour | None,
         typer.Option(help="Build an engine into the package afterwards; melt-run build-engine has more options."),
@@ -80,6 +110,7 @@ def export(
     compute_capability: CapabilityOption = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
     verify_tokens: Tokens = None,
+    eval_text: EvalText = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
     show_version: Version = False,
 ) -> None:
@@ -89,13 +120,21 @@ def export(
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
-    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk)
+    if weights is None and (keep or int8 or block != 32 or method or calibration or eval_text):
+        raise ArgumentError(
+            "--block, --method, --calibration, --keep, --int8 and --eval-text are of quantized weights: name --weights"
+        )
+    stored = None
+    if weights is not None:
+        kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
+        stored = WeightOptions(str(weights), block, keep=kept, int8=wide, method=chosen, calibration=calibration)
+    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored)
     build = _engine_options(options, engine, engine_weights, compute_capability)
     report = None
     with shown_progress() as step:
         with building(checkpoint, output, options, force=force, progress=step) as directory:
             if not no_verify:
-                report = verify(directory, checkpoint, tokens=verify_tokens, progress=step)
+                report = verify(directory, checkpoint, tokens=verify_tokens, eval_text=eval_text, progress=step)
                 require_parity(report)
         package = Package.open(output, check_hashes=False)
         built = None if build is None else _build(package, build, step)
@@ -132,13 +171,31 @@ def verify_command(
     package: Annotated[Path, typer.Argument(help="A package made by melt-export.")],
     checkpoint: Checkpoint,
     tokens: Tokens = None,
+    eval_text: EvalText = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Quantized against fp32, mean, in nats. Default: 0.01 for int8, 0.5 for int4.", min=0),
+    ] = None,
+    max_perplexity_change: Annotated[
+        float | None, typer.Option(help="Quantized against fp32, in percent. Default: any.", min=0)
+    ] = None,
     show_version: Version = False,
 ) -> None:
-    """Compare a package with its checkpoint at every loop, and write parity.json. Exit code 1 if they differ."""
+    """Compare a package with its checkpoint at every loop, and write parity.json. Exit code 1 if they differ.
+
+    A quantized package is also measured against the checkpoint in fp32 on held-out text.
+    """
     with shown_progress() as step:
-        Package.open(package)
-        report = verify(package, checkpoint, tokens=tokens, progress=step)
+        manifest = Package.open(package).manifest
+        chosen = eval_text is not None or max_kl is not None or max_perplexity_change is not None
+        if chosen and not manifest.weights:
+            raise ArgumentError("--eval-text and the limits are of quantized packages; this one is not quantized")
+        usual = MOST_KL.get(manifest.weights.get("kind", ""))
+        limits = Limits(usual if max_kl is None else max_kl, max_perplexity_change)
+        report = verify(package, checkpoint, tokens=tokens, eval_text=eval_text, limits=limits, progress=step)
     _TEXT.print(_parity_table(report))
+    if report.quality is not None:
+        _TEXT.print(f"quality: {report.quality.summary()}")
     _TEXT.print(f"{'passed' if report.passed else 'FAILED'}: {report.summary()}")
     for failure in report.failures():
         print(f"melt-verify: {failure}", file=sys.stderr)
@@ -155,6 +212,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_row("package", str(output))
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
     table.add_row("graphs and weights", human_bytes(weights))
+    if manifest.weights:
+        table.add_row("products", "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights))
     depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"
     table.add_row(
         "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"
@@ -163,6 +222,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     if manifest.untrained:
         table.add_row("untrained", f"{', '.join(manifest.untrained)}: initialised by a conversion, never trained")
     table.add_row("parity", "not verified" if report is None else report.summary())
+    if report is not None and report.quality is not None:
+        table.add_row("quality", report.quality.summary())
     _TEXT.print(table)
 
 

@@ -59,7 +59,7 @@ class Dialect(ABC):
     attention: ClassVar[type[GraphAttention]]
 
     head_multiple: ClassVar[int] = 2
-    packs_products: ClassVar[bool] = False  # where what runs the graph does not do it by itself
+    fuses: ClassVar[bool] = False  # where what runs the graph does not do it by itself
 
     def check(self, config: LoopedConfig) -> None:
         """Raises ExportError for a model that the dialect cannot express."""
@@ -136,7 +136,7 @@ class OnnxRuntimeDialect(Dialect):
     control = TensorSpec("chunk_lengths", "int64", ("batch",))
     attention = _GroupQueryAttention
     head_multiple = 16
-    packs_products = True
+    fuses = True
 
 
 class _RotatedAttention(GraphAttention):

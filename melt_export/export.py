@@ -25,10 +25,12 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from melt_runtime.text import TextCodec
 
+from .calibrate import calibration_tokens, hessians
 from .dialects import DIALECTS
 from .errors import ExportError
 from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
 from .hollow import without_memory
+from .quantize import WeightOptions, check_patterns, halve_embedding, quantize_products
 from .weights import attach_weights, external_bytes, write_weights
 
 _MAX_DEFAULT_SEQ_LEN = 4096
@@ -38,19 +40,26 @@ _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onn
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. ``max_seq_len`` None: the checkpoint's positions, up to 4,096; ``chunk`` None: its own."""
+    """How to export. ``max_seq_len`` None: the checkpoint's positions, up to 4,096; ``chunk`` None: its own;
+    ``weights`` None: products as ``precision`` has them."""
 
     precision: str = "fp32"
     dialect: str = "onnxruntime"
     max_seq_len: int | None = None
     max_batch: int = 8
     chunk: int | None = None
+    weights: WeightOptions | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ExportError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.dialect not in DIALECT_NAMES:
             raise ExportError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECT_NAMES)}")
+        if self.weights is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
+            raise ExportError(
+                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32; "
+                "an engine's products are quantized with --engine-weights"
+            )
         for name in ("max_seq_len", "max_batch", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -97,8 +106,15 @@ def build_package(
     loops = default_depth(config)
     wanted = config.chunk_size if isinstance(config, MeltConfig) else _LOOPLM_CHUNK
     chunk, max_seq_len, cache_rows = sizes(wanted, config.max_position_embeddings, options)
+    if options.weights is not None:
+        check_patterns(options.weights, weights)
     copy_companions(checkpoint, directory, config.vocab_size)
 
+    quantized = options.weights
+    statistics = {}
+    if quantized is not None and quantized.method == "gptq":
+        tokens = calibration_tokens(checkpoint, config, quantized.calibration)
+        statistics = hessians(checkpoint, tokens, loops, chunk, progress)
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
     dialect.check(config)
     without_memory(model, TORCH_DTYPES[dtype])
@@ -112,6 +128,10 @@ def build_package(
             graphs[name] = (trace_embed if name == "embed" else trace_lm_head)(model, dialect, dtype)
 
     models = [graph.model for graph in graphs.values()]
+    if quantized is not None:
+        halve_embedding(graphs["embed"].model)
+        for name in ("loop_step", "lm_head"):
+            quantize_products(graphs[name].model, quantized, statistics)
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)
     write_weights(models, directory, lambda done: progress("writing weights", total, done))
@@ -132,6 +152,7 @@ def build_package(
         files=_hash_files(directory, progress),
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries={name: version(name) for name in _LIBRARIES},
+        weights={} if quantized is None else quantized.record(),
     )
     _check_states(manifest.states, specs["loop_step"])
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

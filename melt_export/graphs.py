@@ -22,6 +22,7 @@ from melt_runtime.package import StateSpec, TensorSpec
 from torch import Tensor, nn
 
 from .dialects import Dialect, GraphAttention, GraphInputs
+from .fuse import fuse_norms
 from .pack import pack_products
 from .simplify import simplify
 
@@ -160,8 +161,9 @@ def trace_loop_step(
     )
     module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
     traced = _trace(module, dialect.opset, inputs, outputs, len(fixed))
-    if dialect.packs_products:
+    if dialect.fuses:
         pack_products(traced.model.graph)
+        fuse_norms(traced.model)
     return traced
 
 

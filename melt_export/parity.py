@@ -54,9 +54,58 @@ class GenerationResult:
     margin: float = 0.0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What melt-verify tolerates. ``kl``: mean KL divergence in nats; ``perplexity``: growth in percent; None: any."""
+
+    kl: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A quantized package against its checkpoint in float32, over ``positions`` tokens of ``text``.
+
+    ``kl``: mean KL(checkpoint || package) of the next token's distribution, in nats; ``top1``: share of positions with
+    the same best token; the perplexities are None for random tokens, which nothing predicts.
+    """
+
+    text: str
+    positions: int
+    kl: float
+    top1: float
+    perplexity: float | None
+    checkpoint_perplexity: float | None
+    limits: Limits
+
+    @property
+    def perplexity_change(self) -> float | None:
+        """Growth of the perplexity in percent; None for random tokens."""
+        if self.perplexity is None or self.checkpoint_perplexity is None:
+            return None
+        return 100 * (self.perplexity / self.checkpoint_perplexity - 1)
+
+    def failures(self) -> list[str]:
+        """What is over a limit, a sentence each. Not a number counts as over."""
+        found, change = [], self.perplexity_change
+        if self.limits.kl is not None and not self.kl <= self.limits.kl:
+            found.append(f"quantization moved the logits by a KL of {self.kl:.2e}, the limit is {self.limits.kl:g}")
+        if self.limits.perplexity is not None and change is not None and not change <= self.limits.perplexity:
+            found.append(f"the perplexity grew by {change:.2f}%, the limit is {self.limits.perplexity:g}%")
+        return found
+
+    def summary(self) -> str:
+        """One line for a person."""
+        change = self.perplexity_change
+        grown = "" if change is None else f", perplexity {self.perplexity:.2f} ({change:+.2f}%)"
+        return (
+            f"KL {self.kl:.1e}, top-1 {self.top1:.1%}{grown} against fp32, on {self.positions} positions of {self.text}"
+        )
+
+
 @dataclass
 class ParityReport:
-    """Everything that was compared. ``arithmetic`` says what ran the package."""
+    """Everything that was compared. ``arithmetic`` says what ran the package; ``quality`` is of quantized ones."""
 
     precision: str
     dialect: str
@@ -74,6 +123,7 @@ class ParityReport:
     generations: list[GenerationResult] = field(default_factory=list)
     manifest_sha256: str = ""
     libraries: dict[str, str] = field(default_factory=dict)
+    quality: Quality | None = None
 
     @property
     def worst(self) -> float:
@@ -99,7 +149,7 @@ class ParityReport:
                     )
             if self.exit_same_depth < self.exit_tokens:
                 found.append(f"{self.exit_tokens - self.exit_same_depth} tokens leave the loop at another depth")
-        return found
+        return found + ([] if self.quality is None else self.quality.failures())
 
     @property
     def passed(self) -> bool:
@@ -141,7 +191,7 @@ class StateErrors:
 
     def compare_logits(self, got: NDArray[Any], expected: NDArray[Any]) -> None:
         """KL(expected || got) in nats, and whether the best token is the same, for each row (positions, vocab)."""
-        p, q = _log_softmax(expected), _log_softmax(got)
+        p, q = log_softmax(expected), log_softmax(got)
         self.kl += (np.exp(p) * (p - q)).sum(-1).tolist()
         self.agree += (got.argmax(-1) == expected.argmax(-1)).tolist()
 
@@ -156,7 +206,8 @@ class StateErrors:
         report.top1 = float(np.mean(self.agree))
 
 
-def _log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
+def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
+    """Logarithms of the probabilities (positions, vocab), in float64."""
     wide = logits.astype(np.float64)
     wide = wide - wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

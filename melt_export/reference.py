@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from .quantize import dequantized
+
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
 
@@ -62,13 +64,21 @@ class Reference(Protocol):
     ) -> tuple[list[list[LoopTrace]], list[int]]:
         """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
 
+    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
+        """Logits (tokens, vocab), float32, of a sequence of its own; every token runs all loops."""
+
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
 
 
-def open_reference(checkpoint: Path, device: str = "cpu") -> Reference:
-    """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError."""
+def open_reference(checkpoint: Path, device: str = "cpu", package: Path | None = None) -> Reference:
+    """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError.
+
+    package: one with quantized weights; the model then computes with what is stored there.
+    """
     model = load_model(checkpoint)
+    if package is not None:
+        dequantized(model, package)
     found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
     return found(model.to(device), device)  # type: ignore[arg-type]
 
@@ -105,6 +115,14 @@ class MeltReference:
                 traces.append(chunk)
                 depths += depth.tolist()
         return traces, depths
+
+    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
+        """As ``Reference``."""
+        with _computing():
+            output = self.model(
+                torch.tensor([list(ids)], device=self.device), num_loops=loops, chunk_size=chunk, exit_threshold=1.0
+            )
+            return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
@@ -160,6 +178,12 @@ class LoopLMReference:
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
         return traces, [loops] * sum(map(len, pieces))
+
+    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
+        """As ``Reference``."""
+        with _computing():
+            output = self.model(torch.tensor([list(ids)], device=self.device), num_loops=loops, exit_at_step=loops - 1)
+            return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """As ``Reference``."""

@@ -1,4 +1,4 @@
-"""A float32 twin of a bf16 package: same graphs and (rounded) weights, arithmetic that every CPU has."""
+"""Twins of packages for comparison: the same graphs and weights, with arithmetic that PyTorch can be held against."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from melt_runtime.package import MANIFEST, GraphSpec, Package, TensorSpec
+
+from .quantize import ACCURACY
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -30,6 +33,27 @@ def float32_twin(package: Path, directory: Path) -> None:
         states=tuple(replace(state, dtype=_wide_name(state.dtype)) for state in manifest.states),
     )
     twin = replace(twin, files=_presence_only(directory))
+    (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
+
+
+def wide_twin(package: Path, directory: Path) -> None:
+    """Writes a twin of a package with quantized weights into an empty directory on the same disk.
+
+    Its products read the same stored numbers, but leave the activations in float32; so the graphs and the numbers can
+    be proven to be what PyTorch computes with. The weights file is shared. Its hashes are not made.
+    """
+    manifest = Package.open(package, check_hashes=False).manifest
+    for graph in manifest.graphs.values():
+        model = onnx.load(package / graph.file, load_external_data=False)
+        for node in model.graph.node:
+            kept = [attribute for attribute in node.attribute if attribute.name != ACCURACY]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        onnx.save(model, directory / graph.file)
+    for name in manifest.files:
+        if not (directory / name).exists() and name.endswith(".data"):
+            (directory / name).hardlink_to(package / name)
+    twin = replace(manifest, files=_presence_only(directory), engines={})
     (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
 
 

@@ -17,9 +17,10 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 
 from .errors import ParityError
-from .parity import TOLERANCES, GenerationResult, ParityReport, StateErrors, common_prefix
+from .parity import TOLERANCES, GenerationResult, Limits, ParityReport, StateErrors, common_prefix
+from .quality import MOST_KL, HeldOut, held_out, measure, reference_logits
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
-from .twin import float32_twin
+from .twin import float32_twin, wide_twin
 
 _LIBRARIES = ("torch", "transformers", "onnxruntime", "numpy")
 _TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
@@ -66,6 +67,8 @@ def verify(
     loops: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    eval_text: Path | None = None,
+    limits: Limits | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Compares a package with its checkpoint and writes parity.json into the package.
@@ -74,7 +77,9 @@ def verify(
     chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
     ``loops`` None: as many as the package was trained for; ``tokens`` None: 256, or 16 for a large package, whose
     tokens take PyTorch seconds each. A large fp16 package runs with its weights mapped from disk. The PyTorch side
-    runs first and is freed before the package is loaded, so the two never share memory. Raises CheckpointError,
+    runs first and is freed before the package is loaded, so the two never share memory. A quantized package is compared
+    with what its numbers stand for, and then measured against the checkpoint itself on ``eval_text`` (None: a built-in
+    one) within ``limits`` (None: MOST_KL). Raises CheckpointError,
     PackageError, ParityError if the two have different shapes.
     """
     manifest = Package.open(package, check_hashes=False).manifest
@@ -82,8 +87,10 @@ def verify(
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
+    held = held_out(package, manifest, eval_text, None, large) if manifest.weights else None
     tokens = (16 if large else 256) if tokens is None else tokens
-    expected = expected_of(checkpoint, manifest, tokens, seed=seed, progress=progress)
+    expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
+    unquantized = None if held is None else _unquantized(checkpoint, held, manifest, progress)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
     )
@@ -94,14 +101,28 @@ def verify(
             report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
             float32_twin(package, directory)
+        if manifest.weights:
+            report.arithmetic = "ONNX Runtime, CPU, float32 products with the stored numbers"
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
+            wide_twin(package, directory)
         progress("package: loop by loop", 0, 0)
         low_memory = large and manifest.precision == "fp16"
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
+    if held is not None and unquantized is not None:
+        limits = Limits(MOST_KL[manifest.weights["kind"]]) if limits is None else limits
+        runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
+        report.quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
     report.manifest_sha256 = manifest_hash(package)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)
     return report
+
+
+def _unquantized(checkpoint: Path, held: HeldOut, manifest: Manifest, progress: Progress) -> list[np.ndarray]:
+    """What the checkpoint itself says to the held-out text. The model is freed when this returns."""
+    progress("PyTorch: held-out text", 0, 0)
+    return reference_logits(open_reference(checkpoint), held, manifest)
 
 
 def expected_of(
@@ -109,16 +130,21 @@ def expected_of(
     manifest: Manifest,
     tokens: int,
     *,
+    package: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> Expected:
     """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
 
-    tokens: greedy tokens a prompt; device: where PyTorch computes. Raises CheckpointError.
+    tokens: greedy tokens a prompt; package: whose stored weights count where they are quantized; device: where PyTorch
+    computes. Raises CheckpointError.
     """
     progress("PyTorch: loop by loop", 0, 0)
-    reference, rng = open_reference(checkpoint, device), np.random.default_rng(seed)
+    reference, rng = (
+        open_reference(checkpoint, device, package if manifest.weights else None),
+        np.random.default_rng(seed),
+    )
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
     cases = [

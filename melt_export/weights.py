@@ -12,6 +12,7 @@ from onnx_ir import tensor_adapters
 
 from .errors import ExportError
 from .pack import PARTS
+from .quantize import COMPUTED, computed_tensor
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 WEIGHTS_FILE = "weights.data"
@@ -23,6 +24,9 @@ def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype)
     """Gives every detached weight a tensor that reads, casts and transposes itself only when it is written."""
     for model in models:
         for value in model.graph.initializers.values():
+            if COMPUTED in value.meta:
+                value.const_value = computed_tensor(value, weights)
+                continue
             name = value.meta.get(CHECKPOINT_NAME)
             if name is None:
                 continue

@@ -89,7 +89,8 @@ class Manifest:
     """``manifest.json``. ``model`` is the checkpoint's configuration; ``cache_rows`` is ``max_seq_len`` plus room for
     the padding of one ragged chunk when ``max_batch`` is above 1; ``chunk`` is the prefill chunk and part of the
     model's meaning; ``untrained`` names parts that were initialised and never trained; ``engines``, by name, were built
-    from the graphs later and may be absent or deleted: ``files`` does not list theirs."""
+    from the graphs later and may be absent or deleted: ``files`` does not list theirs; ``weights`` says how
+    products were quantized, empty where they were not."""
 
     dialect: str
     precision: str
@@ -108,6 +109,7 @@ class Manifest:
     libraries: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     engines: dict[str, EngineSpec] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
@@ -137,10 +139,11 @@ class Manifest:
             )
 
     def to_json(self) -> str:
-        """The manifest as written to disk. A package without engines says nothing of them."""
+        """The manifest as written to disk. A package without engines or quantized weights says nothing of them."""
         content = asdict(self)
-        if not self.engines:
-            del content["engines"]
+        for name in ("engines", "weights"):
+            if not content[name]:
+                del content[name]
         return _text(content)
 
     @classmethod
@@ -160,8 +163,8 @@ class Manifest:
                 f"the package has format version {version!r}, this runtime reads {FORMAT_VERSION}: {advice}"
             )
         try:
-            # Engines came later than format 1; what does not know them runs the graphs, so it stays format 1.
-            content = {"engines": {}, **content}
+            # These came later than format 1; what does not know them runs the graphs, so it stays format 1.
+            content = {"engines": {}, "weights": {}, **content}
             values = {f.name: content[f.name] for f in fields(cls)}
             values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in content["states"])
             values["graphs"] = {name: _graph(content["graphs"][name]) for name in GRAPHS}
@@ -184,8 +187,8 @@ class Manifest:
             raise PackageError(f"{MANIFEST}: exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
         if self.dialect not in DIALECTS or self.precision not in PRECISIONS:
             raise PackageError(f"{MANIFEST}: unknown dialect {self.dialect!r} or precision {self.precision!r}")
-        if not isinstance(self.model, dict) or not isinstance(self.libraries, dict):
-            raise PackageError(f"{MANIFEST}: model and libraries must be JSON objects")
+        if not all(isinstance(value, dict) for value in (self.model, self.libraries, self.weights)):
+            raise PackageError(f"{MANIFEST}: model, libraries and weights must be JSON objects")
         if not all(isinstance(part, str) for part in self.untrained):
             raise PackageError(f"{MANIFEST}: untrained must be a list of names")
         per_loop = any(state.kind == "per_loop" for state in self.states)
