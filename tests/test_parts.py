@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from device_double import HostDevice, add_plans, host_library
-from melt_runtime import ArgumentError, LoopDriver, LoopSettings, Package, Runtime
+from melt_runtime import ArgumentError, LoopDriver, LoopSettings, Package, Request, Runtime, Scheduler
 from melt_runtime.backends import tensorrt
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from test_device_state import OnStandIn
@@ -140,3 +140,16 @@ def test_parts_of_an_engine_take_no_device_memory(
     assert device.made == made
     monkeypatch.setattr(tensorrt, "slot_bytes", lambda manifest: {"key_cache.0": 1000})
     assert driver.part(0, 2) is None  # not where TensorRT takes an address
+
+
+def test_a_scheduler_gives_on_every_backend_what_a_request_gets_alone(runtime: Runtime) -> None:
+    def options(slot: int) -> dict[str, Any]:
+        return {"max_tokens": 6 + 2 * slot, "loops": 1 + slot, "ignore_eos": True}
+
+    alone = [runtime.generate(prompt, **options(slot)) for slot, prompt in enumerate(PROMPTS)]
+    with Scheduler(runtime, 3) as scheduler:
+        tickets = [
+            scheduler.submit(Request(tuple(prompt), runtime.options(**options(slot))))
+            for slot, prompt in enumerate(PROMPTS)
+        ]
+        assert [ticket.result(60) for ticket in tickets] == alone

@@ -31,8 +31,10 @@ class Scheduler:
 
     One thread works. Each turn it prefills one chunk of one prompt, prompts in turn, and then decodes one token of
     every sequence whose prompt is through, so that a long prompt holds nobody up for longer than a chunk. Requests are
-    admitted in the order they came, and each gives what it gives alone. slots: None takes as many as the backend can;
-    max_waiting: how many may wait when all slots are taken. prefixes: beginnings of prompts that need not run again.
+    admitted in the order they came, and each gives what it gives alone: to the last bit on the CPU in fp32 and the
+    onnxruntime dialect, elsewhere as far as kernels round alike for batches and attention lengths of any size. slots:
+    None takes as many as the backend can; max_waiting: how many may wait when all slots are taken; prefixes: beginnings
+    of prompts that need not run again.
     A scheduler holds its thread and its memory until it is closed. Raises ArgumentError, BackendError.
     """
 
