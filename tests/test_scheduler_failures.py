@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -202,6 +204,20 @@ def test_closing_without_draining_cancels_what_runs_and_what_waits(runtime: Runt
         with pytest.raises(CancelledError) as caught:
             ticket.result(0)
         assert len(caught.value.generation.token_ids) == drawn
+
+
+def test_a_program_may_end_without_closing(tiny_package: Path) -> None:
+    program = f"""
+from melt_runtime import Request, Runtime, Scheduler
+runtime = Runtime.load({str(tiny_package)!r})
+scheduler = Scheduler(runtime, 2)
+options = runtime.options(max_tokens=200, ignore_eos=True)
+tickets = [scheduler.submit(Request((5, 6), options)) for _ in range(6)]
+next(iter(tickets[0]))
+print("bye")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "bye\n"), ran.stderr
 
 
 def test_a_listener_may_close_the_scheduler(runtime: Runtime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from time import monotonic
@@ -35,7 +36,8 @@ class Scheduler:
     onnxruntime dialect, elsewhere as far as kernels round alike for batches and attention lengths of any size. slots:
     None takes as many as the backend can; max_waiting: how many may wait when all slots are taken; prefixes: beginnings
     of prompts that need not run again.
-    A scheduler holds its thread and its memory until it is closed. Raises ArgumentError, BackendError.
+    A scheduler holds its thread and its memory until it is closed, at the latest when the program ends. Raises
+    ArgumentError, BackendError.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Scheduler:
         self._closing = self._stopping = False  # no new requests; and none of the old ones either
         self._thread = threading.Thread(target=self._work, name="melt-scheduler", daemon=True)
         self._thread.start()
+        atexit.register(self._exit)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Ticket:
         """Hands a request in. Raises PromptError, ArgumentError, BusyError when the queue is full, ClosedError.
@@ -100,6 +103,7 @@ class Scheduler:
             self._closing = True
             self._stopping = self._stopping or not drain
             self._changed.notify_all()
+        atexit.unregister(self._exit)
         if threading.current_thread() is self._thread:
             return
         if drain:
@@ -118,6 +122,10 @@ class Scheduler:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close(drain=kind is None)
+
+    def _exit(self) -> None:
+        """The program ends and nobody closed: a thread inside a backend would bring it down."""
+        self.close(drain=False)
 
     def _wake(self) -> None:
         with self._changed:
