@@ -3,8 +3,8 @@
     python benchmarks/write_docs.py
 
 Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the sections "loop_step", written by loop_step.py,
-and, where they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py) and
-"training_memory" (training_memory.py).
+and, where they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
+(batching.py) and "training_memory" (training_memory.py).
 """
 
 from __future__ import annotations
@@ -208,6 +208,42 @@ def training_part(section: Row) -> str:
     )
 
 
+def batching_part(section: Row) -> str:
+    """The section on continuous batching."""
+    settings, chunk = section["settings"], section["chunk"]
+    what = (
+        f"{plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, fp32"
+        if section["package"] is None
+        else f"package {section['package']}"
+    )
+    rates = [
+        [str(r["slots"]), f"{r['median']:.1f}", f"{r['low']:.1f} to {r['high']:.1f}", f"{r['median'] / r['slots']:.1f}"]
+        for r in section["throughput"]
+    ]
+    names = {"alone": "no prompt beside it", "beside": f"while {section['prompt']:,} tokens are prefilled"}
+    gaps = [
+        [
+            names[name],
+            f"{r['median'] * 1e3:.1f}",
+            f"{r['low'] * 1e3:.1f} to {r['high'] * 1e3:.1f}",
+            f"{r['p99'] * 1e3:.1f}",
+            f"{r['count']:,}",
+        ]
+        for name, r in section["delay"].items()
+    ]
+    return (
+        "## Continuous batching\n\n"
+        f"{what}; {plural(settings['loops'], 'loop')} a token, {plural(settings['threads'], 'thread')}, through the "
+        f"scheduler; {plural(settings['rounds'], 'round')} in which all configurations take turns.\n\n"
+        + command(section["command"])
+        + f"\n{facts(section)}\n"
+        + table(["streams", "tokens/s, together", "quartiles", "tokens/s, each"], rates)
+        + f"\nHow long a running stream waits for its next token, in ms. The prompt is prefilled in chunks of {chunk:,}"
+        " tokens, one between two steps of the stream.\n\n"
+        + table(["", "median", "quartiles", "99th percentile", "tokens"], gaps)
+    )
+
+
 def markdown(content: Row) -> str:
     """docs/benchmarks.md."""
     report = content["loop_step"]
@@ -225,6 +261,8 @@ def markdown(content: Row) -> str:
         parts.append(export_part(content["export"]))
     if "engines" in content:
         parts.append(engines_part(content["engines"]))
+    if "batching" in content:
+        parts.append(batching_part(content["batching"]))
     if "training_memory" in content:
         parts.append(training_part(content["training_memory"]))
     return "\n".join(parts)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import batching  # noqa: E402
 import common  # noqa: E402
 import engine_build  # noqa: E402
 import write_docs  # noqa: E402
@@ -76,3 +78,15 @@ def test_a_section_is_saved_beside_the_others(tmp_path: Path) -> None:
 def test_a_recorded_command_names_no_place_of_the_machine() -> None:
     line = common.command_line("loop_step.py", ["--json", "/home/someone/docs/b.json", "--keep=/tmp/x", "--quick"])
     assert line == "python benchmarks/loop_step.py --json b.json --keep=x --quick"
+
+
+def test_batching_measures_streams_and_the_rhythm_beside_a_prompt(tiny_package: Path) -> None:
+    settings = batching.Settings(tokens=6, rounds=1, loops=2, threads=1)
+    section = batching.run(settings, tiny_package, Console(quiet=True)) | {"command": "python benchmarks/batching.py"}
+    assert [row["slots"] for row in section["throughput"]] == [1, 2, 4, 8]
+    assert section["prompt"] == 8 * section["chunk"] == 64
+    assert section["delay"]["alone"]["count"] >= 4
+    assert section["delay"]["beside"]["count"] >= 7  # a token between any two chunks
+    text = write_docs.batching_part(section)
+    assert "while 64 tokens are prefilled" in text
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + 4 + 2 + 2

@@ -33,8 +33,8 @@ class CountedBuffers(DeviceBuffers):
         self.crossed += count
         super().upload(buffer, count)
 
-    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-        values = super().download(buffer, dtype, shape)
+    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
+        values = super().download(buffer, dtype, shape, offset)
         self.crossed += values.nbytes
         return values
 

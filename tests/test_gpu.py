@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import BackendError, LoopSettings, Package, Runtime
+from melt_runtime import BackendError, LoopSettings, Package, Request, Runtime, Scheduler
 from melt_runtime.backends.cuda import Device, open_device
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.engines.build import EngineOptions, build_engine
@@ -88,6 +88,27 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(directory: Path
     ]
     assert [g.token_ids for g in found[0]] == [g.token_ids for g in found[1]] == [g.token_ids for g in found[2]]
     assert captured._driver.state.captured()  # type: ignore[union-attr, attr-defined]
+
+
+def test_a_part_of_a_batch_computes_what_the_whole_does(directory: Path) -> None:
+    whole, pieces = load(directory).driver(3), load(directory).driver(3)
+    for tokens in (PROMPTS, [[5], [6], [7]], [[8], [9], [10]]):
+        expected = whole.append(tokens, LoopSettings(3))
+        for slot in (2, 0, 1):
+            part = pieces.part(slot, 1)
+            assert part is not None
+            found = part.append([tokens[slot]], LoopSettings(3))
+            np.testing.assert_allclose(found[0], expected[slot], rtol=1e-3, atol=1e-3)
+
+
+def test_a_scheduler_gives_what_a_request_gets_alone(directory: Path) -> None:
+    runtime = load(directory)
+    options = [runtime.options(max_tokens=20 + at, loops=2 + at, ignore_eos=True) for at in range(3)]
+    with Scheduler(runtime, 2) as scheduler:
+        tickets = [scheduler.submit(Request(tuple(prompt), one)) for prompt, one in zip(PROMPTS, options, strict=True)]
+        found = [ticket.result(300).token_ids for ticket in tickets]
+    for at, prompt in enumerate(PROMPTS):
+        assert found[at] == runtime.generate(prompt, max_tokens=20 + at, loops=2 + at, ignore_eos=True).token_ids
 
 
 def test_candidates_draw_what_whole_rows_draw(directory: Path) -> None:

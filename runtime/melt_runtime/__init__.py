@@ -6,19 +6,36 @@ print(runtime.generate("2+2=").text)
 """
 
 from .driver import LoopDriver, LoopSettings
-from .errors import ArgumentError, BackendError, MeltError, PackageError, PromptError
+from .errors import (
+    ArgumentError,
+    BackendError,
+    BusyError,
+    CancelledError,
+    ClosedError,
+    DeadlineError,
+    MeltError,
+    PackageError,
+    PromptError,
+)
 from .generation import Generator
 from .package import Manifest, Package
 from .runtime import Runtime
 from .sampling import Sampler, SamplingParams
-from .track import Generation, GenerationOptions, Piece
+from .scheduler import Request, Scheduler, SchedulerMetrics, Ticket
+from .track import Constraint, Generation, GenerationOptions, Logprobs, Piece
 
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "BusyError",
+    "CancelledError",
+    "ClosedError",
+    "Constraint",
+    "DeadlineError",
     "Generation",
     "GenerationOptions",
     "Generator",
+    "Logprobs",
     "LoopDriver",
     "LoopSettings",
     "Manifest",
@@ -27,7 +44,11 @@ __all__ = [
     "PackageError",
     "Piece",
     "PromptError",
+    "Request",
     "Runtime",
     "Sampler",
     "SamplingParams",
+    "Scheduler",
+    "SchedulerMetrics",
+    "Ticket",
 ]

@@ -9,33 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import BackendState, LoopControl
+from .depth import Depth, LoopSettings, whole_number
 from .errors import ArgumentError, PromptError
 from .logits import NextLogits
 from .package import Manifest
 
+__all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """How deep to think: at most ``loops`` loops a token, fewer once the cumulative exit probability reaches
-    ``exit_threshold`` (1.0 never leaves early). ``chunk`` is how many prompt tokens run their loops together (None:
-    the package's): part of the model's meaning, so change it only on purpose. Raises ArgumentError."""
-
-    loops: int
-    exit_threshold: float = 1.0
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        whole_number("loops", self.loops)
-        if self.chunk is not None:
-            whole_number("chunk", self.chunk)
-        if not isinstance(self.exit_threshold, float | int) or not 0.0 <= self.exit_threshold <= 1.0:
-            raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
-
-
-def whole_number(name: str, value: object) -> None:
-    """Raises ArgumentError unless ``value`` is a whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1")
+Settings = LoopSettings | Sequence[LoopSettings]  # one for all sequences, or one for each
 
 
 @dataclass(frozen=True)
@@ -63,91 +44,143 @@ class LoopDriver:
 
     def reset(self) -> None:
         """Forgets all tokens; the buffers stay."""
-        self.lengths[...] = 0
-        self.depth = [[] for _ in range(self.batch)]
+        for slot in range(self.batch):
+            self.clear(slot)
 
-    def append(self, tokens: Sequence[Sequence[int]], settings: LoopSettings) -> NDArray[np.float32]:
+    def clear(self, slot: int) -> None:
+        """Forgets the tokens of one sequence."""
+        self.lengths[slot] = 0
+        self.depth[slot].clear()
+
+    def part(self, first: int, count: int) -> LoopDriver | None:
+        """A driver of the sequences ``first`` to ``first + count - 1`` alone, over the same memory, lengths and depths:
+        what one of them appends, the other has. They take turns, a call at a time. None where the backend cannot.
+        """
+        state = self.state.part(first, count)
+        if state is None:
+            return None
+        made = LoopDriver(state, self.manifest)
+        made.lengths, made.depth = self.lengths[first : first + count], self.depth[first : first + count]
+        return made
+
+    def append(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NDArray[np.float32]:
         """Runs new tokens of every sequence, in chunks, and returns the logits after each one's last (batch, vocab).
 
-        A sequence with no new tokens sits idle; its row of the result is zero. Raises PromptError, before anything
-        is changed, if a sequence would not fit in the cache or a token id is out of range.
+        settings: one for all sequences, or one for each: in a batch they may differ in depth and chunk, and each
+        gives what it gives alone. A sequence with no new tokens sits idle; its row of the result is zero. Raises
+        PromptError, before anything is changed, if a sequence would not fit in the cache or a token id is out of
+        range, ArgumentError for settings that the package does not allow.
         """
         return self.advance(tokens, settings).full()
 
-    def advance(self, tokens: Sequence[Sequence[int]], settings: LoopSettings) -> NextLogits:
+    def advance(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NextLogits:
         """As ``append``, but leaves the logits where they are until they are asked for."""
+        each = self.each(settings)
         logits = NextLogits(self.state, self.manifest.vocab_size)
-        for chunk in self.chunks(tokens, settings.chunk):
-            logits.keep()
-            self._run(chunk, settings)
-            logits.follow(np.maximum(chunk.counts - 1, 0)[:, None], chunk.last)
+        for chunk in self.chunks(tokens, [one.chunk for one in each]):
+            for group in self._groups(chunk, each):
+                logits.keep()
+                self._run(group, each)
+                logits.follow(np.maximum(group.counts - 1, 0)[:, None], group.last)
         return logits
 
-    def chunks(self, tokens: Sequence[Sequence[int]], size: int | None = None) -> list[Chunk]:
-        """Cuts every sequence's new tokens into chunks, each sequence from its own first. Raises PromptError."""
-        size = self.manifest.chunk if size is None else size
-        if size > self.manifest.chunk:
-            raise ArgumentError(f"chunk is {size}; this package was exported for at most {self.manifest.chunk}")
+    def each(self, settings: Settings) -> Sequence[LoopSettings]:
+        """One for each sequence. Raises ArgumentError for another number of them."""
+        if isinstance(settings, LoopSettings):
+            return [settings] * self.batch
+        if len(settings) != self.batch:
+            raise ArgumentError(f"the batch has {self.batch} sequences, loop settings were given for {len(settings)}")
+        return settings
+
+    def chunks(self, tokens: Sequence[Sequence[int]], size: int | Sequence[int | None] | None = None) -> list[Chunk]:
+        """Cuts every sequence's new tokens into chunks, each sequence from its own first. Raises PromptError.
+
+        size: of the chunks, for all sequences or for each; None: the package's.
+        """
+        sizes = [size] * self.batch if size is None or isinstance(size, int) else size
+        most = np.array([self.manifest.chunk if one is None else one for one in sizes], np.int64)
+        if most.max() > self.manifest.chunk:
+            raise ArgumentError(f"chunk is {most.max()}; this package was exported for at most {self.manifest.chunk}")
         arrays = self.check(tokens)
         counts = np.array([len(array) for array in arrays], np.int64)
-        chunks = []
-        for start in range(0, int(counts.max(initial=0)), size):
-            here = np.clip(counts - start, 0, size)
+        chunks, done = [], np.zeros(self.batch, np.int64)
+        while (done < counts).any():
+            here = np.minimum(counts - done, most)
             ids = np.zeros((self.batch, int(here.max())), np.int64)
             for slot, array in enumerate(arrays):
-                ids[slot, : here[slot]] = array[start : start + size]
-            chunks.append(Chunk(ids, here, (here > 0) & (start + here == counts)))
+                ids[slot, : here[slot]] = array[done[slot] : done[slot] + here[slot]]
+            done = done + here
+            chunks.append(Chunk(ids, here, (here > 0) & (done == counts)))
         return chunks
 
-    def loops(self, chunk: Chunk, settings: LoopSettings) -> Iterator[LoopControl]:
+    def loops(self, chunk: Chunk, settings: Settings) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
 
-        A token leaves the loop once 1 - prod(1 - exit probability) reaches the threshold; its hidden and latent
-        are frozen from then on, so that its cache rows keep their values. The chunk stops when all have left.
+        A token that has left the loop, by its sequence's settings, has its hidden and latent frozen from then on, so
+        that its cache rows keep their values. The chunk stops when all have left.
         """
-        self._check_depth(settings)
-        active = np.arange(chunk.ids.shape[1]) < chunk.counts[:, None]
-        remaining, depth = np.ones(active.shape, np.float32), np.zeros(active.shape, np.int64)
-        control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
+        each = self.each(settings)
+        self._check_depth(chunk, each)
+        depth = Depth(each, self._present(chunk))
         self.state.embed(chunk.ids)
-        for loop in range(settings.loops):
-            control = LoopControl(np.full(self.batch, loop == 0), active, self.lengths, chunk.counts)
+        while True:
+            control = LoopControl(np.full(self.batch, depth.loop == 0), depth.active, self.lengths, chunk.counts)
             exit_probability = self.state.loop(control)
-            depth += active
+            depth.ran(exit_probability, lambda: self.state.read("hidden"))
             yield control
-            if settings.exit_threshold < 1.0:
-                remaining = remaining * (np.float32(1) - exit_probability)
-                active = active & ~((np.float32(1) - remaining) >= settings.exit_threshold)
-                if not active.any():
-                    break
+            if not depth.active.any():
+                break
         self.state.commit(control)
-        self._count(chunk, depth)
+        self._count(chunk, depth.spent)
 
-    def _run(self, chunk: Chunk, settings: LoopSettings) -> None:
-        """A chunk's loops: all at once, where no token can leave early."""
-        if settings.exit_threshold < 1.0:
-            for _ in self.loops(chunk, settings):
+    def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
+        """A chunk's loops: all at once, where nothing is to be decided on the way."""
+        asked = [settings for settings, count in zip(each, chunk.counts, strict=True) if count]
+        if any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1:
+            for _ in self.loops(chunk, each):
                 pass
             return
-        self._check_depth(settings)
-        active = np.arange(chunk.ids.shape[1]) < chunk.counts[:, None]
+        self._check_depth(chunk, each)
+        active, loops = self._present(chunk), asked[0].loops
         control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
-        self.state.run_chunk(chunk.ids, control, settings.loops, head=bool(chunk.last.any()))
-        self._count(chunk, active * settings.loops)
+        self.state.run_chunk(chunk.ids, control, loops, head=bool(chunk.last.any()))
+        self._count(chunk, active * loops)
+
+    def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
+        """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
+        loops = np.array([settings.loops for settings in each])
+        depths = np.unique(loops[chunk.counts > 0])
+        if self.manifest.cache_loops is None or len(depths) == 1:
+            return [chunk]
+        groups = []
+        for depth in depths:
+            counts = np.where(loops == depth, chunk.counts, 0)
+            groups.append(Chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
+        return groups
+
+    def _present(self, chunk: Chunk) -> NDArray[np.bool_]:
+        """Which columns of a chunk are tokens (batch, width)."""
+        return np.asarray(np.arange(chunk.ids.shape[1]) < chunk.counts[:, None])
 
     def _count(self, chunk: Chunk, depth: NDArray[np.int64]) -> None:
         self.lengths += chunk.counts
         for slot, count in enumerate(chunk.counts):
             self.depth[slot].extend(depth[slot, :count].tolist())
 
-    def _check_depth(self, settings: LoopSettings) -> None:
+    def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""
-        self.manifest.check_depth(settings.loops, settings.exit_threshold)
-        filled = min((depth for depths in self.depth for depth in depths), default=settings.loops)
-        if self.manifest.cache_loops is not None and filled < settings.loops:
-            raise ArgumentError(
-                f"loops is {settings.loops}, but tokens in the cache ran {filled}; a LoopLM cannot deepen its caches"
-            )
+        for settings, count, depth in zip(each, chunk.counts, self.depth, strict=True):
+            if not count:
+                continue
+            settings.check(self.manifest)
+            filled = min(depth, default=settings.loops) if self.manifest.cache_loops is not None else settings.loops
+            if filled < settings.loops:
+                raise ArgumentError(
+                    f"loops is {settings.loops}, but tokens in the cache ran {filled}; "
+                    "a LoopLM cannot deepen its caches"
+                )
+        if len(self._groups(chunk, each)) > 1:
+            raise ArgumentError("sequences of a LoopLM run the same number of loops in a chunk")
 
     def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
         """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""

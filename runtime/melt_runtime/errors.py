@@ -1,5 +1,12 @@
 """Every way in which the runtime refuses: one family, so that an application can catch it as a whole."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .track import Generation
+
 
 class MeltError(Exception):
     """Base of all errors the runtime raises on purpose. The message is one clear sentence."""
@@ -19,3 +26,27 @@ class ArgumentError(MeltError, ValueError):
 
 class PromptError(MeltError, ValueError):
     """A prompt cannot be used: empty, longer than the cache, or with token ids outside the vocabulary."""
+
+
+class BusyError(MeltError):
+    """No room: the queue is full. ``retry_after``: seconds until there may be, by how fast requests ended lately."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(MeltError):
+    """A scheduler takes no more requests, or ended before this one did."""
+
+
+class CancelledError(MeltError):
+    """A request was cancelled. ``generation``: what there was by then."""
+
+    def __init__(self, message: str, generation: Generation):
+        super().__init__(message)
+        self.generation = generation
+
+
+class DeadlineError(CancelledError):
+    """A request's time was over before it was."""

@@ -41,7 +41,7 @@ class Generator:
                 if not len(fed[track.slot]):
                     continue
                 room = self.driver.capacity - int(self.driver.lengths[track.slot])
-                piece = track.draw(logits, room)
+                piece = track.draw(logits, room, self.driver.depth[track.slot][-1])
                 if piece.finish_reason is None:
                     self.pending[track.slot] = [piece.token_id]
                 yield piece

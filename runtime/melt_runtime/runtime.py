@@ -106,8 +106,9 @@ class Runtime:
         """Continues a prompt, or each of a list of prompts; a prompt is a string or a list of token ids.
 
         Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
-        temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None (a string or several),
-        stop_ids=None, ignore_eos=False. Prompts of different lengths run together, at most the package's max_batch
+        min_loops=1, exit_change=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None,
+        stop=None (a string or several), stop_ids=None, ignore_eos=False; LoopSettings and SamplingParams say what
+        they mean. Prompts of different lengths run together, at most the package's max_batch
         at a time; each gives what it gives alone. Raises PromptError, ArgumentError.
         """
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
@@ -141,6 +142,8 @@ class Runtime:
         loops: int | None = None,
         exit_threshold: float | None = None,
         chunk: int | None = None,
+        min_loops: int = 1,
+        exit_change: float = 0.0,
         stop: str | Sequence[str] | None = None,
         stop_ids: int | Sequence[int] | None = None,
         ignore_eos: bool = False,
@@ -154,8 +157,10 @@ class Runtime:
             self.manifest.loops if loops is None else loops,
             self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
             chunk,
+            min_loops,
+            exit_change,
         )
-        self.manifest.check_depth(depth.loops, depth.exit_threshold)
+        depth.check(self.manifest)
         if isinstance(stop_ids, int):
             stop_ids = [stop_ids]
         ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
-from .driver import LoopSettings, whole_number
+import numpy as np
+from numpy.typing import NDArray
+
+from .depth import LoopSettings, whole_number
 from .errors import ArgumentError
 from .logits import NextLogits
-from .sampling import Sampler, SamplingParams
+from .sampling import Sampler, SamplingParams, largest
 from .stopping import StopMatcher
 from .text import StreamDecoder, TextCodec
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -29,50 +35,113 @@ class GenerationOptions:
             raise ArgumentError("stop_ids must be whole numbers (token ids)")
 
 
+class Constraint(Protocol):
+    """What a sequence may say, such as a grammar. One object serves one sequence."""
+
+    def mask(self, history: Sequence[int]) -> NDArray[np.bool_] | None:
+        """Which tokens may come next (vocab,), after those that were drawn (the prompt is not among them); None: any.
+
+        A finished grammar allows the stop ids alone.
+        """
+
+    def accept(self, token: int) -> None:
+        """A token was drawn."""
+
+
 @dataclass(frozen=True)
 class Generation:
-    """A finished sequence. ``finish_reason``: "stop" (a stop id or string), or "length" (max_tokens, or the cache is
-    full). ``depth``: loops spent on each token that went through the model, the prompt's included."""
+    """A finished sequence. ``finish_reason``: "stop" (a stop id or string), "length" (max_tokens, or the cache is
+    full), and from a scheduler also "cancelled" and "deadline". ``depth``: loops spent on each token that went through
+    the model, the prompt's included; ``loops``: the most that one could have had."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
     depth: tuple[int, ...]
+    loops: int
+
+    @property
+    def saved(self) -> float:
+        """The share of the compute that leaving early saved: loops that were not run, of loops times tokens."""
+        most = self.loops * len(self.depth)
+        return 1 - sum(self.depth) / most if most else 0.0
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """How likely the model found a token, before temperature, penalties and constraints: natural logarithms.
+
+    ``token``: of the token that was drawn; ``top``: the likeliest ids and theirs, likeliest first.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to one sequence: text that is safe to show (perhaps ""), the token, and the end, if it is."""
+    """What one step added to one sequence: text that is safe to show (perhaps ""), the token, and the end, if it is.
+
+    ``depth``: loops spent on the token before it, whose logits it was drawn from; ``logprobs``: if they were asked for.
+    """
 
     slot: int
     text: str
     token_id: int
     finish_reason: str | None
+    depth: int
+    logprobs: Logprobs | None = None
 
 
 class Track:
-    """Draws the tokens of one sequence and turns them into text."""
+    """Draws the tokens of one sequence and turns them into text.
 
-    def __init__(self, slot: int, prompt: Sequence[int], options: GenerationOptions, codec: TextCodec | None):
+    stream: which of a seed's random streams it draws from (None: its slot's). logprobs: how many of the likeliest
+    tokens each piece names (None: no logprobs at all). constraint: what may be drawn.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        codec: TextCodec | None,
+        *,
+        stream: int | None = None,
+        logprobs: int | None = None,
+        constraint: Constraint | None = None,
+    ):
         self.slot, self.options = slot, options
+        self.logprobs, self.constraint = logprobs, constraint
         self.history = list(prompt)
         self.prompt_tokens = len(prompt)
-        self.sampler = Sampler(options.sampling, stream=slot)
+        self.sampler = Sampler(options.sampling, stream=slot if stream is None else stream)
         self.decoder = StreamDecoder(codec) if codec is not None else None
         self.matcher = StopMatcher(options.stop)
         self.text: list[str] = []
         self.finish_reason: str | None = None
 
-    def draw(self, logits: NextLogits, room: int) -> Piece:
-        """Draws the next token; ``room`` is how many more tokens the cache can take."""
-        token = logits.sample(self.slot, self.sampler, self.history)
+    def draw(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> Piece:
+        """Draws the next token; ``room`` is how many more tokens the cache can take, ``depth`` the loops spent on the
+        last one, ``row`` which of the logits are this sequence's (None: its slot's). Raises ArgumentError."""
+        row = self.slot if row is None else row
+        token = self._choose(logits, row)
+        found = None if self.logprobs is None else logprobs_of(logits.row(row), token, self.logprobs)
         self.history.append(token)
+        if self.constraint is not None:
+            _asked(self.constraint.accept, token)
         if token in self.options.stop_ids:
             self.finish_reason = "stop"
         elif len(self.history) - self.prompt_tokens >= self.options.max_tokens or room < 1:
             self.finish_reason = "length"
-        return Piece(self.slot, self._show(token), token, self.finish_reason)
+        return Piece(self.slot, self._show(token), token, self.finish_reason, depth, found)
+
+    def _choose(self, logits: NextLogits, row: int) -> int:
+        allowed = None if self.constraint is None else _asked(self.constraint.mask, self.history[self.prompt_tokens :])
+        if allowed is None:
+            return logits.sample(row, self.sampler, self.history)
+        return self.sampler.sample(masked(logits.row(row), allowed), self.history)
 
     def _show(self, token: int) -> str:
         if self.decoder is None:
@@ -89,8 +158,45 @@ class Track:
         self.text.append(shown)
         return shown
 
+    def end(self, reason: str) -> None:
+        """Ends the sequence before it would have ended itself; text that was held back is part of it now."""
+        self.finish_reason = reason
+        if self.decoder is not None and self.matcher.found is None:
+            shown, _ = self.matcher.push(self.decoder.flush())
+            self.text.append(shown + self.matcher.flush())
+
     def result(self, depth: Sequence[int]) -> Generation:
         """The finished sequence."""
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
-        return Generation("".join(self.text), tokens, self.finish_reason, self.prompt_tokens, tuple(depth))
+        text, loops = "".join(self.text), self.options.loops.loops
+        return Generation(text, tokens, self.finish_reason, self.prompt_tokens, tuple(depth), loops)
+
+
+def _asked(method: Callable[[Any], Result], argument: Any) -> Result:
+    """What a constraint answers. Raises ArgumentError for whatever it raises."""
+    try:
+        return method(argument)
+    except Exception as error:
+        raise ArgumentError(f"the request's constraint failed: {error!r}") from error
+
+
+def masked(row: NDArray[np.float32], allowed: NDArray[Any]) -> NDArray[np.float32]:
+    """A row of logits (vocab,) in which what is not allowed is -inf. Raises ArgumentError for a mask of another shape
+    or one that leaves nothing."""
+    if np.shape(allowed) != row.shape:
+        raise ArgumentError(f"the constraint's mask has the shape {np.shape(allowed)}; the logits have {row.shape}")
+    if not np.any(allowed):
+        raise ArgumentError("the constraint allows no token, not even a stop id")
+    return np.where(allowed, row, np.float32(-np.inf)).astype(np.float32, copy=False)
+
+
+def logprobs_of(row: NDArray[np.float32], token: int, count: int) -> Logprobs:
+    """The log-probabilities of a token and of the ``count`` likeliest, from all logits (vocab,), in float32. Of equally
+    likely tokens the lowest ids come first."""
+    shifted = row.astype(np.float32) - np.float32(row.max())
+    values = shifted - np.log(np.exp(shifted).sum(dtype=np.float32))
+    count = min(count, len(values))
+    top = largest(values, count, np.partition(values, -count)[-count]) if count else np.zeros(0, np.intp)
+    ranked = top[np.argsort(-values[top], kind="stable")]
+    return Logprobs(float(values[token]), tuple((int(i), float(values[i])) for i in ranked))

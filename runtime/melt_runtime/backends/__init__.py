@@ -61,6 +61,10 @@ class BackendState(Protocol):
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
         """The likeliest tokens after columns (batch, 1), a sequence each; None where only whole rows are to be had."""
 
+    def part(self, first: int, count: int) -> BackendState | None:
+        """Sequences ``first`` to ``first + count - 1`` as a state over the same memory, in turns with the whole; None
+        where the backend cannot."""
+
     def exit_probability(self) -> NDArray[np.float32]:
         """A copy of what the last loop step returned, (batch, chunk)."""
 
@@ -69,9 +73,13 @@ class BackendState(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded package, ready to open states."""
+    """A loaded package, ready to open states of up to ``max_batch`` sequences."""
 
     name: str
+
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch."""
 
     def open_state(self, batch: int) -> BackendState:
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""

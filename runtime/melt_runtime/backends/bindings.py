@@ -6,19 +6,21 @@ an even loop and an odd one differ in nothing else, and no buffer moves while a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..package import Manifest, StateSpec, TensorSpec, rows_shape, size_of
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A graph's input or output: the buffer behind it, from whose front it is laid out in its shape at this width."""
+    """A graph's input or output: the buffer behind it, in which it is laid out in its shape at this width, from the
+    front or ``offset`` bytes behind it (the caches of slots past the first)."""
 
     tensor: str
     buffer: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
 
 
 Bindings = tuple[tuple[Binding, ...], tuple[Binding, ...]]  # inputs, outputs
@@ -106,6 +108,20 @@ def buffers_of(state: StateSpec) -> list[str]:
     if state.kind == "per_loop":
         return [behind(state, 0, loop) for loop in range(int(state.shape[0]))]
     return [state.input]
+
+
+def slot_bytes(manifest: Manifest) -> dict[str, int]:
+    """The bytes that one sequence takes in every buffer that outlives a chunk: the caches, which are slot-major."""
+    caches = [state for state in manifest.states if state.kind != "swap"]
+    return {name: size_of(state.bound_shape, state.dtype, batch=1) for state in caches for name in buffers_of(state)}
+
+
+def moved(bindings: Bindings, offsets: dict[str, int]) -> Bindings:
+    """The same bindings, those of some buffers so many bytes further in."""
+    inputs, outputs = (
+        tuple(replace(tensor, offset=offsets.get(tensor.buffer, 0)) for tensor in tensors) for tensors in bindings
+    )
+    return inputs, outputs
 
 
 def behind(state: StateSpec, which: int, loop: int = 0) -> str:

@@ -16,7 +16,8 @@ _ALIGNMENT = 256
 
 
 class DeviceBuffers:
-    """Buffers on a CUDA device. Every method waits for what it started, so that any other stream may go on.
+    """Buffers on a CUDA device. Every method waits for what it started, so that any other stream may go on;
+    it may be called from any thread, one at a time.
 
     sizes: bytes by name. twins: the names that the host writes or reads often. Raises BackendError, before anything is
     allocated, with what is needed and what is free.
@@ -56,19 +57,22 @@ class DeviceBuffers:
 
     def upload(self, buffer: str, count: int) -> None:
         """The front of a twin to the device."""
+        self.device.use()
         self.stream.copy(self.address(buffer), self._pinned.address + self._host_offsets[buffer], count)
         self.stream.synchronize()
 
-    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer: into its twin, or for one without into a new array."""
+    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """A buffer from ``offset`` bytes on: into its twin, or for one without into a new array."""
+        self.device.use()
         twin = buffer in self._host_offsets
         values = self.host(buffer, dtype, shape) if twin else np.empty(shape, dtype)
-        self.stream.copy(values.ctypes.data, self.address(buffer), values.nbytes)
+        self.stream.copy(values.ctypes.data, self.address(buffer) + offset, values.nbytes)
         self.stream.synchronize()
         return values
 
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """One strided copy on the device."""
+        self.device.use()
         to, of = (self.address(strip.buffer) + strip.offset for strip in (target, source))
         self.stream.copy_pieces(to, target.pitch, of, source.pitch, count, pieces)
         self.stream.synchronize()

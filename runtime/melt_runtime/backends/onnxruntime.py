@@ -42,9 +42,14 @@ class Sessions:
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {one_line(error)}") from error
 
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch: what the package was exported for."""
+        return self.package.manifest.max_batch
+
     def check_batch(self, batch: int) -> None:
         """Raises ArgumentError above the package's max_batch."""
-        most = self.package.manifest.max_batch
+        most = self.max_batch
         if not 1 <= batch <= most:
             raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {most} sequences")
 
@@ -112,8 +117,8 @@ class OnnxRuntimeState(BufferState):
             self.buffers[name].fill(0)
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer in a shape; every call gives the same memory."""
-        return np.ndarray(shape, dtype, self.buffers[buffer].data)
+        """A buffer in a shape; every call gives the same memory."""
+        return np.ndarray(shape, dtype, self.buffers[buffer].data, self.offsets.get(buffer, 0))
 
     stage = view
 
@@ -133,7 +138,7 @@ class OnnxRuntimeState(BufferState):
         binding = self.backend.sessions[graph].io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for tensor in tensors:
-                address = self.buffers[tensor.buffer].ctypes.data
+                address = self.buffers[tensor.buffer].ctypes.data + tensor.offset
                 bind(tensor.tensor, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, address)
         return binding
 

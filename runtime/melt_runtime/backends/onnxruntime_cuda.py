@@ -44,8 +44,8 @@ class Buffers(Protocol):
     def upload(self, buffer: str, count: int) -> None:
         """Copies the front of a twin to the device and waits for it."""
 
-    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer, copied to the host."""
+    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """A buffer from ``offset`` bytes on, copied to the host."""
 
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """Copies pieces from one buffer to another on the device and waits for it."""
@@ -179,8 +179,8 @@ class DeviceState(BufferState):
         self.buffers.upload(buffer, count)
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Downloads the front of a buffer."""
-        return self.buffers.download(buffer, dtype, shape)
+        """Downloads a buffer's front, or of a part's caches its own."""
+        return self.buffers.download(buffer, dtype, shape, self.offsets.get(buffer, 0))
 
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """A strided copy on the device."""
@@ -205,7 +205,7 @@ class DeviceState(BufferState):
         return binding
 
     def _address(self, tensor: Binding) -> int:
-        return self.buffers.address(tensor.buffer)
+        return self.buffers.address(tensor.buffer) + tensor.offset
 
     @staticmethod
     def _bind_tensor(bind: Any, tensor: Binding, kind: str, index: int, address: int) -> None:

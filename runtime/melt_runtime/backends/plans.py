@@ -33,7 +33,7 @@ class Bound:
             graph,
             profile,
             tuple((tensor.tensor, tensor.shape) for tensor in inputs),
-            tuple((tensor.tensor, address(tensor.buffer)) for tensor in (*inputs, *outputs)),
+            tuple((tensor.tensor, address(tensor.buffer) + tensor.offset) for tensor in (*inputs, *outputs)),
         )
 
 

@@ -5,10 +5,11 @@ A backend adds where the buffers lie and how a graph is run: the abstract method
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,9 @@ from .bindings import (
     embed_bindings,
     head_bindings,
     loop_bindings,
+    moved,
     scratch_buffers,
+    slot_bytes,
     state_buffers,
 )
 
@@ -53,6 +56,8 @@ class BufferState(ABC):
         self.loops_run = 0  # of the open chunk: whose caches are bound next, where each loop has its own
         self.hidden = manifest.states[0]
         self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
+        self.first = 0  # of a part: which of the whole's sequences is its first
+        self.offsets: dict[str, int] = {}  # and where that one's caches begin in their buffers
         sizes = state_buffers(manifest, batch)
         self.state_bytes = sum(sizes.values())
         self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
@@ -73,7 +78,8 @@ class BufferState(ABC):
 
     @abstractmethod
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """What the front of a buffer holds, when all that was run is done; valid until the next call of any method."""
+        """What a buffer holds, when all that was run is done: from its front, or for a part from its first sequence's
+        caches. Valid until the next call of any method."""
 
     @abstractmethod
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
@@ -90,6 +96,23 @@ class BufferState(ABC):
     @abstractmethod
     def bucket(self, rows: int) -> int:
         """The attention length, one of few, that ``rows`` rows of the cache are rounded up to."""
+
+    def part(self, first: int, count: int) -> Self | None:
+        """The sequences ``first`` to ``first + count - 1`` as a state of their own, over the same memory.
+
+        A chunk that is run on it costs what ``count`` sequences cost and leaves the others' caches alone. Caches
+        outlive a chunk, so they are the whole's, bound further in. All else lives for one chunk at most, so the front
+        of the whole's buffers serves: a part allocates nothing, and whole and parts take turns, a chunk at a time.
+        None where the backend cannot bind the caches there. Raises ArgumentError for slots that are not there.
+        """
+        if first < 0 or count < 1 or first + count > self.batch:
+            raise ArgumentError(f"slots {first} to {first + count - 1} are not among the {self.batch} of this state")
+        made = copy.copy(self)
+        made.first = self.first + first
+        made.offsets = {name: made.first * step for name, step in slot_bytes(self.manifest).items()}
+        made.batch, made.width, made.current, made.loops_run = count, 1, 0, 0
+        made._bindings = OrderedDict()
+        return made
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
         """token_ids (batch, chunk) -> hidden."""
@@ -124,7 +147,8 @@ class BufferState(ABC):
                 zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
             ):
                 if count:
-                    target = Strip(state.input, (slot * heads * rows + int(at)) * row, rows * row)
+                    begin = self.offsets.get(state.input, 0) + (slot * heads * rows + int(at)) * row
+                    target = Strip(state.input, begin, rows * row)
                     source = Strip(state.output, slot * heads * width * row, width * row)
                     self.copy(target, source, int(count) * row, heads)
 
@@ -261,7 +285,7 @@ class BufferState(ABC):
         return widened(values) if dtype == "bfloat16" else values.copy()
 
     def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
-        self._bindings[key] = bound = self.bind(key[0], *bindings)
+        self._bindings[key] = bound = self.bind(key[0], *moved(bindings, self.offsets))
         if len(self._bindings) > _MAX_BINDINGS:
             self._bindings.popitem(last=False)
         return bound

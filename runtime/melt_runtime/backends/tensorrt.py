@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from ..engines.store import engine_spec, open_engine, runs_on
 from ..errors import ArgumentError, BackendError
 from ..package import Package
 from . import LoopControl
-from .bindings import Binding, Bindings, state_buffers
+from .bindings import Binding, Bindings, slot_bytes, state_buffers
 from .cuda import Device, open_device
 from .plans import Bound, Contexts, Plan, Recordings
 from .state import BufferState, Strip
@@ -68,9 +69,14 @@ class TensorRTBackend:
         runtime = self.library.module.Runtime(self.library.logger)
         self.plans = {graph: Plan(self.library, runtime, graph, path, streamed) for graph, path in plans.items()}
 
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch: what the engine was built for."""
+        return self.spec.profiles[-1].batch[2]
+
     def open_state(self, batch: int) -> TensorRTState:
         """Allocates all state of a batch. Raises ArgumentError above the engine's batch, BackendError."""
-        most = self.spec.profiles[-1].batch[2]
+        most = self.max_batch
         if not 1 <= batch <= most:
             raise ArgumentError(f"batch is {batch}; engine {self.engine} was built for 1 to {most} sequences")
         return TensorRTState(self, batch)
@@ -128,6 +134,13 @@ def require_memory(device: Device, batch: int, state: int, scratch: int, total: 
         )
 
 
+@dataclass
+class _Reading:
+    """What a state and its parts share: whether the device may still read their pinned memory."""
+
+    unread: bool = False
+
+
 class TensorRTState(BufferState):
     """The buffers of one batch in one block of device memory, and its twin in pinned memory for what the host touches.
 
@@ -140,7 +153,7 @@ class TensorRTState(BufferState):
         self.likeliest = self._likeliest()
         self._pending: dict[str, int] = {}  # staged and not yet uploaded: buffer, bytes
         self._fresh: tuple[str, ...] = ()  # buffers on whose download the stream already works
-        self._unread = False  # whether the device may still read pinned memory
+        self._reading = _Reading()
         self._headed = False  # whether the head ran after the last loop of a chunk of one token
         super().__init__(backend.package.manifest, batch)
         self._upload()
@@ -148,6 +161,16 @@ class TensorRTState(BufferState):
         self._plain = contexts()
         self._recordings = Recordings(self.stream, contexts)
         self._running = self._plain
+
+    def part(self, first: int, count: int) -> Self | None:
+        """As the base says; None where a slot's caches do not begin at an address that TensorRT takes. Contexts and
+        captured graphs are shared with the whole, so parts take no device memory either."""
+        if any(step % _ALIGNMENT for step in slot_bytes(self.manifest).values()):
+            return None
+        made = super().part(first, count)
+        assert made is not None
+        made._pending, made._fresh, made._headed = {}, (), False
+        return made
 
     def allocate(self, sizes: dict[str, int]) -> None:
         """One block on the device and one of pinned memory, after a look at what is free."""
@@ -179,7 +202,7 @@ class TensorRTState(BufferState):
 
     def stage(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """Pinned memory, once the device no longer reads it."""
-        if self._unread:
+        if self._reading.unread:
             self._wait()
         return self._twin(buffer, dtype, shape)
 
@@ -194,8 +217,8 @@ class TensorRTState(BufferState):
             if buffer not in self._fresh:
                 self.stream.copy(values.ctypes.data, self.address(buffer), values.nbytes)
         else:
-            values = np.empty(shape, dtype)
-            self.stream.copy(values.ctypes.data, self.address(buffer), values.nbytes)
+            values, at = np.empty(shape, dtype), self.offsets.get(buffer, 0)
+            self.stream.copy(values.ctypes.data, self.address(buffer) + at, values.nbytes)
         self._wait()
         return values
 
@@ -315,15 +338,15 @@ class TensorRTState(BufferState):
                 self._running = self._plain
 
         if width == 1 and self.backend.graphs:
-            self._recordings.play((*key, *staged.items()), from_staged)
+            self._recordings.play((*key, self.first, self.batch, *staged.items()), from_staged)
         else:
             from_staged(self._plain)
-        self._pending, self._unread = {}, True
+        self._pending, self._reading.unread = {}, True
 
     def _upload(self) -> None:
         for name, count in self._pending.items():
             self.stream.copy(self.address(name), self._pinned.address + self._pinned_offsets[name], count)
-        self._unread = self._unread or bool(self._pending)
+        self._reading.unread = self._reading.unread or bool(self._pending)
         self._pending = {}
 
     def _download(self, buffer: str, count: int) -> None:
@@ -331,7 +354,7 @@ class TensorRTState(BufferState):
 
     def _wait(self) -> None:
         self.stream.synchronize()
-        self._unread = False
+        self._reading.unread = False
 
     def _twin(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """The front of a buffer's pinned twin in a shape."""
