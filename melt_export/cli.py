@@ -21,6 +21,7 @@ from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 from rich.table import Table
 
+from .cache import CacheOptions
 from .export import ExportOptions, building, human_bytes
 from .parity import ParityReport
 from .quality import limits_of
@@ -83,6 +84,10 @@ def export(
         StoredWeights | None,
         typer.Option(help="Store products in fewer bits (dialect onnxruntime); the output head in int8."),
     ] = None,
+    cache: Annotated[
+        StoredWeights | None,
+        typer.Option(help="Store the key/value cache in fewer bits (dialect onnxruntime)."),
+    ] = None,
     block: Annotated[int, typer.Option(help=f"Inputs that share a scale: {', '.join(map(str, BLOCKS))}.")] = 32,
     method: Annotated[
         Method | None,
@@ -118,15 +123,17 @@ def export(
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
-    if weights is None and (keep or int8 or block != 32 or method or calibration or eval_text):
-        raise ArgumentError(
-            "--block, --method, --calibration, --keep, --int8 and --eval-text are of quantized weights: name --weights"
-        )
+    if weights is None and (keep or int8 or block != 32 or method):
+        raise ArgumentError("--block, --method, --keep and --int8 are of quantized weights: name --weights")
+    if weights is None and cache is None and (calibration or eval_text):
+        raise ArgumentError("--calibration and --eval-text are of quantization: name --weights or --cache")
     stored = None
     if weights is not None:
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
-        stored = WeightOptions(str(weights), block, keep=kept, int8=wide, method=chosen, calibration=calibration)
-    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored)
+        read = calibration if chosen == "gptq" or cache is None else None
+        stored = WeightOptions(str(weights), block, keep=kept, int8=wide, method=chosen, calibration=read)
+    rows = None if cache is None else CacheOptions(str(cache), calibration)
+    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, rows)
     build = _engine_options(options, engine, engine_weights, compute_capability)
     report = None
     with shown_progress() as step:
@@ -186,9 +193,9 @@ def verify_command(
     with shown_progress() as step:
         manifest = Package.open(package).manifest
         chosen = eval_text is not None or max_kl is not None or max_perplexity_change is not None
-        if chosen and not manifest.weights:
+        if chosen and not manifest.quantized:
             raise ArgumentError("--eval-text and the limits are of quantized packages; this one is not quantized")
-        limits = limits_of(manifest.weights.get("kind", ""), max_kl, max_perplexity_change)
+        limits = limits_of(manifest, max_kl, max_perplexity_change)
         report = verify(package, checkpoint, tokens=tokens, eval_text=eval_text, limits=limits, progress=step)
     _TEXT.print(_parity_table(report))
     if report.quality is not None:
@@ -211,6 +218,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_row("graphs and weights", human_bytes(weights))
     if manifest.weights:
         table.add_row("products", "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights))
+    if manifest.cache:
+        table.add_row("cache", "{kind}, a scale a channel".format(**manifest.cache))
     depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"
     table.add_row(
         "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"

@@ -25,12 +25,13 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from melt_runtime.text import TextCodec
 
+from .cache import CacheOptions, calibrated, quantize_caches
 from .calibrate import calibration_tokens, hessians
 from .dialects import DIALECTS
 from .errors import ExportError
 from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
 from .hollow import without_memory
-from .quantize import WeightOptions, check_patterns, halve_embedding, quantize_products
+from .quantize import BITS, WeightOptions, check_patterns, halve_embedding, quantize_products
 from .weights import attach_weights, external_bytes, write_weights
 
 _MAX_DEFAULT_SEQ_LEN = 4096
@@ -41,7 +42,7 @@ _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onn
 @dataclass(frozen=True)
 class ExportOptions:
     """How to export. ``max_seq_len`` None: the checkpoint's positions, up to 4,096; ``chunk`` None: its own;
-    ``weights`` None: products as ``precision`` has them."""
+    ``weights``, ``cache`` None: products and caches as ``precision`` has them."""
 
     precision: str = "fp32"
     dialect: str = "onnxruntime"
@@ -49,6 +50,7 @@ class ExportOptions:
     max_batch: int = 8
     chunk: int | None = None
     weights: WeightOptions | None = None
+    cache: CacheOptions | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -60,6 +62,8 @@ class ExportOptions:
                 f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32; "
                 "an engine's products are quantized with --engine-weights"
             )
+        if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
+            raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
         for name in ("max_seq_len", "max_batch", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,6 +119,11 @@ def build_package(
     if quantized is not None and quantized.method == "gptq":
         tokens = calibration_tokens(checkpoint, config, quantized.calibration)
         statistics = hessians(checkpoint, tokens, loops, chunk, progress)
+    numbers = None
+    if options.cache is not None:
+        tokens = calibration_tokens(checkpoint, config, options.cache.calibration)
+        bits = BITS[options.cache.kind]
+        numbers = calibrated(checkpoint, tokens, loops, chunk, max_seq_len, bits, progress)
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
     dialect.check(config)
     without_memory(model, TORCH_DTYPES[dtype])
@@ -127,6 +136,8 @@ def build_package(
         else:
             graphs[name] = (trace_embed if name == "embed" else trace_lm_head)(model, dialect, dtype)
 
+    if numbers is not None:
+        graphs["loop_step"], states = quantize_caches(graphs["loop_step"], states, numbers)
     models = [graph.model for graph in graphs.values()]
     if quantized is not None:
         halve_embedding(graphs["embed"].model)
@@ -153,6 +164,7 @@ def build_package(
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries={name: version(name) for name in _LIBRARIES},
         weights={} if quantized is None else quantized.record(),
+        cache={} if options.cache is None else options.cache.record(),
     )
     _check_states(manifest.states, specs["loop_step"])
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

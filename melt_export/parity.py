@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from melt_runtime.package import PARITY
+from melt_runtime.package import PARITY, Manifest
 from numpy.typing import NDArray
 
 
@@ -31,6 +31,16 @@ TOLERANCES = {
     "fp16": Tolerance(relative=3e-2, kl=1e-3, top1=0.98, same_tokens=False),
     "bf16": Tolerance(relative=2e-1, kl=2e-2, top1=0.9, same_tokens=False),
 }
+# Two computations that agree to the last bits but one round a value between two of a cache's numbers to different ones.
+_CACHE_TOLERANCES = {
+    "int8": Tolerance(relative=3e-2, kl=1e-3, top1=0.98, same_tokens=False),
+    "int4": Tolerance(relative=3e-1, kl=2e-2, top1=0.9, same_tokens=False),
+}
+
+
+def tolerance_of(manifest: Manifest) -> Tolerance:
+    """How closely a package must agree: by its cache where that is quantized, else by its precision."""
+    return _CACHE_TOLERANCES[manifest.cache["kind"]] if manifest.cache else TOLERANCES[manifest.precision]
 
 
 @dataclass

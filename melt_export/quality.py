@@ -23,13 +23,14 @@ from .texts import encode_text
 TOKENS = 768  # that a package is measured on, at most
 LARGE_TOKENS = 96  # of a model whose tokens take PyTorch seconds each
 _SEQUENCE = 256
-# By how weights are stored: the mean KL divergence, in nats, at which melt-verify calls a package spoilt.
+# By how weights or caches are stored: the mean KL divergence, in nats, at which melt-verify calls a package spoilt.
 _MOST_KL = {"int8": 0.01, "int4": 0.5}
 
 
-def limits_of(kind: str, kl: float | None = None, perplexity: float | None = None) -> Limits:
-    """Limits for weights stored as ``kind`` ("int4", "int8"). kl None: the usual one; perplexity None: any."""
-    return Limits(_MOST_KL.get(kind) if kl is None else kl, perplexity)
+def limits_of(manifest: Manifest, kl: float | None = None, perplexity: float | None = None) -> Limits:
+    """Limits for a package. kl None: the usual one of its smallest numbers; perplexity None: any."""
+    usual = [_MOST_KL[part["kind"]] for part in (manifest.weights, manifest.cache) if part]
+    return Limits(max(usual, default=None) if kl is None else kl, perplexity)
 
 
 @dataclass(frozen=True)

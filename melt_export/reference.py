@@ -11,13 +11,16 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
-from melt_models.cache import MeltCache
+from melt_models.cache import MeltCache, Stored
 from melt_models.checkpoint import load_model
 from melt_models.looplm import causal_mask
+from melt_runtime.package import Package
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from .cache_numbers import CacheNumbers
 from .quantize import dequantized
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
@@ -74,26 +77,33 @@ class Reference(Protocol):
 def open_reference(checkpoint: Path, device: str = "cpu", package: Path | None = None) -> Reference:
     """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError.
 
-    package: one with quantized weights; the model then computes with what is stored there.
+    package: a quantized one; the model then computes with the weights that are stored there, and with what its caches
+    would keep.
     """
-    model = load_model(checkpoint)
+    model, numbers = load_model(checkpoint), None
     if package is not None:
-        dequantized(model, package)
+        opened = Package.open(package, check_hashes=False)
+        numbers = CacheNumbers.of(opened)
+        if opened.manifest.weights:
+            dequantized(model, package)
     found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
-    return found(model.to(device), device)  # type: ignore[arg-type]
+    return found(model.to(device), device, None if numbers is None else numbers.rounded)  # type: ignore[arg-type]
 
 
 class MeltReference:
     """A MELT checkpoint as PyTorch computes it, one sequence at a time."""
 
-    def __init__(self, model: MeltForCausalLM, device: str = "cpu"):
-        self.model, self.config, self.device = model, model.config, device
+    def __init__(self, model: MeltForCausalLM, device: str = "cpu", stored: Stored | None = None):
+        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+
+    def _cache(self) -> MeltCache:
+        return MeltCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
         self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
     ) -> tuple[list[list[LoopTrace]], list[int]]:
         """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
-        cache = MeltCache(self.config.num_hidden_layers)
+        cache = self._cache()
         traces: list[list[LoopTrace]] = []
         depths: list[int] = []
         with _computing():
@@ -120,13 +130,17 @@ class MeltReference:
         """As ``Reference``."""
         with _computing():
             output = self.model(
-                torch.tensor([list(ids)], device=self.device), num_loops=loops, chunk_size=chunk, exit_threshold=1.0
+                torch.tensor([list(ids)], device=self.device),
+                past_key_values=self._cache(),
+                num_loops=loops,
+                chunk_size=chunk,
+                exit_threshold=1.0,
             )
             return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
-        cache = MeltCache(self.config.num_hidden_layers)
+        cache = self._cache()
         ids, tokens, margins = list(prompt), [], []
         with _computing():
             for _ in range(count):
@@ -145,17 +159,35 @@ class MeltReference:
         return tokens, margins
 
 
+class _StoringCache(DynamicCache):
+    """Keeps of new rows what ``stored`` makes of them, the same for a layer in every loop."""
+
+    def __init__(self, layers: int, stored: Stored):
+        super().__init__()
+        self.count, self.stored = layers, stored
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As DynamicCache."""
+        rows = self.stored(layer_idx % self.count, key_states, value_states)
+        return super().update(*rows, layer_idx, *args, **kwargs)
+
+
 class LoopLMReference:
     """A LoopLM checkpoint: every loop keeps the rows of its own caches, so chunks change nothing."""
 
-    def __init__(self, model: LoopLMForCausalLM, device: str = "cpu"):
-        self.model, self.config, self.device = model, model.config, device
+    def __init__(self, model: LoopLMForCausalLM, device: str = "cpu", stored: Stored | None = None):
+        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+
+    def _cache(self) -> DynamicCache:
+        return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
         self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
     ) -> tuple[list[list[LoopTrace]], list[int]]:
         """As ``Reference``; every token runs all loops, whatever the threshold."""
-        cache, traces = DynamicCache(), []
+        cache, traces = self._cache(), []
         layers = self.config.num_hidden_layers
         with _computing():
             for ids in pieces:
@@ -182,12 +214,17 @@ class LoopLMReference:
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
         """As ``Reference``."""
         with _computing():
-            output = self.model(torch.tensor([list(ids)], device=self.device), num_loops=loops, exit_at_step=loops - 1)
+            output = self.model(
+                torch.tensor([list(ids)], device=self.device),
+                past_key_values=self._cache(),
+                num_loops=loops,
+                exit_at_step=loops - 1,
+            )
             return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """As ``Reference``."""
-        cache = DynamicCache()
+        cache = self._cache()
         ids, tokens, margins = list(prompt), [], []
         with _computing():
             for _ in range(count):

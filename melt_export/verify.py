@@ -16,8 +16,9 @@ from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 
+from .cache_numbers import CacheNumbers
 from .errors import ParityError
-from .parity import TOLERANCES, GenerationResult, Limits, ParityReport, StateErrors, common_prefix
+from .parity import GenerationResult, Limits, ParityReport, StateErrors, common_prefix, tolerance_of
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin, wide_twin
@@ -87,14 +88,14 @@ def verify(
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
-    held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS) if manifest.weights else None
+    held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS) if manifest.quantized else None
     tokens = (16 if large else 256) if tokens is None else tokens
     expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
     if held is not None:
         progress("PyTorch: held-out text", 0, 0)
         unquantized = reference_logits(checkpoint, held, manifest)
     report = ParityReport(
-        manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", TOLERANCES[manifest.precision]
+        manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", tolerance_of(manifest)
     )
     with ExitStack() as stack:
         directory, write_twin = package, None
@@ -113,7 +114,7 @@ def verify(
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
     if held is not None:
-        limits = limits_of(manifest.weights["kind"]) if limits is None else limits
+        limits = limits_of(manifest) if limits is None else limits
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
         report.quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
     report.manifest_sha256 = manifest_hash(package)
@@ -134,12 +135,12 @@ def expected_of(
 ) -> Expected:
     """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
 
-    tokens: greedy tokens a prompt; package: whose stored weights count where they are quantized; device: where PyTorch
+    tokens: greedy tokens a prompt; package: whose stored numbers count where it is quantized; device: where PyTorch
     computes. Raises CheckpointError.
     """
     progress("PyTorch: loop by loop", 0, 0)
     reference, rng = (
-        open_reference(checkpoint, device, package if manifest.weights else None),
+        open_reference(checkpoint, device, package if manifest.quantized else None),
         np.random.default_rng(seed),
     )
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
@@ -167,9 +168,9 @@ def expected_of(
 
 def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress: Progress = no_progress) -> None:
     """The package's side of a comparison, and what differs, into the report. Raises BackendError."""
-    errors = StateErrors()
+    errors, numbers = StateErrors(), CacheNumbers.of(runtime.package)
     for case in expected.cases:
-        _compare_case(runtime, case, report.loops, errors)
+        _compare_case(runtime, case, report.loops, errors, numbers)
     errors.into(report)
 
     if expected.threshold is not None:
@@ -242,7 +243,7 @@ def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
     return float((middle[gap] + middle[gap + 1]) / 2)
 
 
-def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors) -> None:
+def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors, numbers: CacheNumbers | None) -> None:
     """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
     driver = runtime.driver(len(case.prompts))
     settings = LoopSettings(loops, chunk=case.chunk)
@@ -254,12 +255,19 @@ def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors
                 for slot, count in enumerate(chunk.counts):
                     if count:
                         expected = case.reference[slot][position[slot]][loop]
-                        _compare_loop(driver, slot, int(count), expected, errors)
+                        _compare_loop(driver, slot, int(count), expected, errors, numbers)
             for slot, count in enumerate(chunk.counts):
                 position[slot] += int(count > 0)
 
 
-def _compare_loop(driver: LoopDriver, slot: int, count: int, expected: LoopTrace, errors: StateErrors) -> None:
+def _compare_loop(
+    driver: LoopDriver,
+    slot: int,
+    count: int,
+    expected: LoopTrace,
+    errors: StateErrors,
+    numbers: CacheNumbers | None,
+) -> None:
     """Compares one sequence's part of the chunk that just ran a loop, its rows still open."""
     state, loop = driver.state, expected.loop
     errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
@@ -269,8 +277,8 @@ def _compare_loop(driver: LoopDriver, slot: int, count: int, expected: LoopTrace
     errors.compare("exit probability", loop, exits, expected.exit_probability, scale=1.0)
     caches = [s for s in driver.manifest.states if s.kind != "swap"]
     for part, rows in (("key", expected.keys), ("value", expected.values)):
-        stored = [_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)]
-        errors.compare(f"{part} rows", loop, np.stack(stored), rows)
+        stored = np.stack([_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)])
+        errors.compare(f"{part} rows", loop, stored if numbers is None else numbers.widened(part, stored), rows)
     columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
     logits = state.logits(columns)[slot]

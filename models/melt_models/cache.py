@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .configuration import MeltConfig
 from .layers import masked_attention, merge_heads, rotary_tables, rotate, split_heads
 
+Stored = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class MeltCache(Cache):
     """The rows of all committed chunks, and the chunk that is looping now ("open").
@@ -18,10 +21,12 @@ class MeltCache(Cache):
     ``layers[l].keys`` and ``.values`` are (batch, kv_heads, rows, head_dim). Rows never change in place: an update
     joins the committed rows with the open chunk's new ones, so gradients flow across chunks. In a batch of
     different lengths shorter sequences leave holes; ``valid`` (batch, rows) says which rows are tokens.
+    stored: what the cache keeps of a layer's new keys and values, where it cannot keep them exactly.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, stored: Stored | None = None):
         super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
+        self.stored = stored
         self.valid: Tensor | None = None
         self.lengths: Tensor | None = None  # (batch,) tokens committed
         self.columns = 0  # input columns seen, padding included: what generate() calls the sequence length
@@ -31,6 +36,8 @@ class MeltCache(Cache):
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Makes (key, value) the open chunk's rows of a layer; returns all rows, committed ones first."""
+        if self.stored is not None:
+            key, value = self.stored(layer, key, value)
         slot: Any = self.layers[layer]
         committed = 0 if self.valid is None else self.valid.shape[1]
         if committed:

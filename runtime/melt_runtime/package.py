@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
 DIALECTS = ("onnxruntime", "standard", "portable")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")
 
@@ -89,8 +89,8 @@ class Manifest:
     """``manifest.json``. ``model`` is the checkpoint's configuration; ``cache_rows`` is ``max_seq_len`` plus room for
     the padding of one ragged chunk when ``max_batch`` is above 1; ``chunk`` is the prefill chunk and part of the
     model's meaning; ``untrained`` names parts that were initialised and never trained; ``engines``, by name, were built
-    from the graphs later and may be absent or deleted: ``files`` does not list theirs; ``weights`` says how
-    products were quantized, empty where they were not."""
+    from the graphs later and may be absent or deleted: ``files`` does not list theirs; ``weights`` and
+    ``cache`` say how products and caches were quantized, empty where they were not."""
 
     dialect: str
     precision: str
@@ -110,6 +110,12 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     engines: dict[str, EngineSpec] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products or caches have fewer bits than the precision says."""
+        return bool(self.weights or self.cache)
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
@@ -139,9 +145,9 @@ class Manifest:
             )
 
     def to_json(self) -> str:
-        """The manifest as written to disk. A package without engines or quantized weights says nothing of them."""
+        """The manifest as written to disk. A package without engines or quantized parts says nothing of them."""
         content = asdict(self)
-        for name in ("engines", "weights"):
+        for name in ("engines", "weights", "cache"):
             if not content[name]:
                 del content[name]
         return _text(content)
@@ -164,7 +170,7 @@ class Manifest:
             )
         try:
             # These came later than format 1; what does not know them runs the graphs, so it stays format 1.
-            content = {"engines": {}, "weights": {}, **content}
+            content = {"engines": {}, "weights": {}, "cache": {}, **content}
             values = {f.name: content[f.name] for f in fields(cls)}
             values["states"] = tuple(StateSpec(**{**s, "shape": tuple(s["shape"])}) for s in content["states"])
             values["graphs"] = {name: _graph(content["graphs"][name]) for name in GRAPHS}
@@ -187,8 +193,8 @@ class Manifest:
             raise PackageError(f"{MANIFEST}: exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
         if self.dialect not in DIALECTS or self.precision not in PRECISIONS:
             raise PackageError(f"{MANIFEST}: unknown dialect {self.dialect!r} or precision {self.precision!r}")
-        if not all(isinstance(value, dict) for value in (self.model, self.libraries, self.weights)):
-            raise PackageError(f"{MANIFEST}: model, libraries and weights must be JSON objects")
+        if not all(isinstance(value, dict) for value in (self.model, self.libraries, self.weights, self.cache)):
+            raise PackageError(f"{MANIFEST}: model, libraries, weights and cache must be JSON objects")
         if not all(isinstance(part, str) for part in self.untrained):
             raise PackageError(f"{MANIFEST}: untrained must be a list of names")
         per_loop = any(state.kind == "per_loop" for state in self.states)
