@@ -8,6 +8,7 @@ Sections, all by default:
   machine's read bandwidth; cache bytes of both.
 - buffer: a step with 100 tokens in a cache of 32,768 rows against the same in 1,024 rows.
 - loops: state and peak memory of a process with 1 and with 16 loops.
+- long: peak memory of a process with room for 32,000 tokens, int4 weights and an int8 or int4 cache, 1 and 16 loops.
 - smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
 
 Random weights in the real shape, but for smollm2. ``--export`` goes to melt-export as it stands. A rival that is not
@@ -41,13 +42,14 @@ from melt_runtime.package import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 
-SECTIONS = ("decode", "buffer", "loops", "smollm2")
+SECTIONS = ("decode", "buffer", "loops", "long", "smollm2")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is run. ``contexts``: tokens in the cache before the timed ones; ``rows``: the buffer of ``decode`` and
-    ``loops``; ``buffers``: those compared; ``smollm2``: a directory with a Llama checkpoint, made if None."""
+    ``loops``; ``buffers``: those compared; ``long_rows``: of ``long``; ``smollm2``: a directory with a Llama
+    checkpoint, made if None."""
 
     hidden: int = 2048
     layers: int = 24
@@ -57,6 +59,7 @@ class Settings:
     contexts: tuple[int, ...] = (10, 512)
     rows: int = 4096
     buffers: tuple[int, int] = (1024, 32768)
+    long_rows: int = 32000
     rounds: int = 7
     tokens: int = 3
     prompt: int = 128
@@ -72,6 +75,7 @@ QUICK: dict[str, Any] = {
     "contexts": (10,),
     "rows": 256,
     "buffers": (256, 1024),
+    "long_rows": 512,
     "rounds": 2,
     "tokens": 1,
     "prompt": 16,
@@ -96,13 +100,16 @@ def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
     return path
 
 
-def export(source: Path, output: Path, rows: int, settings: Settings) -> Path:
-    """Exports with melt-export, once. Raises RuntimeError with its reason."""
+def export(source: Path, output: Path, rows: int, settings: Settings, more: tuple[str, ...] = ()) -> Path:
+    """Exports with melt-export, once; ``more``: options beside the settings'. Raises RuntimeError with its reason."""
     if not output.is_dir():
         command = [sys.executable, "-c", "from melt_export.entry import export; export()"]
         command += ["--checkpoint", str(source), "--output", str(output), "--max-seq-len", str(rows)]
         ran = subprocess.run(
-            [*command, "--max-batch", "1", "--no-verify", *settings.export], capture_output=True, text=True, check=False
+            [*command, "--max-batch", "1", "--no-verify", *settings.export, *more],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if ran.returncode:
             raise RuntimeError((ran.stderr.strip().splitlines() or ["melt-export failed"])[-1])
@@ -161,6 +168,26 @@ def loops(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     for count in (1, 16):
         step("memory, in fresh processes", 2, 1)
         found[str(count)] = {"state_bytes": manifest.state_bytes(), **peak_memory(path, 1, count, settings.threads)}
+    return found
+
+
+def long(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """Memory of a process with a long, quantized cache: the runtime touches all of it when it opens a state."""
+    found: dict[str, Any] = {}
+    source = checkpoint(directory, settings, "melt")
+    for kind in ("int8", "int4"):
+        step(f"exporting with an {kind} cache", 0, 0)
+        options = ("--weights", "int4", "--method", "rtn", "--cache", kind)
+        path = export(source, directory / f"long-{kind}", settings.long_rows, settings, options)
+        manifest = Package.open(path, check_hashes=False).manifest
+        found[kind] = {
+            "rows": settings.long_rows,
+            "weights_bytes": sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".data")),
+            "state_bytes": manifest.state_bytes(),
+        }
+        for count in (1, 16):
+            step("memory, in fresh processes", 4, 1)
+            found[kind][f"{count} loops"] = peak_memory(path, 1, count, settings.threads)
     return found
 
 
@@ -241,7 +268,7 @@ def main(
         "machine": describe_machine(),
         "settings": shown | {"export": " ".join(settings.export)},
     }
-    measure = {"decode": decode, "buffer": buffer, "loops": loops, "smollm2": smollm2}
+    measure = {"decode": decode, "buffer": buffer, "loops": loops, "long": long, "smollm2": smollm2}
     with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-reach-") as name:
         for section in chosen:
             report[section] = measure[section](Path(name), settings, step)

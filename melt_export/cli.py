@@ -59,6 +59,15 @@ EvalText = Annotated[
     ),
 ]
 
+EvalAnswers = Annotated[
+    Path | None,
+    typer.Option(
+        help='Problems to count a quantized package\'s exact answers on: JSON lines with "prompt" and "answer".',
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
 
 @export_app.command(epilog=_EPILOG)
 def export(
@@ -114,6 +123,7 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
     verify_tokens: Tokens = None,
     eval_text: EvalText = None,
+    eval_answers: EvalAnswers = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
     show_version: Version = False,
 ) -> None:
@@ -125,8 +135,10 @@ def export(
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
     if weights is None and (keep or int8 or block != 32 or method):
         raise ArgumentError("--block, --method, --keep and --int8 are of quantized weights: name --weights")
-    if weights is None and cache is None and (calibration or eval_text):
-        raise ArgumentError("--calibration and --eval-text are of quantization: name --weights or --cache")
+    if weights is None and cache is None and (calibration or eval_text or eval_answers):
+        raise ArgumentError(
+            "--calibration, --eval-text and --eval-answers are of quantization: name --weights or --cache"
+        )
     stored = None
     if weights is not None:
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
@@ -139,7 +151,14 @@ def export(
     with shown_progress() as step:
         with building(checkpoint, output, options, force=force, progress=step) as directory:
             if not no_verify:
-                report = verify(directory, checkpoint, tokens=verify_tokens, eval_text=eval_text, progress=step)
+                report = verify(
+                    directory,
+                    checkpoint,
+                    tokens=verify_tokens,
+                    eval_text=eval_text,
+                    eval_answers=eval_answers,
+                    progress=step,
+                )
                 require_parity(report)
         package = Package.open(output, check_hashes=False)
         built = None if build is None else _build(package, build, step)
@@ -177,6 +196,7 @@ def verify_command(
     checkpoint: Checkpoint,
     tokens: Tokens = None,
     eval_text: EvalText = None,
+    eval_answers: EvalAnswers = None,
     max_kl: Annotated[
         float | None,
         typer.Option(help="Quantized against fp32, mean, in nats. Default: 0.01 for int8, 0.5 for int4.", min=0),
@@ -192,11 +212,21 @@ def verify_command(
     """
     with shown_progress() as step:
         manifest = Package.open(package).manifest
-        chosen = eval_text is not None or max_kl is not None or max_perplexity_change is not None
-        if chosen and not manifest.quantized:
-            raise ArgumentError("--eval-text and the limits are of quantized packages; this one is not quantized")
+        chosen = (eval_text, eval_answers, max_kl, max_perplexity_change)
+        if any(option is not None for option in chosen) and not manifest.quantized:
+            raise ArgumentError(
+                "--eval-text, --eval-answers and the limits are of quantized packages; this one is not quantized"
+            )
         limits = limits_of(manifest, max_kl, max_perplexity_change)
-        report = verify(package, checkpoint, tokens=tokens, eval_text=eval_text, limits=limits, progress=step)
+        report = verify(
+            package,
+            checkpoint,
+            tokens=tokens,
+            eval_text=eval_text,
+            eval_answers=eval_answers,
+            limits=limits,
+            progress=step,
+        )
     _TEXT.print(_parity_table(report))
     if report.quality is not None:
         _TEXT.print(f"quality: {report.quality.summary()}")

@@ -36,6 +36,7 @@ from .weights import attach_weights, external_bytes, write_weights
 
 _MAX_DEFAULT_SEQ_LEN = 4096
 _LOOPLM_CHUNK = 128  # a LoopLM computes the same whatever its chunk
+_CACHE_SHARE = 4  # of the calibration's sequences every so many: scales of channels need fewer than a Hessian
 _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
@@ -121,7 +122,7 @@ def build_package(
         statistics = hessians(checkpoint, tokens, loops, chunk, progress)
     numbers = None
     if options.cache is not None:
-        tokens = calibration_tokens(checkpoint, config, options.cache.calibration)
+        tokens = calibration_tokens(checkpoint, config, options.cache.calibration)[::_CACHE_SHARE]
         bits = BITS[options.cache.kind]
         numbers = calibrated(checkpoint, tokens, loops, chunk, max_seq_len, bits, progress)
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]

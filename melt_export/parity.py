@@ -73,11 +73,25 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """The share of ``problems`` that are answered exactly, 0 to 1, by a package and by its checkpoint in float32."""
+
+    problems: int
+    package: float
+    checkpoint: float
+
+    def summary(self) -> str:
+        """Part of a line for a person."""
+        return f"{self.package:.1%} of {self.problems} answers exact, {self.checkpoint:.1%} in fp32"
+
+
+@dataclass(frozen=True)
 class Quality:
     """A quantized package against its checkpoint in float32, over ``positions`` tokens of ``text``.
 
     ``kl``: mean KL(checkpoint || package) of the next token's distribution, in nats; ``top1``: share of positions with
-    the same best token; the perplexities are None for random tokens, which nothing predicts.
+    the same best token; the perplexities are None for random tokens, which nothing predicts; ``accuracy``: of a task's
+    answers, where it was asked for.
     """
 
     text: str
@@ -87,6 +101,7 @@ class Quality:
     perplexity: float | None
     checkpoint_perplexity: float | None
     limits: Limits
+    accuracy: Accuracy | None = None
 
     @property
     def perplexity_change(self) -> float | None:
@@ -108,9 +123,12 @@ class Quality:
         """One line for a person."""
         change = self.perplexity_change
         grown = "" if change is None else f", perplexity {self.perplexity:.2f} ({change:+.2f}%)"
-        return (
+        line = (
             f"KL {self.kl:.1e}, top-1 {self.top1:.1%}{grown} against fp32, on {self.positions} positions of {self.text}"
         )
+        if self.accuracy is not None:
+            line += f"; {self.accuracy.summary()}"
+        return line
 
 
 @dataclass

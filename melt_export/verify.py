@@ -16,9 +16,10 @@ from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 
+from .answers import checkpoint_accuracy, package_accuracy, read_problems
 from .cache_numbers import CacheNumbers
 from .errors import ParityError
-from .parity import GenerationResult, Limits, ParityReport, StateErrors, common_prefix, tolerance_of
+from .parity import Accuracy, GenerationResult, Limits, ParityReport, StateErrors, common_prefix, tolerance_of
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin, wide_twin
@@ -69,6 +70,7 @@ def verify(
     tokens: int | None = None,
     seed: int = 0,
     eval_text: Path | None = None,
+    eval_answers: Path | None = None,
     limits: Limits | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
@@ -80,11 +82,14 @@ def verify(
     tokens take PyTorch seconds each. A large fp16 package runs with its weights mapped from disk. The PyTorch side
     runs first and is freed before the package is loaded, so the two never share memory. A quantized package is compared
     with what its numbers stand for, and then measured against the checkpoint itself on ``eval_text`` (None: a built-in
-    one) within ``limits`` (None: the usual ones). Raises CheckpointError, PackageError, ParityError if the two have
-    different shapes.
+    one) within ``limits`` (None: the usual ones), and on the problems of ``eval_answers`` if there are any. Raises
+    CheckpointError, PackageError, ArgumentError for a text that cannot be used, ParityError if the two have different
+    shapes.
     """
-    manifest = Package.open(package, check_hashes=False).manifest
+    opened = Package.open(package, check_hashes=False)
+    manifest = opened.manifest
     _same_model(manifest, checkpoint)
+    problems = None if eval_answers is None else read_problems(eval_answers, opened)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
@@ -94,6 +99,7 @@ def verify(
     if held is not None:
         progress("PyTorch: held-out text", 0, 0)
         unquantized = reference_logits(checkpoint, held, manifest)
+        right = None if problems is None else checkpoint_accuracy(checkpoint, opened, problems, progress)
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", tolerance_of(manifest)
     )
@@ -117,6 +123,9 @@ def verify(
         limits = limits_of(manifest) if limits is None else limits
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
         report.quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
+        if problems is not None and right is not None:
+            accuracy = Accuracy(len(problems), package_accuracy(runtime, problems, progress), right)
+            report.quality = replace(report.quality, accuracy=accuracy)
     report.manifest_sha256 = manifest_hash(package)
     report.libraries = {name: version(name) for name in _LIBRARIES}
     report.write(package)

@@ -370,3 +370,28 @@ def test_another_checkpoint_is_refused(run: Commands, tiny_checkpoint: Path, pac
 
 def test_a_package_that_is_not_there_is_refused(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
     assert "does not exist" in run("melt-verify", tmp_path / "nowhere", "--checkpoint", checkpoint).refusal()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cache", "int8", "--dialect", "standard"], "--cache int8 is of the dialect onnxruntime at precision fp32"),
+        (["--method", "rtn"], "are of quantized weights: name --weights"),
+        (["--calibration", __file__], "are of quantization: name --weights or --cache"),
+    ],
+)
+def test_options_of_quantization_that_say_nothing_are_refused(
+    run: Commands, checkpoint: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    result = run(*export(checkpoint, tmp_path / "package"), *options)
+    assert result.code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "package").exists()
+
+
+def test_an_export_with_a_quantized_cache_says_so(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
+    result = run(*export(checkpoint, tmp_path / "package"), "--cache", "int8", "--verify-tokens", 4)
+    assert result.code == 0, result.stderr
+    assert "int8, a scale a channel" in result.stdout
+    assert "against fp32" in result.stdout
+    assert run("melt-verify", tmp_path / "package", "--checkpoint", checkpoint, "--max-kl", 0, "--tokens", 2).code == 1

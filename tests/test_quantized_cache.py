@@ -11,9 +11,10 @@ import torch
 from conftest import MakeCheckpoint, MakePackage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from melt_runtime import LoopSettings, Runtime
+from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.package import Package
 
+from melt_export.answers import read_problems
 from melt_export.cache import CacheOptions, calibrated
 from melt_export.cache_numbers import CacheNumbers, rounded
 from melt_export.errors import ExportError
@@ -113,3 +114,34 @@ def test_a_cache_that_no_graph_can_hold_is_refused() -> None:
     for dialect, precision in (("standard", "fp32"), ("onnxruntime", "fp16")):
         with pytest.raises(ExportError, match="--cache int8 is of the dialect onnxruntime at precision fp32"):
             ExportOptions(precision, dialect, cache=CacheOptions("int8"))
+
+
+ADDITION = Path(__file__).resolve().parent.parent / "examples" / "addition-melt"
+
+
+def test_the_quantized_demo_model_still_adds(tmp_path: Path, make_package: MakePackage) -> None:
+    problems = (ADDITION.parent / "addition_problems.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("\n".join(problems), encoding="utf-8")
+    package = make_package(ADDITION, cache=CacheOptions("int8"), weights=WeightOptions("int8", method="rtn"))
+    quality = verify(package, ADDITION, tokens=1, eval_answers=file).quality
+    assert quality is not None
+    assert quality.accuracy is not None
+    assert quality.accuracy.checkpoint >= 0.9
+    assert quality.accuracy.package >= quality.accuracy.checkpoint - 0.1
+    assert "of 24 answers exact" in quality.summary()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no line"),
+        ("[1]", "line 1 is not a JSON object"),
+        ('{"prompt": "1+1="}', "line 1 is not a JSON object"),
+    ],
+)
+def test_problems_that_are_none_are_refused(tiny_package: Path, tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ArgumentError, match=message):
+        read_problems(file, Package.open(tiny_package))

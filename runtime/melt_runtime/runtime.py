@@ -35,7 +35,7 @@ class Runtime:
     def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
         self.package, self.backend, self.codec = package, backend, codec
         self.backend_reason = backend_reason  # why this backend, in a sentence
-        self.stop_ids = _stop_ids(package)
+        self.stop_ids = stop_ids_of(package)
         self._driver: LoopDriver | None = None
 
     @classmethod
@@ -174,7 +174,7 @@ class Runtime:
         return self._driver
 
 
-def _stop_ids(package: Package) -> set[int]:
+def stop_ids_of(package: Package) -> set[int]:
     """The end-of-text ids of generation_config.json, else of the model's configuration."""
     path = package.directory / "generation_config.json"
     value = None

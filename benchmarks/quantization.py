@@ -1,0 +1,172 @@
+"""What fewer bits cost: packages of one checkpoint with quantized weights and caches, each measured on the same text.
+
+    python benchmarks/quantization.py CHECKPOINT TEXT [--tokens 4096] [--json FILE] [--plot FILE] [--variant "..."]
+
+A variant is what would be given to melt-export; without any, the usual ones are measured. Every package is compared
+with the checkpoint in float32, as melt-verify does, on more of the text than it takes. The plot needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import STYLE, command_line, machine, save, table, versions
+from melt_runtime import Runtime
+from melt_runtime.package import Package
+from melt_runtime.progress import Step, shown_progress
+from rich.console import Console
+
+from melt_export.cache import CacheOptions
+from melt_export.export import ExportOptions, building
+from melt_export.parity import Limits
+from melt_export.quality import held_out, measure, reference_logits
+from melt_export.quantize import WeightOptions
+
+_MIXED = "--int8 *.down_proj.weight --int8 *.v_proj.weight"
+VARIANTS = (
+    "--weights int8 --method rtn",
+    "--weights int8",
+    f"--weights int4 {_MIXED}",
+    "--weights int4",
+    "--weights int4 --method rtn",
+    "--cache int8",
+    "--cache int4",
+    f"--weights int4 {_MIXED} --cache int8",
+)
+_ROWS = 1024
+
+
+def options_of(variant: str, max_seq_len: int) -> ExportOptions:
+    """A variant's words as options. Raises BadParameter for one that is none."""
+    found: dict[str, Any] = {"int8": []}
+    words = iter(shlex.split(variant))
+    for word in words:
+        name, value = word.removeprefix("--"), next(words, None)
+        if not word.startswith("--") or name not in ("weights", "cache", "method", "block", "int8") or value is None:
+            raise typer.BadParameter(
+                f"{variant!r}: give --weights, --cache, --method, --block and --int8, each a value"
+            )
+        if name == "int8":
+            found[name].append(value)
+        else:
+            found[name] = value
+    weights = None
+    if "weights" in found:
+        block, method = int(found.get("block", 32)), found.get("method", "gptq")
+        weights = WeightOptions(found["weights"], block, int8=tuple(found["int8"]), method=method)
+    cache = CacheOptions(found["cache"]) if "cache" in found else None
+    return ExportOptions(max_batch=1, max_seq_len=max_seq_len, weights=weights, cache=cache)
+
+
+def run(
+    checkpoint: Path, text: Path, tokens: int, variants: tuple[str, ...], directory: Path, step: Step
+) -> list[dict[str, Any]]:
+    """One row a variant."""
+    rows: list[dict[str, Any]] = []
+    chosen = [(variant, options_of(variant, _ROWS)) for variant in variants]
+    held = expected = None
+    for variant, options in chosen:
+        path = directory / "package"
+        with building(checkpoint, path, options, force=True, progress=step):
+            pass
+        package = Package.open(path, check_hashes=False)
+        if held is None or expected is None:
+            held = held_out(path, package.manifest, text, tokens)
+            expected = reference_logits(checkpoint, held, package.manifest)
+        runtime = Runtime.load(path, backend="onnxruntime", check_hashes=False)
+        found = measure(runtime, held, expected, package.manifest.loops, Limits(), step)
+        files = package.manifest.files.items()
+        rows.append(
+            {
+                "variant": variant,
+                "bytes": sum(spec.bytes for name, spec in files if name.endswith((".onnx", ".data"))),
+                "cache_bytes_a_token": package.manifest.cache_bytes(1),
+                "positions": found.positions,
+                "kl": found.kl,
+                "top1": found.top1,
+                "perplexity": found.perplexity,
+                "checkpoint_perplexity": found.checkpoint_perplexity,
+                "perplexity_change_percent": found.perplexity_change,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    cells = [
+        [
+            f"`{row['variant']}`",
+            f"{row['bytes'] / 1e6:.0f} MB",
+            f"{row['cache_bytes_a_token']:,}",
+            f"{row['perplexity_change_percent']:+.2f}%",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.1%}",
+        ]
+        for row in rows
+    ]
+    head = ["melt-export", "weights", "cache, bytes a token", "perplexity", "KL, nats", "same best token"]
+    return table(head, cells)
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Quality against bytes: what a variant's weights and 1,024 rows of its cache take, and what it costs."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+        for row in rows:
+            size = (row["bytes"] + _ROWS * row["cache_bytes_a_token"]) / 1e6
+            axes.plot(size, row["kl"], "o", color="#0b6bcb")
+            axes.annotate(
+                row["variant"].replace("--", "").replace("*.", "").replace(".weight", ""),
+                (size, row["kl"]),
+                textcoords="offset points",
+                xytext=(6, 4),
+                fontsize=8,
+            )
+        axes.set(yscale="log", xlabel=f"weights and {_ROWS:,} rows of cache, MB", ylabel="KL divergence, nats")
+        axes.margins(x=0.25, y=0.15)
+        axes.set_title("What fewer bits cost")
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="With a tokenizer.")],
+    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="UTF-8, that nothing was calibrated on.")],
+    tokens: Annotated[int, typer.Option(help="Of the text that are measured on, at most.", min=2)] = 4096,
+    variant: Annotated[list[str] | None, typer.Option(help="What melt-export would be given; may be repeated.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the section 'quantization' of this file.")
+    ] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw quality against bytes into this PNG.")] = None,
+) -> None:
+    """Measure what fewer bits cost."""
+    with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-quantization-") as name:
+        rows = run(checkpoint, text, tokens, tuple(variant or VARIANTS), Path(name), step)
+    report = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": command_line("quantization.py", sys.argv[1:]),
+        "machine": machine(),
+        "versions": versions("torch", "onnxruntime", "transformers"),
+        "rows": rows,
+    }
+    if json_file is not None:
+        save(json_file, "quantization", report)
+    if plot_file is not None:
+        plot(rows, plot_file)
+    Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
