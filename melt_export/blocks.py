@@ -43,8 +43,11 @@ class Blocks:
         return cls(packed, scales.reshape(packed.shape[:2]), bits, inputs)
 
 
-def round_to_nearest(weight: Tensor, bits: int, block: int) -> Blocks:
-    """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square."""
+def round_to_nearest(weight: Tensor, bits: int, block: int, positive: bool = False) -> Blocks:
+    """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square.
+
+    positive: whether scales must be, for whoever reads no others; it costs a little range.
+    """
     outputs, inputs = weight.shape
     count = -(-inputs // block)
     numbers = torch.empty(outputs, count, block, dtype=torch.uint8)
@@ -52,26 +55,27 @@ def round_to_nearest(weight: Tensor, bits: int, block: int) -> Blocks:
     step = max(1, _ELEMENTS_AT_ONCE // inputs)
     for at in range(0, outputs, step):
         rows = _in_blocks(weight[at : at + step].float(), block)
-        found = _best_scales(rows, bits, torch.ones(count, block))
+        found = _best_scales(rows, bits, torch.ones(count, block), positive)
         numbers[at : at + step] = (_rounded(rows, found, bits) + (1 << (bits - 1))).to(torch.uint8)
         scales[at : at + step] = found.squeeze(-1)
     return Blocks(numbers, scales, bits, inputs)
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int) -> Blocks:
+def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int, positive: bool = False) -> Blocks:
     """Quantizes a weight (outputs, inputs) column by column, each error spread over the columns still to come.
 
     hessian (inputs, inputs): the sum of x x^T over the inputs x of the product. Columns that matter most go first;
-    a block's scale is chosen before, by the error weighted with the Hessian's diagonal. GPTQ: arXiv 2210.17323.
+    a block's scale is chosen before, by the error weighted with the Hessian's diagonal. positive: as in
+    ``round_to_nearest``. GPTQ: arXiv 2210.17323.
     """
     outputs, inputs = weight.shape
     diagonal = hessian.diagonal().double()
     mean = float(diagonal.mean())
     if not mean > 0:
-        return round_to_nearest(weight, bits, block)  # nothing ever came in
+        return round_to_nearest(weight, bits, block, positive)  # nothing ever came in
     importance = _in_blocks((diagonal / mean).float()[None], block)[0] + _DAMPING
     rows = _in_blocks(weight.float(), block)
-    scales = _best_scales(rows, bits, importance)
+    scales = _best_scales(rows, bits, importance, positive)
     spread = scales.expand(rows.shape).flatten(1)[:, :inputs]
 
     order = diagonal.argsort(descending=True)
@@ -102,10 +106,11 @@ def _in_blocks(rows: Tensor, block: int) -> Tensor:
     return nn.functional.pad(rows, (0, count * block - rows.shape[1])).unflatten(1, (count, block))
 
 
-def _best_scales(rows: Tensor, bits: int, importance: Tensor) -> Tensor:
-    """Scales (outputs, blocks, 1). The largest value goes to the side that has one number more."""
+def _best_scales(rows: Tensor, bits: int, importance: Tensor, positive: bool) -> Tensor:
+    """Scales (outputs, blocks, 1). The largest value goes to the side that has one number more, unless positive."""
     extreme = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-    best = torch.where(extreme == 0, 1.0, extreme / -(1 << (bits - 1)))
+    widest = extreme.abs() / ((1 << (bits - 1)) - 1) if positive else extreme / -(1 << (bits - 1))
+    best = torch.where(extreme == 0, 1.0, widest)
     if bits == 8:
         return best
     least, widest = torch.full_like(extreme, float("inf")), best

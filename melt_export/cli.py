@@ -91,7 +91,7 @@ def export(
     ] = None,
     weights: Annotated[
         StoredWeights | None,
-        typer.Option(help="Store products in fewer bits (dialect onnxruntime); the output head in int8."),
+        typer.Option(help="Store products in fewer bits (dialects onnxruntime and standard); the output head in int8."),
     ] = None,
     cache: Annotated[
         StoredWeights | None,
@@ -146,6 +146,8 @@ def export(
         stored = WeightOptions(str(weights), block, keep=kept, int8=wide, method=chosen, calibration=read)
     rows = None if cache is None else CacheOptions(str(cache), calibration)
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, rows)
+    if weights is not None and engine_weights is not None:
+        raise ArgumentError("--weights and --engine-weights quantize the same products; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)
     report = None
     with shown_progress() as step:

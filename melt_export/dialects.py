@@ -19,6 +19,7 @@ from melt_runtime.package import StateSpec, TensorSpec, rows_shape
 from torch import Tensor
 
 from .errors import ExportError
+from .quantize import DEQUANTIZE, MATMUL_NBITS
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Dialect(ABC):
 
     head_multiple: ClassVar[int] = 2
     fuses: ClassVar[bool] = False  # where what runs the graph does not do it by itself
+    products: ClassVar[str | None] = None  # the operator that reads quantized weights, if there is one
 
     def check(self, config: LoopedConfig) -> None:
         """Raises ExportError for a model that the dialect cannot express."""
@@ -137,6 +139,7 @@ class OnnxRuntimeDialect(Dialect):
     attention = _GroupQueryAttention
     head_multiple = 16
     fuses = True
+    products = MATMUL_NBITS
 
 
 class _RotatedAttention(GraphAttention):
@@ -189,6 +192,7 @@ class StandardDialect(Dialect):
     opset = 24
     control = MASK
     attention = _ScatterAttention
+    products = DEQUANTIZE
 
 
 class _RowsAttention(_RotatedAttention):

@@ -58,10 +58,10 @@ class ExportOptions:
             raise ExportError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.dialect not in DIALECT_NAMES:
             raise ExportError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECT_NAMES)}")
-        if self.weights is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
+        allowed = (self.dialect, self.precision) == ("onnxruntime", "fp32") or self.dialect == "standard"
+        if self.weights is not None and not allowed:
             raise ExportError(
-                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32; "
-                "an engine's products are quantized with --engine-weights"
+                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, or of standard"
             )
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
             raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
@@ -141,9 +141,11 @@ def build_package(
         graphs["loop_step"], states = quantize_caches(graphs["loop_step"], states, numbers)
     models = [graph.model for graph in graphs.values()]
     if quantized is not None:
-        halve_embedding(graphs["embed"].model)
+        if options.precision == "fp32":
+            halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
-            quantize_products(graphs[name].model, quantized, statistics)
+            assert dialect.products is not None
+            quantize_products(graphs[name].model, quantized, statistics, dialect.products, TORCH_DTYPES[dtype])
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)
     write_weights(models, directory, lambda done: progress("writing weights", total, done))

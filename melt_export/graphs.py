@@ -182,8 +182,9 @@ def _trace(
     ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
     """
     sizes = {name: torch.export.Dim(name) for name in _TRACE_SIZES}
+    # One value each, seen in every place: caches of a long sequence would not fit into memory.
     example = tuple(
-        torch.zeros([_TRACE_SIZES.get(d, d) for d in spec.shape], dtype=_DTYPES[spec.dtype])  # type: ignore[arg-type, call-overload]
+        torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([_TRACE_SIZES.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
         for spec in inputs
     )
     dynamic = tuple({i: sizes[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)

@@ -1,7 +1,9 @@
-"""Weights stored in 4 or 8 bits for ONNX Runtime: which products, in what form, and what the stored numbers mean.
+"""Weights stored in 4 or 8 bits: which products, in what form, and what the stored numbers mean.
 
-A weight is cut into blocks along its inputs; each block has one float32 scale, and whole numbers beside it
-(MatMulNBits). Products compute on activations in 8 bits, which is where most of the time is saved.
+A weight is cut into blocks along its inputs; each block has one scale, and whole numbers beside it. ONNX Runtime reads
+them in one operator (MatMulNBits) and computes on activations in 8 bits, which is where most of the time is saved.
+In the standard dialect a DequantizeLinear stands before the product, for engines: there 8 bits have a scale for each
+output instead of blocks, and all scales are positive, because TensorRT reads no others.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
@@ -34,6 +37,8 @@ HEAD = "lm_head.weight"
 # Multiplying with activations in 8 bits; without the attribute they stay float32.
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
+_LEAST_SCALE = 2.0**-16
+MATMUL_NBITS, DEQUANTIZE = "MatMulNBits", "DequantizeLinear"
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,15 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor]) -> None:
-    """Turns products with checkpoint weights into MatMulNBits, in place; the numbers are computed when written.
+def quantize_products(
+    model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor], operator: str, dtype: torch.dtype
+) -> None:
+    """Gives products with checkpoint weights quantized ones, in place; the numbers are computed when written.
 
-    hessians: by checkpoint name, of the products that are calibrated.
+    hessians: by checkpoint name, of the products that are calibrated; operator: what reads the numbers, MATMUL_NBITS or
+    DEQUANTIZE; dtype: of the products.
     """
+    spell = _nbits if operator == MATMUL_NBITS else _dequantize
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None:
@@ -106,66 +115,128 @@ def quantize_products(model: ir.Model, options: WeightOptions, hessians: Mapping
         inputs, outputs = [int(size) for size in source.shape][:: -1 if tied else 1]  # type: ignore[arg-type]
         if outputs < FEWEST_COLUMNS or _matches(names, options.keep):
             continue
-        _replace(model.graph, node, parts, str(name), (inputs, outputs), options, hessians)
+        kind = options.head if name in (HEAD, EMBEDDING) else "int8" if _matches(parts, options.int8) else options.kind
+        product = _Product(parts, HEAD if name == EMBEDDING else str(name), inputs, outputs, BITS[kind], hessians)
+        spell(model.graph, node, product, options.block, dtype)
     passes.RemoveUnusedNodesPass()(model)
 
 
-def _replace(
-    graph: ir.Graph,
-    node: ir.Node,
-    parts: tuple[str, ...],
-    name: str,
-    size: tuple[int, int],
-    options: WeightOptions,
-    hessians: Mapping[str, Tensor],
-) -> None:
-    kind = "int8" if _matches(parts, options.int8) else options.kind
-    kind = options.head if name in (HEAD, EMBEDDING) else kind
-    bits, block, (inputs, outputs) = BITS[kind], options.block, size
-    count = -(-inputs // block)
-    memo: list[Blocks] = []  # the numbers are written just before their scales
+@dataclass
+class _Product:
+    """A product to be quantized: the weights that lie side by side in it, (inputs, outputs) in all, and their label."""
 
-    def blocks(weights: Weights, *, last: bool) -> Blocks:
-        found = memo.pop() if memo else _quantized(weights, parts, bits, block, hessians)
-        if not last:
-            memo.append(found)
+    parts: tuple[str, ...]
+    label: str
+    inputs: int
+    outputs: int
+    bits: int
+    hessians: Mapping[str, Tensor]
+
+    def values(
+        self, graph: ir.Graph, block: int, stored: Mapping[str, _Stored], *, positive: bool = False
+    ) -> list[ir.Value]:
+        """Initializers, in this order, that are computed when they are written, one after the other."""
+        memo: list[Blocks] = []  # from the first that is written to the last
+        found = []
+
+        def reader(suffix: str) -> Callable[[Weights], Tensor]:
+            def read(weights: Weights) -> Tensor:
+                blocks = memo.pop() if memo else self._quantized(weights, block, positive)
+                if suffix != list(stored)[-1]:
+                    memo.append(blocks)
+                return stored[suffix].form(blocks)
+
+            return read
+
+        for suffix, how in stored.items():
+            value = ir.Value(name=f"{self.label}.{suffix}", shape=ir.Shape(how.shape), type=ir.TensorType(how.dtype))
+            value.meta[COMPUTED] = reader(suffix)
+            graph.initializers[str(value.name)] = value
+            found.append(value)
         return found
 
-    label = HEAD if name == EMBEDDING else name
-    stored = (
-        ("q", ir.DataType.UINT8, [outputs, count, block * bits // 8], lambda w: blocks(w, last=False).packed()),
-        ("scales", ir.DataType.FLOAT, [outputs, count], lambda w: blocks(w, last=True).scales),
-    )
-    operands = []
-    for suffix, dtype, shape, compute in stored:
-        value = ir.Value(name=f"{label}.{suffix}", shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        value.meta[COMPUTED] = compute
-        graph.initializers[str(value.name)] = value
-        operands.append(value)
-    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, ACCURACY: _INT8_ACTIVATIONS}
+    def _quantized(self, weights: Weights, block: int, positive: bool) -> Blocks:
+        """Packed products lie side by side, and each output has blocks of its own."""
+        found = []
+        for part in self.parts:
+            weight, hessian = weights.tensor(part), self.hessians.get(HEAD if part == EMBEDDING else part)
+            if hessian is None:
+                found.append(round_to_nearest(weight, self.bits, block, positive))
+            else:
+                found.append(gptq(weight, hessian, self.bits, block, positive))
+        numbers, scales = (torch.cat([getattr(part, name) for part in found]) for name in ("numbers", "scales"))
+        return Blocks(numbers, scales, self.bits, found[0].inputs)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An initializer's type and shape, and how it is made of a product's blocks."""
+
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    form: Callable[[Blocks], Tensor]
+
+
+def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype: torch.dtype) -> None:
+    """Puts a MatMulNBits in the place of a product."""
+    bits, count = product.bits, -(-product.inputs // block)
+    stored = {
+        "q": _Stored(ir.DataType.UINT8, (product.outputs, count, block * bits // 8), Blocks.packed),
+        "scales": _Stored(ir.DataType.FLOAT, (product.outputs, count), lambda blocks: blocks.scales),
+    }
+    operands = product.values(graph, block, stored)
+    attributes = {"K": product.inputs, "N": product.outputs, "bits": bits, "block_size": block}
+    attributes[ACCURACY] = _INT8_ACTIVATIONS
     path = str(node.name).removesuffix("/MatMul").removesuffix("MatMul")
-    product = ir.node(
-        "MatMulNBits", [node.inputs[0], *operands], attributes, domain="com.microsoft", name=f"{path}/MatMulNBits"
+    made = ir.node(
+        MATMUL_NBITS, [node.inputs[0], *operands], attributes, domain="com.microsoft", name=f"{path}/MatMulNBits"
     )
-    old, new = node.outputs[0], product.outputs[0]
+    old, new = node.outputs[0], made.outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
-    graph.opset_imports.setdefault(product.domain, 1)
-    graph.insert_before(node, product)
+    graph.opset_imports.setdefault(made.domain, 1)
+    graph.insert_before(node, made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
-def _quantized(
-    weights: Weights, parts: tuple[str, ...], bits: int, block: int, hessians: Mapping[str, Tensor]
-) -> Blocks:
-    """Packed products lie side by side, and each output has blocks of its own."""
-    found = []
-    for part in parts:
-        weight, hessian = weights.tensor(part), hessians.get(HEAD if part == EMBEDDING else part)
-        found.append(round_to_nearest(weight, bits, block) if hessian is None else gptq(weight, hessian, bits, block))
-    return Blocks(
-        torch.cat([part.numbers for part in found]), torch.cat([part.scales for part in found]), bits, found[0].inputs
+def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype: torch.dtype) -> None:
+    """Puts a DequantizeLinear before a product; where blocks do not fit, 8 bits and a scale for each output."""
+    if product.inputs % block or product.outputs % 2:
+        product.bits = 8
+    blocked = product.bits == 4
+    block = block if blocked else product.inputs
+    numbers = ir.DataType.INT4 if blocked else ir.DataType.INT8
+    scales = (product.inputs // block, product.outputs) if blocked else (product.outputs,)
+    kind = tensor_adapters.from_torch_dtype(dtype)
+    stored = {
+        "q": _Stored(numbers, (product.inputs, product.outputs), _signed),
+        "scales": _Stored(kind, scales, lambda blocks: _scales(blocks, dtype).reshape(scales)),
+    }
+    operands = product.values(graph, block, stored, positive=True)
+    attributes = {"axis": 0, "block_size": block} if blocked else {"axis": 1}
+    made = ir.node(DEQUANTIZE, operands, attributes, name=f"{str(node.name).removesuffix('/MatMul')}/DequantizeLinear")
+    new = made.outputs[0]
+    new.name, new.shape, new.type = (
+        f"{product.label}.wide",
+        ir.Shape((product.inputs, product.outputs)),
+        ir.TensorType(kind),
     )
+    graph.insert_before(node, made)
+    node.replace_input_with(1, new)
+
+
+def _signed(blocks: Blocks) -> Tensor:
+    """The numbers (inputs, outputs) int8; of 4 bits two a byte, the first in its lower half: (inputs, outputs / 2)."""
+    numbers = (blocks.numbers.flatten(1).t().to(torch.int16) - (1 << (blocks.bits - 1))).to(torch.int8)
+    if blocks.bits == 8:
+        return numbers.contiguous()
+    low, high = (numbers[:, at::2].view(torch.uint8) & 15 for at in (0, 1))
+    return low | (high << 4)
+
+
+def _scales(blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """(blocks, outputs) as stored. Never zero, whatever float16 makes of a small one."""
+    return blocks.scales.t().clamp(min=_LEAST_SCALE).to(dtype)
 
 
 def halve_embedding(model: ir.Model) -> None:
@@ -202,7 +273,10 @@ def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
     compute: Callable[[Weights], Tensor] = value.meta[COMPUTED]
 
     def read() -> ir.TensorProtocol:
-        return tensor_adapters.TorchTensor(compute(weights).contiguous(), name=value.name)
+        tensor = compute(weights).contiguous()
+        if value.dtype == ir.DataType.INT4:
+            return ir.PackedTensor(tensor.numpy(), ir.DataType.INT4, shape=value.shape, name=value.name)  # type: ignore[arg-type]
+        return tensor_adapters.TorchTensor(tensor, name=value.name)
 
     return ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=value.name)  # type: ignore[arg-type]
 
@@ -215,12 +289,10 @@ def dequantized(model: nn.Module, package: Path) -> None:
     linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for graph in ("loop_step", "lm_head"):
         for node in ir.load(package / f"{graph}.onnx").graph:
-            if node.op_type != "MatMulNBits":
+            if node.op_type not in _STORED_VALUES:
                 continue
-            numbers, scales = (_tensor(node.inputs[at]) for at in (1, 2))
-            bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
-            values = Blocks.unpacked(numbers, scales, bits, inputs).values()
-            for name in part_names(str(node.inputs[1].name).removesuffix(".q"), linear):  # type: ignore[union-attr]
+            label, values = stored_values(node)
+            for name in part_names(label, linear):
                 module = linear[name]
                 module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
                 values = values[module.out_features :]
@@ -228,7 +300,33 @@ def dequantized(model: nn.Module, package: Path) -> None:
     table.weight = nn.Parameter(table.weight.half().float(), requires_grad=False)  # type: ignore[operator, union-attr, arg-type]
 
 
+def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:
+    numbers, scales = (_tensor(node.inputs[at]) for at in (1, 2))
+    bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
+    return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs).values()
+
+
+def _dequantize_values(node: ir.Node) -> tuple[str, Tensor]:
+    numbers, scales = (_tensor(value) for value in node.inputs)
+    blocks = numbers.unflatten(0, (-1, 1 if scales.dim() == 1 else numbers.shape[0] // scales.shape[0]))
+    return _label(node.inputs[0]), (blocks * (scales if scales.dim() == 1 else scales[:, None])).flatten(0, 1).t()
+
+
+_STORED_VALUES = {MATMUL_NBITS: _nbits_values, DEQUANTIZE: _dequantize_values}
+
+
+def stored_values(node: ir.Node) -> tuple[str, Tensor]:
+    """The name of the weight that a node reads, and what its numbers stand for: float32 (outputs, inputs)."""
+    return _STORED_VALUES[node.op_type](node)
+
+
+def _label(value: ir.Value | None) -> str:
+    assert value is not None
+    return str(value.name).removesuffix(".q")
+
+
 def _tensor(value: ir.Value | None) -> Tensor:
+    """The numbers of an initializer, as float32."""
     assert value is not None
     assert value.const_value is not None
-    return torch.from_numpy(value.const_value.numpy().copy())
+    return torch.from_numpy(value.const_value.numpy().astype(np.float32))

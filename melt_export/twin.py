@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from melt_runtime.package import MANIFEST, GraphSpec, Package, TensorSpec
+from onnx_ir import tensor_adapters
 
-from .quantize import ACCURACY
+from .quantize import ACCURACY, DEQUANTIZE, stored_values
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -19,6 +20,7 @@ def float32_twin(package: Path, directory: Path) -> None:
     manifest = Package.open(package, check_hashes=False).manifest
     for name, graph in manifest.graphs.items():
         model = ir.load(package / graph.file)
+        _fold(model.graph)
         _widen(model.graph)
         ir.save(model, directory / graph.file, external_data=f"{name}.data")
     twin = replace(
@@ -38,20 +40,47 @@ def float32_twin(package: Path, directory: Path) -> None:
 def wide_twin(package: Path, directory: Path) -> None:
     """Writes a twin of a package with quantized weights into an empty directory on the same disk.
 
-    Its products read the same stored numbers, but leave the activations in float32; so the graphs and the numbers can
-    be proven to be what PyTorch computes with. The weights file is shared. Its hashes are not made.
+    Its products read the same stored numbers, but leave the activations as they are (ONNX Runtime would round those
+    after a DequantizeLinear to 8 bits, too); so the graphs and the numbers can be proven to be what PyTorch computes
+    with. What is not changed is read from the package's own weights file. Its hashes are not made.
     """
     manifest = Package.open(package, check_hashes=False).manifest
-    for graph in manifest.graphs.values():
+    for name, graph in manifest.graphs.items():
         model = ir.load(package / graph.file)
         for node in model.graph:
             node.attributes.pop(ACCURACY, None)
-        ir.save(model, directory / graph.file)
+        folded = _fold(model.graph)
+        ir.save(model, directory / graph.file, external_data=f"{name}.wide" if folded else None)
     for name in manifest.files:
         if name.endswith(".data"):
             (directory / name).hardlink_to(package / name)
     twin = replace(manifest, files=_presence_only(directory), engines={})
     (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
+
+
+def _fold(graph: ir.Graph) -> bool:
+    """Puts what they give in the place of all DequantizeLinear nodes, computed when it is written. True if any were."""
+    nodes = [node for node in graph if node.op_type == DEQUANTIZE]
+    for node in nodes:
+        wide = node.outputs[0]
+        value = ir.Value(name=wide.name, shape=wide.shape, type=wide.type)
+        value.const_value = _folded(node, wide)
+        wide.replace_all_uses_with(value)
+        wide.name = None
+        numbers = [str(operand.name) for operand in node.inputs if operand is not None]
+        graph.remove(node)  # and it keeps its inputs, which are read when the values are written
+        for name in numbers:
+            del graph.initializers[name]
+        graph.initializers[str(value.name)] = value
+    return bool(nodes)
+
+
+def _folded(node: ir.Node, wide: ir.Value) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        values = stored_values(node)[1].t().contiguous()
+        return tensor_adapters.TorchTensor(values.to(tensor_adapters.to_torch_dtype(wide.dtype)), name=wide.name)  # type: ignore[arg-type]
+
+    return ir.LazyTensor(read, dtype=wide.dtype, shape=wide.shape, name=wide.name)  # type: ignore[arg-type]
 
 
 def _presence_only(directory: Path) -> dict:

@@ -110,7 +110,7 @@ def verify(
             report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
             write_twin = float32_twin
         elif manifest.weights:
-            report.arithmetic = "ONNX Runtime, CPU, float32 products with the stored numbers"
+            report.arithmetic = "ONNX Runtime, CPU, products with the stored numbers"
             write_twin = wide_twin
         if write_twin is not None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))

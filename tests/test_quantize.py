@@ -196,7 +196,9 @@ def test_bad_options_are_refused(fields: dict, message: str) -> None:
         WeightOptions(**fields)
 
 
-@pytest.mark.parametrize("options", [{"dialect": "standard"}, {"dialect": "portable"}, {"precision": "fp16"}])
+@pytest.mark.parametrize(
+    "options", [{"dialect": "portable"}, {"precision": "fp16"}, {"dialect": "portable", "precision": "fp16"}]
+)
 def test_where_it_does_not_work_it_is_refused(options: dict) -> None:
     with pytest.raises(ExportError, match="onnxruntime at precision fp32"):
         ExportOptions(weights=WeightOptions("int4"), **options)
@@ -225,3 +227,35 @@ def test_a_quantized_package_generates_alike_alone_and_in_a_batch(checkpoints: d
     alone = [runtime.generate(prompt, max_tokens=8, ignore_eos=True) for prompt in prompts]
     assert [g.token_ids for g in together] == [g.token_ids for g in alone]
     assert np.isfinite(runtime.driver().append([[1]], runtime.options().loops)).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["melt", "tied", "looplm"])
+def test_a_standard_package_computes_with_its_numbers(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, precision: str
+) -> None:
+    options = WeightOptions("int4", int8=("*.v_proj.weight",))
+    package = export(checkpoints[name], tmp_path / "package", options, dialect="standard", precision=precision)
+    nodes = onnx.load(package / "loop_step.onnx", load_external_data=False).graph.node
+    stored = [node for node in nodes if node.op_type == "DequantizeLinear"]
+    assert {any(a.name == "block_size" for a in node.attribute) for node in stored} == {True, False}
+    report = verify(package, checkpoints[name], tokens=12, limits=Limits())
+    assert report.passed, report.failures()
+    assert report.quality is not None
+    assert report.quality.kl > 0
+
+
+def test_what_blocks_do_not_fit_has_eight_bits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    options = WeightOptions("int4", block=128, method="rtn")
+    package = export(checkpoints["melt"], tmp_path / "package", options, dialect="standard", precision="fp16")
+    nodes = onnx.load(package / "loop_step.onnx", load_external_data=False).graph.node
+    assert not any(a.name == "block_size" for n in nodes if n.op_type == "DequantizeLinear" for a in n.attribute)
+    assert verify(package, checkpoints["melt"], tokens=4, limits=Limits()).passed
+
+
+def test_positive_scales_are_positive_and_cost_little() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    any_sign, positive = (round_to_nearest(weight, 4, 32, positive) for positive in (False, True))
+    assert (positive.scales > 0).all()
+    errors = [(found.values() - weight).square().mean() for found in (any_sign, positive)]
+    assert errors[1] < 1.2 * errors[0]

@@ -109,6 +109,8 @@ def check_package(manifest: Manifest, options: EngineOptions, library: Library) 
     """``check_options`` for a package."""
     if manifest.cache_loops is not None:
         raise ArgumentError("this is a LoopLM package, with caches a loop; engines are built from MELT packages")
+    if manifest.weights and options.weights is not None:
+        raise ArgumentError(f"this package's products are {manifest.weights['kind']} already; leave --weights away")
     check_options(manifest.dialect, manifest.precision, manifest.max_batch, options, library)
 
 
@@ -208,6 +210,9 @@ def _build_plan(
         raise BackendError(f"{library.title} {library.version} cannot build {graph}: {library.messages.reason()}")
     if savings and options.weights:
         require_small(built.nbytes, savings.weight_bytes, savings.saved_bytes, options.weights)
+    elif graph == "loop_step" and manifest.weights:
+        stored = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".data"))
+        require_small(built.nbytes, stored, stored, str(manifest.weights["kind"]))
     with plan.open("wb") as output:
         output.write(memoryview(built))
         output.flush()
