@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 KEY = "one of two keys"
 COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
-LONG: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 8000, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_an_unknown_model_and_an_unknown_path_are_not_found(server: Server) -> N
     refusal(post(server, {}, "/v1/nothing"), 404)
 
 
-@pytest.mark.parametrize("key", ["none", "", KEY + "x", KEY[:-1], "another," + KEY])
+@pytest.mark.parametrize("key", ["none", KEY + "x", KEY[:-1], "another," + KEY])
 def test_a_wrong_key_is_refused(server: Server, key: str) -> None:
     reply = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=WAIT)
     assert refusal(reply, 401)["type"] == "authentication_error"

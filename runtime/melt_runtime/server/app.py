@@ -27,7 +27,7 @@ from .streaming import EventStream, Feed
 
 A = TypeVar("A", bound=Ask)
 # A page that may ask nobody but this server.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
 @dataclass(frozen=True)
