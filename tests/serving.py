@@ -1,10 +1,9 @@
-"""A package to serve, and a server process on loopback, for the tests of the server."""
+"""A server process on loopback, for the tests of the server."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,27 +14,9 @@ from time import sleep
 from typing import Any, Self
 
 import httpx
-from conftest import CHAT_TEMPLATE, MakeCheckpoint, MakePackage
 from openai import OpenAI
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 WAIT = 60.0  # seconds after which a test gives up; nothing here should take one
-PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
-
-
-def served_package(make_checkpoint: MakeCheckpoint, make_package: MakePackage, folder: Path) -> Path:
-    """A small model that can say every printable character, with room for long streams, at most four at once."""
-    checkpoint = Path(
-        shutil.copytree(make_checkpoint(vocab_size=104, max_position_embeddings=8192), folder / "checkpoint")
-    )
-    vocab = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *PRINTABLE])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<pad>", "<end>", "<unk>"])
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
-    (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return make_package(checkpoint, max_batch=4)
 
 
 class Server:

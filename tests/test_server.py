@@ -9,10 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
 from openai import NotFoundError, OpenAI
-from serving import WAIT, Server, served_package
+from serving import WAIT, Server
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 GREEDY: Any = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -26,10 +25,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def package(
-    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return served_package(make_checkpoint, make_package, tmp_path_factory.mktemp("served"))
+def package(served_package: Path) -> Path:
+    return served_package
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,18 +15,15 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
-from serving import WAIT, Server, eventually, served_package
+from serving import WAIT, Server, eventually
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 4000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def package(
-    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return served_package(make_checkpoint, make_package, tmp_path_factory.mktemp("served"))
+def package(served_package: Path) -> Path:
+    return served_package
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_stream_cut_half_way_by_the_official_client_frees_its_slot(server: Ser
 
 
 def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_the_end(server: Server, runtime: Runtime) -> None:
-    slow = send(server, LONG | {"stream": True, "max_tokens": 3000})
+    slow = send(server, LONG | {"stream": True, "max_tokens": 1500, "logprobs": 5})
     assert slow.recv(1) == b"H"
     others: Any = {"model": "tiny", "prompt": "xyz", "temperature": 0, "max_tokens": 5}
     expected = runtime.generate("xyz", max_tokens=5, ignore_eos=True).text
@@ -109,7 +109,7 @@ def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_the_end(server: Se
     while not found.endswith(b"\r\n0\r\n\r\n"):
         found += slow.recv(1 << 16)
     slow.close()
-    assert found.count(b'"token_ids"') == 3000
+    assert found.count(b'"token_ids"') == 1500
     assert b"data: [DONE]" in found
 
 
@@ -154,3 +154,15 @@ def test_sigterm_cuts_what_is_not_over_in_time(package: Path) -> None:
             found += piece
         assert b"[DONE]" not in found
         raw.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_with_a_certificate_it_speaks_https(package: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    with Server(package, "--tls-cert", certificate, "--tls-key", key) as server:
+        assert server.url.startswith("https://")
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(f"{server.url}/v1/models", verify=trusted, timeout=WAIT).json()["data"][0]["id"] == "tiny"

@@ -9,11 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MakeCheckpoint, MakePackage
 from melt_runtime.cli import app
 from melt_runtime.server.guard import is_loopback
 from openai import AuthenticationError, BadRequestError, NotFoundError, RateLimitError
-from serving import WAIT, Server, eventually, served_package
+from serving import WAIT, Server, eventually
 from typer.testing import CliRunner
 
 KEY = "one of two keys"
@@ -22,10 +21,8 @@ LONG: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 4000, "e
 
 
 @pytest.fixture(scope="module")
-def package(
-    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return served_package(make_checkpoint, make_package, tmp_path_factory.mktemp("served"))
+def package(served_package: Path) -> Path:
+    return served_package
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError
 from ..runtime import Runtime
 
-_BLANKS = {"whitespace_pattern": r" ?|\n {0,16}"}  # bounded, so that no model can go on with blanks for ever
+_BLANKS: Any = {"whitespace_pattern": r" ?|\n {0,16}"}  # bounded, so that no model can go on with blanks for ever
 
 
 class Grammars:
