@@ -11,7 +11,7 @@ import httpx
 import pytest
 from melt_runtime import Runtime
 from openai import NotFoundError, OpenAI
-from serving import WAIT, Server
+from serving import WAIT, Server, eventually
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 GREEDY: Any = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -259,8 +259,6 @@ def test_the_page_is_one_file_that_asks_nobody_else(server: Server) -> None:
 
 def test_the_log_is_json_and_holds_no_prompt(server: Server) -> None:
     server.client().completions.create(prompt="quite a secret", **GREEDY)
-    lines = [line for line in server.log() if line["event"] == "request" and line["path"] == "/v1/completions"]
-    assert lines[-1]["status"] == 200
-    assert lines[-1]["prompt_tokens"] == 14
+    eventually(lambda: any(line.get("prompt_tokens") == 14 and line["status"] == 200 for line in server.log()))
     assert len(server.log()) == len(server.lines)
     assert not any("secret" in line for line in server.lines)
