@@ -39,9 +39,9 @@ MakeCheckpoint = Callable[..., Path]
 MakePackage = Callable[..., Path]
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A character-level tokenizer of 45 tokens with a chat template."""
-    vocab = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *ALPHABET])}
+def write_tokenizer(directory: Path, alphabet: str = ALPHABET) -> None:
+    """A character-level tokenizer, of 45 tokens as a rule, with a chat template."""
+    vocab = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -119,6 +119,17 @@ def tiny_package(make_package: MakePackage, tiny_checkpoint: Path) -> Path:
 def tiny_package_without_tokenizer(make_package: MakePackage, make_checkpoint: MakeCheckpoint) -> Path:
     """The same without a tokenizer. Do not change it."""
     return make_package(make_checkpoint())
+
+
+@pytest.fixture(scope="session")
+def served_package(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A small model that can say every printable character, with room for long streams, at most four at once."""
+    made = make_checkpoint(vocab_size=104, max_position_embeddings=8192)
+    checkpoint = Path(shutil.copytree(made, tmp_path_factory.mktemp("served") / "checkpoint"))
+    write_tokenizer(checkpoint, "\n" + "".join(map(chr, range(32, 127))))
+    return make_package(checkpoint, max_batch=4)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from melt_runtime.describe import describe
 from melt_runtime.text import TextCodec
 from typer.testing import CliRunner, Result
 
-HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors")
+HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "fastapi", "uvicorn", "llguidance")
 
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> Result:

@@ -1,4 +1,4 @@
-"""The ``melt-run`` command: generate, chat, inspect. Text goes to standard output, all else to standard error."""
+"""The ``melt-run`` command. Text goes to standard output, all else to standard error."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .package import Package
 from .render import generation_dict, hash_progress, print_facts, stats_lines
 from .runtime import Runtime
 from .sampling import SamplingParams
+from .server.cli import serve_command
 from .stopping import stop_strings
 from .track import GenerationOptions
 
@@ -187,6 +188,7 @@ def inspect(
 
 app.command("build-engine", epilog=_EPILOG)(build_engine_command)
 app.command("bench", epilog=_EPILOG)(bench_command)
+app.command("serve", epilog=_EPILOG)(serve_command)
 
 
 class Chat:

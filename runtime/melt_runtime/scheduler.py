@@ -86,6 +86,12 @@ class Scheduler:
             self._changed.notify_all()
         return ticket
 
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests."""
+        with self._changed:
+            return not self._closing and self._thread.is_alive()
+
     def metrics(self) -> SchedulerMetrics:
         """A snapshot of what was counted."""
         with self._changed:

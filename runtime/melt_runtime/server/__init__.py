@@ -1,0 +1,1 @@
+"""``melt-run serve``: a package behind an HTTP interface that clients of OpenAI's understand."""

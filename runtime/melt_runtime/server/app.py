@@ -1,0 +1,211 @@
+"""The routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from time import time
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from ..errors import MeltError
+from ..track import Generation, Piece
+from .failures import ApiError, as_api_error, as_refusal
+from .guard import Guard, Keys, note, read_body, request_id
+from .metrics import CONTENT_TYPE, prometheus
+from .replies import Form, usage
+from .schema import Ask, ChatAsk, CompletionAsk
+from .service import Job, Service
+from .streaming import EventStream, Feed
+
+A = TypeVar("A", bound=Ask)
+# A page that may ask nobody but this server.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a call may cost, who may make one, and what is written down. ``local``: see Guard."""
+
+    max_body: int = 1 << 20
+    keys: Keys = field(default_factory=Keys)
+    local: bool = False
+    log_prompts: bool = False
+
+
+def build_app(service: Service, limits: Limits) -> FastAPI:
+    """The application around a service, which it closes at its end."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=_lifespan(service))
+    app.add_middleware(Guard, keys=limits.keys, local=limits.local)
+    _add_failures(app)
+    _add_facts(app, service)
+    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/")
+    async def index() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(service, request, await _read(request, CompletionAsk, limits), limits)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(service, request, await _read(request, ChatAsk, limits), limits)
+
+    return app
+
+
+def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(service.scheduler.close, drain=False)
+
+    return lifespan
+
+
+def _add_failures(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(MeltError)
+    async def failed(request: Request, error: MeltError) -> Response:
+        return as_api_error(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        refusal = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        refusal.headers.update(error.headers or {})
+        return refusal.response()
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return ApiError(500, "the server failed; its log says how").response()
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    manifest, scheduler = service.runtime.manifest, service.scheduler
+    model = {
+        "id": service.name,
+        "object": "model",
+        "created": int(time()),
+        "owned_by": "melt",
+        "loops": manifest.loops,
+        "exit_threshold": manifest.exit_threshold,
+        "max_seq_len": manifest.max_seq_len,
+        "max_tokens": service.max_tokens,
+        "chat": service.runtime.codec is not None and service.runtime.codec.has_chat_template,
+    }
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if scheduler.open:
+            return JSONResponse({"status": "ready"})
+        return ApiError(503, "the scheduler takes no more requests", code="closed").response()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(prometheus(scheduler.metrics()), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/state")
+    async def state() -> Response:
+        now = scheduler.metrics()
+        facts = {name: getattr(now, name) for name in ("state_bytes", "slots", "running", "waiting", "weights_bytes")}
+        return JSONResponse(facts)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        service.check_model(name)
+        return JSONResponse(model)
+
+
+async def _read(request: Request, kind: type[A], limits: Limits) -> A:
+    body = await read_body(request, limits.max_body)
+    try:
+        ask = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise as_refusal(error) from error
+    if limits.log_prompts:
+        said = ask.model_dump(include={"prompt", "messages"})
+        note(request, **said)
+    return ask
+
+
+async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatAsk, limits: Limits) -> Response:
+    job = await run_in_threadpool(service.job, ask)
+    chat = isinstance(ask, ChatAsk)
+    form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.codec)
+    feed = Feed(service.scheduler, job.requests)
+    note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(ask.stream))
+    if ask.stream:
+        return EventStream(feed, lambda tell: _stream(request, form, feed, job, ask.usage_in_stream, tell))
+    pieces: list[list[Piece]] = [[] for _ in job.requests]
+    async with feed.for_client(request.receive):
+        async for index, event in feed:
+            if isinstance(event, Piece):
+                pieces[index].append(event)
+            else:
+                _check_end(event)
+    drawn = _drawn(request, [piece for one in pieces for piece in one])
+    choices = [form.whole(index, one) for index, one in enumerate(pieces)]
+    return JSONResponse(form.frame(choices, part=False, usage=usage(job.prompt_tokens, drawn)))
+
+
+async def _stream(
+    request: Request, form: Form, feed: Feed, job: Job, counted: bool, tell: Callable[[Any], Awaitable[None]]
+) -> None:
+    """Tells a client each token as it comes; an error that ends the stream early is told instead of [DONE]."""
+    offsets = [0] * len(job.requests)
+    first = [True] * len(job.requests)
+    pieces: list[Piece] = []
+    blank = {"usage": None} if counted else {}
+    try:
+        async for index, event in feed:
+            if not isinstance(event, Piece):
+                _check_end(event)
+                continue
+            await tell(form.frame([form.part(index, event, offsets[index], first[index])], part=True, **blank))
+            pieces.append(event)
+            offsets[index] += len(event.text)
+            first[index] = False
+    except (MeltError, ApiError) as error:
+        note(request, error=str(error))
+        await tell((as_api_error(error) if isinstance(error, MeltError) else error).body())
+        return
+    finally:
+        drawn = _drawn(request, pieces)
+    if counted:
+        await tell(form.frame([], part=True, usage=usage(job.prompt_tokens, drawn)))
+    await tell("[DONE]")
+
+
+def _check_end(event: Generation | MeltError) -> None:
+    """Raises what ended a request early."""
+    if isinstance(event, MeltError):
+        raise event
+    if event.finish_reason == "cancelled":
+        raise ApiError(503, "the request was cancelled: its client left, or the server stops", code="cancelled")
+
+
+def _drawn(request: Request, pieces: list[Piece]) -> int:
+    """How many tokens were drawn; the log hears of it."""
+    loops = sum(piece.depth for piece in pieces)
+    note(request, completion_tokens=len(pieces), mean_depth=round(loops / max(len(pieces), 1), 3))
+    return len(pieces)

@@ -1,0 +1,115 @@
+"""``melt-run serve``: options, and a server until a signal ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..backends.choice import NAMES
+from ..command import reported_errors
+from ..errors import ArgumentError
+from ..render import hash_progress
+from ..runtime import Runtime
+from ..scheduler import Scheduler
+
+KEYS_VARIABLE = "MELT_API_KEYS"
+
+
+def serve_command(
+    package: Annotated[Path, typer.Argument(help="The package directory that melt-export wrote.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name to clients; default: the directory's.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Requests that run at once; default: the package's most.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a slot.", min=0)] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most new tokens a choice may have; default: as many as the cache holds.", min=1)
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.", min=1)] = 1 << 20,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"A file of API keys, one a line, besides those in {KEYS_VARIABLE}.")
+    ] = None,
+    without_key: Annotated[
+        bool, typer.Option("--without-key", help="Listen on an address that others reach, with no key at all.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="A certificate chain (PEM), for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    drain: Annotated[
+        int, typer.Option(help="Seconds that SIGTERM leaves to what is running before it is cut.", min=0)
+    ] = 30,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with on the CPU; default: the physical cores.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can.")
+    ] = "auto",
+    device: Annotated[int, typer.Option(help="The NVIDIA device to run on, by index.", min=0)] = 0,
+) -> None:
+    """Serve a package over HTTP: OpenAI's completions and chats, metrics, and a page to try it."""
+    with reported_errors():
+        try:
+            import uvicorn
+
+            from .app import Limits, build_app
+            from .guard import Keys, is_loopback
+            from .logs import configure, log
+            from .service import Service
+        except ImportError as error:
+            raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
+        keys = Keys.read(os.environ.get(KEYS_VARIABLE), api_key_file)
+        if not (keys or without_key or is_loopback(host)):
+            raise ArgumentError(
+                f"{host} can be reached by others and there is no API key; set {KEYS_VARIABLE}, or say --without-key"
+            )
+        if (tls_cert is None) != (tls_key is None):
+            raise ArgumentError("--tls-cert and --tls-key belong together")
+        listener = _listen(host, port)
+        with hash_progress(package) as progress:
+            runtime = Runtime.load(package, backend=backend, device=device, threads=threads, progress=progress)
+        scheduler = Scheduler(runtime, slots, max_waiting)
+        service = Service(runtime, scheduler, name or package.resolve().name, max_tokens)
+        app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
+        configure()
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ssl_certfile=tls_cert,
+            ssl_keyfile=tls_key,
+            timeout_graceful_shutdown=drain,
+        )
+        config.load()
+        scheme = "http" if tls_cert is None else "https"
+        where = f"[{host}]" if ":" in host else host
+        log(
+            "listening",
+            url=f"{scheme}://{where}:{listener.getsockname()[1]}",
+            model=service.name,
+            slots=scheduler.slots,
+            state_bytes=scheduler.metrics().state_bytes,
+            backend=runtime.backend.name,
+        )
+        # uvicorn drains at these signals and raises them again when it is done; that is the end wished for.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            scheduler.close(drain=False)
+        log("stopped")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything large is loaded. Raises ArgumentError where there is none to be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+    except OSError as error:
+        raise ArgumentError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

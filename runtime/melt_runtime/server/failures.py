@@ -1,0 +1,51 @@
+"""What the server refuses, in the shape that OpenAI's clients expect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from ..errors import ArgumentError, BusyError, ClosedError, MeltError, PromptError
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A refusal: HTTP status, a sentence, the field it is about, and a code for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers: dict[str, str] = {}
+
+    def body(self) -> dict[str, Any]:
+        """The object {"error": ...}."""
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The refusal as a reply."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def as_api_error(error: MeltError) -> ApiError:
+    """An error of the runtime as a refusal."""
+    if isinstance(error, BusyError):
+        busy = ApiError(429, str(error), code="busy")
+        busy.headers["Retry-After"] = str(math.ceil(error.retry_after))
+        return busy
+    if isinstance(error, ArgumentError | PromptError):
+        return ApiError(400, str(error))
+    if isinstance(error, ClosedError):
+        return ApiError(503, str(error), code="closed")
+    return ApiError(500, str(error))
+
+
+def as_refusal(error: ValidationError) -> ApiError:
+    """A body that does not fit its schema: the first thing wrong with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"])) or None
+    return ApiError(400, f"{where or 'the body'}: {first['msg']}", where, str(first["type"]))

@@ -1,0 +1,144 @@
+"""Who may ask, and how much: keys, the hosts a browser may name, bodies within their limit; a log line a request."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter
+from uuid import uuid4
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import ArgumentError
+from .failures import ApiError
+from .logs import log
+
+OPEN_PATHS = ("/", "/health", "/ready")  # need no key
+BODY_SECONDS = 60.0  # how long a body may take to arrive
+_FACTS = "melt_facts"  # where a request's scope keeps what its log line will say
+
+
+class Keys:
+    """The API keys; none at all lets everybody in. Only hashes are kept, and all are compared, so that the time tells
+    nothing of them."""
+
+    def __init__(self, keys: Iterable[str] = ()):
+        self._hashes = [_hash(key.encode()) for key in keys]
+
+    @classmethod
+    def read(cls, environment: str | None, file: Path | None) -> Keys:
+        """From the text of an environment variable, between commas, and a file, one a line. Raises ArgumentError."""
+        found = [] if environment is None else environment.split(",")
+        if file is not None:
+            try:
+                found += file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ArgumentError(f"the keys in {file} cannot be read: {error}") from error
+        keys = [key.strip() for key in found if key.strip()]
+        if not keys and (environment is not None or file is not None):
+            raise ArgumentError("keys were asked for and there is none; give one, or neither variable nor file")
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._hashes)
+
+    def admit(self, authorization: bytes) -> bool:
+        """Whether an Authorization header holds one of the keys."""
+        if not self._hashes:
+            return True
+        scheme, _, given = authorization.partition(b" ")
+        found = _hash(given.strip())
+        right = [hmac.compare_digest(found, one) for one in self._hashes]
+        return any(right) and scheme.lower() == b"bearer"
+
+
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name for one, is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """Wraps the application. ``local``: only a Host header that names this machine is answered, so that a web page
+    elsewhere cannot reach a server without keys through its visitor's browser."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, local: bool):
+        self._app, self._keys, self._local = app, keys, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        facts = scope[_FACTS] = {"id": uuid4().hex, "method": scope["method"], "path": scope["path"]}
+        started, status = perf_counter(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", facts["id"].encode())]
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            await (self._app if refusal is None else refusal.response())(scope, receive, watched)
+        finally:
+            log("request", **facts, status=status, seconds=round(perf_counter() - started, 4))
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._local:
+            host = headers.get(b"host", b"localhost").decode("latin-1")
+            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+            if not is_loopback(name):
+                return ApiError(403, f"this server answers to its own machine's names, not to {name!r}")
+        if scope["path"] in OPEN_PATHS or self._keys.admit(headers.get(b"authorization", b"")):
+            return None
+        refusal = ApiError(401, "the API key is wrong or missing", code="invalid_api_key")
+        refusal.headers["WWW-Authenticate"] = "Bearer"
+        return refusal
+
+
+def note(request: Request, **facts: object) -> None:
+    """Adds to the request's line in the log."""
+    request.scope[_FACTS].update(facts)
+
+
+def request_id(request: Request) -> str:
+    """The name of a request in log and reply."""
+    return str(request.scope[_FACTS]["id"])
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The JSON that came with a request. Raises ApiError 413 over ``limit`` bytes, 415 for another type, 408."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body's type is {kind!r}; it must be application/json")
+    too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
+    too_large.headers["Connection"] = "close"
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from error
+    return bytes(body)

@@ -1,0 +1,56 @@
+"""A scheduler's counts as Prometheus reads them (text format 0.0.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+
+from ..scheduler_metrics import DEEPEST, Histogram, SchedulerMetrics
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def prometheus(metrics: SchedulerMetrics) -> str:
+    """The page behind /metrics."""
+    deep = sum(loops * count for loops, count in metrics.depth.items())
+    # "le" counts all up to a depth; the deepest are counted together, so nothing is known to be at most that.
+    bounds = [loops for loops in metrics.depth if loops < DEEPEST]
+    depth = _cumulative(bounds, [metrics.depth[loops] for loops in bounds], sum(metrics.depth.values()))
+    lines = [
+        *_single("melt_requests_waiting", "gauge", "Requests in the queue.", metrics.waiting),
+        *_single("melt_requests_running", "gauge", "Requests that have a slot.", metrics.running),
+        *_single("melt_slots", "gauge", "Requests that can run at once.", metrics.slots),
+        *_head("melt_requests_total", "counter", "Requests that ended, by outcome."),
+        *(f'melt_requests_total{{outcome="{name}"}} {count}' for name, count in metrics.requests.items()),
+        *_single("melt_prompt_tokens_total", "counter", "Prompt tokens run through the model.", metrics.prompt_tokens),
+        *_single("melt_generated_tokens_total", "counter", "Tokens drawn.", metrics.generated_tokens),
+        *_histogram("melt_first_token_seconds", "From submission to the first token.", metrics.first_token),
+        *_histogram("melt_inter_token_seconds", "From a token to the next.", metrics.inter_token),
+        *_head("melt_depth_loops", "histogram", f"Loops before each token drawn; {DEEPEST} stands for more, too."),
+        *_buckets("melt_depth_loops", depth, deep),
+        *_single("melt_state_bytes", "gauge", "State of all slots, whatever the loops.", metrics.state_bytes),
+        *_single("melt_weights_bytes", "gauge", "Graphs and weights as stored.", metrics.weights_bytes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head(name: str, kind: str, text: str) -> list[str]:
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+
+
+def _single(name: str, kind: str, text: str, value: int) -> list[str]:
+    return [*_head(name, kind, text), f"{name} {value}"]
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> list[str]:
+    buckets = _cumulative(histogram.bounds, histogram.counts[:-1], histogram.count)
+    return [*_head(name, "histogram", text), *_buckets(name, buckets, histogram.total)]
+
+
+def _cumulative(bounds: Iterable[float], counts: Iterable[int], total: int) -> dict[str, int]:
+    return {**{f"{bound:g}": sum_ for bound, sum_ in zip(bounds, accumulate(counts), strict=True)}, "+Inf": total}
+
+
+def _buckets(name: str, buckets: Mapping[str, int], total: float) -> list[str]:
+    lines = [f'{name}_bucket{{le="{bound}"}} {count}' for bound, count in buckets.items()]
+    return [*lines, f"{name}_sum {total}", f"{name}_count {buckets['+Inf']}"]

@@ -1,0 +1,110 @@
+"""From what was asked to the scheduler's requests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import PromptError
+from ..package import source_hash
+from ..runtime import Runtime
+from ..scheduler import Request, Scheduler
+from .failures import ApiError
+from .grammar import Grammars
+from .schema import Ask, ChatAsk, CompletionAsk
+
+COMPLETION_TOKENS = 16  # where a completion does not say; a chat goes on as far as it may
+_PASSED = ("loops", "exit_threshold", "min_loops", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The requests of one call, a choice each, and how many tokens its prompts have."""
+
+    requests: tuple[Request, ...]
+    prompt_tokens: int
+
+
+class Service:
+    """A package that is being served under a name. ``max_tokens``: the most that a choice may have (None: as many as
+    the cache holds)."""
+
+    def __init__(self, runtime: Runtime, scheduler: Scheduler, name: str, max_tokens: int | None = None):
+        self.runtime, self.scheduler, self.name = runtime, scheduler, name
+        self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
+        self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for another model than this one."""
+        if name != self.name:
+            message = f"the model {name!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def job(self, ask: CompletionAsk | ChatAsk) -> Job:
+        """What to run for a call. Takes its time: prompts are encoded, grammars compiled. Raises ApiError, MeltError.
+
+        Choice i of a prompt draws with seed + i.
+        """
+        self.check_model(ask.model)
+        prompts = self._prompts(ask)
+        count = ask.n or 1
+        most = self.scheduler.slots + self.scheduler.max_waiting
+        if len(prompts) * count > most:
+            raise ApiError(400, f"{len(prompts) * count} choices are more than the {most} that can run and wait", "n")
+        options = self._options(ask)
+        schema = None if ask.response_format is None else ask.response_format.schema_asked
+        requests = tuple(
+            Request(
+                tuple(prompt),
+                self.runtime.options(**options, seed=None if ask.seed is None else ask.seed + number),
+                logprobs=_logprobs(ask),
+                constraint=None if schema is None else self._grammar().constraint(schema),
+            )
+            for prompt in prompts
+            for number in range(count)
+        )
+        for request in requests[::count]:
+            request.check(self.runtime.manifest, self.runtime.codec is not None)
+        return Job(requests, sum(map(len, prompts)))
+
+    def _prompts(self, ask: CompletionAsk | ChatAsk) -> Sequence[list[int]]:
+        if isinstance(ask, ChatAsk):
+            return [self.runtime.chat_prompt([message.plain() for message in ask.messages])]
+        prompt = ask.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [self.runtime.encode(prompt)]  # type: ignore[arg-type]
+        if not prompt:
+            raise PromptError("there is no prompt")
+        return [self.runtime.encode(one) for one in prompt]  # type: ignore[arg-type]
+
+    def _options(self, ask: CompletionAsk | ChatAsk) -> dict[str, Any]:
+        asked = ask.max_tokens
+        if isinstance(ask, ChatAsk):
+            asked = asked or ask.max_completion_tokens
+        if asked is not None and asked > self.max_tokens:
+            raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
+        usual = self.max_tokens if isinstance(ask, ChatAsk) else min(COMPLETION_TOKENS, self.max_tokens)
+        passed = {name: getattr(ask, name) for name in _PASSED if getattr(ask, name) is not None}
+        return {
+            **passed,
+            "max_tokens": asked or usual,
+            "temperature": 1.0 if ask.temperature is None else ask.temperature,
+            "ignore_eos": bool(ask.ignore_eos),
+        }
+
+    def _grammar(self) -> Grammars:
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self.runtime)
+            return self._grammars
+
+
+def _logprobs(ask: Ask) -> int | None:
+    """How many of the likeliest tokens each piece names, as the scheduler takes it."""
+    if isinstance(ask, ChatAsk):
+        return (ask.top_logprobs or 0) if ask.logprobs else None
+    return ask.logprobs if isinstance(ask, CompletionAsk) else None

@@ -1,0 +1,93 @@
+"""From the scheduler's thread to the event loop and on to the client, who may be slow, or gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from ..errors import MeltError
+from ..scheduler import Request, Scheduler
+from ..track import Generation, Piece
+
+Event = Piece | Generation | MeltError
+
+
+class Feed:
+    """The events of several requests, in the order they came, by the number of the request.
+
+    The scheduler never waits for whoever reads: events lie in a queue, at most as many as the tokens asked for. Open it
+    in the event loop. Raises what ``Scheduler.submit`` raises, and then none of them runs.
+    """
+
+    def __init__(self, scheduler: Scheduler, requests: Sequence[Request]):
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open = len(requests)
+        self._tickets = []
+        try:
+            for index, request in enumerate(requests):
+                self._tickets.append(scheduler.submit(request, partial(self._hear, index)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _hear(self, index: int, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    def cancel(self) -> None:
+        """Ends what still runs, each with its next token at the latest."""
+        for ticket in self._tickets:
+            if not ticket.done:
+                ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        while self._open:
+            index, event = await self._events.get()
+            self._open -= not isinstance(event, Piece)
+            yield index, event
+
+    @asynccontextmanager
+    async def for_client(self, receive: Receive) -> AsyncIterator[None]:
+        """While a client waits: once it is gone, or the block is left, nothing runs for it any more."""
+        watch = asyncio.create_task(_gone(receive))
+        watch.add_done_callback(lambda task: self.cancel())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            self.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events, one a message. ``messages``: called with a way to send one; it returns at the end."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: Feed, messages: Callable[[Callable[[Any], Awaitable[None]]], Awaitable[None]]):
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._feed, self._messages = feed, messages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it all."""
+
+        async def tell(message: Any) -> None:
+            text = message if isinstance(message, str) else json.dumps(message, separators=(",", ":"))
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+        async with self._feed.for_client(receive):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._messages(tell)
+            await send({"type": "http.response.body", "body": b""})

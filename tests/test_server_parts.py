@@ -1,0 +1,65 @@
+"""Parts of the server by themselves: the metrics' page, keys, and grammars that a package cannot have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from melt_runtime import ArgumentError, Runtime, Scheduler
+from melt_runtime.scheduler_metrics import OUTCOMES, Histogram, SchedulerMetrics
+from melt_runtime.server.grammar import Grammars
+from melt_runtime.server.guard import Keys
+from melt_runtime.server.metrics import prometheus
+
+
+def test_buckets_are_cumulative_and_depths_counted_together_have_no_bound() -> None:
+    times = Histogram((0.1, 1.0), (2, 3, 4), 30.5)
+    page = prometheus(
+        SchedulerMetrics(1, 2, 4, dict.fromkeys(OUTCOMES, 0), 7, 9, {2: 5, 4: 3, 64: 1}, times, times, 100, 200)
+    )
+    lines = page.splitlines()
+    for line in (
+        'melt_first_token_seconds_bucket{le="0.1"} 2',
+        'melt_first_token_seconds_bucket{le="1"} 5',
+        'melt_first_token_seconds_bucket{le="+Inf"} 9',
+        "melt_first_token_seconds_sum 30.5",
+        'melt_depth_loops_bucket{le="2"} 5',
+        'melt_depth_loops_bucket{le="4"} 8',
+        'melt_depth_loops_bucket{le="+Inf"} 9',
+        "melt_depth_loops_sum 86",
+    ):
+        assert line in lines
+    assert not any('le="64"' in line for line in lines)
+    assert page.endswith("\n")
+
+
+def test_keys_come_from_variable_and_file_together(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("first\n\n second \n")
+    keys = Keys.read("third, fourth", tmp_path / "keys")
+    assert all(keys.admit(f"Bearer {key}".encode()) for key in ("first", "second", "third", "fourth"))
+    assert not any(keys.admit(given) for given in (b"", b"Bearer", b"Bearer fifth", b"first", b"Basic first"))
+
+
+def test_no_keys_let_everybody_in() -> None:
+    assert Keys.read(None, None).admit(b"")
+
+
+def test_json_needs_a_tokenizer(tiny_package_without_tokenizer: Path) -> None:
+    with pytest.raises(ArgumentError, match="needs a tokenizer"):
+        Grammars(Runtime.load(tiny_package_without_tokenizer))
+
+
+def test_only_tokens_that_the_schema_allows_may_come(tiny_package: Path) -> None:
+    runtime = Runtime.load(tiny_package)
+    constraint = Grammars(runtime).constraint({"type": "integer"})
+    codec = runtime.codec
+    assert codec is not None
+    allowed = {codec.decode([i]) for i in constraint.mask([]).nonzero()[0].tolist()}
+    assert set("0123456789") <= allowed
+    assert not allowed & set("abcxyz")
+
+
+def test_a_scheduler_says_whether_it_takes_requests(tiny_package: Path) -> None:
+    with Scheduler(Runtime.load(tiny_package), 1) as scheduler:
+        assert scheduler.open
+    assert not scheduler.open
