@@ -37,14 +37,14 @@ def server(package: Path) -> Iterator[Server]:
         yield server
 
 
-def send(server: Server, body: dict[str, Any]) -> socket.socket:
+def send(server: Server, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
     """A raw connection with a request on it, whose reply takes little room on the way."""
     raw = socket.socket()
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     raw.settimeout(WAIT)
     raw.connect(("127.0.0.1", server.port))
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
     return raw
 
@@ -98,18 +98,20 @@ def test_a_stream_cut_half_way_by_the_official_client_frees_its_slot(server: Ser
 
 
 def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_the_end(server: Server, runtime: Runtime) -> None:
-    slow = send(server, LONG | {"stream": True, "max_tokens": 1500, "logprobs": 5})
+    asked = {**LONG, "stream": True, "max_tokens": 2500, "logprobs": True, "top_logprobs": 20}
+    asked["messages"] = [{"role": "user", "content": asked.pop("prompt")}]
+    slow = send(server, asked, "/v1/chat/completions")  # several megabytes: more than the system holds on the way
     assert slow.recv(1) == b"H"
     others: Any = {"model": "tiny", "prompt": "xyz", "temperature": 0, "max_tokens": 5}
     expected = runtime.generate("xyz", max_tokens=5, ignore_eos=True).text
     for _ in range(8):  # twice as many as there are slots
         assert server.client().completions.create(**others, extra_body={"ignore_eos": True}).choices[0].text == expected
     eventually(lambda: idle(server))  # its tokens are drawn though it has not read them
-    found = b""
+    found = bytearray()
     while not found.endswith(b"\r\n0\r\n\r\n"):
         found += slow.recv(1 << 16)
     slow.close()
-    assert found.count(b'"token_ids"') == 1500
+    assert found.count(b'"token_ids"') == 2500
     assert b"data: [DONE]" in found
 
 
