@@ -85,6 +85,16 @@ class TestGenerate:
         assert answer["prompt_tokens"] == expected.prompt_tokens
         assert answer["depth"] == {"tokens": len(expected.depth), "mean": 3.0, "min": 3, "max": 3}
 
+    def test_depth_and_chunk_are_what_the_api_makes_of_them(self, tiny_package: Path, prompt: str) -> None:
+        depth = ["--exit-threshold", 0.1, "--min-loops", 2, "--exit-change", 0.5, "--chunk", 3]
+        result = run("generate", tiny_package, prompt, "--json", "--max-tokens", 6, *depth)
+        options = {"exit_threshold": 0.1, "min_loops": 2, "exit_change": 0.5, "chunk": 3}
+        expected = Runtime.load(tiny_package).generate(prompt, max_tokens=6, **options)
+        answer = json.loads(result.stdout)
+        assert answer["token_ids"] == list(expected.token_ids)
+        assert answer["depth"]["min"] >= 2
+        assert answer["saved"] == expected.saved > 0
+
     @pytest.mark.parametrize("dash", [["-"], []])
     @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
     def test_prompt_from_standard_input(self, tiny_package: Path, prompt: str, dash: list[str], end: str) -> None:
@@ -128,6 +138,10 @@ class TestRefusals:
             (["--loops", -3], "loops is -3"),
             (["--max-tokens", 0], "max_tokens is 0"),
             (["--exit-threshold", 1.5], "exit_threshold"),
+            (["--min-loops", 0], "min_loops is 0"),
+            (["--min-loops", 3, "--loops", 2], "min_loops is 3, above the 2 loops"),
+            (["--exit-change", -1], "exit_change is -1"),
+            (["--chunk", 0], "chunk is 0"),
             (["--temperature", -1], "temperature"),
             (["--top-p", "nan"], "top_p"),
             (["--seed", -1], "seed"),

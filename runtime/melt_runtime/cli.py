@@ -52,6 +52,15 @@ ExitThreshold = Annotated[
         "default: the package's."
     ),
 ]
+MinLoops = Annotated[int, typer.Option(help="Loops that every token has at least.")]
+ExitChange = Annotated[
+    float,
+    typer.Option(help="A token leaves, too, once a loop changes its hidden state by less than this share; 0: never."),
+]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(help="Prompt tokens that run their loops together; default: the package's. It changes the answer."),
+]
 Temperature = Annotated[float, typer.Option(help="Divides the logits before drawing; 0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")]
 TopP = Annotated[float, typer.Option(help="Draw from the smallest set with this share of probability; 1: from all.")]
@@ -97,6 +106,9 @@ def generate(
     max_tokens: MaxTokens = 256,
     loops: Loops = None,
     exit_threshold: ExitThreshold = None,
+    min_loops: MinLoops = 1,
+    exit_change: ExitChange = 0.0,
+    chunk: ChunkSize = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -114,9 +126,8 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming the text as it comes."""
     with reported_errors():
-        request = _request(
-            max_tokens, loops, exit_threshold, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
-        )
+        depth = _depth(loops, exit_threshold, min_loops, exit_change, chunk)
+        request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
         if ids and chat:
             raise ArgumentError("--ids and --chat exclude each other: a chat is wrapped around text")
         text = _read_stdin() if prompt == "-" else prompt
@@ -142,6 +153,9 @@ def chat(
     max_tokens: MaxTokens = 256,
     loops: Loops = None,
     exit_threshold: ExitThreshold = None,
+    min_loops: MinLoops = 1,
+    exit_change: ExitChange = 0.0,
+    chunk: ChunkSize = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -155,9 +169,8 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal; /help lists the commands."""
     with reported_errors():
-        request = _request(
-            max_tokens, loops, exit_threshold, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop
-        )
+        depth = _depth(loops, exit_threshold, min_loops, exit_change, chunk)
+        request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
         runtime = _load(package, backend, device, threads)
         if runtime.codec is None or not runtime.codec.has_chat_template:
             lacks = "tokenizer" if runtime.codec is None else "chat template"
@@ -284,10 +297,19 @@ class Chat:
         return ids
 
 
+def _depth(
+    loops: int | None, exit_threshold: float | None, min_loops: int, exit_change: float, chunk: int | None
+) -> dict[str, Any]:
+    """How deep to think, checked now; None is the package's to say. Raises ArgumentError."""
+    most = max(min_loops, 1) if loops is None else loops
+    LoopSettings(most, 1.0 if exit_threshold is None else exit_threshold, chunk, min_loops, exit_change)
+    given = {"loops": loops, "exit_threshold": exit_threshold, "chunk": chunk}
+    return {**given, "min_loops": min_loops, "exit_change": exit_change}
+
+
 def _request(
     max_tokens: int,
-    loops: int | None,
-    exit_threshold: float | None,
+    depth: dict[str, Any],
     temperature: float,
     top_k: int,
     top_p: float,
@@ -305,9 +327,8 @@ def _request(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    depth = LoopSettings(1 if loops is None else loops, 1.0 if exit_threshold is None else exit_threshold)
-    GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop))  # type: ignore[arg-type]
-    return {"max_tokens": max_tokens, "loops": loops, "exit_threshold": exit_threshold, "stop": stop, **sampling}
+    GenerationOptions(LoopSettings(1), max_tokens, SamplingParams(**sampling), stop_strings(stop))  # type: ignore[arg-type]
+    return {"max_tokens": max_tokens, "stop": stop, **depth, **sampling}
 
 
 def _load(package: Path, backend: str, device: int, threads: int | None) -> Runtime:

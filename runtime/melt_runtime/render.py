@@ -60,7 +60,8 @@ def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
 
 
 def generation_dict(result: Generation) -> dict[str, Any]:
-    """A generation as plain values that ``json`` can write; its depths as count, mean, least and most loops."""
+    """A generation as plain values that ``json`` can write; its depths as count, mean, least and most
+    loops, and the share of loops that leaving early saved."""
     depth = result.depth
     return {
         "text": result.text,
@@ -68,6 +69,7 @@ def generation_dict(result: Generation) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
         "depth": {"tokens": len(depth), "mean": sum(depth) / len(depth), "min": min(depth), "max": max(depth)},
+        "saved": result.saved,
     }
 
 
