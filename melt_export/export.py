@@ -58,10 +58,12 @@ class ExportOptions:
             raise ExportError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.dialect not in DIALECT_NAMES:
             raise ExportError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECT_NAMES)}")
-        allowed = (self.dialect, self.precision) == ("onnxruntime", "fp32") or self.dialect == "standard"
+        allowed = (self.dialect, self.precision) == ("onnxruntime", "fp32") or (
+            self.dialect == "standard" and self.precision != "bf16"
+        )
         if self.weights is not None and not allowed:
             raise ExportError(
-                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, or of standard"
+                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, or of standard at fp32 or fp16"
             )
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
             raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
