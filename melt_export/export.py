@@ -63,7 +63,8 @@ class ExportOptions:
         )
         if self.weights is not None and not allowed:
             raise ExportError(
-                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, or of standard at fp32 or fp16"
+                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, "
+                "or of standard at fp32 or fp16"
             )
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
             raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
