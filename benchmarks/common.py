@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,19 @@ def command_line(script: str, arguments: list[str]) -> str:
     """A command as documents show it, with nothing of this machine's paths in it."""
     shown = ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
     return " ".join([f"python benchmarks/{script}", *shown])
+
+
+def melt_export(checkpoint: Path, output: Path, rows: int, *options: str) -> Path:
+    """Has melt-export make a package for one sequence of ``rows`` tokens, unverified. Raises RuntimeError with its
+    reason."""
+    command = [sys.executable, "-c", "from melt_export.entry import export; export()"]
+    command += ["--checkpoint", str(checkpoint), "--output", str(output), "--max-seq-len", str(rows)]
+    ran = subprocess.run(
+        [*command, "--max-batch", "1", "--no-verify", *options], capture_output=True, text=True, check=False
+    )
+    if ran.returncode:
+        raise RuntimeError((ran.stderr.strip().splitlines() or ["melt-export failed"])[-1])
+    return output
 
 
 def save(path: Path, section: str, report: Any) -> None:

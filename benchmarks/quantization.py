@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import STYLE, command_line, machine, save, table, versions
+from common import STYLE, command_line, machine, melt_export, save, table, versions
 from melt_runtime import Runtime
 from melt_runtime.package import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 
-from melt_export.cache import CacheOptions
-from melt_export.export import ExportOptions, building
 from melt_export.parity import Limits
 from melt_export.quality import held_out, measure, reference_logits
-from melt_export.quantize import WeightOptions
 
 _MIXED = "--int8 *.down_proj.weight --int8 *.v_proj.weight"
 VARIANTS = (
@@ -42,50 +39,25 @@ VARIANTS = (
 _ROWS = 1024
 
 
-def options_of(variant: str, max_seq_len: int) -> ExportOptions:
-    """A variant's words as options. Raises BadParameter for one that is none."""
-    found: dict[str, Any] = {"int8": []}
-    words = iter(shlex.split(variant))
-    for word in words:
-        name, value = word.removeprefix("--"), next(words, None)
-        if not word.startswith("--") or name not in ("weights", "cache", "method", "block", "int8") or value is None:
-            raise typer.BadParameter(
-                f"{variant!r}: give --weights, --cache, --method, --block and --int8, each a value"
-            )
-        if name == "int8":
-            found[name].append(value)
-        else:
-            found[name] = value
-    weights = None
-    if "weights" in found:
-        block, method = int(found.get("block", 32)), found.get("method", "gptq")
-        weights = WeightOptions(found["weights"], block, int8=tuple(found["int8"]), method=method)
-    cache = CacheOptions(found["cache"]) if "cache" in found else None
-    return ExportOptions(max_batch=1, max_seq_len=max_seq_len, weights=weights, cache=cache)
-
-
 def run(
     checkpoint: Path, text: Path, tokens: int, variants: tuple[str, ...], directory: Path, step: Step
 ) -> list[dict[str, Any]]:
-    """One row a variant."""
+    """One row a variant. Raises RuntimeError where melt-export refuses one."""
     rows: list[dict[str, Any]] = []
-    chosen = [(variant, options_of(variant, _ROWS)) for variant in variants]
     held = expected = None
-    for variant, options in chosen:
-        path = directory / "package"
-        with building(checkpoint, path, options, force=True, progress=step):
-            pass
+    for variant in variants:
+        step(f"exporting {variant}", 0, 0)
+        path = melt_export(checkpoint, directory / "package", _ROWS, "--force", *shlex.split(variant))
         package = Package.open(path, check_hashes=False)
         if held is None or expected is None:
             held = held_out(path, package.manifest, text, tokens)
             expected = reference_logits(checkpoint, held, package.manifest)
         runtime = Runtime.load(path, backend="onnxruntime", check_hashes=False)
         found = measure(runtime, held, expected, package.manifest.loops, Limits(), step)
-        files = package.manifest.files.items()
         rows.append(
             {
                 "variant": variant,
-                "bytes": sum(spec.bytes for name, spec in files if name.endswith((".onnx", ".data"))),
+                "bytes": package.manifest.weights_bytes,
                 "cache_bytes_a_token": package.manifest.cache_bytes(1),
                 "positions": found.positions,
                 "kl": found.kl,

@@ -32,6 +32,7 @@ from typing import Annotated, Any
 
 import contest
 import typer
+from common import melt_export
 from contest import Contestant, take_turns
 from loop_step import save
 from make_checkpoint import SHAPES, make
@@ -100,20 +101,9 @@ def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
     return path
 
 
-def export(source: Path, output: Path, rows: int, settings: Settings, more: tuple[str, ...] = ()) -> Path:
-    """Exports with melt-export, once; ``more``: options beside the settings'. Raises RuntimeError with its reason."""
-    if not output.is_dir():
-        command = [sys.executable, "-c", "from melt_export.entry import export; export()"]
-        command += ["--checkpoint", str(source), "--output", str(output), "--max-seq-len", str(rows)]
-        ran = subprocess.run(
-            [*command, "--max-batch", "1", "--no-verify", *settings.export, *more],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            raise RuntimeError((ran.stderr.strip().splitlines() or ["melt-export failed"])[-1])
-    return output
+def export(source: Path, output: Path, rows: int, settings: Settings, *more: str) -> Path:
+    """A package of a checkpoint, made once; ``more``: options beside the settings'. Raises RuntimeError."""
+    return output if output.is_dir() else melt_export(source, output, rows, *settings.export, *more)
 
 
 def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
@@ -178,7 +168,7 @@ def long(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     for kind in ("int8", "int4"):
         step(f"exporting with an {kind} cache", 0, 0)
         options = ("--weights", "int4", "--method", "rtn", "--cache", kind)
-        path = export(source, directory / f"long-{kind}", settings.long_rows, settings, options)
+        path = export(source, directory / f"long-{kind}", settings.long_rows, settings, *options)
         manifest = Package.open(path, check_hashes=False).manifest
         found[kind] = {
             "rows": settings.long_rows,

@@ -33,14 +33,24 @@ class Blocks:
         """The numbers as MatMulNBits reads them: uint8 (outputs, blocks, block * bits / 8), low bits first."""
         if self.bits == 8:
             return self.numbers
-        return self.numbers[..., ::2] | (self.numbers[..., 1::2] << 4)
+        return two_a_byte(self.numbers)
 
     @classmethod
     def unpacked(cls, packed: Tensor, scales: Tensor, bits: int, inputs: int) -> Blocks:
         """What ``packed`` made, read back."""
         if bits == 4:
-            packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+            packed = one_a_byte(packed)
         return cls(packed, scales.reshape(packed.shape[:2]), bits, inputs)
+
+
+def two_a_byte(numbers: Tensor) -> Tensor:
+    """uint8 (..., count) with 4 bits each -> (..., count / 2), the first of two in the lower half."""
+    return numbers[..., ::2] | (numbers[..., 1::2] << 4)
+
+
+def one_a_byte(packed: Tensor) -> Tensor:
+    """What ``two_a_byte`` put together, apart."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def round_to_nearest(weight: Tensor, bits: int, block: int, positive: bool = False) -> Blocks:

@@ -16,7 +16,8 @@ from melt_runtime.package import Package
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .quantize import BITS
+from .blocks import one_a_byte
+from .quantize import BITS, initializer
 
 PARTS = ("key", "value")
 SCALE_INPUT = {"key": 12, "value": 13}  # of GroupQueryAttention
@@ -53,9 +54,9 @@ class CacheNumbers:
 
     def widened(self, part: str, stored: NDArray[Any]) -> NDArray[np.float32]:
         """Stored rows (layers, kv_heads, rows, bytes) as (layers, kv_heads, rows, head_dim)."""
-        if self.bits == 4:
-            stored = np.stack((stored & 15, stored >> 4), axis=-1).reshape(*stored.shape[:-1], -1).astype(np.int8) - 8
-        return stored.astype(np.float32) * self.scales(part).numpy()[:, :, None]
+        rows = torch.from_numpy(stored)
+        rows = one_a_byte(rows).float() - 8 if self.bits == 4 else rows.float()
+        return (rows * self.scales(part)[:, :, None]).numpy()
 
     @classmethod
     def of(cls, package: Package) -> CacheNumbers | None:
@@ -65,10 +66,7 @@ class CacheNumbers:
         config, found = package.manifest.model, {}
         for node in attention_nodes(ir.load(package.path("loop_step"))):
             for at in SCALE_INPUT.values():
-                value = node.inputs[at]
-                assert value is not None
-                assert value.const_value is not None
-                found[str(value.name)] = torch.from_numpy(value.const_value.numpy().copy())
+                found[str(node.inputs[at].name)] = initializer(node.inputs[at])  # type: ignore[union-attr]
         heads = int(config["num_key_value_heads"])
         keys, values = (
             torch.stack([found[scale_name(part, layer)] for layer in range(len(found) // 2)]).unflatten(1, (heads, -1))

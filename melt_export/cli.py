@@ -244,10 +244,9 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    weights = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith((".data", ".onnx")))
     table.add_row("package", str(output))
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
-    table.add_row("graphs and weights", human_bytes(weights))
+    table.add_row("graphs and weights", human_bytes(manifest.weights_bytes))
     if manifest.weights:
         table.add_row("products", "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights))
     if manifest.cache:

@@ -22,7 +22,7 @@ from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
-from .blocks import Blocks, gptq, round_to_nearest
+from .blocks import Blocks, gptq, round_to_nearest, two_a_byte
 from .errors import ExportError
 from .pack import FEWEST_COLUMNS, PARTS, part_names
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
@@ -227,11 +227,10 @@ def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, block: int, d
 
 def _signed(blocks: Blocks) -> Tensor:
     """The numbers (inputs, outputs) int8; of 4 bits two a byte, the first in its lower half: (inputs, outputs / 2)."""
-    numbers = (blocks.numbers.flatten(1).t().to(torch.int16) - (1 << (blocks.bits - 1))).to(torch.int8)
+    numbers = (blocks.numbers.flatten(1).t().to(torch.int16) - (1 << (blocks.bits - 1))).to(torch.int8).contiguous()
     if blocks.bits == 8:
-        return numbers.contiguous()
-    low, high = (numbers[:, at::2].view(torch.uint8) & 15 for at in (0, 1))
-    return low | (high << 4)
+        return numbers
+    return two_a_byte(numbers.view(torch.uint8) & 15)
 
 
 def _scales(blocks: Blocks, dtype: torch.dtype) -> Tensor:
@@ -301,13 +300,13 @@ def dequantized(model: nn.Module, package: Path) -> None:
 
 
 def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:
-    numbers, scales = (_tensor(node.inputs[at]) for at in (1, 2))
+    numbers, scales = (initializer(node.inputs[at]) for at in (1, 2))
     bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
     return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs).values()
 
 
 def _dequantize_values(node: ir.Node) -> tuple[str, Tensor]:
-    numbers, scales = (_tensor(value) for value in node.inputs)
+    numbers, scales = (initializer(value) for value in node.inputs)
     blocks = numbers.unflatten(0, (-1, 1 if scales.dim() == 1 else numbers.shape[0] // scales.shape[0]))
     return _label(node.inputs[0]), (blocks * (scales if scales.dim() == 1 else scales[:, None])).flatten(0, 1).t()
 
@@ -325,7 +324,7 @@ def _label(value: ir.Value | None) -> str:
     return str(value.name).removesuffix(".q")
 
 
-def _tensor(value: ir.Value | None) -> Tensor:
+def initializer(value: ir.Value | None) -> Tensor:
     """The numbers of an initializer, as float32."""
     assert value is not None
     assert value.const_value is not None

@@ -20,7 +20,6 @@ def float32_twin(package: Path, directory: Path) -> None:
     manifest = Package.open(package, check_hashes=False).manifest
     for name, graph in manifest.graphs.items():
         model = ir.load(package / graph.file)
-        _fold(model.graph)
         _widen(model.graph)
         ir.save(model, directory / graph.file, external_data=f"{name}.data")
     twin = replace(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
+from melt_runtime import Runtime
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from melt_export.export import ExportOptions, building
+
+if TYPE_CHECKING:
+    from serving import Server
 
 torch.set_num_threads(1)
 
@@ -130,6 +135,21 @@ def served_package(
     checkpoint = Path(shutil.copytree(made, tmp_path_factory.mktemp("served") / "checkpoint"))
     write_tokenizer(checkpoint, "\n" + "".join(map(chr, range(32, 127))))
     return make_package(checkpoint, max_batch=4)
+
+
+@pytest.fixture(scope="session")
+def served_runtime(served_package: Path) -> Runtime:
+    """What the server's answers are compared with."""
+    return Runtime.load(served_package)
+
+
+@pytest.fixture(scope="module")
+def server(served_package: Path) -> Iterator[Server]:
+    """A server process on that package, for the tests of one module."""
+    from serving import Server  # with the client, which only these tests need
+
+    with Server(served_package) as server:
+        yield server
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,22 +23,6 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def package(served_package: Path) -> Path:
-    return served_package
-
-
-@pytest.fixture(scope="module")
-def runtime(package: Path) -> Runtime:
-    return Runtime.load(package)
-
-
-@pytest.fixture(scope="module")
-def server(package: Path) -> Iterator[Server]:
-    with Server(package) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def client(server: Server) -> OpenAI:
     return server.client()
 
@@ -52,25 +34,25 @@ def test_the_models_are_listed_and_found_by_name(client: OpenAI) -> None:
         client.models.retrieve("other")
 
 
-def test_a_completion_is_what_the_runtime_gives(client: OpenAI, runtime: Runtime) -> None:
+def test_a_completion_is_what_the_runtime_gives(client: OpenAI, served_runtime: Runtime) -> None:
     reply = client.completions.create(prompt="abc", **GREEDY, extra_body=GO_ON)
-    expected = runtime.generate("abc", max_tokens=12, ignore_eos=True)
+    expected = served_runtime.generate("abc", max_tokens=12, ignore_eos=True)
     assert (reply.choices[0].text, reply.choices[0].finish_reason) == (expected.text, "length")
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (3, 12, 15)
 
 
-def test_a_prompt_may_be_token_ids_and_there_may_be_several(client: OpenAI, runtime: Runtime) -> None:
+def test_a_prompt_may_be_token_ids_and_there_may_be_several(client: OpenAI, served_runtime: Runtime) -> None:
     prompts = [[5, 6, 7], [8, 9]]
     reply = client.completions.create(prompt=prompts, **GREEDY, extra_body=GO_ON)
-    expected = runtime.generate(prompts, max_tokens=12, ignore_eos=True)
+    expected = served_runtime.generate(prompts, max_tokens=12, ignore_eos=True)
     assert [choice.model_extra["token_ids"] for choice in reply.choices] == [list(one.token_ids) for one in expected]  # type: ignore[index]
     assert client.completions.create(prompt=prompts[0], **GREEDY, extra_body=GO_ON).choices[0].text == expected[0].text
 
 
-def test_a_chat_is_what_the_runtime_gives(client: OpenAI, runtime: Runtime) -> None:
+def test_a_chat_is_what_the_runtime_gives(client: OpenAI, served_runtime: Runtime) -> None:
     reply = client.chat.completions.create(messages=HELLO, **GREEDY, extra_body=GO_ON)
-    expected = runtime.generate(runtime.chat_prompt(HELLO), max_tokens=12, ignore_eos=True)
+    expected = served_runtime.generate(served_runtime.chat_prompt(HELLO), max_tokens=12, ignore_eos=True)
     assert (reply.choices[0].message.role, reply.choices[0].message.content) == ("assistant", expected.text)
 
 
@@ -95,8 +77,8 @@ def test_max_completion_tokens_is_max_tokens(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stop", ["one", "several"])
-def test_a_text_ends_before_its_stop_string(client: OpenAI, runtime: Runtime, stop: str) -> None:
-    text = runtime.generate("abc", max_tokens=12, ignore_eos=True).text
+def test_a_text_ends_before_its_stop_string(client: OpenAI, served_runtime: Runtime, stop: str) -> None:
+    text = served_runtime.generate("abc", max_tokens=12, ignore_eos=True).text
     ending = text[6:8]
     reply = client.completions.create(
         prompt="abc", **GREEDY, stop=ending if stop == "one" else ["\x00", ending], extra_body=GO_ON
@@ -114,11 +96,11 @@ def test_a_seed_gives_the_same_choices_again_and_each_choice_its_own(client: Ope
     assert len(set(first)) == 3
 
 
-def test_the_smallest_top_p_is_greedy(client: OpenAI, runtime: Runtime) -> None:
+def test_the_smallest_top_p_is_greedy(client: OpenAI, served_runtime: Runtime) -> None:
     reply = client.completions.create(
         model="tiny", prompt="abc", top_p=1e-9, temperature=1.0, max_tokens=12, extra_body=GO_ON
     )
-    assert reply.choices[0].text == runtime.generate("abc", max_tokens=12, ignore_eos=True).text
+    assert reply.choices[0].text == served_runtime.generate("abc", max_tokens=12, ignore_eos=True).text
 
 
 def test_logprobs_of_a_chat_name_the_token_and_the_likeliest(client: OpenAI) -> None:
@@ -152,11 +134,13 @@ def test_every_token_takes_the_loops_asked_for(client: OpenAI, loops: int) -> No
     assert reply.choices[0].model_extra["depth"] == [loops] * 12  # type: ignore[index]
 
 
-def test_tokens_leave_at_the_threshold_and_not_before_the_least_loops(client: OpenAI, runtime: Runtime) -> None:
+def test_tokens_leave_at_the_threshold_and_not_before_the_least_loops(client: OpenAI, served_runtime: Runtime) -> None:
     for least in (1, 3):
         asked = {**GO_ON, "exit_threshold": 0.6, "min_loops": least}
         depth = client.completions.create(prompt="abc", **GREEDY, extra_body=asked).choices[0].model_extra["depth"]  # type: ignore[index]
-        expected = runtime.generate("abc", max_tokens=12, ignore_eos=True, exit_threshold=0.6, min_loops=least).depth
+        expected = served_runtime.generate(
+            "abc", max_tokens=12, ignore_eos=True, exit_threshold=0.6, min_loops=least
+        ).depth
         assert depth == list(expected[2:])
         assert min(depth) >= least
 
@@ -230,12 +214,12 @@ def test_a_json_object_begins_as_one(client: OpenAI) -> None:
 # Looking in
 
 
-def test_state_does_not_move_with_the_loops_and_the_metrics_count(server: Server, runtime: Runtime) -> None:
+def test_state_does_not_move_with_the_loops_and_the_metrics_count(server: Server, served_runtime: Runtime) -> None:
     before = server.metrics()
     for loops in (1, 4):
         server.client().completions.create(prompt="abc", **GREEDY, extra_body={**GO_ON, "loops": loops})
     after = server.metrics()
-    assert after["melt_state_bytes"] == before["melt_state_bytes"] == runtime.state_bytes(4)
+    assert after["melt_state_bytes"] == before["melt_state_bytes"] == served_runtime.state_bytes(4)
     for name, more in {
         "melt_generated_tokens_total": 24,
         "melt_prompt_tokens_total": 6,

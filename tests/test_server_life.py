@@ -8,7 +8,6 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,6 @@ from melt_runtime import Runtime
 from serving import WAIT, Server, eventually
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 4000, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def package(served_package: Path) -> Path:
-    return served_package
-
-
-@pytest.fixture(scope="module")
-def runtime(package: Path) -> Runtime:
-    return Runtime.load(package)
-
-
-@pytest.fixture(scope="module")
-def server(package: Path) -> Iterator[Server]:
-    with Server(package) as server:
-        yield server
 
 
 def send(server: Server, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
@@ -59,7 +42,7 @@ def cancelled(server: Server) -> float:
     return server.metrics()['melt_requests_total{outcome="cancelled"}']
 
 
-def test_thirty_two_clients_at_once_each_get_what_they_get_alone(server: Server, runtime: Runtime) -> None:
+def test_thirty_two_clients_at_once_each_get_what_they_get_alone(server: Server, served_runtime: Runtime) -> None:
     client = server.client()
     work = [(f"prompt {number}", 1 + number % 4, 3 + number % 17) for number in range(32)]
 
@@ -71,7 +54,8 @@ def test_thirty_two_clients_at_once_each_get_what_they_get_alone(server: Server,
     with ThreadPoolExecutor(32) as pool:
         found = list(pool.map(lambda one: ask(*one), work))
     assert found == [
-        runtime.generate(prompt, max_tokens=tokens, loops=loops, ignore_eos=True).text for prompt, loops, tokens in work
+        served_runtime.generate(prompt, max_tokens=tokens, loops=loops, ignore_eos=True).text
+        for prompt, loops, tokens in work
     ]
 
 
@@ -97,13 +81,13 @@ def test_a_stream_cut_half_way_by_the_official_client_frees_its_slot(server: Ser
     eventually(lambda: cancelled(server) == before + 1 and idle(server))
 
 
-def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_the_end(server: Server, runtime: Runtime) -> None:
+def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_the_end(server: Server, served_runtime: Runtime) -> None:
     asked = {**LONG, "stream": True, "max_tokens": 2500, "logprobs": True, "top_logprobs": 20}
     asked["messages"] = [{"role": "user", "content": asked.pop("prompt")}]
     slow = send(server, asked, "/v1/chat/completions")  # several megabytes: more than the system holds on the way
     assert slow.recv(1) == b"H"
     others: Any = {"model": "tiny", "prompt": "xyz", "temperature": 0, "max_tokens": 5}
-    expected = runtime.generate("xyz", max_tokens=5, ignore_eos=True).text
+    expected = served_runtime.generate("xyz", max_tokens=5, ignore_eos=True).text
     for _ in range(8):  # twice as many as there are slots
         assert server.client().completions.create(**others, extra_body={"ignore_eos": True}).choices[0].text == expected
     eventually(lambda: idle(server))  # its tokens are drawn though it has not read them
@@ -115,21 +99,21 @@ def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_the_end(server: Se
     assert b"data: [DONE]" in found
 
 
-def test_a_killed_server_starts_again_on_its_port(package: Path) -> None:
-    with Server(package) as first:
+def test_a_killed_server_starts_again_on_its_port(served_package: Path) -> None:
+    with Server(served_package) as first:
         raw = send(first, LONG | {"stream": True})
         raw.recv(1)
         first.process.kill()
         assert first.end() == -signal.SIGKILL
         raw.close()
-    with Server(package, port=first.port) as second:
+    with Server(served_package, port=first.port) as second:
         assert second.port == first.port
         reply = second.client().completions.create(model="tiny", prompt="abc", max_tokens=3)
         assert reply.choices[0].finish_reason in ("length", "stop")
 
 
-def test_sigterm_lets_a_stream_end_and_takes_nothing_new(package: Path) -> None:
-    with Server(package, "--drain", 60) as server:
+def test_sigterm_lets_a_stream_end_and_takes_nothing_new(served_package: Path) -> None:
+    with Server(served_package, "--drain", 60) as server:
         stream = server.client().completions.create(
             model="tiny", prompt="abc", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
         )
@@ -145,8 +129,8 @@ def test_sigterm_lets_a_stream_end_and_takes_nothing_new(package: Path) -> None:
         assert server.log()[-1]["event"] == "stopped"
 
 
-def test_sigterm_cuts_what_is_not_over_in_time(package: Path) -> None:
-    with Server(package, "--drain", 0) as server:
+def test_sigterm_cuts_what_is_not_over_in_time(served_package: Path) -> None:
+    with Server(served_package, "--drain", 0) as server:
         raw = send(server, LONG | {"stream": True, "n": 4})
         assert raw.recv(1)
         server.process.send_signal(signal.SIGTERM)
@@ -159,12 +143,12 @@ def test_sigterm_cuts_what_is_not_over_in_time(package: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_with_a_certificate_it_speaks_https(package: Path, tmp_path: Path) -> None:
+def test_with_a_certificate_it_speaks_https(served_package: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
     subprocess.run([*command.split(), *names], check=True, capture_output=True)
-    with Server(package, "--tls-cert", certificate, "--tls-key", key) as server:
+    with Server(served_package, "--tls-cert", certificate, "--tls-key", key) as server:
         assert server.url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(certificate))
         assert httpx.get(f"{server.url}/v1/models", verify=trusted, timeout=WAIT).json()["data"][0]["id"] == "tiny"

@@ -21,14 +21,9 @@ LONG: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 4000, "e
 
 
 @pytest.fixture(scope="module")
-def package(served_package: Path) -> Path:
-    return served_package
-
-
-@pytest.fixture(scope="module")
-def server(package: Path) -> Iterator[Server]:
+def server(served_package: Path) -> Iterator[Server]:
     options = ["--slots", 1, "--max-waiting", 1, "--max-body", 5000, "--log-prompts"]
-    with Server(package, *options, MELT_API_KEYS=f"another,{KEY}") as server:
+    with Server(served_package, *options, MELT_API_KEYS=f"another,{KEY}") as server:
         yield server
 
 
@@ -170,8 +165,8 @@ def test_a_prompt_is_in_the_log_if_it_was_asked_for(server: Server) -> None:
     eventually(lambda: any(line.get("prompt") == "not a secret" for line in server.log()))
 
 
-def test_a_page_elsewhere_cannot_reach_a_server_without_keys_under_its_own_name(package: Path) -> None:
-    with Server(package, "--max-tokens", 5) as server:
+def test_a_page_elsewhere_cannot_reach_a_server_without_keys_under_its_own_name(served_package: Path) -> None:
+    with Server(served_package, "--max-tokens", 5) as server:
         reply = httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example:80"}, timeout=WAIT)
         refusal(reply, 403)
         assert server.answers("/v1/models")
@@ -182,31 +177,31 @@ def test_a_page_elsewhere_cannot_reach_a_server_without_keys_under_its_own_name(
 # Before it starts
 
 
-def refused(package: Path, *options: object, **environment: str) -> str:
+def refused(served_package: Path, *options: object, **environment: str) -> str:
     """The one line of a command that does not start."""
-    result = CliRunner().invoke(app, ["serve", str(package), *map(str, options)], env=environment)
+    result = CliRunner().invoke(app, ["serve", str(served_package), *map(str, options)], env=environment)
     assert result.exit_code == 2, result.output
     return result.stderr
 
 
-def test_an_address_that_others_reach_needs_a_key(package: Path) -> None:
-    assert "--without-key" in refused(package, "--host", "0.0.0.0", "--port", 0)
+def test_an_address_that_others_reach_needs_a_key(served_package: Path) -> None:
+    assert "--without-key" in refused(served_package, "--host", "0.0.0.0", "--port", 0)
 
 
-def test_keys_that_were_asked_for_must_be_there(package: Path, tmp_path: Path) -> None:
+def test_keys_that_were_asked_for_must_be_there(served_package: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n")
-    assert "there is none" in refused(package, "--api-key-file", tmp_path / "keys")
-    assert "there is none" in refused(package, MELT_API_KEYS="")
-    assert "cannot be read" in refused(package, "--api-key-file", tmp_path / "other")
+    assert "there is none" in refused(served_package, "--api-key-file", tmp_path / "keys")
+    assert "there is none" in refused(served_package, MELT_API_KEYS="")
+    assert "cannot be read" in refused(served_package, "--api-key-file", tmp_path / "other")
 
 
-def test_a_certificate_needs_its_key(package: Path) -> None:
-    assert "belong together" in refused(package, "--tls-cert", "cert.pem")
+def test_a_certificate_needs_its_key(served_package: Path) -> None:
+    assert "belong together" in refused(served_package, "--tls-cert", "cert.pem")
 
 
-def test_a_port_that_is_taken_is_said_in_a_line(package: Path) -> None:
+def test_a_port_that_is_taken_is_said_in_a_line(served_package: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "cannot listen" in refused(package, "--port", taken.getsockname()[1])
+        assert "cannot listen" in refused(served_package, "--port", taken.getsockname()[1])
 
 
 def test_loopback_is_told_from_other_addresses() -> None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .backends.choice import NAMES
 from .bench_cli import bench_command
 from .command import one_line, reported_errors, run_app
 from .describe import describe, untrained_warnings
@@ -22,6 +21,7 @@ from .driver import LoopSettings
 from .engine_cli import build_engine_command
 from .errors import ArgumentError, PromptError
 from .generation import Generator
+from .options import BackendName, DeviceIndex, PackageDirectory, Threads
 from .package import Package
 from .render import generation_dict, hash_progress, print_facts, stats_lines
 from .runtime import Runtime
@@ -42,7 +42,6 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, epilog=_EPILOG
 )
 
-PackageDirectory = Annotated[Path, typer.Argument(help="The package directory that melt-export wrote.")]
 MaxTokens = Annotated[int, typer.Option(help="Most new tokens in an answer.")]
 Loops = Annotated[int | None, typer.Option(help="Most loops a token; default: the package's.")]
 ExitThreshold = Annotated[
@@ -70,11 +69,6 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely; 1: off.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same draws; default: new ones each time.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with on the CPU; default: the physical cores.")]
-BackendName = Annotated[
-    str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can here.")
-]
-DeviceIndex = Annotated[int, typer.Option(help="The NVIDIA device to run on, by index.", min=0)]
 
 
 def _version(value: bool) -> None:

@@ -20,6 +20,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")
+COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ class Manifest:
     def quantized(self) -> bool:
         """Whether products or caches have fewer bits than the precision says."""
         return bool(self.weights or self.cache)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of graphs and weights, as stored."""
+        return sum(spec.bytes for name, spec in self.files.items() if name.endswith(COMPUTED_FROM))
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
@@ -232,9 +238,7 @@ def manifest_hash(directory: Path) -> str:
 
 def source_hash(manifest: Manifest) -> str:
     """What an engine is built from: a hash over the hashes of graphs and weights."""
-    parts = sorted(
-        f"{name} {spec.sha256}" for name, spec in manifest.files.items() if name.endswith((".onnx", ".data"))
-    )
+    parts = sorted(f"{name} {spec.sha256}" for name, spec in manifest.files.items() if name.endswith(COMPUTED_FROM))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

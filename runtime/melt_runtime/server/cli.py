@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ..backends.choice import NAMES
 from ..command import reported_errors
 from ..errors import ArgumentError
+from ..options import BackendName, DeviceIndex, PackageDirectory, Threads
 from ..render import hash_progress
 from ..runtime import Runtime
 from ..scheduler import Scheduler
@@ -21,7 +21,7 @@ KEYS_VARIABLE = "MELT_API_KEYS"
 
 
 def serve_command(
-    package: Annotated[Path, typer.Argument(help="The package directory that melt-export wrote.")],
+    package: PackageDirectory,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name to clients; default: the directory's.")] = None,
@@ -43,13 +43,9 @@ def serve_command(
         int, typer.Option(help="Seconds that SIGTERM leaves to what is running before it is cut.", min=0)
     ] = 30,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads to compute with on the CPU; default: the physical cores.")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can.")
-    ] = "auto",
-    device: Annotated[int, typer.Option(help="The NVIDIA device to run on, by index.", min=0)] = 0,
+    threads: Threads = None,
+    backend: BackendName = "auto",
+    device: DeviceIndex = 0,
 ) -> None:
     """Serve a package over HTTP: OpenAI's completions and chats, metrics, and a page to try it."""
     with reported_errors():
