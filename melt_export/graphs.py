@@ -68,6 +68,18 @@ class _Rotary(nn.Module):
         self.sin: Tensor = nn.Buffer(sin)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch computes in the caller's thread alone: in others its cosines may differ in the last bit from run to run,
+    and equal checkpoints would not give equal packages."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 M = TypeVar("M", MeltModel, LoopLMModel)
 
 
@@ -79,7 +91,8 @@ class _LoopStep(nn.Module, Generic[M]):
     def __init__(self, model: M, dialect: Dialect, cache_rows: int, dtype: torch.dtype):
         super().__init__()
         self.model, self.dialect = model, dialect
-        cos, sin = rotary_tables(model.config, torch.arange(cache_rows))
+        with _one_thread():
+            cos, sin = rotary_tables(model.config, torch.arange(cache_rows))
         self.rotary = _Rotary(cos.to(dtype), sin.to(dtype))
 
     def attend(self, lengths: Tensor, control: Tensor, caches: tuple[Tensor, ...]) -> GraphAttention:

@@ -45,8 +45,7 @@ class RMSNorm(nn.Module):
 def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines for ``positions`` (any shape): two float32 tensors (*positions.shape, head_dim / 2).
 
-    RoPE: arXiv 2104.09864; scaled variants come from transformers. The functions are taken in float64 and rounded:
-    in float32 their last bit depends on where in memory the angles lie, and tables would differ from run to run.
+    RoPE: arXiv 2104.09864; scaled variants come from transformers.
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
@@ -54,8 +53,8 @@ def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tens
         frequencies, scale = 1.0 / (rope["rope_theta"] ** exponent), 1.0
     else:
         frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device)
-    angles = (positions[..., None].float() * frequencies).double()
-    return angles.cos().float() * scale, angles.sin().float() * scale
+    angles = positions[..., None].float() * frequencies
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
