@@ -51,9 +51,7 @@ class Scheduler:
         self._meter = Meter()
         driver = runtime.driver(runtime.backend.max_batch if slots is None else slots)
         self.slots, self._state_bytes = driver.batch, driver.state.state_bytes
-        self._weights_bytes = sum(
-            spec.bytes for name, spec in runtime.manifest.files.items() if name.endswith((".onnx", ".data"))
-        )
+        self._weights_bytes = runtime.manifest.weights_bytes
         self._slots = Slots(driver, runtime.codec, prefixes, self._meter.prefilled)
         self._changed = threading.Condition()  # guards what follows, and what is waiting
         self._waiting: deque[Ticket] = deque()
