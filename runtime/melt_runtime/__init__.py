@@ -16,12 +16,16 @@ from .errors import (
     MeltError,
     PackageError,
     PromptError,
+    SessionError,
 )
 from .generation import Generator
+from .memory import Memory
 from .package import Manifest, Package
+from .prefixes import PrefixStore
 from .runtime import Runtime
 from .sampling import Sampler, SamplingParams
 from .scheduler import Request, Scheduler, SchedulerMetrics, Ticket
+from .session import Session
 from .track import Constraint, Generation, GenerationOptions, Logprobs, Piece
 
 __all__ = [
@@ -40,9 +44,11 @@ __all__ = [
     "LoopSettings",
     "Manifest",
     "MeltError",
+    "Memory",
     "Package",
     "PackageError",
     "Piece",
+    "PrefixStore",
     "PromptError",
     "Request",
     "Runtime",
@@ -50,5 +56,7 @@ __all__ = [
     "SamplingParams",
     "Scheduler",
     "SchedulerMetrics",
+    "Session",
+    "SessionError",
     "Ticket",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,27 @@ class LoopDriver:
         """Forgets the tokens of one sequence."""
         self.lengths[slot] = 0
         self.depth[slot].clear()
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forgets the tokens of one sequence behind its first ``length``."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ArgumentError(f"length is {length}; it must lie between 0 and the {self.lengths[slot]} in the cache")
+        self.lengths[slot] = length
+        del self.depth[slot][length:]
+
+    def restore(self, slot: int, rows: Mapping[str, NDArray[Any]], depth: Sequence[int]) -> None:
+        """Puts tokens behind those of one sequence without running them: the cache rows that ``state.rows`` gave of
+        the same tokens at the same place, and the loops spent on each. Raises ArgumentError for rows that do not fit.
+        """
+        start = int(self.lengths[slot])
+        if any(values.ndim != 3 or values.shape[1] != len(depth) for values in rows.values()):
+            raise ArgumentError(f"the rows are not those of {len(depth)} tokens")
+        if start + len(depth) > self.capacity:
+            raise ArgumentError(f"{len(depth)} tokens do not fit behind {start} in a cache of {self.capacity}")
+        if depth:
+            self.state.write_rows(slot, start, rows)
+        self.lengths[slot] = start + len(depth)
+        self.depth[slot].extend(depth)
 
     def part(self, first: int, count: int) -> LoopDriver | None:
         """A driver of the sequences ``first`` to ``first + count - 1`` alone, over the same memory, lengths and depths:

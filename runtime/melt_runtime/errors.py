@@ -28,6 +28,10 @@ class PromptError(MeltError, ValueError):
     """A prompt cannot be used: empty, longer than the cache, or with token ids outside the vocabulary."""
 
 
+class SessionError(MeltError):
+    """A saved session cannot be read or written: it is damaged, was changed, or belongs to another package."""
+
+
 class BusyError(MeltError):
     """No room: the queue is full. ``retry_after``: seconds until there may be, by how fast requests ended lately."""
 

@@ -1,9 +1,12 @@
-"""Size and hash of a file: what a package says of everything in it."""
+"""Size and hash of a file: what a package says of everything in it. And files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,3 +28,33 @@ def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
             if progress is not None:
                 progress(len(block))
     return digest.hexdigest()
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A file beside ``target`` to write, which takes its name and its place only when the block ends without an error.
+
+    By then it is on the disk. Raises OSError (disk full, no permission).
+    """
+    target = target.absolute()
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+    os.close(handle)
+    made = Path(name)
+    try:
+        yield made
+        mask = os.umask(0)
+        os.umask(mask)
+        made.chmod(0o666 & ~mask)
+        _sync(made)
+        made.replace(target)
+        _sync(target.parent)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -48,6 +48,15 @@ def resident(field: str) -> int | None:
     return None
 
 
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping (MemAvailable); None where the system does not tell."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    lines = info.read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 class ReadBandwidth:
     """Reads a large buffer with several threads, in the fastest of a few ways, and says how many bytes a second came.
 

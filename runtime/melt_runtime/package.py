@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -126,6 +126,16 @@ class Manifest:
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
         return sum(state.bytes(batch, self.chunk) for state in self.states)
+
+    def resized(self, max_seq_len: int) -> Manifest:
+        """The manifest that the package would have, exported for another ``max_seq_len``."""
+        chunk, padded = min(self.chunk, max_seq_len), self.cache_rows > self.max_seq_len
+        rows = max_seq_len + (chunk if padded else 0)
+        states = tuple(
+            state if state.kind == "swap" else replace(state, shape=(*state.shape[:-2], rows, state.shape[-1]))
+            for state in self.states
+        )
+        return replace(self, max_seq_len=max_seq_len, chunk=chunk, cache_rows=rows, states=states)
 
     def cache_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes of key/value rows that hold ``tokens`` tokens of each sequence of a batch."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from .backends import Backend, open_backend
 from .driver import LoopDriver, LoopSettings
 from .errors import ArgumentError, PackageError, PromptError
 from .generation import Generator
+from .memory import Memory, memory
 from .package import Manifest, Package
 from .sampling import SamplingParams
+from .session import Session
 from .stopping import stop_strings
 from .text import TextCodec
 from .track import Generation, GenerationOptions
+
+if TYPE_CHECKING:
+    from .scheduler_slots import Prefixes
 
 Prompt = str | Sequence[int]
 
@@ -74,6 +79,20 @@ class Runtime:
     def driver(self, batch: int = 1) -> LoopDriver:
         """A loop driver with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
         return LoopDriver(self.backend.open_state(batch), self.manifest)
+
+    def session(self, *, prefixes: Prefixes | None = None, **options: Any) -> Session:
+        """A conversation with state of its own. ``options``, as of ``generate``, hold for all its calls; ``prefixes``:
+        beginnings of prompts that need not run again. Raises ArgumentError, BackendError."""
+        return Session(self, prefixes=prefixes, **options)
+
+    def load_session(self, path: Path | str, *, prefixes: Prefixes | None = None) -> Session:
+        """A session as it was saved. Raises SessionError, BackendError."""
+        return Session.load(self, path, prefixes=prefixes)
+
+    def memory(self, max_seq_len: int | None = None, batch: int = 1) -> Memory:
+        """What a session of this batch would cost, before it is made. ``max_seq_len``: were the package exported for
+        so many tokens; None: as it is. Raises ArgumentError."""
+        return memory(self.manifest, self.backend, max_seq_len, batch)
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of state that a session of this batch allocates, whatever the number of loops."""

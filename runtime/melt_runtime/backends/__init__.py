@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,6 +72,12 @@ class BackendState(Protocol):
     def read(self, name: str, index: Any = ...) -> NDArray[Any]:
         """A copy of a state as it stands, by its name in the manifest; ``index`` picks a part of it."""
 
+    def rows(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
+        """A copy of the cache rows ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, rows, head_dim)."""
+
+    def write_rows(self, slot: int, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
+        """Writes what ``rows`` gave into the cache rows of a sequence from ``start`` on."""
+
 
 class Backend(Protocol):
     """A loaded package, ready to open states of up to ``max_batch`` sequences."""
@@ -80,6 +87,9 @@ class Backend(Protocol):
     @property
     def max_batch(self) -> int:
         """The most sequences of a batch."""
+
+    def available_bytes(self) -> int | None:
+        """Memory that a state may take where it lies; None where nobody tells."""
 
     def open_state(self, batch: int) -> BackendState:
         """Allocates all state of a batch. Raises BackendError when there is no memory for it."""

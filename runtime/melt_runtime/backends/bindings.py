@@ -116,6 +116,15 @@ def slot_bytes(manifest: Manifest) -> dict[str, int]:
     return {name: size_of(state.bound_shape, state.dtype, batch=1) for state in caches for name in buffers_of(state)}
 
 
+def cache_buffers(manifest: Manifest, loops: int | None = None) -> dict[str, StateSpec]:
+    """The buffers that outlive a chunk, and whose state each is. ``loops``: of a LoopLM only those of so many loops."""
+    found: dict[str, StateSpec] = {}
+    for state in manifest.states:
+        if state.kind != "swap":
+            found |= dict.fromkeys(buffers_of(state)[: loops if state.kind == "per_loop" else None], state)
+    return found
+
+
 def moved(bindings: Bindings, offsets: dict[str, int]) -> Bindings:
     """The same bindings, those of some buffers so many bytes further in."""
     inputs, outputs = (

@@ -77,6 +77,23 @@ class DeviceBuffers:
         self.stream.copy_pieces(to, target.pitch, of, source.pitch, count, pieces)
         self.stream.synchronize()
 
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """Pieces of a buffer (pieces, count), copied to the host."""
+        self.device.use()
+        values = np.empty((pieces, count), np.uint8)
+        begin = self.address(source.buffer) + source.offset
+        self.stream.copy_pieces(values.ctypes.data, count, begin, source.pitch, count, pieces)
+        self.stream.synchronize()
+        return values
+
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Pieces (pieces, count) of the host into a buffer."""
+        self.device.use()
+        pieces, count = values.shape
+        begin = self.address(target.buffer) + target.offset
+        self.stream.copy_pieces(begin, target.pitch, values.ctypes.data, count, count, pieces)
+        self.stream.synchronize()
+
 
 def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     """Where buffers lie in one block, each aligned, and the bytes of the block."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, BackendError
+from ..machine import available_memory
 from ..package import GRAPHS, Package
-from .bindings import Binding, behind
+from .bindings import Binding, behind, scratch_buffers
 from .state import BufferState, Strip
 
 # Attention over a growing cache: its width is rounded up, so that few shapes are ever bound.
@@ -78,6 +79,10 @@ class OnnxRuntimeBackend(Sessions):
             raise ArgumentError(f"threads is {threads}; on this machine it must lie between 1 and {most}")
         self.sessions = {name: self._session(name, threads) for name in GRAPHS}
 
+    def available_bytes(self) -> int | None:
+        """Memory of the machine that a state may take; None where the system does not tell."""
+        return available_memory()
+
     def _session(self, graph: str, threads: int | None) -> Any:
         options = self.options()
         if self.low_memory:
@@ -93,6 +98,13 @@ class OnnxRuntimeBackend(Sessions):
     def open_state(self, batch: int) -> OnnxRuntimeState:
         """Allocates all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
         self.check_batch(batch)
+        manifest, free = self.package.manifest, self.available_bytes()
+        state, scratch = manifest.state_bytes(batch), sum(scratch_buffers(manifest, batch).values())
+        if free is not None and state + scratch > free:
+            raise BackendError(
+                f"a batch of {batch} needs {state + scratch:,} bytes of memory ({state:,} of state, {scratch:,} of "
+                f"scratch), {free:,} are available; use a smaller batch or export with a smaller --max-seq-len"
+            )
         try:
             return OnnxRuntimeState(self, batch)
         except MemoryError as error:
@@ -127,11 +139,18 @@ class OnnxRuntimeState(BufferState):
 
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """Copies pieces of one buffer into another."""
-        to, of = (
-            np.ndarray((pieces, count), np.uint8, self.buffers[strip.buffer].data, strip.offset, (strip.pitch, 1))
-            for strip in (target, source)
-        )
-        to[...] = of
+        self._pieces(target, count, pieces)[...] = self._pieces(source, count, pieces)
+
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """A copy of pieces of a buffer."""
+        return self._pieces(source, count, pieces).copy()
+
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Copies pieces into a buffer."""
+        self._pieces(target, values.shape[1], len(values))[...] = values
+
+    def _pieces(self, strip: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        return np.ndarray((pieces, count), np.uint8, self.buffers[strip.buffer].data, strip.offset, (strip.pitch, 1))
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
         """An I/O binding of every tensor to the address of its buffer."""

@@ -50,6 +50,12 @@ class Buffers(Protocol):
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """Copies pieces from one buffer to another on the device and waits for it."""
 
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """Pieces of a buffer (pieces, count), copied to the host."""
+
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Copies pieces (pieces, count) of the host into a buffer and waits for it."""
+
 
 class DeviceBackend(Sessions):
     """The graphs on a device. A subclass says how a session gets its provider."""
@@ -85,6 +91,10 @@ class DeviceBackend(Sessions):
         """Allocates all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
         self.check_batch(batch)
         return DeviceState(self, batch)
+
+    def available_bytes(self) -> int | None:
+        """Free memory of the device."""
+        return int(self.device.memory()[0])
 
     def require_provider(self, session: Any, graph: str, provider: str, advice: str) -> None:
         """Raises BackendError where ONNX Runtime fell back to the CPU, which it does without an error."""
@@ -185,6 +195,14 @@ class DeviceState(BufferState):
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """A strided copy on the device."""
         self.buffers.copy(target, source, count, pieces)
+
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """Downloads pieces of a buffer."""
+        return self.buffers.fetch(source, count, pieces)
+
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Uploads pieces into a buffer."""
+        self.buffers.store(target, values)
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
         """An I/O binding by address. What a graph reads on the host, such as a length, is bound to its twin there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 
 from ..candidates import Candidates
 from ..errors import ArgumentError
-from ..package import ITEM_BYTES, Manifest, rows_shape
+from ..package import ITEM_BYTES, Manifest, StateSpec, rows_shape
 from . import LoopControl
 from .bindings import (
     Binding,
     Bindings,
     behind,
+    cache_buffers,
     embed_bindings,
     head_bindings,
     loop_bindings,
@@ -84,6 +86,14 @@ class BufferState(ABC):
     @abstractmethod
     def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
         """Copies ``pieces`` pieces of ``count`` bytes from one buffer to another."""
+
+    @abstractmethod
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """``pieces`` pieces of ``count`` bytes of a buffer as an array of the host (pieces, count)."""
+
+    @abstractmethod
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Writes pieces (pieces, count) of contiguous bytes into a buffer; afterwards the array is free again."""
 
     @abstractmethod
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
@@ -190,6 +200,47 @@ class BufferState(ABC):
             if name == state.output and state.kind == "read_only":
                 return self._read(name, rows_shape(state.shape), state.dtype, index)
         raise ArgumentError(f"the package has no state {name!r}")
+
+    def rows(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
+        """A copy of the cache rows ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, rows, head_dim).
+
+        bfloat16 comes as its bits. ``loops``: of a LoopLM only the caches of so many. Between chunks only. Raises
+        ArgumentError for rows that are not there.
+        """
+        found = {}
+        for name, state in cache_buffers(self.manifest, loops).items():
+            strip, heads, size = self._rows_of(name, state, slot, start, stop)
+            dtype = host_dtype(state.dtype)
+            values = self.fetch(strip, (stop - start) * size * dtype.itemsize, heads)
+            found[name] = values.view(dtype).reshape(heads, stop - start, size)
+        return found
+
+    def write_rows(self, slot: int, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
+        """Writes what ``rows`` gave into the cache rows of a sequence from ``start`` on. Raises ArgumentError, before
+        anything is written, for names, types or shapes that are not this state's."""
+        strips, known = [], cache_buffers(self.manifest)
+        for name, values in rows.items():
+            if name not in known or values.ndim != 3 or values.dtype != host_dtype(known[name].dtype):
+                raise ArgumentError(
+                    f"rows of {name!r} as {values.dtype} with {values.ndim} axes are no rows of this state"
+                )
+            strip, heads, size = self._rows_of(name, known[name], slot, start, start + values.shape[1])
+            if values.shape[::2] != (heads, size):
+                raise ArgumentError(f"rows of {name} have the shape {values.shape}, not ({heads}, rows, {size})")
+            strips.append((strip, np.ascontiguousarray(values).reshape(heads, -1).view(np.uint8)))
+        for strip, values in strips:
+            self.store(strip, values)
+
+    def _rows_of(self, buffer: str, state: StateSpec, slot: int, start: int, stop: int) -> tuple[Strip, int, int]:
+        """Where rows of a sequence lie, a piece a head; heads and head size."""
+        heads, rows, size = (int(dim) for dim in state.bound_shape[1:])
+        if not (0 <= slot < self.batch and 0 <= start < stop <= rows):
+            raise ArgumentError(
+                f"rows {start} to {stop - 1} of slot {slot} are not among {rows} rows of {self.batch} slots"
+            )
+        row = size * ITEM_BYTES[state.dtype]
+        begin = self.offsets.get(buffer, 0) + (slot * heads * rows + start) * row
+        return Strip(buffer, begin, rows * row), heads, size
 
     def put(self, buffer: str, values: NDArray[Any]) -> None:
         """Writes an array to the front of a buffer."""

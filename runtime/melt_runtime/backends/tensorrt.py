@@ -74,6 +74,10 @@ class TensorRTBackend:
         """The most sequences of a batch: what the engine was built for."""
         return self.spec.profiles[-1].batch[2]
 
+    def available_bytes(self) -> int | None:
+        """Free memory of the device."""
+        return self.device.memory()[0]
+
     def open_state(self, batch: int) -> TensorRTState:
         """Allocates all state of a batch. Raises ArgumentError above the engine's batch, BackendError."""
         most = self.max_batch
@@ -226,6 +230,21 @@ class TensorRTState(BufferState):
         """One strided copy on the device."""
         to, of = (self.address(strip.buffer) + strip.offset for strip in (target, source))
         self.stream.copy_pieces(to, target.pitch, of, source.pitch, count, pieces)
+
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """Brings pieces of a buffer to the host and waits for them."""
+        self.device.use()
+        values, begin = np.empty((pieces, count), np.uint8), self.address(source.buffer) + source.offset
+        self.stream.copy_pieces(values.ctypes.data, count, begin, source.pitch, count, pieces)
+        self._wait()
+        return values
+
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Takes pieces of the host into a buffer and waits until they are there."""
+        self.device.use()
+        begin, count = self.address(target.buffer) + target.offset, values.shape[1]
+        self.stream.copy_pieces(begin, target.pitch, values.ctypes.data, count, count, len(values))
+        self._wait()
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Bound:
         """Shapes, addresses and profile."""
