@@ -15,10 +15,12 @@ from melt_runtime.backends import tensorrt
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from test_device_state import OnStandIn
 
+from melt_export.cache import CacheOptions
+
 SETTINGS = LoopSettings(3)
 PROMPTS = [list(range(5, 18)), [20, 21, 22], list(range(23, 32)), [40, 41]]
 KINDS = ["onnxruntime", "standard", "portable", "looplm", "device standard", "device portable", "engine standard"]
-KINDS += ["engine portable"]
+KINDS += ["engine portable", "int8", "int4"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -32,6 +34,9 @@ def runtime(
     """Every backend and dialect, devices as stand-ins."""
     if request.param == "looplm":
         yield Runtime.load(make_package(make_looplm(), chunk=8))
+        return
+    if request.param in ("int8", "int4"):
+        yield Runtime.load(make_package(make_checkpoint(), cache=CacheOptions(request.param)))
         return
     where, dialect = request.param.split() if " " in request.param else ("cpu", request.param)
     source = make_package(make_checkpoint(), dialect=dialect)
