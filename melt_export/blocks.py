@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # Shares of a block's largest value that a scale may stand for: rounding errs less when it clips a little.
 _SHRINK = tuple(1 - step / 50 for step in range(15))
-_ELEMENTS_AT_ONCE = 1 << 24
+_ELEMENTS_AT_ONCE = 1 << 18  # what is searched at a time stays in a processor's cache
 _DAMPING = 0.01  # of the mean of a Hessian's diagonal
 _COLUMNS_AT_ONCE = 128
 

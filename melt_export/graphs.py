@@ -22,6 +22,7 @@ from melt_runtime.package import StateSpec, TensorSpec
 from torch import Tensor, nn
 
 from .dialects import Dialect, GraphAttention, GraphInputs
+from .first_loop import skip_first_gate
 from .fuse import fuse_norms
 from .pack import pack_products
 from .simplify import simplify
@@ -175,6 +176,8 @@ def trace_loop_step(
     module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
     traced = _trace(module, dialect.opset, inputs, outputs, len(fixed))
     if dialect.fuses:
+        if isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
+            skip_first_gate(traced.model.graph)
         pack_products(traced.model.graph)
         fuse_norms(traced.model)
     return traced

@@ -100,7 +100,7 @@ def quantize_products(
     DEQUANTIZE; dtype: of the products.
     """
     spell = _nbits if operator == MATMUL_NBITS else _dequantize
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None:
             continue
@@ -194,9 +194,9 @@ def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype:
     old, new = node.outputs[0], made.outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
     graph.opset_imports.setdefault(made.domain, 1)
-    graph.insert_before(node, made)
+    _own_graph(node).insert_before(node, made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    _own_graph(node).remove(node, safe=True)
 
 
 def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype: torch.dtype) -> None:
@@ -221,8 +221,14 @@ def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, block: int, d
         ir.Shape((product.inputs, product.outputs)),
         ir.TensorType(kind),
     )
-    graph.insert_before(node, made)
+    _own_graph(node).insert_before(node, made)
     node.replace_input_with(1, new)
+
+
+def _own_graph(node: ir.Node) -> ir.Graph:
+    """The graph, or the branch of an If, in which a node stands."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _signed(blocks: Blocks) -> Tensor:
@@ -287,7 +293,7 @@ def dequantized(model: nn.Module, package: Path) -> None:
     """
     linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for graph in ("loop_step", "lm_head"):
-        for node in ir.load(package / f"{graph}.onnx").graph:
+        for node in ir.load(package / f"{graph}.onnx").graph.all_nodes():
             if node.op_type not in _STORED_VALUES:
                 continue
             label, values = stored_values(node)

@@ -46,7 +46,7 @@ def wide_twin(package: Path, directory: Path) -> None:
     manifest = Package.open(package, check_hashes=False).manifest
     for name, graph in manifest.graphs.items():
         model = ir.load(package / graph.file)
-        for node in model.graph:
+        for node in model.graph.all_nodes():
             node.attributes.pop(ACCURACY, None)
         folded = _fold(model.graph)
         ir.save(model, directory / graph.file, external_data=f"{name}.wide" if folded else None)
@@ -96,12 +96,13 @@ def _wide(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 def _widen(graph: ir.Graph) -> None:
     """Turns every bf16 value, constant and cast of a graph into float32, in place."""
-    for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]:
+    results = (output for node in graph.all_nodes() for output in node.outputs)
+    for value in [*graph.inputs, *graph.initializers.values(), *results]:
         if value.dtype == _BF16:
             value.dtype = _FP32
         if value.const_value is not None and value.const_value.dtype == _BF16:
             value.const_value = _widened(value.const_value)
-    for node in graph:
+    for node in graph.all_nodes():
         target = node.attributes.get("to")
         if node.op_type == "Cast" and target is not None and target.as_int() == _BF16:
             node.attributes["to"] = ir.AttrInt64("to", int(_FP32))

@@ -16,7 +16,6 @@ from melt_export.verify import verify
 
 LAYER = "model.layers.0."
 PACKED = {
-    LAYER + "latent_gate.input_proj+self_attn.q_proj.weight": ("latent_gate.input_proj", "self_attn.q_proj"),
     LAYER + "self_attn.k_proj+v_proj.weight": ("self_attn.k_proj", "self_attn.v_proj"),
     LAYER + "mlp.gate_proj+up_proj.weight": ("mlp.gate_proj", "mlp.up_proj"),
 }
@@ -33,8 +32,16 @@ def operators(package: Path) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-def test_a_layer_has_six_products_instead_of_nine(tiny_package: Path) -> None:
-    assert operators(tiny_package)["MatMul"] == 2 * 6 + 1  # two layers and the exit gate
+def test_a_layer_has_five_products_instead_of_seven_beside_its_gates(tiny_package: Path) -> None:
+    assert operators(tiny_package)["MatMul"] == 2 * 5 + 1  # two layers and the exit gate
+
+
+def test_a_gate_that_no_loop_skips_shares_a_product_with_the_query(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage
+) -> None:
+    package = make_package(make_checkpoint(latent_init="zeros"))
+    assert operators(package)["MatMul"] == 2 * 6 + 1
+    assert LAYER + "latent_gate.input_proj+self_attn.q_proj.weight" in initializers(package)
 
 
 def test_packed_weights_hold_the_checkpoints_columns_side_by_side(tiny_package: Path, tiny_checkpoint: Path) -> None:
@@ -58,7 +65,7 @@ def test_the_other_dialects_keep_a_weight_a_product(
 def test_a_gate_of_one_column_stays_alone_and_the_package_agrees(
     make_checkpoint: MakeCheckpoint, make_package: MakePackage
 ) -> None:
-    checkpoint = make_checkpoint(aggregation="scalar_gate", num_hidden_layers=1)
+    checkpoint = make_checkpoint(aggregation="scalar_gate", latent_init="zeros", num_hidden_layers=1)
     package = make_package(checkpoint)
     assert f"{LAYER}latent_gate.input_proj.weight" in initializers(package)
     assert operators(package)["MatMul"] == 7 + 1

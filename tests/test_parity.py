@@ -132,7 +132,8 @@ def test_only_the_dialects_own_operators_are_used(make_checkpoint: MakeCheckpoin
 
 def test_nodes_say_where_they_come_from(tiny_package: Path) -> None:
     graph = onnx.load(tiny_package / "loop_step.onnx", load_external_data=False).graph
-    names = [node.name for node in graph.node]
+    branches = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    names = [node.name for part in (graph, *branches) for node in part.node]
     assert len(set(names)) == len(names)
     for name in (
         "/layers.1/self_attn/GroupQueryAttention",

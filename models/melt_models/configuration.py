@@ -171,3 +171,8 @@ class MeltConfig(LoopedConfig):
     def latent_size(self) -> int:
         """Elements of a token's latent in one layer: d, and one more where the mean counts its loops."""
         return self.hidden_size + (self.aggregation == "mean")
+
+    @property
+    def gate_starts_at_input(self) -> bool:
+        """Whether a token's first latent is its input, h_1 = a_1, whatever a gate with products of its own says."""
+        return self.aggregation in ("gate", "scalar_gate") and self.latent_init == "first_input"

@@ -20,7 +20,7 @@ import numpy as np
 
 from .backends import BackendState, LoopControl
 from .driver import whole_number
-from .engines.onnx_file import initializer_bytes
+from .engines.onnx_file import initializer_bytes, read_operators
 from .errors import ArgumentError, BackendError
 from .machine import ReadBandwidth, physical_cores
 from .package import Manifest, Package, size_of
@@ -67,7 +67,7 @@ class Point:
 
 @dataclass
 class Samples:
-    """Seconds, one entry a visit (``loop``: the median of a visit's loop steps)."""
+    """Seconds, one entry a visit (``loop``: a loop step, the median of a visit's tokens)."""
 
     token: list[float] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
@@ -88,17 +88,20 @@ def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
         manifest.check_depth(loops, 1.0)
 
 
-def loop_bytes(package: Package, context: int, batch: int = 1) -> dict[str, int]:
-    """Bytes that one loop step over one token a sequence must move, as stored: all weights of the loop step once,
-    the rows of ``context`` tokens and the new one's, and hidden and latent in and out.
+def loop_bytes(package: Package, context: int, batch: int = 1, loops: int | None = None) -> dict[str, int]:
+    """Bytes that one loop step over one token a sequence must move, as stored: the weights it multiplies with, the
+    rows of ``context`` tokens and the new one's, and hidden and latent in and out.
 
-    Weights in fp16 are widened by a CPU, which then moves twice as many.
+    The mean over ``loops`` loops (None: the package's): what only a branch of the graph reads, the gate, is not read in
+    the first. Weights in fp16 are widened by a CPU, which then moves twice as many.
     """
-    manifest = package.manifest
-    stored = initializer_bytes(package.path("loop_step"))
+    manifest, graph = package.manifest, package.path("loop_step")
+    stored = {name: count for name, count in initializer_bytes(graph).items() if not name.startswith("rotary.")}
+    always = {name for node in read_operators(graph) for name in node.inputs}
+    later = sum(count for name, count in stored.items() if name not in always)
     swapped = (state for state in manifest.states if state.kind == "swap")
     return {
-        "weights": sum(count for name, count in stored.items() if not name.startswith("rotary.")),
+        "weights": sum(stored.values()) - later // (loops or manifest.loops),
         "cache": manifest.cache_bytes(context + 1, batch) // (manifest.cache_loops or 1),
         "state": sum(2 * size_of(state.shape, state.dtype, batch=batch, chunk=1) for state in swapped),
     }
@@ -130,9 +133,10 @@ class Driver:
         return perf_counter() - started, steps
 
     def decode(self, context: int, loops: int, tokens: int) -> tuple[float, float]:
-        """Median seconds of a token and of a loop step, over ``tokens`` tokens after one that does not count."""
+        """Median seconds of a token and of a loop step (the mean of a token's loops), over ``tokens`` tokens after one
+        that does not count."""
         runs = [self.chunk(1, context, loops, head=True) for _ in range(tokens + 1)][1:]
-        return float(np.median([run[0] for run in runs])), float(np.median([step for run in runs for step in run[1]]))
+        return float(np.median([total for total, _ in runs])), float(np.median([np.mean(steps) for _, steps in runs]))
 
     def prefill(self, prompt: int, chunk: int, loops: int) -> float:
         """Seconds from a prompt of ``prompt`` tokens to its logits."""
@@ -305,13 +309,14 @@ def _row(
     """One combination of one package. A prefill is timed with the first context and holds for all."""
     own, first = samples[at, point], samples[0, point]
     prefill = samples[at, Point(sweep.contexts[0], point.loops, point.batch, point.chunk)].prefill
-    moved = loop_bytes(package, point.context, point.batch)
+    loops = point.loops or package.manifest.loops
+    moved = loop_bytes(package, point.context, point.batch, loops)
     total = sum(moved.values())
     token, loop, rate = np.array(own.token), np.array(own.loop), np.array(own.bandwidth)
     return {
         "package": names[at],
         "context": point.context,
-        "loops": point.loops or package.manifest.loops,
+        "loops": loops,
         "batch": point.batch,
         "chunk": point.chunk or package.manifest.chunk,
         "threads": threads,

@@ -1,4 +1,5 @@
-"""Resident memory of a process that does nothing but load one package and decode: ``python -m`` this, with JSON."""
+"""Resident memory of a process that does nothing but load one package and decode, to the last token that fits:
+``python -m`` this, with JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def main() -> None:
     loaded = resident("VmRSS")
     state = runtime.driver(order["batch"]).state
     driver = Driver(state, runtime.manifest)
-    for position in range(min(_TOKENS, runtime.manifest.max_seq_len)):
+    longest = runtime.manifest.max_seq_len
+    for position in {*range(min(_TOKENS, longest)), longest - 1}:
         driver.chunk(1, position, order["loops"], head=True)
     print(json.dumps({"loaded_bytes": loaded, "peak_bytes": resident("VmHWM")}))
 

@@ -85,6 +85,8 @@ class OnnxRuntimeBackend(Sessions):
 
     def _session(self, graph: str, threads: int | None) -> Any:
         options = self.options()
+        # Each graph has threads of its own: those of one that has just run must not spin while the next one runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.low_memory:
             # Nothing is widened, packed or kept ahead of its use: weights stay mapped from disk as they are stored.
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
