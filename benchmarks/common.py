@@ -85,3 +85,37 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column left, the others right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def human(count: float) -> str:
+    """Bytes in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def clock(seconds: float) -> str:
+    """163 -> "2:43"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def facts(section: dict[str, Any]) -> str:
+    """Machine, date and versions of a section as a list."""
+    machine, versions = section["machine"], section["versions"]
+    load = f", load average at the start {machine['load_at_start']:.1f}"
+    if machine["load_at_start"] > machine["cores"] / 2:
+        load += " (busy with other work: the times are longer and spread wider than on a quiet machine)"
+    return (
+        f"- Machine: {machine['cpu']}, {machine['cores']} cores, {human(machine['memory_bytes'])} of memory, "
+        f"{machine['system']}{load}\n"
+        f"- Date: {section['date']}\n"
+        f"- Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}\n"
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def command(*lines: str) -> str:
+    """Commands as a Markdown block."""
+    return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"

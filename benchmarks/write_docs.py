@@ -4,7 +4,7 @@
 
 Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the sections "loop_step", written by loop_step.py,
 and, where they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
-(batching.py) and "training_memory" (training_memory.py).
+(batching.py), "reach" (reach.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
 """
 
 from __future__ import annotations
@@ -14,48 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import quantization
+import reach_docs
 import typer
-from common import FAINT, STYLE, table
+from common import FAINT, STYLE, clock, command, facts, human, plural, table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _COLORS = ("#d1700f", "#7a3e9d", "#0b6bcb")
 _MARKERS = ("o", "s", "D")
 
 Row = dict[str, Any]
-
-
-def human(count: float) -> str:
-    """Bytes in decimal units."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def clock(seconds: float) -> str:
-    """163 -> "2:43"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def facts(section: Row) -> str:
-    """Machine, date and versions of a section as a list."""
-    machine, versions = section["machine"], section["versions"]
-    load = f", load average at the start {machine['load_at_start']:.1f}"
-    if machine["load_at_start"] > machine["cores"] / 2:
-        load += " (busy with other work: the times are longer and spread wider than on a quiet machine)"
-    return (
-        f"- Machine: {machine['cpu']}, {machine['cores']} cores, {human(machine['memory_bytes'])} of memory, "
-        f"{machine['system']}{load}\n"
-        f"- Date: {section['date']}\n"
-        f"- Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}\n"
-    )
-
-
-def plural(count: int, noun: str) -> str:
-    """ "1 layer", "2 layers"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def command(*lines: str) -> str:
-    """Commands as a Markdown block."""
-    return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"
 
 
 def slope(rows: list[Row]) -> float:
@@ -244,19 +212,35 @@ def batching_part(section: Row) -> str:
     )
 
 
+def quantization_part(section: Row) -> str:
+    """The section on what fewer bits cost."""
+    return (
+        "## What fewer bits cost\n\nPackages of SmolLM2-135M at one loop against the checkpoint in float32, on "
+        f"{section['rows'][0]['positions']:,} tokens that nothing was calibrated on. A variant is what melt-export was "
+        "given.\n\n"
+        + command(section["command"])
+        + f"\n{quantization.markdown(section['rows'])}"
+        + "\n![Quality against bytes.](quantization.png)\n"
+    )
+
+
 def markdown(content: Row) -> str:
     """docs/benchmarks.md."""
     report = content["loop_step"]
+    reach = [reach_docs.part(content["reach"])] if "reach" in content else []
     parts = [
         "# Benchmarks\n",
         "Written by `python benchmarks/write_docs.py` from `docs/benchmarks.json`; do not edit. Times of other "
         "machines will differ; the ratios and the bytes of state should not.\n",
+        *reach,
         "![Left: time of a loop step against the tokens in the cache, one line a buffer size. Right: memory against "
         "the number of loops.](loop_step.png)\n",
         f"Loop step and memory were measured with:\n\n{command(report['command'])}\n{facts(report)}",
         time_part(report),
         memory_part(report),
     ]
+    if "quantization" in content:
+        parts.append(quantization_part(content["quantization"]))
     if "export" in content:
         parts.append(export_part(content["export"]))
     if "engines" in content:
@@ -390,6 +374,8 @@ def main(
     """Write benchmarks.md and loop_step.png from benchmarks.json (needs matplotlib)."""
     content = json.loads((directory / "benchmarks.json").read_text(encoding="utf-8"))
     plot(content["loop_step"], directory / "loop_step.png")
+    if "reach" in content:
+        reach_docs.plots(content["reach"], directory)
     (directory / "benchmarks.md").write_text(markdown(content), encoding="utf-8")
 
 

@@ -1,0 +1,220 @@
+"""What docs/benchmarks.md says and shows of the section "reach", which reach.py writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common import FAINT, STYLE, command, facts, human, table
+
+Row = dict[str, Any]
+_COLORS = {"melt": "#0b6bcb", "looplm": "#d1700f", "plain": "#6e7781"}
+_NAMES = {"melt": "MELT", "looplm": "LoopLM"}
+
+
+def middle(values: Row, unit: float = 1.0, digits: int = 2) -> str:
+    """ "1.23 (1.20 to 1.31)": the median and the quartiles, in a unit."""
+    low, median, high = (f"{values[name] / unit:.{digits}f}" for name in ("low", "median", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def part(report: Row) -> str:
+    """Every section that was measured, and what they come to."""
+    parts = [
+        "## How far it reaches\n",
+        "Everything here was measured in one run, rivals in turn with each other (A B A B), each in a process of its "
+        "own; medians, with quartiles in brackets. The share of bandwidth is the bytes that a step must read and write "
+        "(weights as stored, rows of the tokens in the cache, state), over its time, over what this machine reads "
+        "with as many threads, measured just before each visit.\n",
+        command(report["command"]),
+        facts(report),
+    ]
+    for name, write in _PARTS.items():
+        if name in report:
+            parts.append(write(report[name], report["settings"]))
+    return "\n".join(parts)
+
+
+def _label(name: str) -> str:
+    """ "melt-1024-block-128" -> "MELT, blocks of 128"."""
+    kind = _NAMES[name.partition("-")[0]]
+    return f"{kind}, blocks of {name.rpartition('-')[2]}" if "-block-" in name else kind
+
+
+def _decode(section: Row, settings: Row) -> str:
+    rows = [
+        [
+            _label(row["package"]),
+            f"{row['context']:,}",
+            middle(row["loop_ms"], digits=1),
+            middle(row["decode_tokens_s"]),
+            f"{row['bytes_a_loop']['total'] / 1e9:.3f}",
+            middle(row["effective_bytes_s"], 1e9, 1),
+            middle(row["bandwidth_share"], 0.01, 0),
+        ]
+        for row in sorted(section["results"], key=lambda row: row["package"])
+    ]
+    head = ["", "tokens in the cache", "a loop, ms", "tokens/s", "a loop moves, GB", "GB/s", "of bandwidth, %"]
+    eager = []
+    for name, found in section["eager"].items():
+        precision, context = name.split("/")
+        rival = found[f"eager {precision}"]
+        loops = (middle(one["loop_s"], 1e-3, 1) for one in (found["melt"], rival))
+        eager.append([precision, context, *loops, middle(rival["time_against_first"])])
+    cache = section["cache_bytes"]
+    ratio = cache["looplm"] / cache["melt"]
+    overhead = max(row["overhead_share"]["median"] for row in section["results"])
+    return (
+        f"### Decoding at the 1.4B shape\n\n{settings['layers']} layers, d = {settings['hidden']:,}, random weights, "
+        f"`melt-export {settings['export']}`, {settings['loops']} loops a token, {settings['threads']} threads. "
+        f"The machine reads {middle(section['bandwidth'][0]['bytes_s'], 1e9, 1)} GB/s.\n\n"
+        + table(head, rows)
+        + f"\nWhat is not spent in the graphs (binding, loop driver, sampling) is {overhead:.1%} of a token at most. "
+        f"Caches of {settings['buffers'][0]:,} rows take {cache['melt']:,} bytes for MELT and {cache['looplm']:,} for "
+        f"the LoopLM: {ratio:g} times as many at {settings['loops']} loops.\n\n"
+        "![Tokens a second against the tokens in the cache.](decode.png)\n\n"
+        "The same checkpoint in PyTorch, operator by operator, on the same threads:\n\n"
+        + table(["PyTorch", "tokens in the cache", "MELT, a loop, ms", "PyTorch, a loop, ms", "times as long"], eager)
+    )
+
+
+def _buffer(section: Row, settings: Row) -> str:
+    rows = [
+        [name, middle(found["loop_s"], 1e-3), middle(found["time_against_first"], digits=3)]
+        for name, found in section["rows"].items()
+    ]
+    return (
+        f"### The same step in a large buffer\n\n{section['context']} tokens in the cache, the rest of it empty.\n\n"
+        + table(["buffer", "a loop, ms", "a token's time against the first's"], rows)
+    )
+
+
+def _loops(section: Row, settings: Row) -> str:
+    rows = [
+        [count, f"{found['state_bytes']:,}", f"{found['peak_bytes']:,}"] if found["peak_bytes"] else [count, "-", "-"]
+        for count, found in section.items()
+    ]
+    return (
+        "### More loops, the same memory\n\nA fresh process each, from loading to the last token that fits.\n\n"
+        + table(["loops", "state, bytes", "peak resident, bytes"], rows)
+    )
+
+
+def _long(section: Row, settings: Row) -> str:
+    rows = []
+    for kind, found in section.items():
+        peaks = [value["peak_bytes"] for name, value in found.items() if name.endswith(" loops")]
+        cells = [human(found[name]) for name in ("weights_bytes", "cache_bytes", "state_bytes")]
+        rows.append([kind, *cells, *("-" if peak is None else f"{peak / 1e9:.3f} GB" for peak in peaks)])
+    counts = [name for name in next(iter(section.values())) if name.endswith(" loops")]
+    return (
+        f"### {settings['long_rows']:,} tokens\n\nThe 1.4B shape with int4 weights and quantized caches, from loading "
+        "to the last token that fits. In float16 the paper (arXiv 2605.07721) counts 9.49 GB for MELT-1.6B at 32,000 "
+        "tokens, 27.97 for Ouro-1.4B and 7.07 for Qwen3-1.7B.\n\n"
+        + table(["cache", "weights", "rows", "all state", *(f"peak, {name}" for name in counts)], rows)
+        + "\n![Memory against loops.](memory.png)\n"
+    )
+
+
+def _smollm2(section: Row, settings: Row) -> str:
+    if not section.get("turns"):
+        return f"### SmolLM2-135M\n\nNot measured: {section['skipped']}.\n"
+    rows = []
+    for context, found in section["turns"].items():
+        for name, one in found.items():
+            rows.append(
+                [
+                    "MELT, one loop" if name == "melt" else name,
+                    context,
+                    middle(one["token_s"], 1e-3),
+                    f"{1 / one['token_s']['median']:.1f}",
+                    middle(one["time_against_first"]),
+                    f"{settings['prompt'] / one['prefill_s']['median']:.0f}",
+                ]
+            )
+    overhead = max(row["overhead_share"]["median"] for row in section["bench"]["results"])
+    skipped = "".join(f"\n{name} was left out: {reason}.\n" for name, reason in section.get("skipped", {}).items())
+    head = ["", "tokens in the cache", "a token, ms", "tokens/s", "time against MELT", "prefill, tokens/s"]
+    return (
+        "### SmolLM2-135M\n\nReal weights as a MELT at one loop, against onnxruntime-genai on its own builder's int4 "
+        f"export of the same weights; a prompt of {settings['prompt']} tokens.\n\n"
+        + table(head, rows)
+        + f"\nWhat is not spent in the graphs is {overhead:.1%} of a token at most.\n"
+        + skipped
+    )
+
+
+_PARTS = {"decode": _decode, "smollm2": _smollm2, "buffer": _buffer, "loops": _loops, "long": _long}
+
+
+def plots(report: Row, directory: Path) -> None:
+    """decode.png and memory.png, of what was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for name, section, draw in (("decode", "decode", _decode_panel), ("memory", "long", _memory_panel)):
+        if section not in report:
+            continue
+        with plt.rc_context(STYLE):
+            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            draw(axes, report[section], report["settings"])
+            figure.savefig(directory / f"{name}.png", dpi=150, facecolor="white", metadata={"Software": ""})
+            plt.close(figure)
+
+
+def _end(axes: Any, text: str, at: tuple[float, float], color: str, above: bool = True) -> None:
+    """Names a line at its end, inside the axes."""
+    offset = (0, 8) if above else (0, -8)
+    align = "bottom" if above else "top"
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", ha="right", va=align, color=color, weight="bold")
+
+
+def _decode_panel(axes: Any, section: Row, settings: Row) -> None:
+    names = list(dict.fromkeys(row["package"] for row in section["results"]))
+    for name in names:
+        rows = [row for row in section["results"] if row["package"] == name]
+        kind = name.partition("-")[0]
+        x = [row["context"] for row in rows]
+        y = [row["decode_tokens_s"]["median"] for row in rows]
+        spread = [
+            [abs(row["decode_tokens_s"][side] - row["decode_tokens_s"]["median"]) for row in rows]
+            for side in ("low", "high")
+        ]
+        dashes = (0, (4, 2)) if "-block-" in name else "-"
+        axes.errorbar(x, y, yerr=spread, color=_COLORS[kind], linestyle=dashes, marker="o", markersize=5, capsize=2.5)
+        _end(axes, _label(name), (x[-1], y[-1]), _COLORS[kind], above=kind == "melt")
+    for name, found in section["eager"].items():
+        precision, context = name.split("/")
+        y = 1 / found[f"eager {precision}"]["token_s"]["median"]
+        axes.plot(int(context), y, "s" if precision == "fp32" else "D", color=_COLORS["plain"], markersize=5)
+        if name == f"{precision}/{max(settings['eager_contexts'])}":
+            axes.annotate(
+                f"PyTorch, {precision}", (int(context), y), xytext=(9, 0), textcoords="offset points", color=FAINT
+            )
+    axes.set(xlabel="tokens in the cache", ylabel=f"tokens/s at {settings['loops']} loops")
+    axes.set_ylim(0, None)
+    axes.margins(x=0.05)
+    axes.set_title("Decoding, 1.4B shape, int4 weights")
+
+
+def _memory_panel(axes: Any, section: Row, settings: Row) -> None:
+    """MELT's measured peaks; a LoopLM's and a plain transformer's computed from the same weights and rows."""
+    styles = {"int8": "-", "int4": (0, (4, 2))}
+    for kind, found in section.items():
+        measured = {int(name.split()[0]): value["peak_bytes"] for name, value in found.items() if "loops" in name}
+        loops = sorted(measured)
+        if None in measured.values():
+            continue
+        base = measured[loops[0]] - found["cache_bytes"]
+        melt = [measured[count] / 1e9 for count in loops]
+        axes.plot(loops, melt, color=_COLORS["melt"], linestyle=styles[kind], marker="o")
+        _end(axes, f"MELT, {kind} cache: {melt[-1]:.1f} GB", (loops[-1], melt[-1]), _COLORS["melt"], kind == "int8")
+        counts = range(loops[0], loops[-1] + 1)
+        looplm = [(base + count * found["cache_bytes"]) / 1e9 for count in counts]
+        axes.plot(counts, looplm, color=_COLORS["looplm"], linestyle=styles[kind])
+        _end(axes, f"LoopLM, {kind} caches (computed)", (counts[-1], looplm[-1]), _COLORS["looplm"])
+    axes.set(xlabel="loops a token", ylabel=f"peak memory at {settings['long_rows']:,} tokens, GB")
+    axes.set_ylim(0, None)
+    axes.set_title("More loops, the same memory")

@@ -1,0 +1,62 @@
+"""A small version of the benchmark of what the runtime reaches. Mechanics only: nothing depends on time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import reach
+import reach_docs
+from common import loaded_machine, versions
+
+SECTIONS = ("decode", "buffer", "loops", "long")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every section but SmolLM2's, in a small size."""
+    directory = tmp_path_factory.mktemp("reach")
+    settings = reach.Settings(**{**reach.QUICK, "rounds": 1, "threads": 1})
+    found = {name: getattr(reach, name)(directory, settings, lambda *_: None) for name in SECTIONS}
+    about = {"date": "today", "command": "python benchmarks/reach.py --quick", "machine": loaded_machine()}
+    shown = {**vars(settings), "export": " ".join(settings.export)}
+    return {**about, "versions": versions("onnxruntime"), "settings": shown, **found}
+
+
+def test_rivals_run_at_every_context(report: dict[str, Any]) -> None:
+    rows = {(row["package"].partition("-")[0], row["context"]) for row in report["decode"]["results"]}
+    assert rows == {(name, context) for name in ("melt", "looplm") for context in (10, 100)}
+    assert set(report["decode"]["eager"]) == {"fp32/10", "bf16/10"}
+    assert report["decode"]["eager"]["bf16/10"]["eager bf16"]["token_s"]["median"] > 0
+
+
+def test_a_looplm_has_a_cache_for_every_loop(report: dict[str, Any]) -> None:
+    cache = report["decode"]["cache_bytes"]
+    assert cache["looplm"] == report["settings"]["loops"] * cache["melt"]
+
+
+def test_state_is_the_same_for_one_loop_and_for_sixteen(report: dict[str, Any]) -> None:
+    one, many = (report["loops"][count]["state_bytes"] for count in ("1", "16"))
+    assert one == many > 0
+
+
+def test_an_int4_cache_has_half_the_bytes_of_an_int8_one(report: dict[str, Any]) -> None:
+    assert 2 * report["long"]["int4"]["cache_bytes"] == report["long"]["int8"]["cache_bytes"]
+
+
+def test_the_document_and_its_pictures_show_every_section(report: dict[str, Any], tmp_path: Path) -> None:
+    text = reach_docs.part(report)
+    for title in ("Decoding at the 1.4B shape", "a large buffer", "More loops, the same memory", "512 tokens"):
+        assert title in text
+    assert "2 times as many at 2 loops" in text
+    reach_docs.plots(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"decode.png", "memory.png"}
+
+
+def test_a_rival_that_is_not_there_is_left_out_with_the_reason(report: dict[str, Any]) -> None:
+    text = reach_docs.part({**report, "smollm2": {"skipped": "gguf is not installed"}})
+    assert "Not measured: gguf is not installed." in text
