@@ -30,7 +30,7 @@ INSTRUCTION = "readings of a pump, and what they mean.\n"
 
 def session_file(directory: Path, turn: int) -> Path:
     """Where the session lies from which a turn begins."""
-    return directory / f"turn-{turn:08d}.session"
+    return directory / "sessions" / f"turn-{turn:08d}"
 
 
 def turns_done(answers: Path) -> int:
@@ -53,7 +53,8 @@ def begin(runtime: Runtime, directory: Path, turn: int) -> Session:
 
 def tidy(directory: Path, turn: int) -> None:
     """Removes every session but that of a turn, and what was being written when the power went."""
-    for file in [*directory.glob("turn-*.session"), *directory.glob(".turn-*")]:
+    (directory / "sessions").mkdir(parents=True, exist_ok=True)
+    for file in (directory / "sessions").iterdir():
         if file != session_file(directory, turn):
             file.unlink()
 
@@ -91,14 +92,14 @@ def main(
     source: Annotated[Path, typer.Argument(metavar="READINGS", help="A file of readings, a line each.")],
     directory: Annotated[Path, typer.Argument(help="Where session and answers are kept.")],
     follow: Annotated[bool, typer.Option("--follow", help="Wait for more readings at the end of the file.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: the physical cores.")] = None,
 ) -> None:
     """Answer readings until there are none, going on where the last run was stopped."""
-    directory.mkdir(parents=True, exist_ok=True)
     answers = directory / "answers.jsonl"
     turn = turns_done(answers)
     tidy(directory, turn)
     try:
-        runtime = Runtime.load(package)
+        runtime = Runtime.load(package, threads=threads)
         session = begin(runtime, directory, turn)
         kept = len(runtime.encode(INSTRUCTION))
         with answers.open("a", encoding="utf-8") as file:
