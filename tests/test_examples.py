@@ -231,6 +231,10 @@ def test_a_device_waits_for_readings_that_are_still_to_come(tiny_package: Path, 
     ]
 
 
+# Ray ends a proxy that does not answer within 5 seconds, and starting takes longer where others compute.
+UNHURRIED = {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "120" for check in ("READY", "HEALTH")}
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
@@ -247,7 +251,7 @@ def test_two_replicas_behind_ray_serve_both_answer_and_stream(addition: Path, tm
             [sys.executable, EXAMPLES / "ray_serve.py", addition, "--port", str(port)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HOME": str(tmp_path)},
+            env={**os.environ, "HOME": str(tmp_path), **UNHURRIED},
         )
     try:
         due = monotonic() + PATIENCE
