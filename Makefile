@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-chat test lint bench-state experiments clean
+.PHONY: help demo demo-chat test lint bench-state bench-serving experiments clean
 
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
@@ -12,6 +12,7 @@ help:
 	@echo "make test       lint, types and all tests"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
+	@echo "make bench-serving  tokens/s by slots, delay beside a prompt, a soak of ten minutes: rewrites docs/benchmarks.* and docs/serving.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,12 @@ experiments: $(VENV)/.dev
 bench-state: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_step.py --json docs/benchmarks.json
 	$(BIN)/python benchmarks/write_docs.py
+
+bench-serving: $(VENV)/.dev
+	$(BIN)/python benchmarks/batching.py --json docs/benchmarks.json
+	$(BIN)/python benchmarks/soak.py --json docs/benchmarks.json
+	$(BIN)/python benchmarks/write_docs.py
+	$(BIN)/python benchmarks/serving_docs.py
 
 clean:
 	rm -rf build $(VENV)

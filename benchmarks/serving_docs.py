@@ -1,0 +1,89 @@
+"""Puts the measured tables of docs/benchmarks.json into docs/serving.md; the rest of the document is written by hand.
+
+    python benchmarks/serving_docs.py
+
+Between ``<!-- batching -->`` and ``<!-- /batching -->`` comes what batching.py measured, between ``<!-- soak -->`` and
+``<!-- /soak -->`` what soak.py did; where there are no figures, the command that makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import table
+from write_docs import DOCS, batching_part, clock, command, facts, human, plural
+
+Row = dict[str, Any]
+
+
+def batching(section: Row) -> str:
+    """The tables on throughput and delay, without their heading."""
+    return batching_part(section).partition("\n\n")[2]
+
+
+def soak(section: Row) -> str:
+    """The table on a soak."""
+    settings, kept = section["settings"], section["memory"]
+    asked = sum(section["requests"].values())
+    kinds = ", ".join(f"{count:,} {name}" for name, count in section["requests"].items())
+    latency = [
+        [name, f"{row['p50'] * 1e3:.1f}", f"{row['p99'] * 1e3:.1f}", f"{row['count']:,}"]
+        for name, row in (
+            ("first token of a stream", section["first_token"]),
+            ("whole stream", section["stream"]),
+            ("answer in one piece", section["whole"]),
+        )
+    ]
+    totals = [
+        ["requests", f"{asked:,}"],
+        ["failed", f"{section['errors']:,}"],
+        ["tokens", f"{section['tokens']:,}"],
+        ["time", clock(section["seconds"])],
+        ["state", f"{section['state_bytes']:,} bytes"],
+        ["resident memory, second quarter of the time", human(kept["settled_bytes"])],
+        ["resident memory, last quarter", f"{human(kept['last_bytes'])} ({kept['grown_bytes'] / 1e6:+.2f} MB)"],
+    ]
+    return (
+        f"{plural(settings['clients'], 'client')} without a pause, {plural(settings['slots'], 'slot')}, "
+        f"{plural(settings['threads'], 'thread')} for the server: {kinds}.\n\n"
+        + command(section["command"])
+        + f"\n{facts(section)}\n"
+        + table(["", "measured"], totals)
+        + f"\nHow long clients waited, in ms; answers have 1 to {settings['longest']} tokens, and "
+        f"{plural(max(settings['clients'] - settings['slots'], 0), 'client')} at a time wait for a slot.\n\n"
+        + table(["", "p50", "p99", "answers"], latency)
+    )
+
+
+PARTS: dict[str, Callable[[Row], str]] = {"batching": batching, "soak": soak}
+
+
+def filled(document: str, content: Row) -> str:
+    """The document with its tables. Raises ValueError where a pair of marks is missing."""
+    for name, part in PARTS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if document.count(begin) != 1 or document.count(end) != 1:
+            raise ValueError(f"the document must have {begin} and {end} once each")
+        missing = f"Not measured yet:\n\n{command(f'python benchmarks/{name}.py --json docs/benchmarks.json')}"
+        text = part(content[name]) if name in content else missing
+        inside = f"{begin}\n\n{text.strip()}\n\n{end}"
+        document = re.sub(f"{begin}.*{end}", lambda _, inside=inside: inside, document, flags=re.DOTALL)  # type: ignore[misc]
+    return document
+
+
+def main(
+    directory: Annotated[Path, typer.Option("--docs", help="Directory of benchmarks.json and serving.md.")] = DOCS,
+) -> None:
+    """Write the tables of serving.md from benchmarks.json."""
+    content = json.loads((directory / "benchmarks.json").read_text(encoding="utf-8"))
+    path = directory / "serving.md"
+    path.write_text(filled(path.read_text(encoding="utf-8"), content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,348 @@
+"""A server under mixed requests for a while: does one fail, does its memory stay where it is?
+
+    python benchmarks/soak.py [--seconds 600] [--json FILE] [--package DIR]
+
+Starts ``melt-run serve`` on loopback with a small package (random weights; or one that is there) and lets clients ask
+without a pause: short and long, streamed and whole, at all depths, greedy and drawn, several choices at once, streams
+that are cut half way, and requests that must be refused. A request fails if its answer is not what it must be: another
+status, a stream without its end, another number of tokens. Ends after so many seconds, or so many requests.
+
+Needs Linux, and pip install 'melt-export[export,serve]' httpx. ``serving_docs.py`` puts the figures into
+docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from common import command_line, loaded_machine, save, versions
+from loop_step import in_child
+from melt_runtime.package import Package
+from rich.console import Console
+from rich.table import Table
+
+_LIBRARIES = ("melt-export", "onnxruntime", "fastapi", "uvicorn")
+_MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "total_ut_steps": 4,
+    "chunk_size": 32,
+    "max_position_embeddings": 1024,
+}
+_WAIT = 120.0  # seconds after which a request has failed
+_ENOUGH = 100  # failed requests after which nobody asks any more
+
+
+@dataclass(frozen=True)
+class Settings:
+    """seconds: how long; most: requests after which it ends all the same; clients: that ask at once; slots: of the
+    server; threads: it computes with; longest: new tokens of a long answer; seed: of the mixture."""
+
+    seconds: float = 600.0
+    most: int = 500_000
+    clients: int = 6
+    slots: int = 4
+    threads: int = 1
+    longest: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to ask. body: fields of the request; cut: tokens after which the client leaves; refused: the status that
+    it must be answered with."""
+
+    name: str
+    body: dict[str, Any]
+    stream: bool = False
+    cut: int | None = None
+    refused: int | None = None
+
+
+@dataclass
+class Tally:
+    """What came of the requests so far. Any thread may add to it."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    seconds: list[tuple[float, float]] = field(default_factory=list)  # first token, whole answer; of streams not cut
+    whole: list[float] = field(default_factory=list)  # of answers that came in one piece
+    tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def mixture(draw: random.Random, settings: Settings, vocabulary: int, loops: int) -> Kind:
+    """The next request of a client."""
+    prompt = [draw.randrange(2, vocabulary) for _ in range(draw.choice((1, 3, 17, 90)))]
+    count = draw.choice((1, 4, 16, settings.longest))
+    body: dict[str, Any] = {
+        "model": "soak",
+        "prompt": prompt,
+        "max_tokens": count,
+        "loops": draw.randint(1, loops),
+        "ignore_eos": True,
+        "temperature": draw.choice((0, 0.8)),
+    }
+    if draw.random() < 0.4:
+        body["exit_threshold"] = draw.choice((0.3, 0.6, 0.9))
+    chance = draw.random()
+    if chance < 0.05:
+        wrong: dict[str, Any] = draw.choice(({"loops": 0}, {"prompt": [vocabulary]}, {"nonsense": 1}))
+        return Kind("refused, as it must be", body | wrong, refused=400)
+    if chance < 0.10:
+        return Kind("two choices", body | {"n": 2, "seed": 1})
+    if chance < 0.40:
+        return Kind("whole", body)
+    if chance < 0.55:
+        body["max_tokens"] = settings.longest
+        return Kind("stream, cut by the client", body, stream=True, cut=draw.randint(1, settings.longest // 2))
+    return Kind("stream", body, stream=True)
+
+
+def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
+    """One request. Raises what is wrong with its answer."""
+    begin = monotonic()
+    if not kind.stream:
+        reply = client.post("/v1/completions", json=kind.body)
+        if reply.status_code != (kind.refused or 200):
+            raise ValueError(f"status {reply.status_code}: {reply.text[:200]}")
+        if kind.refused is None:
+            counts = [len(choice["token_ids"]) for choice in reply.json()["choices"]]
+            if counts != [kind.body["max_tokens"]] * kind.body.get("n", 1):
+                raise ValueError(f"{counts} tokens instead of {kind.body['max_tokens']}")
+            with tally.lock:
+                tally.whole.append(monotonic() - begin)
+                tally.tokens += sum(counts)
+        return
+    count, first, done = 0, 0.0, False
+    with client.stream("POST", "/v1/completions", json=kind.body | {"stream": True}) as reply:
+        if reply.status_code != 200:
+            raise ValueError(f"status {reply.status_code}: {reply.read()[:200]!r}")
+        for line in reply.iter_lines():
+            done = done or line == "data: [DONE]"
+            if line.startswith("data: {"):
+                count += len(json.loads(line.removeprefix("data: "))["choices"])
+                first = first or monotonic() - begin
+            if kind.cut is not None and count >= kind.cut:
+                break
+    with tally.lock:
+        tally.tokens += count
+        if kind.cut is not None:
+            return
+        tally.seconds.append((first, monotonic() - begin))
+    if not done or count != kind.body["max_tokens"]:
+        raise ValueError(f"a stream of {count} tokens instead of {kind.body['max_tokens']}, ended well: {done}")
+
+
+def client_loop(
+    url: str, settings: Settings, number: int, draw_kind: Callable[[random.Random], Kind], tally: Tally, due: float
+) -> None:
+    """One client, until the time or the requests are used up, or too many failed."""
+    draw = random.Random(settings.seed * 1000 + number)
+    with httpx.Client(base_url=url, timeout=_WAIT) as client:
+        while monotonic() < due:
+            kind = draw_kind(draw)
+            with tally.lock:
+                if tally.asked.total() >= settings.most or len(tally.errors) >= _ENOUGH:
+                    return
+                tally.asked[kind.name] += 1
+            try:
+                ask(client, kind, tally)
+            except Exception as error:
+                with tally.lock:
+                    tally.errors.append(f"{kind.name}: {error!r}")
+
+
+@contextmanager
+def serving(package: Path, settings: Settings) -> Iterator[tuple[str, int]]:
+    """A server process: its URL and its process id. Raises RuntimeError with its last words if it does not start."""
+    program = "from melt_runtime.cli import main; main()"
+    options = [
+        "serve",
+        package,
+        "--name",
+        "soak",
+        "--port",
+        0,
+        "--slots",
+        settings.slots,
+        "--threads",
+        settings.threads,
+    ]
+    with tempfile.TemporaryDirectory(prefix="melt-soak-") as name, (Path(name) / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", program, *map(str, options)], stderr=log)
+        try:
+            url = None
+            while url is None:
+                lines = (Path(name) / "log").read_text(encoding="utf-8").splitlines()
+                url = next((json.loads(line)["url"] for line in lines if '"listening"' in line), None)
+                if process.poll() is not None:
+                    raise RuntimeError(lines[-1] if lines else "the server did not start")
+                sleep(0.1)
+            with httpx.Client(base_url=url, timeout=_WAIT) as client:
+                while not _ready(client):
+                    sleep(0.1)
+            yield url, process.pid
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def resident(process: int) -> int:
+    """Resident memory of a process in bytes (VmRSS). Raises RuntimeError if it has ended."""
+    status = Path(f"/proc/{process}/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    line = next((line for line in lines if line.startswith("VmRSS")), None)
+    if line is None:
+        raise RuntimeError("the server ended before the soak did")
+    return int(line.split()[1]) * 1024
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median and 99th percentile in seconds, and how many there were."""
+    p50, p99 = np.percentile(values, (50, 99)).tolist() if values else (0.0, 0.0)
+    return {"p50": p50, "p99": p99, "count": len(values)}
+
+
+def memory(samples: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
+    """From samples (second, bytes): at most 60 of them, and what memory did once it had settled: medians of the second
+    and of the last quarter of the time, and the difference."""
+    quarters = [[size for at, size in samples if part <= at / seconds < part + 0.25] for part in (0.25, 0.75)]
+    early, late = (float(np.median(quarter)) for quarter in quarters)
+    every = -(-len(samples) // 60)
+    return {
+        "resident": [[round(at, 1), size] for at, size in samples[::every]],
+        "settled_bytes": early,
+        "last_bytes": late,
+        "grown_bytes": late - early,
+        "peak_bytes": max(size for _, size in samples),
+    }
+
+
+def run(settings: Settings, package: Path, advance: Callable[[float], None] = lambda seconds: None) -> dict[str, Any]:
+    """The section of the JSON file. advance: called with the seconds that are over."""
+    manifest = Package.open(package).manifest
+    machine, tally = loaded_machine(), Tally()
+
+    def kind(draw: random.Random) -> Kind:
+        return mixture(draw, settings, manifest.vocab_size, manifest.loops)
+
+    with serving(package, settings) as (url, process):
+        begin = monotonic()
+        arguments = (url, settings)
+        clients = [
+            threading.Thread(target=client_loop, args=(*arguments, number, kind, tally, begin + settings.seconds))
+            for number in range(settings.clients)
+        ]
+        for client in clients:
+            client.start()
+        samples: list[tuple[float, int]] = []
+        while any(client.is_alive() for client in clients):
+            samples.append((monotonic() - begin, resident(process)))
+            advance(samples[-1][0])
+            sleep(min(1.0, settings.seconds / 60))
+        seconds = monotonic() - begin
+        state = httpx.get(f"{url}/v1/state", timeout=_WAIT).json()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine,
+        "versions": versions(*_LIBRARIES),
+        "settings": asdict(settings),
+        "seconds": seconds,
+        "requests": dict(sorted(tally.asked.items())),
+        "errors": len(tally.errors),
+        "first_errors": tally.errors[:10],
+        "tokens": tally.tokens,
+        "first_token": quantiles([first for first, _ in tally.seconds]),
+        "stream": quantiles([whole for _, whole in tally.seconds]),
+        "whole": quantiles(tally.whole),
+        "state_bytes": state["state_bytes"],
+        "left_running": state["running"] + state["waiting"],
+        "memory": memory(samples, seconds),
+    }
+
+
+def export(directory: Path) -> Iterator[str]:
+    """In a child process: the small package, a line before each step."""
+    from melt_models import MeltConfig
+
+    from melt_export.export import ExportOptions, building
+    from melt_export.random_checkpoint import make
+
+    yield "writing a checkpoint"
+    make(directory / "checkpoint", MeltConfig(**_MODEL))
+    yield "exporting"
+    with building(directory / "checkpoint", directory / "package", ExportOptions(max_batch=8)):
+        pass
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The results as tables."""
+    console.print(
+        f"{sum(report['requests'].values()):,} requests in {report['seconds']:.0f} s, {report['errors']} failed; "
+        f"{report['tokens']:,} tokens; memory {report['memory']['grown_bytes'] / 1e6:+.2f} MB"
+    )
+    table = Table("", "p50", "p99", "answers")
+    for name in ("first_token", "stream", "whole"):
+        row = report[name]
+        table.add_row(name, f"{row['p50'] * 1e3:.1f} ms", f"{row['p99'] * 1e3:.1f} ms", f"{row['count']:,}")
+    console.print(table)
+    for error in report["first_errors"]:
+        console.print(error)
+
+
+def main(
+    package: Annotated[Path | None, typer.Option(help="Serve this package instead of one of our own.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long.", min=4)] = Settings.seconds,
+    clients: Annotated[int, typer.Option(help="Clients that ask at once.", min=1)] = Settings.clients,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the section 'soak' of this JSON file.")
+    ] = None,
+) -> None:
+    """Serve mixed requests for a while; fails if one of them did."""
+    settings = Settings(seconds=seconds, clients=clients)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="melt-soak-") as name:
+        if package is None:
+            for line in in_child(export, Path(name)):
+                console.print(line)
+            package = Path(name) / "package"
+        with console.status("asking") as status:
+            report = run(settings, package, lambda at: status.update(f"asking: {at:.0f} of {seconds:.0f} s"))
+    report["command"] = command_line("soak.py", sys.argv[1:])
+    show(report, Console())
+    if json_file is not None:
+        save(json_file, "soak", report)
+    if report["errors"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,21 @@
+"""The runtime inside a program of your own: python examples/embed.py PACKAGE PROMPT"""
+
+import sys
+
+from melt_runtime import MeltError, Runtime
+
+
+def main(package: str, prompt: str) -> None:
+    """Prints what the package says, token by token, then a second answer that thought no deeper than one loop."""
+    runtime = Runtime.load(package)
+    for piece in runtime.stream(prompt, max_tokens=32):
+        print(piece, end="", flush=True)
+    shallow = runtime.generate(prompt, max_tokens=32, loops=1)
+    print(f"\nwith one loop: {shallow.text}\nstate: {runtime.state_bytes():,} bytes, at any depth")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:3])
+    except MeltError as error:
+        sys.exit(f"embed.py: {error}")

@@ -1,0 +1,70 @@
+"""A web application of your own around the runtime: requests share slots, answers stream, who leaves frees a slot.
+
+    MELT_PACKAGE=PACKAGE uvicorn --app-dir examples fastapi_app:app
+    curl -N localhost:8000/answers -H 'Content-Type: application/json' -d '{"prompt": "2+2=", "loops": 4}'
+
+``melt-run serve`` speaks OpenAI's language; this is the place to begin for an interface that is yours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.requests import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from melt_runtime import BusyError, Generation, MeltError, Piece, Request, Runtime, Scheduler
+from pydantic import BaseModel, Field
+
+Events = asyncio.Queue[Piece | Generation | MeltError]
+
+
+class Question(BaseModel):
+    """What a client sends. loops: None is the package's number."""
+
+    prompt: str
+    loops: int | None = Field(None, ge=1)
+    max_tokens: int = Field(64, ge=1, le=1024)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Allocates everything at the start, and gives it back at the end."""
+    with Scheduler(Runtime.load(os.environ["MELT_PACKAGE"]), max_waiting=16) as scheduler:
+        app.state.scheduler = scheduler
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.exception_handler(MeltError)
+async def refused(request: HttpRequest, error: MeltError) -> Response:
+    """The runtime's errors are one sentence each, fit for clients."""
+    return JSONResponse({"error": str(error)}, 429 if isinstance(error, BusyError) else 400)
+
+
+@app.post("/answers")
+async def answer(question: Question) -> Response:
+    """A JSON line a token, {"text", "loops"}, and at the end {"finish_reason"} or {"error"}."""
+    scheduler: Scheduler = app.state.scheduler
+    runtime, loop, events = scheduler.runtime, asyncio.get_running_loop(), Events()
+    options = runtime.options(max_tokens=question.max_tokens, loops=question.loops)
+    asked = Request(tuple(runtime.encode(question.prompt)), options)
+    # The listener is called from the scheduler's thread and must not block.
+    ticket = scheduler.submit(asked, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            while isinstance(event := await events.get(), Piece):
+                yield json.dumps({"text": event.text, "loops": event.depth}) + "\n"
+            failed = isinstance(event, MeltError)
+            yield json.dumps({"error": str(event)} if failed else {"finish_reason": event.finish_reason}) + "\n"
+        finally:
+            ticket.cancel()  # for a client that left; nothing happens to an answer that is over
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
