@@ -119,6 +119,9 @@ class LoopDriver:
 
         size: of the chunks, for all sequences or for each; None: the package's.
         """
+        single = self._single(tokens)
+        if single is not None:
+            return [single]
         sizes = [size] * self.batch if size is None or isinstance(size, int) else size
         most = np.array([self.manifest.chunk if one is None else one for one in sizes], np.int64)
         if most.max() > self.manifest.chunk:
@@ -134,6 +137,24 @@ class LoopDriver:
             done = done + here
             chunks.append(Chunk(ids, here, (here > 0) & (done == counts)))
         return chunks
+
+    def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
+        """The chunk of at most one new token a sequence: decoding, where every microsecond counts. None where it is
+        anything else, or anything is wrong with it."""
+        try:
+            if len(tokens) != self.batch or max(map(len, tokens)) != 1:
+                return None
+            counts = [len(ids) for ids in tokens]
+            ids = np.array([ids[0] if len(ids) else 0 for ids in tokens], np.int64)[:, None]
+        except (OverflowError, TypeError, ValueError):
+            return None
+        if ids.shape != (self.batch, 1) or not all(0 <= token < self.manifest.vocab_size for [token] in ids.tolist()):
+            return None
+        if not all(
+            length + count <= self.capacity for length, count in zip(self.lengths.tolist(), counts, strict=True)
+        ):
+            return None
+        return Chunk(ids, np.array(counts, np.int64), np.array(counts, np.bool_))
 
     def loops(self, chunk: Chunk, settings: Settings) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
@@ -163,16 +184,20 @@ class LoopDriver:
                 pass
             return
         self._check_depth(chunk, each)
-        active, loops = self._present(chunk), asked[0].loops
-        control = LoopControl(np.ones(self.batch, np.bool_), active, self.lengths, chunk.counts)
-        self.state.run_chunk(chunk.ids, control, loops, head=bool(chunk.last.any()))
-        self._count(chunk, active * loops)
+        loops = asked[0].loops
+        control = LoopControl(np.ones(self.batch, np.bool_), self._present(chunk), self.lengths, chunk.counts)
+        self.state.run_chunk(chunk.ids, control, loops, head=any(chunk.last.tolist()))
+        self.lengths += chunk.counts
+        for depth, count in zip(self.depth, chunk.counts.tolist(), strict=True):
+            depth += [loops] * count
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
         """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
+        if self.manifest.cache_loops is None:
+            return [chunk]
         loops = np.array([settings.loops for settings in each])
         depths = np.unique(loops[chunk.counts > 0])
-        if self.manifest.cache_loops is None or len(depths) == 1:
+        if len(depths) == 1:
             return [chunk]
         groups = []
         for depth in depths:

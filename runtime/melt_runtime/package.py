@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -143,7 +144,7 @@ class Manifest:
         rows = sum(size_of((batch, s.bound_shape[1], tokens, s.bound_shape[3]), s.dtype) for s in caches)
         return rows * (self.cache_loops or 1)
 
-    @property
+    @cached_property
     def cache_loops(self) -> int | None:
         """How many loops have a cache of their own (a LoopLM); None where all loops share one (MELT)."""
         return next((int(s.shape[0]) for s in self.states if s.kind == "per_loop"), None)

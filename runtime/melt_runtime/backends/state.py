@@ -62,6 +62,7 @@ class BufferState(ABC):
         self.offsets: dict[str, int] = {}  # and where that one's caches begin in their buffers
         sizes = state_buffers(manifest, batch)
         self.state_bytes = sum(sizes.values())
+        self._read_only = [state for state in manifest.states if state.kind == "read_only"]
         self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
         self.put("first_loop/1", np.ones(batch, np.bool_))
@@ -148,9 +149,7 @@ class BufferState(ABC):
     def commit(self, control: LoopControl) -> None:
         """Copies the chunk's rows into read-only caches; the other dialects wrote them in the graph."""
         width = control.active.shape[1]
-        for state in self.manifest.states:
-            if state.kind != "read_only":
-                continue
+        for state in self._read_only:
             heads, rows, size = (int(dim) for dim in state.shape[1:])
             row = size * ITEM_BYTES[state.dtype]
             for slot, (at, count) in enumerate(
@@ -254,13 +253,14 @@ class BufferState(ABC):
         """
         width, context = control.active.shape[1], self.context(control)
         first, name = control.first_loop, "first_loop"
-        if first.any():
+        alike = set(first.tolist())
+        if True in alike:
             self.put("lengths", control.lengths)
             if self.masked:
                 self._write_mask(control, width, context)
             else:
                 self.put("chunk_lengths", control.chunk_lengths)
-        if first.all() or not first.any():
+        if len(alike) == 1:
             name = f"first_loop/{int(first[0])}"
         else:
             self.put(name, first)
