@@ -44,6 +44,8 @@ class Session:
         self.messages: tuple[Message, ...] | None = None
         self.sampler = Sampler(request.sampling)
         self.driver = runtime.driver(1)
+        if prefixes is not None:
+            prefixes.claim(self.driver)
         self._ids: list[int] = []  # in the cache
         self._chunks: list[tuple[int, LoopSettings]] = []  # where each begins, and how it ran
         self._drawn: int | None = None  # the last token, whose row is not in the cache yet
