@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from melt_runtime import MeltError, Request, Runtime, Scheduler
+from melt_runtime import BusyError, MeltError, Request, Runtime, Scheduler
 from melt_runtime.cli import app
+from melt_runtime.server import cli as serve
 from melt_runtime.server.streaming import Backlog, Event, Feed
 from openai import APIStatusError, BadRequestError, OpenAI
 from serving import Server, eventually
@@ -97,6 +98,19 @@ def test_more_bytes_for_prompts_than_there_are_is_refused(served_package: Path) 
     assert "bytes of memory are available besides the state" in refused(
         served_package, "--port", 0, "--prefix-bytes", 1 << 60
     )
+
+
+def test_where_nothing_is_said_the_store_takes_no_more_than_a_quarter_of_what_is_left(
+    served_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = served_runtime.memory(batch=2).session_bytes
+    for left, expected in ((4000, 1000), (1 << 40, 64 << 20)):
+        monkeypatch.setattr(serve, "available_memory", lambda left=left: state + left)
+        store = serve._prefix_store(served_runtime, 2, None)
+        assert store is not None
+        assert store.max_bytes == expected
+    monkeypatch.setattr(serve, "available_memory", lambda: state - 1)
+    assert serve._prefix_store(served_runtime, 2, None) is None
 
 
 # Time
@@ -236,6 +250,23 @@ def test_a_client_that_takes_nothing_for_too_long_is_cut(served_package: Path, s
         eventually(lambda: idle(server))
         assert b"[DONE]" not in rest(raw)
         raw.close()
+
+
+def test_what_was_refused_in_part_leaves_nothing_unread(tiny_package: Path) -> None:
+    runtime = Runtime.load(tiny_package)
+    request = Request((5, 6, 7), runtime.options(max_tokens=90, ignore_eos=True))
+
+    async def refuse() -> int:
+        backlog = Backlog(40)
+        with Scheduler(runtime, 1, max_waiting=0) as scheduler:
+            with pytest.raises(BusyError):
+                Feed(scheduler, [request, request], backlog)
+            while scheduler.metrics().requests["cancelled"] < 1:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
+        return backlog.unread
+
+    assert asyncio.run(refuse()) == 0
 
 
 def test_of_all_readers_the_one_that_is_furthest_behind_is_cut(tiny_package: Path) -> None:

@@ -124,7 +124,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
 def notice(text: str) -> None:

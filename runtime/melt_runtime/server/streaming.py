@@ -60,7 +60,7 @@ class Feed:
             for index, request in enumerate(requests):
                 self._tickets.append(scheduler.submit(request, partial(self._hear, index)))
         except BaseException:
-            self.cancel()
+            self.close()
             raise
 
     def _hear(self, index: int, event: Event) -> None:
