@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,21 @@ import numpy as np
 import pytest
 import test_parts
 from conftest import MakeCheckpoint, MakePackage
+from device_double import HostDevice, add_plans, host_library
 from melt_runtime import (
     ArgumentError,
     BackendError,
     LoopDriver,
     LoopSettings,
+    Package,
     PrefixStore,
     Request,
     Runtime,
     Scheduler,
 )
+from melt_runtime.backends import tensorrt
+from melt_runtime.backends.tensorrt import TensorRTBackend
+from test_device_state import OnStandIn
 
 every_backend = test_parts.runtime
 SETTINGS = LoopSettings(3)
@@ -96,13 +102,53 @@ def test_other_loop_settings_know_nothing(runtime: Runtime, settings: LoopSettin
     assert run(store, runtime, SYSTEM, LoopSettings(3, chunk=8))[0] == 16  # the package's chunk by its number
 
 
-def test_another_package_knows_nothing(
+def refused(store: PrefixStore, other: Runtime) -> None:
+    """Whoever would use a store with another runtime is told so, and nothing in it changes."""
+    before = (len(store), store.bytes)
+    for use in (
+        lambda: run(store, other, SYSTEM),
+        lambda: other.session(prefixes=store),
+        lambda: Scheduler(other, 1, prefixes=store),
+        lambda: store.keep(other.driver(), 0, SYSTEM, SETTINGS),
+    ):
+        with pytest.raises(ArgumentError, match=r"^the prefix store holds rows of another package, backend or engine;"):
+            use()
+    assert (len(store), store.bytes) == before
+
+
+def test_another_package_is_refused(
     runtime: Runtime, make_checkpoint: MakeCheckpoint, make_package: MakePackage
 ) -> None:
     store = PrefixStore(PLENTY)
     run(store, runtime, SYSTEM)
     other = Runtime.load(make_package(make_checkpoint(initializer_range=0.2)))
-    assert run(store, other, SYSTEM)[0] == 0
+    refused(store, other)
+    assert run(store, Runtime.load(runtime.package.directory), SYSTEM)[0] == 16
+    store.clear()
+    assert [run(store, other, SYSTEM)[0] for _ in range(2)] == [0, 16]
+
+
+def test_another_backend_of_the_same_package_is_refused(tiny_package: Path, runtime: Runtime) -> None:
+    package, store = Package.open(tiny_package), PrefixStore(PLENTY)
+    runtime.session(prefixes=store)
+    refused(store, Runtime(package, OnStandIn(package), None))
+
+
+def test_another_engine_of_the_same_package_is_refused(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(shutil.copytree(make_package(make_checkpoint(), dialect="standard"), tmp_path / "package"))
+    add_plans(directory, "one")
+    add_plans(directory, "other", candidates=5)
+    device = HostDevice()
+    monkeypatch.setattr(tensorrt, "open_device", lambda index: device)
+    monkeypatch.setattr(tensorrt, "open_library", host_library)
+    package = Package.open(directory)
+    one, again, other = (Runtime(package, TensorRTBackend(package, name), None) for name in ("one", "one", "other"))
+    store = PrefixStore(PLENTY)
+    run(store, one, SYSTEM)
+    assert run(store, again, SYSTEM)[0] == 16
+    refused(store, other)
 
 
 def test_equal_beginnings_are_kept_once(runtime: Runtime) -> None:

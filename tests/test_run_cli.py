@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,8 @@ class TestGenerate:
         assert answer["token_ids"] == list(expected.token_ids)
         assert answer["finish_reason"] == expected.finish_reason
         assert answer["prompt_tokens"] == expected.prompt_tokens
-        assert answer["depth"] == {"tokens": len(expected.depth), "mean": 3.0, "min": 3, "max": 3}
+        count = len(expected.depth)
+        assert answer["depth"] == {"tokens": count, "mean": 3.0, "min": 3, "max": 3, "each": [3] * count}
 
     def test_depth_and_chunk_are_what_the_api_makes_of_them(self, tiny_package: Path, prompt: str) -> None:
         depth = ["--exit-threshold", 0.1, "--min-loops", 2, "--exit-change", 0.5, "--chunk", 3]
@@ -93,6 +93,7 @@ class TestGenerate:
         answer = json.loads(result.stdout)
         assert answer["token_ids"] == list(expected.token_ids)
         assert answer["depth"]["min"] >= 2
+        assert answer["depth"]["each"] == list(expected.depth)
         assert answer["saved"] == expected.saved > 0
 
     @pytest.mark.parametrize("dash", [["-"], []])
@@ -306,88 +307,6 @@ class TestInspect:
     def test_needs_no_onnx_runtime(self, tiny_package: Path) -> None:
         program = "import sys; sys.modules['onnxruntime'] = None; from melt_runtime.cli import main; main()"
         assert process("inspect", tiny_package, program=program).returncode == 0
-
-
-class TestChat:
-    def test_answers_and_commands(self, tiny_package: Path, prompt: str) -> None:
-        runtime = Runtime.load(tiny_package)
-        messages = [{"role": "user", "content": prompt}]
-        first = runtime.generate(runtime.chat_prompt(messages), max_tokens=4, loops=2).text
-        messages += [{"role": "assistant", "content": first}, {"role": "user", "content": prompt[::-1]}]
-        second = runtime.generate(runtime.chat_prompt(messages), max_tokens=4, loops=3).text
-        script = ["/help", "/loops 2", prompt, "/loops 3", "", prompt[::-1], "/loops", "/quit", "never"]
-        result = run("chat", tiny_package, "--max-tokens", 4, stdin="\n".join(script) + "\n")
-        assert result.exit_code == 0, result.output
-        assert result.stdout == f"{first}\n{second}\n"
-        assert "/reset" in result.stderr
-        assert result.stderr.count("3 loops a token") == 2
-
-    def test_reset_forgets_all_but_the_system_message(self, tiny_package: Path, prompt: str) -> None:
-        runtime = Runtime.load(tiny_package)
-        messages = [{"role": "system", "content": prompt}, {"role": "user", "content": prompt}]
-        answer = runtime.generate(runtime.chat_prompt(messages), max_tokens=4).text
-        script = f"{prompt}\n/reset\n{prompt}\n"
-        result = run("chat", tiny_package, "--system", prompt, "--max-tokens", 4, stdin=script)
-        assert result.exit_code == 0, result.output
-        assert result.stdout == 2 * f"{answer}\n"
-
-    def test_mistakes_do_not_end_it(self, tiny_package: Path, prompt: str) -> None:
-        too_long = prompt * Package.open(tiny_package).manifest.max_seq_len
-        script = ["/loops 0", "/loops many", "/fly", too_long, prompt]
-        result = run("chat", tiny_package, "--max-tokens", 2, stdin="\n".join(script))
-        assert len(result.stderr.splitlines()) == 4
-        for what in ("loops is 0", "loops is 'many'", "no command /fly", "do not fit"):
-            assert what in result.stderr
-        assert result.stdout.endswith("\n")
-
-    def test_the_oldest_exchange_is_dropped(
-        self, tiny_package: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        runtime = Runtime.load(tiny_package)
-        capacity = runtime.manifest.max_seq_len
-        quarter = (prompt * capacity)[: capacity // 4]
-        asked: list[list[int]] = []
-
-        def stream(_: Runtime, ids: list[int], **__: object) -> Iterator[str]:
-            asked.append(ids)
-            return iter(prompt)
-
-        monkeypatch.setattr(Runtime, "stream", stream)
-        result = run("chat", tiny_package, "--system", prompt, "--max-tokens", 8, stdin=f"{quarter}\n" * 8)
-        assert result.exit_code == 0, result.output
-        assert len(asked) == 8
-        assert max(map(len, asked)) <= capacity - 8
-        assert "no longer fits" in result.stderr
-        assert "the oldest exchange dropped" in result.stderr
-        exchange = [{"role": "user", "content": quarter}, {"role": "assistant", "content": prompt}]
-        lengths = [
-            len(runtime.chat_prompt([{"role": "system", "content": prompt}, *exchange * count, exchange[0]]))
-            for count in range(8)
-        ]
-        fitting = max(length for length in lengths if length <= capacity - 8)
-        assert len(asked[-1]) == fitting
-
-    def test_interrupt_stops_the_answer_alone(
-        self, tiny_package: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        asked: list[list[int]] = []
-
-        def stream(_: Runtime, ids: list[int], **__: object) -> Iterator[str]:
-            asked.append(ids)
-            yield prompt[0]
-            if len(asked) == 1:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Runtime, "stream", stream)
-        result = run("chat", tiny_package, stdin=f"{prompt}\n{prompt}\n")
-        assert result.exit_code == 0, result.output
-        assert "stopped" in result.stderr
-        history = [("user", prompt), ("assistant", prompt[0]), ("user", prompt)]
-        runtime = Runtime.load(tiny_package)
-        assert asked[1] == runtime.chat_prompt([{"role": role, "content": text} for role, text in history])
-
-    def test_options_are_refused(self, tiny_package: Path) -> None:
-        assert "loops is 0" in refused(run("chat", tiny_package, "--loops", 0, stdin=""))
 
 
 def test_version() -> None:

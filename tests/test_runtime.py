@@ -89,6 +89,17 @@ def test_a_stop_id_ends_the_sequence_and_is_not_shown(runtime: Runtime) -> None:
     assert len(stopped.text) == at
 
 
+@pytest.mark.parametrize("kind", [list, tuple, set, np.array, range, np.int64], ids=lambda kind: kind.__name__)
+def test_stop_ids_may_be_any_collection_of_whole_numbers_and_of_numpys(runtime: Runtime, kind: Any) -> None:
+    given = {range: lambda ids: range(ids[0], ids[1] + 1), np.int64: lambda ids: np.int64(ids[0])}.get(kind, kind)(
+        [7, 8]
+    )
+    found = runtime.options(stop_ids=given, ignore_eos=True).stop_ids
+    assert found == ({7} if kind is np.int64 else {7, 8})
+    assert {type(one) for one in found} == {int}
+    assert runtime.options(stop_ids=np.array([], np.int64)).stop_ids == runtime.stop_ids
+
+
 def test_the_checkpoints_end_token_stops_by_default(runtime: Runtime) -> None:
     assert runtime.stop_ids == {1}
 
@@ -176,6 +187,10 @@ def test_a_prompt_that_cannot_be_used_is_refused(runtime: Runtime, prompt: Any, 
         {"top_p": 0},
         {"stop": ""},
         {"stop_ids": ["a"]},
+        {"stop_ids": "12"},
+        {"stop_ids": 1.5},
+        {"stop_ids": np.array([1.5, 2.0])},
+        {"stop_ids": np.array([[1, 2], [3, 4]])},
         {"temprature": 1},
     ],
     ids=str,

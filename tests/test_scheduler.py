@@ -222,6 +222,35 @@ def test_a_cancelled_stream_ends_with_the_next_token_and_frees_its_slot(runtime:
     assert len(list(ticket)) == 3  # iterating ends quietly
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.8])
+def test_one_that_leaves_half_way_changes_no_bit_of_the_others(runtime: Runtime, threshold: float) -> None:
+    options = {"max_tokens": 30, "exit_threshold": threshold, "limits": {"logprobs": 50}}
+
+    def others(leaves: bool) -> list[list[Any]]:
+        """Every logprob of two streams beside a third, which goes after nine tokens or stays."""
+        events: list[Any] = []
+
+        def listen(event: Any) -> None:
+            events.append(event)
+            if leaves and len(events) == 9:
+                first.cancel()
+
+        with Scheduler(runtime, 3) as scheduler:
+            gate = Gate()
+            blocker = scheduler.submit(request(runtime, [4], max_tokens=1), gate)
+            first = scheduler.submit(request(runtime, [5, 6, 7], **options), listen)
+            rest = [scheduler.submit(request(runtime, prompt, **options)) for prompt in ([30, 31], [40, 41, 42])]
+            gate.opened.set()
+            blocker.result(WAIT)
+            found = [[piece.logprobs for piece in ticket] for ticket in rest]
+        assert len(events) == (10 if leaves else 31)
+        return found
+
+    stayed = others(leaves=False)
+    assert [len(one) for one in stayed] == [30, 30]
+    assert others(leaves=True) == stayed
+
+
 def test_a_request_cancelled_while_it_waits_never_runs(runtime: Runtime) -> None:
     gate, events = Gate(), list[Any]()
     with Scheduler(runtime, 1) as scheduler:

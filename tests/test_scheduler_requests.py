@@ -176,7 +176,10 @@ class Kept:
 
     def __init__(self) -> None:
         self.known: set[tuple[int, ...]] = set()
-        self.restored = 0
+        self.restored = self.bytes = 0
+
+    def claim(self, driver: LoopDriver) -> None:
+        assert driver.batch == 2
 
     def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
         if tuple(prompt[:8]) not in self.known or len(prompt) <= 8:
@@ -198,5 +201,7 @@ def test_a_known_beginning_of_a_prompt_is_put_back_and_the_rest_runs(runtime: Ru
         for end in ([20, 21], [30], [31] * 9):
             result = scheduler.submit(request(runtime, shared + end, max_tokens=6)).result(WAIT)
             assert result == runtime.generate(shared + end, max_tokens=6, ignore_eos=True)
-        assert scheduler.metrics().prompt_tokens == 11 + 2 + 10
+            assert result.cached_tokens == (0 if end == [20, 21] else 8)
+        counted = scheduler.metrics()
+        assert (counted.prompt_tokens, counted.prefix_hits, counted.prefix_tokens) == (11 + 2 + 10, 2, 16)
     assert prefixes.restored == 16

@@ -15,7 +15,8 @@ from melt_runtime.server.metrics import prometheus
 def test_buckets_are_cumulative_and_depths_counted_together_have_no_bound() -> None:
     times = Histogram((0.1, 1.0), (2, 3, 4), 30.5)
     page = prometheus(
-        SchedulerMetrics(1, 2, 4, dict.fromkeys(OUTCOMES, 0), 7, 9, {2: 5, 4: 3, 64: 1}, times, times, 100, 200)
+        SchedulerMetrics(1, 2, 4, dict.fromkeys(OUTCOMES, 0), 7, 9, {2: 5, 4: 3, 64: 1}, times, times, 100, 200, 3, 48),
+        unread=17,
     )
     lines = page.splitlines()
     for line in (
@@ -23,6 +24,9 @@ def test_buckets_are_cumulative_and_depths_counted_together_have_no_bound() -> N
         'melt_first_token_seconds_bucket{le="1"} 5',
         'melt_first_token_seconds_bucket{le="+Inf"} 9',
         "melt_first_token_seconds_sum 30.5",
+        "melt_prefix_hits_total 3",
+        "melt_prefix_tokens_total 48",
+        "melt_unread_tokens 17",
         'melt_depth_loops_bucket{le="2"} 5',
         'melt_depth_loops_bucket{le="4"} 8',
         'melt_depth_loops_bucket{le="+Inf"} 9',

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -15,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from .bench_cli import bench_command
-from .command import one_line, reported_errors, run_app
-from .describe import describe, untrained_warnings
+from .chat import Chat, notice
+from .command import reported_errors, run_app
+from .describe import describe
 from .driver import LoopSettings
 from .engine_cli import build_engine_command
 from .errors import ArgumentError, PromptError
@@ -28,16 +28,10 @@ from .runtime import Runtime
 from .sampling import SamplingParams
 from .server.cli import serve_command
 from .stopping import stop_strings
+from .text import Message
 from .track import GenerationOptions
 
 _EPILOG = "Errors are one line and exit code 2; with MELT_TRACEBACK=1 in the environment they show their traceback."
-_HELP = """\
-  /loops N   think N loops a token from now on; without N: say how many
-  /reset     forget the conversation
-  /help      show this
-  /quit      leave (so does Ctrl-D)
-  Ctrl-C     stop the answer; what came of it stays in the conversation"""
-
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, epilog=_EPILOG
 )
@@ -135,9 +129,9 @@ def generate(
         if as_json:
             print(json.dumps(generation_dict(result)), flush=True)
         if stats:
-            _notice(f"backend              {runtime.backend.name} ({runtime.backend_reason})")
+            notice(f"backend              {runtime.backend.name} ({runtime.backend_reason})")
             for line in stats_lines(result, started, arrivals, driver.state.state_bytes):
-                _notice(line)
+                notice(line)
 
 
 @app.command(epilog=_EPILOG)
@@ -169,7 +163,7 @@ def chat(
         if runtime.codec is None or not runtime.codec.has_chat_template:
             lacks = "tokenizer" if runtime.codec is None else "chat template"
             raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
-        Chat(runtime, request, system).run()
+        Chat(runtime.session(**request), system).run()
 
 
 @app.command(epilog=_EPILOG)
@@ -196,99 +190,6 @@ def inspect(
 app.command("build-engine", epilog=_EPILOG)(build_engine_command)
 app.command("bench", epilog=_EPILOG)(bench_command)
 app.command("serve", epilog=_EPILOG)(serve_command)
-
-
-class Chat:
-    """A conversation in the terminal: answers on standard output, notices on standard error.
-
-    runtime: has a chat template. request: the options of ``Runtime.stream``. system: a first message, or None.
-    """
-
-    def __init__(self, runtime: Runtime, request: dict[str, Any], system: str | None = None):
-        self.runtime, self.request = runtime, dict(request)
-        self.opening = [] if system is None else [_message("system", system)]
-        self.turns: list[dict[str, str]] = []  # user and assistant in turn
-
-    def run(self) -> None:
-        """Reads messages until the end of input or /quit. Raises MeltError where going on makes no sense."""
-        interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        if interactive:
-            with suppress(ImportError):  # line editing, where the platform has it
-                import readline  # noqa: F401
-            for warning in untrained_warnings(self.runtime.manifest.untrained):
-                _notice(f"Warning: {warning}")
-            _notice(f"{self._loops()}; /help lists the commands")
-        while True:
-            try:
-                line = input("> " if interactive else "").strip()
-                if line == "/quit":
-                    return
-                if re.fullmatch(r"/[a-z]+( .*)?", line):
-                    self._command(line)
-                elif line:
-                    self._answer(line)
-            except EOFError:
-                if interactive:
-                    print()
-                return
-            except KeyboardInterrupt:
-                _notice("\n/quit or Ctrl-D leaves")
-            except (PromptError, ArgumentError) as error:
-                _notice(one_line(error))
-
-    def _command(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
-        if name == "/loops":
-            if argument:
-                loops = int(argument) if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", argument) else argument
-                LoopSettings(loops)  # type: ignore[arg-type]
-                self.request["loops"] = loops
-            _notice(self._loops())
-        elif name == "/reset":
-            self.turns.clear()
-            _notice("the conversation is forgotten")
-        else:
-            _notice(_HELP if name == "/help" else f"there is no command {name}; /help lists them")
-
-    def _loops(self) -> str:
-        loops = self.request["loops"]
-        return f"{self.runtime.manifest.loops if loops is None else loops} loops a token"
-
-    def _answer(self, text: str) -> None:
-        message = _message("user", text)
-        pieces: list[str] = []
-        stream = self.runtime.stream(self._fit(message), **self.request)
-        try:
-            for piece in stream:
-                pieces.append(piece)
-                _write(piece)
-        except KeyboardInterrupt:
-            if not pieces:
-                _notice("\nstopped before the first word; the message is forgotten")
-                return
-            _write("\n")
-            _notice("stopped")
-        else:
-            _write("\n")
-        self.turns += [message, _message("assistant", "".join(pieces))]
-
-    def _fit(self, message: dict[str, str]) -> list[int]:
-        """Token ids of the conversation and a new message, less the oldest exchanges if there is no room to answer.
-
-        A message that is too long by itself changes nothing here: generation refuses it.
-        """
-        capacity = self.runtime.manifest.max_seq_len
-        # An answer of one token would be no answer; a quarter of the cache leaves most of it to the conversation.
-        room = min(self.request["max_tokens"], capacity // 4)
-        for start in range(0, len(self.turns) + 1, 2):
-            ids = self.runtime.chat_prompt([*self.opening, *self.turns[start:], message])
-            if len(ids) + room <= capacity:
-                break
-        if start and len(ids) <= capacity:
-            del self.turns[:start]
-            count = "exchange" if start == 2 else f"{start // 2} exchanges"
-            _notice(f"the conversation no longer fits in {capacity:,} tokens: the oldest {count} dropped")
-        return ids
 
 
 def _depth(
@@ -333,7 +234,7 @@ def _load(package: Path, backend: str, device: int, threads: int | None) -> Runt
 def _read_stdin() -> str:
     """The prompt on standard input, less one line break at its end. Raises PromptError unless it is UTF-8."""
     if sys.stdin.isatty():
-        _notice("type the prompt, then Ctrl-D")
+        notice("type the prompt, then Ctrl-D")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -350,7 +251,7 @@ def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: bool) -> list[int]
         return [int(word) for word in words]
     if runtime.codec is None:
         raise PromptError("the package has no tokenizer; give the prompt as token ids with --ids")
-    return runtime.chat_prompt([_message("user", text)]) if chat else runtime.encode(text)
+    return runtime.chat_prompt([Message("user", text).plain()]) if chat else runtime.encode(text)
 
 
 def _stream(generator: Generator, *, ids: bool, silent: bool) -> list[float]:
@@ -365,17 +266,9 @@ def _stream(generator: Generator, *, ids: bool, silent: bool) -> list[float]:
     return arrivals
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _notice(text: str) -> None:
-    typer.secho(text, err=True, dim=True)
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from .depth import LoopSettings, whole_number
 from .driver import LoopDriver
+from .errors import ArgumentError
 from .package import source_hash
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """A whole chunk of a prompt, behind the chunk or the root that its key names."""
+    """A whole chunk of a prompt: its first, or behind the chunk that its key names."""
 
     number: int
     rows: dict[str, NDArray[Any]]
@@ -26,7 +27,7 @@ class _Chunk:
     bytes: int
 
 
-_Key = tuple[object, tuple[int, ...]]  # the chunk before it, by number, or the root; and its tokens
+_Key = tuple[LoopSettings | int, tuple[int, ...]]  # how deep its prompt runs, or the chunk before it; its tokens
 
 
 class PrefixStore:
@@ -35,8 +36,8 @@ class PrefixStore:
 
     Only whole chunks are put back, and only for the same loop settings: the tokens of a chunk run their loops together,
     so that a beginning cut elsewhere would mean something else. It fulfils ``Prefixes``, for the scheduler and for
-    sessions, may serve several of them at once, and from any thread; what runs them must be the same backend and, of
-    TensorRT, the same engine.
+    sessions, and may serve several of them at once, and from any thread. It belongs to what used it first: another
+    package, backend or engine, whose rows would be others, is refused with an ArgumentError.
     """
 
     def __init__(self, max_bytes: int):
@@ -44,22 +45,34 @@ class PrefixStore:
         self.max_bytes, self.bytes = max_bytes, 0
         self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()  # the next to go first; always behind its descendants
         self._numbers, self._lock = count(), Lock()
+        self._owner: tuple[str, str] | None = None  # graphs and weights, and what runs them
 
     def __len__(self) -> int:
         return len(self._chunks)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything, and to what it belonged."""
         with self._lock:
             self._chunks.clear()
-            self.bytes = 0
+            self.bytes, self._owner = 0, None
+
+    def claim(self, driver: LoopDriver) -> None:
+        """From now on it belongs to what runs in this driver. Raises ArgumentError if it belongs to something else."""
+        owner = source_hash(driver.manifest), driver.state.computed_by
+        with self._lock:
+            if self._owner not in (None, owner):
+                raise ArgumentError(
+                    "the prefix store holds rows of another package, backend or engine; give each a store of its own"
+                )
+            self._owner = owner
 
     def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
         """Puts the longest known beginning of a prompt into an empty slot, and returns how many tokens that is: whole
         chunks, and fewer than the prompt has."""
+        self.claim(driver)
         settings = _complete(driver, settings)
         with self._lock:
-            path = self._path(driver, prompt[: len(prompt) - 1], settings)
+            path = self._path(prompt[: len(prompt) - 1], settings)
             self._touch(path)
             found = [self._chunks[key] for key in path]
         for chunk in found:
@@ -68,27 +81,29 @@ class PrefixStore:
 
     def keep(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> None:
         """Copies the rows of a prompt that has just run in a slot: its whole chunks, as far as there is room."""
+        self.claim(driver)
         settings = _complete(driver, settings)
         size = settings.chunk or 1
         with self._lock:
-            path = self._path(driver, prompt, settings)
+            path = self._path(prompt, settings)
             self._touch(path)
             for start in range(len(path) * size, len(prompt) - size + 1, size):
                 rows = driver.state.rows(slot, start, start + size, settings.loops)
                 needed = sum(values.nbytes for values in rows.values())
                 if not self._make_room(needed, set(path)):
                     break
-                before = self._chunks[path[-1]].number if path else _root(driver, settings)
+                before = self._chunks[path[-1]].number if path else settings
                 path.append((before, tuple(prompt[start : start + size])))
                 depth = tuple(driver.depth[slot][start : start + size])
                 self._chunks[path[-1]] = _Chunk(next(self._numbers), rows, depth, needed)
                 self.bytes += needed
             self._touch(path)
 
-    def _path(self, driver: LoopDriver, prompt: Sequence[int], settings: LoopSettings) -> list[_Key]:
+    def _path(self, prompt: Sequence[int], settings: LoopSettings) -> list[_Key]:
         """The chunks that are known of a prompt, from its first."""
         path: list[_Key] = []
-        before, size = _root(driver, settings), settings.chunk or 1
+        before: LoopSettings | int = settings
+        size = settings.chunk or 1
         for start in range(0, len(prompt) - size + 1, size):
             key = (before, tuple(prompt[start : start + size]))
             if key not in self._chunks:
@@ -115,8 +130,3 @@ class PrefixStore:
 def _complete(driver: LoopDriver, settings: LoopSettings) -> LoopSettings:
     """The settings with the chunk named."""
     return replace(settings, chunk=settings.chunk or driver.manifest.chunk)
-
-
-def _root(driver: LoopDriver, settings: LoopSettings) -> object:
-    """What rows depend on besides the tokens: graphs and weights, what runs them, and how deep."""
-    return source_hash(driver.manifest), type(driver.state).__name__, settings

@@ -60,7 +60,7 @@ def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
 
 
 def generation_dict(result: Generation) -> dict[str, Any]:
-    """A generation as plain values that ``json`` can write; its depths as count, mean, least and most
+    """A generation as plain values that ``json`` can write; its depths one by one and as count, mean, least and most
     loops, and the share of loops that leaving early saved."""
     depth = result.depth
     return {
@@ -68,7 +68,13 @@ def generation_dict(result: Generation) -> dict[str, Any]:
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
-        "depth": {"tokens": len(depth), "mean": sum(depth) / len(depth), "min": min(depth), "max": max(depth)},
+        "depth": {
+            "tokens": len(depth),
+            "mean": sum(depth) / len(depth),
+            "min": min(depth),
+            "max": max(depth),
+            "each": list(depth),
+        },
         "saved": result.saved,
     }
 

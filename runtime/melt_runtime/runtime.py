@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -164,7 +165,7 @@ class Runtime:
         min_loops: int = 1,
         exit_change: float = 0.0,
         stop: str | Sequence[str] | None = None,
-        stop_ids: int | Sequence[int] | None = None,
+        stop_ids: int | Iterable[int] | None = None,
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> GenerationOptions:
@@ -180,9 +181,7 @@ class Runtime:
             exit_change,
         )
         depth.check(self.manifest)
-        if isinstance(stop_ids, int):
-            stop_ids = [stop_ids]
-        ids = set(stop_ids or ()) | (set() if ignore_eos else self.stop_ids)
+        ids = _token_ids(stop_ids) | (set() if ignore_eos else self.stop_ids)
         return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), frozenset(ids))
 
     def _fresh_driver(self, batch: int) -> LoopDriver:
@@ -191,6 +190,16 @@ class Runtime:
             self._driver = self.driver(batch)
         self._driver.reset()
         return self._driver
+
+
+def _token_ids(given: int | Iterable[int] | None) -> set[int]:
+    """One id, or any collection of them, NumPy's too. Raises ArgumentError for what is no whole number."""
+    if given is None:
+        return set()
+    try:
+        return {operator.index(one) for one in (given if isinstance(given, Iterable) else [given])}
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"stop_ids is {given!r}; it must be whole numbers (token ids)") from error
 
 
 def stop_ids_of(package: Package) -> set[int]:

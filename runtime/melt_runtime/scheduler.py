@@ -52,7 +52,8 @@ class Scheduler:
         driver = runtime.driver(runtime.backend.max_batch if slots is None else slots)
         self.slots, self._state_bytes = driver.batch, driver.state.state_bytes
         self._weights_bytes = runtime.manifest.weights_bytes
-        self._slots = Slots(driver, runtime.codec, prefixes, self._meter.prefilled)
+        self._prefixes = prefixes
+        self._slots = Slots(driver, runtime.codec, prefixes, self._meter.prefilled, self._meter.reused)
         self._changed = threading.Condition()  # guards what follows, and what is waiting
         self._waiting: deque[Ticket] = deque()
         self._closing = self._stopping = False  # no new requests; and none of the old ones either
@@ -94,7 +95,8 @@ class Scheduler:
         """A snapshot of what was counted."""
         with self._changed:
             waiting, running = len(self._waiting), len(self._slots.running)
-        return self._meter.snapshot(waiting, running, self.slots, self._state_bytes, self._weights_bytes)
+        kept = 0 if self._prefixes is None else self._prefixes.bytes
+        return self._meter.snapshot(waiting, running, self.slots, self._state_bytes, self._weights_bytes, kept)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Takes no more requests and ends: those that it has run to their end (drain) or are cancelled.

@@ -33,9 +33,11 @@ class SchedulerMetrics:
     """A scheduler at one moment. Counts run from its start.
 
     waiting, running: requests now; slots: how many can run. requests: those that ended by outcome: the finish reasons,
-    "failed" (an error) and "refused" (no room). prompt_tokens: run through the model; generated_tokens: drawn. depth:
-    how many tokens were drawn after so many loops (DEEPEST: so many or more). first_token: seconds from submission;
-    inter_token: from one token of a request to its next. state_bytes: all slots' state; weights_bytes: as stored.
+    "failed" (an error) and "refused" (no room). prompt_tokens: run through the model; generated_tokens: drawn.
+    prefix_hits: prompts whose beginning was put back instead of run; prefix_tokens: the tokens of these beginnings;
+    prefix_bytes: what is kept of prompts now. depth: how many tokens were drawn after so many loops (DEEPEST: so many
+    or more). first_token: seconds from submission; inter_token: from one token of a request to its next. state_bytes:
+    all slots' state; weights_bytes: as stored.
     """
 
     waiting: int
@@ -49,6 +51,9 @@ class SchedulerMetrics:
     inter_token: Histogram
     state_bytes: int
     weights_bytes: int
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
+    prefix_bytes: int = 0
 
 
 class Meter:
@@ -57,7 +62,7 @@ class Meter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests = dict.fromkeys(OUTCOMES, 0)
-        self._prompt = self._generated = 0
+        self._prompt = self._generated = self._hits = self._reused = 0
         self._depth: Counter[int] = Counter()
         self._first, self._inter = _Times(), _Times()
         self._held: float | None = None
@@ -74,6 +79,12 @@ class Meter:
         with self._lock:
             self._prompt += tokens
 
+    def reused(self, tokens: int) -> None:
+        """The first tokens of a prompt were put back instead of being run."""
+        with self._lock:
+            self._hits += 1
+            self._reused += tokens
+
     def drew(self, depth: int, seconds: float, first: bool) -> None:
         """A token was drawn after ``depth`` loops, so long after the submission or the token before."""
         with self._lock:
@@ -88,7 +99,7 @@ class Meter:
         return max(held * ahead / slots, 0.1)
 
     def snapshot(
-        self, waiting: int, running: int, slots: int, state_bytes: int, weights_bytes: int
+        self, waiting: int, running: int, slots: int, state_bytes: int, weights_bytes: int, prefix_bytes: int
     ) -> SchedulerMetrics:
         """All of it now."""
         with self._lock:
@@ -104,6 +115,9 @@ class Meter:
                 self._inter.histogram(),
                 state_bytes,
                 weights_bytes,
+                self._hits,
+                self._reused,
+                prefix_bytes,
             )
 
 

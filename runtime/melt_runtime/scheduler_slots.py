@@ -20,7 +20,13 @@ _IDLE = LoopSettings(1)  # of a slot that runs nothing
 
 
 class Prefixes(Protocol):
-    """Prompts that were run before, kept to be put back: the beginnings that requests share."""
+    """Prompts that were run before, kept to be put back: the beginnings that requests share. ``bytes``: what they take
+    of the host's memory."""
+
+    bytes: int
+
+    def claim(self, driver: LoopDriver) -> None:
+        """Who will use it says so first. Raises ArgumentError if what is kept was run by something else."""
 
     def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
         """Puts the longest known beginning of a prompt into an empty slot: its cache rows, ``lengths`` and ``depth``.
@@ -35,13 +41,14 @@ class Prefixes(Protocol):
 
 @dataclass(eq=False)
 class Running:
-    """A sequence in a slot: prefilled as far as ``fed`` tokens of its prompt; ``token`` is the one to run next, None
-    while the prompt is not through. Times are ``monotonic``'s."""
+    """A sequence in a slot: prefilled as far as ``fed`` tokens of its prompt, of which the first ``known`` were put
+    back; ``token`` is the one to run next, None while the prompt is not through. Times are ``monotonic``'s."""
 
     ticket: Ticket
     track: Track
     slot: int
     fed: int = 0
+    known: int = 0
     token: int | None = None
     started: float = field(default_factory=monotonic)
     last: float | None = None  # when its last token came
@@ -55,7 +62,7 @@ class Slots:
     """Fixed slots over one state. The lowest free one is filled first, so that those in use lie together.
 
     Not for several threads. What a backend raises goes through; afterwards only ``release`` may be called for the
-    sequences that were there. ``prefilled`` hears how many prompt tokens ran.
+    sequences that were there. ``prefilled`` hears how many prompt tokens ran, ``reused`` how many did not need to.
     """
 
     def __init__(
@@ -64,8 +71,12 @@ class Slots:
         codec: TextCodec | None,
         prefixes: Prefixes | None = None,
         prefilled: Callable[[int], None] = lambda tokens: None,
+        reused: Callable[[int], None] = lambda tokens: None,
     ):
-        self.driver, self.codec, self.prefixes, self.prefilled = driver, codec, prefixes, prefilled
+        if prefixes is not None:
+            prefixes.claim(driver)
+        self.driver, self.codec, self.prefixes = driver, codec, prefixes
+        self.prefilled, self.reused = prefilled, reused
         self.running: dict[int, Running] = {}
         self._prefilling: deque[Running] = deque()
         self._parts: dict[tuple[int, int], LoopDriver] = {(0, driver.batch): driver}
@@ -103,7 +114,7 @@ class Slots:
         """The sequence as it stands, ended by itself or for a reason from outside; empties its slot."""
         if reason is not None:
             sequence.track.end(reason)
-        result = sequence.track.result(self.driver.depth[sequence.slot])
+        result = sequence.track.result(self.driver.depth[sequence.slot], sequence.known)
         self.release(sequence)
         return result
 
@@ -114,7 +125,9 @@ class Slots:
         sequence = self._prefilling.popleft()
         prompt, settings = sequence.ticket.request.prompt, sequence.track.options.loops
         if self.prefixes is not None and not sequence.fed:
-            sequence.fed = self.prefixes.restore(self.driver, sequence.slot, prompt, settings)
+            sequence.fed = sequence.known = self.prefixes.restore(self.driver, sequence.slot, prompt, settings)
+            if sequence.known:
+                self.reused(sequence.known)
         chunk = prompt[sequence.fed : sequence.fed + (settings.chunk or self.driver.manifest.chunk)]
         logits, first = self._advance(sequence.slot, 1, {sequence.slot: (chunk, settings)})
         sequence.fed += len(chunk)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .runtime import Prompt, Runtime
     from .scheduler_slots import Prefixes
     from .session_file import Saved
+    from .text import Message
 
 
 class Session:
@@ -33,14 +34,18 @@ class Session:
 
     What ``append`` is given begins a chunk; each token that was drawn is a chunk by itself. The last one drawn is part
     of the conversation before it has run: the next call runs it. After an error of the backend the session holds the
-    chunks that ran whole. Not for several threads. Raises errors of the MeltError family only.
+    chunks that ran whole. ``messages``: what was said, for who keeps a chat (None: nobody does); it goes into the file
+    and into branches, and changes nothing else. Not for several threads. Raises errors of the MeltError family only.
     """
 
     def __init__(self, runtime: Runtime, *, prefixes: Prefixes | None = None, **options: Any):
         request = runtime.options(**options)
         self.runtime, self.prefixes, self.options = runtime, prefixes, options
+        self.messages: tuple[Message, ...] | None = None
         self.sampler = Sampler(request.sampling)
         self.driver = runtime.driver(1)
+        if prefixes is not None:
+            prefixes.claim(self.driver)
         self._ids: list[int] = []  # in the cache
         self._chunks: list[tuple[int, LoopSettings]] = []  # where each begins, and how it ran
         self._drawn: int | None = None  # the last token, whose row is not in the cache yet
@@ -99,8 +104,11 @@ class Session:
         the session has moved on, the stream raises ArgumentError."""
         if self.runtime.codec is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
-        pieces = self._pieces(self._track(options), self._turn)
-        return (piece.text for piece in pieces if piece.text)
+        return (piece.text for piece in self.pieces(**options) if piece.text)
+
+    def pieces(self, **options: Any) -> Iterator[Piece]:
+        """As ``stream``, but a piece for every token, whether or not it has text yet."""
+        return self._pieces(self._track(options), self._turn)
 
     def logits(self, **options: Any) -> NDArray[np.float32]:
         """The logits after the last token (vocab,), which runs if it has not. Raises PromptError, ArgumentError."""
@@ -114,6 +122,7 @@ class Session:
         made = type(self)(self.runtime, prefixes=self.prefixes, **self.options)
         made.sampler.restore(self.sampler.state())
         made._take(self._ids, self.driver.depth[0], self._chunks, self._drawn, self._rows())
+        made.messages = self.messages
         return made
 
     def rewind(self, count: int) -> None:
@@ -136,6 +145,13 @@ class Session:
         self._drawn = self._logits = None
         self._cut(min(length, len(self._ids)))
 
+    def reset(self) -> None:
+        """Forgets all tokens, even where a call was torn off in its middle, as KeyboardInterrupt does. The random
+        stream goes on."""
+        self._turn = object()
+        self.driver.reset()
+        self._ids, self._chunks, self._drawn, self._logits = [], [], None, None
+
     def save(self, path: Path | str) -> None:
         """Writes all of it to a file, whole or not at all; the caches as far as they are used. Raises SessionError,
         ArgumentError for options that cannot be written."""
@@ -155,6 +171,7 @@ class Session:
                 chunk_settings=np.array([settings.index(one) for _, one in self._chunks], np.int64),
                 settings=settings,
                 rows=self._rows(),
+                messages=self.messages,
             ),
         )
 
@@ -166,14 +183,19 @@ class Session:
 
         saved = session_file.read(Path(path), runtime.package, runtime.options)
         made = cls(runtime, prefixes=prefixes, **saved.options)
-        made._put(saved)
+        made.restore(saved)
         return made
 
-    def _put(self, saved: Saved) -> None:
-        self.sampler.restore(saved.random)
+    def restore(self, saved: Saved) -> None:
+        """Becomes the session that ``session_file.read`` gave, in the memory that this one has. Raises BackendError,
+        and then it is empty."""
         which = zip(saved.chunk_starts.tolist(), saved.chunk_settings.tolist(), strict=True)
         chunks = [(start, saved.settings[index]) for start, index in which]
+        self.reset()
         self._take(saved.tokens.tolist(), saved.depth.tolist(), chunks, saved.drawn, saved.rows)
+        self.options, self.messages = saved.options, saved.messages
+        self.sampler = Sampler(self.runtime.options(**saved.options).sampling)
+        self.sampler.restore(saved.random)
 
     def _take(
         self,

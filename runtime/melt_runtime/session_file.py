@@ -22,6 +22,7 @@ from .errors import ArgumentError, MeltError, SessionError
 from .files import new_file
 from .package import Manifest, Package, manifest_hash
 from .sampling import Sampler, SamplingParams
+from .text import Message
 
 FORMAT = "melt-session 1"
 _ARRAYS = ("tokens", "depth", "chunk_starts", "chunk_settings")
@@ -32,7 +33,8 @@ _ROWS = "rows/"
 class Saved:
     """All of a session. ``tokens``: those that have run, each with its ``depth``; ``drawn``: the last, if it has not.
     Each chunk begins at its entry of ``chunk_starts`` and ran with its entry of ``chunk_settings`` in ``settings``.
-    ``rows``: the used cache rows by buffer."""
+    ``rows``: the used cache rows by buffer. ``messages``: what was said, if it is a chat's; else None.
+    """
 
     package: str
     options: dict[str, Any]
@@ -44,6 +46,7 @@ class Saved:
     chunk_settings: NDArray[np.int64]
     settings: list[LoopSettings]
     rows: dict[str, NDArray[Any]]
+    messages: tuple[Message, ...] | None = None
 
 
 def package_hash(package: Package) -> str:
@@ -53,6 +56,7 @@ def package_hash(package: Package) -> str:
 
 def write(path: Path, saved: Saved) -> None:
     """Writes a file that appears whole or not at all. Raises SessionError, ArgumentError for options of odd types."""
+    said = {} if saved.messages is None else {"messages": [asdict(one) for one in saved.messages]}
     try:
         content = json.dumps(
             {
@@ -61,6 +65,7 @@ def write(path: Path, saved: Saved) -> None:
                 "drawn": saved.drawn,
                 "length": len(saved.tokens),
                 "settings": [asdict(one) for one in saved.settings],
+                **said,
             },
             default=_plain,
         )
@@ -123,8 +128,18 @@ def _parsed(metadata: Mapping[str, str], arrays: dict[str, NDArray[Any]]) -> Sav
         drawn=content["drawn"],
         settings=[LoopSettings(**one) for one in content["settings"]],
         rows={name.removeprefix(_ROWS): values for name, values in arrays.items()},
+        messages=_messages(content.get("messages")),
         **known,
     )
+
+
+def _messages(said: Any) -> tuple[Message, ...] | None:
+    if said is None:
+        return None
+    messages = tuple(Message(**one) for one in said)
+    if any(not isinstance(text, str) for one in messages for text in (one.role, one.content)):
+        raise ValueError("its messages are not text")
+    return messages
 
 
 def _check(saved: Saved, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,18 @@ from .errors import ArgumentError, PackageError, PromptError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. ``role``: "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        return {"role": self.role, "content": self.content}
 
 
 class TextCodec:

@@ -52,7 +52,8 @@ class Constraint(Protocol):
 class Generation:
     """A finished sequence. ``finish_reason``: "stop" (a stop id or string), "length" (max_tokens, or the cache is
     full), and from a scheduler also "cancelled" and "deadline". ``depth``: loops spent on each token that went through
-    the model, the prompt's included; ``loops``: the most that one could have had."""
+    the model, the prompt's included; ``loops``: the most that one could have had; ``cached_tokens``: how many of the
+    prompt's a scheduler put back from what ran before, which changes nothing else and is not compared."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -60,6 +61,7 @@ class Generation:
     prompt_tokens: int
     depth: tuple[int, ...]
     loops: int
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def saved(self) -> float:
@@ -165,12 +167,12 @@ class Track:
             shown, _ = self.matcher.push(self.decoder.flush())
             self.text.append(shown + self.matcher.flush())
 
-    def result(self, depth: Sequence[int]) -> Generation:
+    def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
         """The finished sequence."""
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
         text, loops = "".join(self.text), self.options.loops.loops
-        return Generation(text, tokens, self.finish_reason, self.prompt_tokens, tuple(depth), loops)
+        return Generation(text, tokens, self.finish_reason, self.prompt_tokens, tuple(depth), loops, cached_tokens)
 
 
 def _asked(method: Callable[[Any], Result], argument: Any) -> Result:

@@ -41,6 +41,10 @@ class BackendState(Protocol):
     batch: int
     state_bytes: int
 
+    @property
+    def computed_by(self) -> str:
+        """What computes the rows, by a name of its own: the backend, and of TensorRT the engine."""
+
     def embed(self, token_ids: NDArray[np.int64]) -> None:
         """token_ids (batch, chunk) -> the hidden buffer."""
 

@@ -122,6 +122,11 @@ class OnnxRuntimeState(BufferState):
         self.buffers: dict[str, NDArray[np.uint8]] = {}
         super().__init__(backend.package.manifest, batch)
 
+    @property
+    def computed_by(self) -> str:
+        """The backend's name."""
+        return self.backend.name
+
     def allocate(self, sizes: dict[str, int]) -> None:
         """Zeroed, aligned, and really there: touching every page now keeps memory flat later."""
         for name, count in sizes.items():

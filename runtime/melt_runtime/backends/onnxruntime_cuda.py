@@ -175,6 +175,11 @@ class DeviceState(BufferState):
         self.backend = backend
         super().__init__(backend.package.manifest, batch)
 
+    @property
+    def computed_by(self) -> str:
+        """The backend's name."""
+        return self.backend.name
+
     def allocate(self, sizes: dict[str, int]) -> None:
         """All of it or none. Raises BackendError with what is needed and what is free."""
         states = set(state_buffers(self.manifest, self.batch))

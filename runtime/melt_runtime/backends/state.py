@@ -67,6 +67,11 @@ class BufferState(ABC):
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
         self.put("first_loop/1", np.ones(batch, np.bool_))
 
+    @property
+    @abstractmethod
+    def computed_by(self) -> str:
+        """What computes the rows: the backend's name, and what it runs if that is not the package's graphs."""
+
     @abstractmethod
     def allocate(self, sizes: dict[str, int]) -> None:
         """Makes all buffers, zeroed, of so many bytes each; or none, and raises BackendError."""

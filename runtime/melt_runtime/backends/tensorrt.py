@@ -166,6 +166,11 @@ class TensorRTState(BufferState):
         self._recordings = Recordings(self.stream, contexts)
         self._running = self._plain
 
+    @property
+    def computed_by(self) -> str:
+        """The backend's name and the hashes of the engine's plans."""
+        return " ".join([self.backend.name, *(self.spec.files[graph].sha256 for graph in sorted(self.spec.files))])
+
     def part(self, first: int, count: int) -> Self | None:
         """As the base says; None where a slot's caches do not begin at an address that TensorRT takes. Contexts and
         captured graphs are shared with the whole, so parts take no device memory either."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -103,6 +103,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "exit_threshold": manifest.exit_threshold,
         "max_seq_len": manifest.max_seq_len,
         "max_tokens": service.max_tokens,
+        "max_seconds": service.max_seconds,
         "chat": service.runtime.codec is not None and service.runtime.codec.has_chat_template,
     }
 
@@ -118,7 +119,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(prometheus(scheduler.metrics()), media_type=CONTENT_TYPE)
+        return PlainTextResponse(prometheus(scheduler.metrics(), service.backlog.unread), media_type=CONTENT_TYPE)
 
     @app.get("/v1/state")
     async def state() -> Response:
@@ -152,20 +153,22 @@ async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatA
     job = await run_in_threadpool(service.job, ask)
     chat = isinstance(ask, ChatAsk)
     form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.codec)
-    feed = Feed(service.scheduler, job.requests)
+    feed = Feed(service.scheduler, job.requests, service.backlog)
     note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(ask.stream))
     if ask.stream:
         return EventStream(feed, lambda tell: _stream(request, form, feed, job, ask.usage_in_stream, tell))
     pieces: list[list[Piece]] = [[] for _ in job.requests]
+    ends: dict[int, Generation] = {}
     async with feed.for_client(request.receive):
         async for index, event in feed:
             if isinstance(event, Piece):
                 pieces[index].append(event)
             else:
-                _check_end(event)
-    drawn = _drawn(request, [piece for one in pieces for piece in one])
-    choices = [form.whole(index, one) for index, one in enumerate(pieces)]
-    return JSONResponse(form.frame(choices, part=False, usage=usage(job.prompt_tokens, drawn)))
+                ends[index] = _ended(event)
+    drawn = _drawn(request, [piece for one in pieces for piece in one], ends)
+    choices = [form.whole(index, one, ends[index]) for index, one in enumerate(pieces)]
+    counts = usage(job.prompt_tokens, drawn, job.cached_tokens(ends))
+    return JSONResponse(form.frame(choices, part=False, usage=counts))
 
 
 async def _stream(
@@ -174,38 +177,50 @@ async def _stream(
     """Tells a client each token as it comes; an error that ends the stream early is told instead of [DONE]."""
     offsets = [0] * len(job.requests)
     first = [True] * len(job.requests)
+    last: dict[int, Piece] = {}  # told with the end, which follows at once
     pieces: list[Piece] = []
+    ends: dict[int, Generation] = {}
     blank = {"usage": None} if counted else {}
     try:
         async for index, event in feed:
-            if not isinstance(event, Piece):
-                _check_end(event)
-                continue
-            await tell(form.frame([form.part(index, event, offsets[index], first[index])], part=True, **blank))
-            pieces.append(event)
-            offsets[index] += len(event.text)
+            if isinstance(event, Piece):
+                pieces.append(event)
+                if event.finish_reason is not None:
+                    last[index] = event
+                    continue
+                part = form.part(index, event, offsets[index], first[index])
+                offsets[index] += len(event.text)
+            else:
+                ends[index] = _ended(event)
+                part = form.part(index, last.get(index), offsets[index], first[index], ends[index])
             first[index] = False
+            await tell(form.frame([part], part=True, **blank))
     except (MeltError, ApiError) as error:
         note(request, error=str(error))
         await tell((as_api_error(error) if isinstance(error, MeltError) else error).body())
         return
     finally:
-        drawn = _drawn(request, pieces)
+        drawn = _drawn(request, pieces, ends)
     if counted:
-        await tell(form.frame([], part=True, usage=usage(job.prompt_tokens, drawn)))
+        counts = usage(job.prompt_tokens, drawn, job.cached_tokens(ends))
+        await tell(form.frame([], part=True, usage=counts))
     await tell("[DONE]")
 
 
-def _check_end(event: Generation | MeltError) -> None:
-    """Raises what ended a request early."""
+def _ended(event: Generation | MeltError) -> Generation:
+    """How a request ended. Raises what ended it before it had anything to say, or was cancelled."""
     if isinstance(event, MeltError):
         raise event
     if event.finish_reason == "cancelled":
         raise ApiError(503, "the request was cancelled: its client left, or the server stops", code="cancelled")
+    if event.finish_reason == "deadline" and not event.token_ids:
+        raise ApiError(504, "the time of the request was over before its first token", code="deadline")
+    return event
 
 
-def _drawn(request: Request, pieces: list[Piece]) -> int:
+def _drawn(request: Request, pieces: list[Piece], ends: Mapping[int, Generation]) -> int:
     """How many tokens were drawn; the log hears of it."""
     loops = sum(piece.depth for piece in pieces)
-    note(request, completion_tokens=len(pieces), mean_depth=round(loops / max(len(pieces), 1), 3))
+    late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}
+    note(request, completion_tokens=len(pieces), mean_depth=round(loops / max(len(pieces), 1), 3), **late)
     return len(pieces)

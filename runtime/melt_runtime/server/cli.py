@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -12,12 +13,15 @@ import typer
 
 from ..command import reported_errors
 from ..errors import ArgumentError
+from ..machine import available_memory
 from ..options import BackendName, DeviceIndex, PackageDirectory, Threads
+from ..prefixes import PrefixStore
 from ..render import hash_progress
 from ..runtime import Runtime
 from ..scheduler import Scheduler
 
 KEYS_VARIABLE = "MELT_API_KEYS"
+PREFIX_BYTES = 64 << 20  # of prompts that are kept, where nothing else is said
 
 
 def serve_command(
@@ -29,6 +33,26 @@ def serve_command(
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a slot.", min=0)] = 64,
     max_tokens: Annotated[
         int | None, typer.Option(help="Most new tokens a choice may have; default: as many as the cache holds.", min=1)
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Most seconds a request may take, waiting included; default: no limit.")
+    ] = None,
+    max_unread: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that all clients together may leave unread; above, the furthest behind is cut.", min=1
+        ),
+    ] = 1 << 15,
+    stall: Annotated[
+        int, typer.Option(help="Seconds after which a client that takes nothing of its reply is cut.", min=1)
+    ] = 120,
+    prefix_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes of memory that keep the beginnings of prompts, which then need not run again; 0: none; "
+            "default: 64 MiB, where they are to be had.",
+            min=0,
+        ),
     ] = None,
     max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.", min=1)] = 1 << 20,
     api_key_file: Annotated[
@@ -65,11 +89,15 @@ def serve_command(
             )
         if (tls_cert is None) != (tls_key is None):
             raise ArgumentError("--tls-cert and --tls-key belong together")
-        listener = _listen(host, port)
+        if max_seconds is not None and not 0 < max_seconds < math.inf:
+            raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
+        listener = _listen(host, port, stall)
         with hash_progress(package) as progress:
             runtime = Runtime.load(package, backend=backend, device=device, threads=threads, progress=progress)
-        scheduler = Scheduler(runtime, slots, max_waiting)
-        service = Service(runtime, scheduler, name or package.resolve().name, max_tokens)
+        prefixes = _prefix_store(runtime, slots, prefix_bytes)
+        scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
+        name = name or package.resolve().name
+        service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread)
         app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
         configure()
         config = uvicorn.Config(
@@ -90,6 +118,7 @@ def serve_command(
             model=service.name,
             slots=scheduler.slots,
             state_bytes=scheduler.metrics().state_bytes,
+            prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
             backend=runtime.backend.name,
         )
         # uvicorn drains at these signals and raises them again when it is done; that is the end wished for.
@@ -102,10 +131,27 @@ def serve_command(
         log("stopped")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything large is loaded. Raises ArgumentError where there is none to be had."""
+def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> PrefixStore | None:
+    """Room in the host's memory for prompts that were run before. Raises ArgumentError for more than there is."""
+    free = available_memory()
+    if free is not None and runtime.backend.name == "onnxruntime":  # the slots' state will lie there, too
+        batch = runtime.backend.max_batch if slots is None else slots
+        free = max(free - runtime.memory(batch=batch).session_bytes, 0)
+    if asked is None:
+        asked = PREFIX_BYTES if free is None else min(PREFIX_BYTES, free // 4)
+    elif free is not None and asked > free:
+        raise ArgumentError(f"--prefix-bytes is {asked:,}; {free:,} bytes of memory are available besides the state")
+    return PrefixStore(asked) if asked else None
+
+
+def _listen(host: str, port: int, stall: int) -> socket.socket:
+    """A listening socket, before anything large is loaded; connections on it end when the other side takes nothing for
+    ``stall`` seconds, where the system can do that. Raises ArgumentError where there is none to be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+        listener = socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall * 1000)
+        return listener
     except OSError as error:
         raise ArgumentError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -10,8 +10,8 @@ from ..scheduler_metrics import DEEPEST, Histogram, SchedulerMetrics
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def prometheus(metrics: SchedulerMetrics) -> str:
-    """The page behind /metrics."""
+def prometheus(metrics: SchedulerMetrics, unread: int) -> str:
+    """The page behind /metrics. unread: tokens that clients have not taken yet."""
     deep = sum(loops * count for loops, count in metrics.depth.items())
     # "le" counts all up to a depth; the deepest are counted together, so nothing is known to be at most that.
     bounds = [loops for loops in metrics.depth if loops < DEEPEST]
@@ -23,7 +23,11 @@ def prometheus(metrics: SchedulerMetrics) -> str:
         *_head("melt_requests_total", "counter", "Requests that ended, by outcome."),
         *(f'melt_requests_total{{outcome="{name}"}} {count}' for name, count in metrics.requests.items()),
         *_single("melt_prompt_tokens_total", "counter", "Prompt tokens run through the model.", metrics.prompt_tokens),
+        *_single("melt_prefix_hits_total", "counter", "Prompts that began as one before.", metrics.prefix_hits),
+        *_single("melt_prefix_tokens_total", "counter", "Prompt tokens put back, not run.", metrics.prefix_tokens),
+        *_single("melt_prefix_bytes", "gauge", "Rows of prompts that are kept.", metrics.prefix_bytes),
         *_single("melt_generated_tokens_total", "counter", "Tokens drawn.", metrics.generated_tokens),
+        *_single("melt_unread_tokens", "gauge", "Tokens drawn that no client has taken yet.", unread),
         *_histogram("melt_first_token_seconds", "From submission to the first token.", metrics.first_token),
         *_histogram("melt_inter_token_seconds", "From a token to the next.", metrics.inter_token),
         *_head("melt_depth_loops", "histogram", f"Loops before each token drawn; {DEEPEST} stands for more, too."),

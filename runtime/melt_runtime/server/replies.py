@@ -1,4 +1,5 @@
-"""Replies in OpenAI's shapes. Each choice also has ``depth``, the loops behind each token, and ``token_ids``."""
+"""Replies in OpenAI's shapes. Each choice also has ``depth``, the loops behind each token, and ``token_ids``; at its
+end ``saved``, the share of all loops, its prompt's too, that leaving early saved, and ``deadline`` if time was over."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from time import time
 from typing import Any
 
 from ..text import TextCodec
-from ..track import Piece
+from ..track import Generation, Piece
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,34 @@ class Form:
             **more,
         }
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, index: int, pieces: Sequence[Piece], end: Generation) -> dict[str, Any]:
         """A finished choice."""
-        text = "".join(piece.text for piece in pieces)
+        text = end.text
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._choice(index, said, pieces, 0)
+        return self._choice(index, said, pieces, 0, end)
 
-    def part(self, index: int, piece: Piece, offset: int, first: bool) -> dict[str, Any]:
-        """A choice's next token, ``offset`` characters into its text."""
+    def part(
+        self, index: int, piece: Piece | None, offset: int, first: bool, end: Generation | None = None
+    ) -> dict[str, Any]:
+        """A choice's next token, ``offset`` characters into its text. ``end``: it is the last; without a token there is
+        only what was held back of the text."""
+        text = piece.text if piece is not None else end.text[offset:] if end is not None else ""
         role = {"role": "assistant"} if first else {}
-        said: dict[str, Any] = {"delta": {**role, "content": piece.text}} if self.chat else {"text": piece.text}
-        return self._choice(index, said, [piece], offset)
+        said: dict[str, Any] = {"delta": {**role, "content": text}} if self.chat else {"text": text}
+        return self._choice(index, said, [] if piece is None else [piece], offset, end)
 
-    def _choice(self, index: int, said: dict[str, Any], pieces: Sequence[Piece], offset: int) -> dict[str, Any]:
+    def _choice(
+        self, index: int, said: dict[str, Any], pieces: Sequence[Piece], offset: int, end: Generation | None
+    ) -> dict[str, Any]:
         return {
             "index": index,
             **said,
             "logprobs": self._logprobs(pieces, offset),
-            "finish_reason": pieces[-1].finish_reason,
+            "finish_reason": None if end is None else _reason(end),
             "depth": [piece.depth for piece in pieces],
             "token_ids": [piece.token_id for piece in pieces],
+            **({} if end is None else {"saved": end.saved}),
+            **({"deadline": True} if end is not None and end.finish_reason == "deadline" else {}),
         }
 
     def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any] | None:
@@ -90,10 +99,17 @@ class Form:
         return shown or f"token_id:{token}"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """The counts of a call: prompts once, however many choices; tokens drawn, the ends among them."""
+def _reason(end: Generation) -> str:
+    """Why it ended, in OpenAI's words, whose clients know no deadline."""
+    return "length" if end.finish_reason == "deadline" else end.finish_reason
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """The counts of a call: prompts once, however many choices, and how much of them had been run before; tokens drawn,
+    the ends among them."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

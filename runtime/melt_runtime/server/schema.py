@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Token = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -51,8 +52,8 @@ class ResponseFormat(_Strict):
 
 
 class Ask(_Strict):
-    """What completions and chats have in common. ``loops``, ``exit_threshold``, ``min_loops``, ``top_k``, ``min_p``,
-    ``repetition_penalty`` and ``ignore_eos`` are this server's own."""
+    """What completions and chats have in common. ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``,
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos`` and ``max_seconds`` are this server's own."""
 
     model: str
     stream: bool | None = None
@@ -67,10 +68,12 @@ class Ask(_Strict):
     loops: Count | None = None
     exit_threshold: Share | None = None
     min_loops: Count | None = None
+    exit_change: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    max_seconds: Seconds | None = None
     # Nothing here counts how often a token occurred, so these may only say "off".
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,28 +11,49 @@ from ..errors import PromptError
 from ..package import source_hash
 from ..runtime import Runtime
 from ..scheduler import Request, Scheduler
+from ..track import Generation
 from .failures import ApiError
 from .grammar import Grammars
 from .schema import Ask, ChatAsk, CompletionAsk
+from .streaming import Backlog
 
 COMPLETION_TOKENS = 16  # where a completion does not say; a chat goes on as far as it may
-_PASSED = ("loops", "exit_threshold", "min_loops", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+MAX_UNREAD = 1 << 15  # tokens; one takes a few hundred bytes, with twenty logprobs two or three thousand
+_DEPTH = ("loops", "exit_threshold", "min_loops", "exit_change")
+_PASSED = (*_DEPTH, "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The requests of one call, a choice each, and how many tokens its prompts have."""
+    """The requests of one call, a choice each, ``choices`` of every prompt; and how many tokens its prompts have."""
 
     requests: tuple[Request, ...]
+    choices: int
     prompt_tokens: int
+
+    def cached_tokens(self, ends: Mapping[int, Generation]) -> int:
+        """How many of the prompts' tokens had been run before the call, as its ends tell, by choice."""
+        of_prompts = [range(at, at + self.choices) for at in range(0, len(self.requests), self.choices)]
+        known = [[ends[index].cached_tokens for index in prompt if index in ends] for prompt in of_prompts]
+        return sum(min(one, default=0) for one in known)
 
 
 class Service:
     """A package that is being served under a name. ``max_tokens``: the most that a choice may have (None: as many as
-    the cache holds)."""
+    the cache holds); ``max_seconds``: the most that a call may take, waiting included (None: no limit);
+    ``max_unread``: how many tokens all clients together may leave unread."""
 
-    def __init__(self, runtime: Runtime, scheduler: Scheduler, name: str, max_tokens: int | None = None):
+    def __init__(
+        self,
+        runtime: Runtime,
+        scheduler: Scheduler,
+        name: str,
+        max_tokens: int | None = None,
+        max_seconds: float | None = None,
+        max_unread: int = MAX_UNREAD,
+    ):
         self.runtime, self.scheduler, self.name = runtime, scheduler, name
+        self.max_seconds, self.backlog = max_seconds, Backlog(max_unread)
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
         self._grammars: Grammars | None = None
@@ -55,12 +76,13 @@ class Service:
         most = self.scheduler.slots + self.scheduler.max_waiting
         if len(prompts) * count > most:
             raise ApiError(400, f"{len(prompts) * count} choices are more than the {most} that can run and wait", "n")
-        options = self._options(ask)
+        options, deadline = self._options(ask), self._deadline(ask)
         schema = None if ask.response_format is None else ask.response_format.schema_asked
         requests = tuple(
             Request(
                 tuple(prompt),
                 self.runtime.options(**options, seed=None if ask.seed is None else ask.seed + number),
+                deadline,
                 logprobs=_logprobs(ask),
                 constraint=None if schema is None else self._grammar().constraint(schema),
             )
@@ -69,7 +91,7 @@ class Service:
         )
         for request in requests[::count]:
             request.check(self.runtime.manifest, self.runtime.codec is not None)
-        return Job(requests, sum(map(len, prompts)))
+        return Job(requests, count, sum(map(len, prompts)))
 
     def _prompts(self, ask: CompletionAsk | ChatAsk) -> Sequence[list[int]]:
         if isinstance(ask, ChatAsk):
@@ -95,6 +117,14 @@ class Service:
             "temperature": 1.0 if ask.temperature is None else ask.temperature,
             "ignore_eos": bool(ask.ignore_eos),
         }
+
+    def _deadline(self, ask: Ask) -> float | None:
+        if ask.max_seconds is None or self.max_seconds is None:
+            return self.max_seconds if ask.max_seconds is None else ask.max_seconds
+        if ask.max_seconds > self.max_seconds:
+            message = f"max_seconds is {ask.max_seconds:g}; this server allows {self.max_seconds:g}"
+            raise ApiError(400, message, "max_seconds")
+        return ask.max_seconds
 
     def _grammar(self) -> Grammars:
         with self._lock:

@@ -19,14 +19,39 @@ from ..track import Generation, Piece
 Event = Piece | Generation | MeltError
 
 
+class Backlog:
+    """What was drawn and not taken yet, of all feeds together: at most ``most`` events. When there are more, the feed
+    that is furthest behind is cut, and nobody else notices. For the event loop's thread."""
+
+    def __init__(self, most: int):
+        self.most, self.unread = most, 0
+        self.feeds: set[Feed] = set()
+
+    def add(self, feed: Feed) -> None:
+        """An event lies in a feed."""
+        self.feeds.add(feed)
+        feed.unread += 1
+        self.unread += 1
+        if self.unread > self.most:
+            max(self.feeds, key=lambda one: one.unread).cut()
+
+    def take(self, feed: Feed, count: int = 1) -> None:
+        """Events of a feed were taken, or thrown away."""
+        feed.unread -= count
+        self.unread -= count
+        if not feed.unread:
+            self.feeds.discard(feed)
+
+
 class Feed:
     """The events of several requests, in the order they came, by the number of the request.
 
-    The scheduler never waits for whoever reads: events lie in a queue, at most as many as the tokens asked for. Open it
-    in the event loop. Raises what ``Scheduler.submit`` raises, and then none of them runs.
+    The scheduler never waits for whoever reads: events lie in a queue, and count in the backlog. Open it in the event
+    loop. Raises what ``Scheduler.submit`` raises, and then none of them runs.
     """
 
-    def __init__(self, scheduler: Scheduler, requests: Sequence[Request]):
+    def __init__(self, scheduler: Scheduler, requests: Sequence[Request], backlog: Backlog):
+        self.unread, self._backlog, self._closed = 0, backlog, False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open = len(requests)
@@ -35,11 +60,31 @@ class Feed:
             for index, request in enumerate(requests):
                 self._tickets.append(scheduler.submit(request, partial(self._hear, index)))
         except BaseException:
-            self.cancel()
+            self.close()
             raise
 
     def _hear(self, index: int, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        self._loop.call_soon_threadsafe(self._put, index, event)
+
+    def _put(self, index: int, event: Event) -> None:
+        if not self._closed:
+            self._events.put_nowait((index, event))
+            self._backlog.add(self)
+
+    def cut(self) -> None:
+        """Ends it, because its reader is too far behind; what it has not read is thrown away."""
+        behind = self.unread
+        self.close()
+        error = MeltError(f"the client is {behind} tokens behind; this server keeps {self._backlog.most} for all")
+        self._events.put_nowait((0, error))
+
+    def close(self) -> None:
+        """Nobody reads on: nothing runs or is kept for it any more."""
+        self._closed = True
+        self.cancel()
+        self._backlog.take(self, self.unread)
+        while not self._events.empty():
+            self._events.get_nowait()
 
     def cancel(self) -> None:
         """Ends what still runs, each with its next token at the latest."""
@@ -50,6 +95,8 @@ class Feed:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
             index, event = await self._events.get()
+            if not self._closed:
+                self._backlog.take(self)
             self._open -= not isinstance(event, Piece)
             yield index, event
 
@@ -62,7 +109,7 @@ class Feed:
             yield
         finally:
             watch.cancel()
-            self.cancel()
+            self.close()
 
 
 async def _gone(receive: Receive) -> None:
