@@ -235,7 +235,7 @@ def memory(samples: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
     """From samples (second, bytes): at most 60 of them, and what memory did once it had settled: medians of the second
     and of the last quarter of the time, and the difference."""
     quarters = [[size for at, size in samples if part <= at / seconds < part + 0.25] for part in (0.25, 0.75)]
-    early, late = (float(np.median(quarter)) for quarter in quarters)
+    early, late = (float(np.median(quarter or [samples[-1][1]])) for quarter in quarters)
     every = -(-len(samples) // 60)
     return {
         "resident": [[round(at, 1), size] for at, size in samples[::every]],
