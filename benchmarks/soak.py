@@ -108,15 +108,15 @@ def mixture(draw: random.Random, settings: Settings, vocabulary: int, loops: int
     chance = draw.random()
     if chance < 0.05:
         wrong: dict[str, Any] = draw.choice(({"loops": 0}, {"prompt": [vocabulary]}, {"nonsense": 1}))
-        return Kind("refused, as it must be", body | wrong, refused=400)
+        return Kind("refused as they must be", body | wrong, refused=400)
     if chance < 0.10:
-        return Kind("two choices", body | {"n": 2, "seed": 1})
+        return Kind("with two choices", body | {"n": 2, "seed": 1})
     if chance < 0.40:
-        return Kind("whole", body)
+        return Kind("in one piece", body)
     if chance < 0.55:
         body["max_tokens"] = settings.longest
-        return Kind("stream, cut by the client", body, stream=True, cut=draw.randint(1, settings.longest // 2))
-    return Kind("stream", body, stream=True)
+        return Kind("streams cut by their client", body, stream=True, cut=draw.randint(1, settings.longest // 2))
+    return Kind("streams", body, stream=True)
 
 
 def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
