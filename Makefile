@@ -59,7 +59,7 @@ bench-state: $(VENV)/.dev
 	$(BIN)/python benchmarks/write_docs.py
 
 bench-serving: $(VENV)/.dev
-	$(BIN)/python benchmarks/batching.py --json docs/benchmarks.json
+	$(BIN)/python benchmarks/batching.py --rounds 4 --tokens 24 --json docs/benchmarks.json
 	$(BIN)/python benchmarks/soak.py --json docs/benchmarks.json
 	$(BIN)/python benchmarks/write_docs.py
 	$(BIN)/python benchmarks/serving_docs.py

@@ -197,11 +197,12 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One minute, to see that it works; not for figures.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Visits to each configuration.", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that each stream draws a visit.", min=2)] = None,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.", min=1)] = Settings.threads,
 ) -> None:
     """Measure continuous batching."""
     changes: dict[str, Any] = {**(QUICK if quick else {}), "threads": threads}
-    changes |= {} if rounds is None else {"rounds": rounds}
+    changes |= {name: value for name, value in (("rounds", rounds), ("tokens", tokens)) if value is not None}
     report = run(Settings(**changes), package, Console(stderr=True))
     report["command"] = command_line("batching.py", sys.argv[1:])
     show(report, Console())

@@ -108,15 +108,15 @@ def mixture(draw: random.Random, settings: Settings, vocabulary: int, loops: int
     chance = draw.random()
     if chance < 0.05:
         wrong: dict[str, Any] = draw.choice(({"loops": 0}, {"prompt": [vocabulary]}, {"nonsense": 1}))
-        return Kind("refused, as it must be", body | wrong, refused=400)
+        return Kind("refused as they must be", body | wrong, refused=400)
     if chance < 0.10:
-        return Kind("two choices", body | {"n": 2, "seed": 1})
+        return Kind("with two choices", body | {"n": 2, "seed": 1})
     if chance < 0.40:
-        return Kind("whole", body)
+        return Kind("in one piece", body)
     if chance < 0.55:
         body["max_tokens"] = settings.longest
-        return Kind("stream, cut by the client", body, stream=True, cut=draw.randint(1, settings.longest // 2))
-    return Kind("stream", body, stream=True)
+        return Kind("streams cut by their client", body, stream=True, cut=draw.randint(1, settings.longest // 2))
+    return Kind("streams", body, stream=True)
 
 
 def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
@@ -235,7 +235,7 @@ def memory(samples: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
     """From samples (second, bytes): at most 60 of them, and what memory did once it had settled: medians of the second
     and of the last quarter of the time, and the difference."""
     quarters = [[size for at, size in samples if part <= at / seconds < part + 0.25] for part in (0.25, 0.75)]
-    early, late = (float(np.median(quarter)) for quarter in quarters)
+    early, late = (float(np.median(quarter or [samples[-1][1]])) for quarter in quarters)
     every = -(-len(samples) // 60)
     return {
         "resident": [[round(at, 1), size] for at, size in samples[::every]],
