@@ -176,7 +176,7 @@ def _raised(products: list[_Product], options: WeightOptions, cost: Mapping[str,
     if not cost or not narrow:
         return set()
     sizes = {product.label: product.inputs * product.outputs // 2 for product in narrow}  # what 4 more bits take
-    costs = {product.label: sum(cost[part] for part in product.parts) for product in narrow}
+    costs = {product.label: sum(cost.get(part, 0.0) for part in product.parts) for product in narrow}
     with_scales = 1 + 8 / options.block  # a float32 scale for so many numbers of 4 bits
     return most_sensitive(sizes, costs, options.share * sum(sizes.values()) * with_scales)
 
