@@ -1,9 +1,10 @@
 """What fewer bits cost: packages of one checkpoint with quantized weights and caches, each measured on the same text.
 
-    python benchmarks/quantization.py CHECKPOINT TEXT [--tokens 4096] [--json FILE] [--plot FILE] [--variant "..."]
+    python benchmarks/quantization.py CHECKPOINT [TEXT] [--tokens 4096] [--json FILE] [--plot FILE] [--variant "..."]
 
 A variant is what would be given to melt-export; without any, the usual ones are measured. Every package is compared
-with the checkpoint in float32, as melt-verify does, on more of the text than it takes. The plot needs matplotlib.
+with the checkpoint in float32, as melt-verify does, on more of the text than it takes. Without a text it is the
+paragraphs in which the packages of constraints.txt, as installed, describe themselves. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,25 +28,46 @@ from rich.console import Console
 from melt_export.parity import Limits
 from melt_export.quality import held_out, measure, reference_logits
 
-_MIXED = "--int8 *.down_proj.weight --int8 *.v_proj.weight"
 VARIANTS = (
-    "--weights int8 --method rtn",
-    "--weights int8",
-    f"--weights int4 {_MIXED}",
     "--weights int4",
-    "--weights int4 --method rtn",
+    "--weights int8",
     "--cache int8",
+    "--weights int4 --int8-share 0",
+    "--weights int4 --asymmetric",
+    "--weights int4 --method rtn",
+    "--weights int8 --method rtn",
+    "--weights int4 --cache int8",
     "--cache int4",
-    f"--weights int4 {_MIXED} --cache int8",
 )
+# By variant: the growth of the perplexity, in percent, that SmolLM2-135M at one loop is promised to stay under.
+PROMISED = {"--weights int4": 5.0, "--weights int8": 0.5, "--cache int8": 0.5}
 _ROWS = 1024
+_CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+_SHORTEST, _LONGEST = 150, 1500  # characters: of a paragraph, of what is taken of one package
+_NOT_PROSE = ("http", "<", "|", "```", "::", ">>>", "- [", "{")
+
+
+def descriptions() -> str:
+    """The prose in which the installed ones of the pinned packages describe themselves, in constraints.txt's order."""
+    found = []
+    for line in _CONSTRAINTS.read_text(encoding="utf-8").splitlines():
+        name, pinned, _ = line.partition("==")
+        try:
+            about = metadata(name) if pinned else None
+        except PackageNotFoundError:
+            continue
+        if about is not None:
+            text = str(about.json.get("description", "")).replace("\r", "")
+            joined = [" ".join(part.split()) for part in text.split("\n\n")]
+            prose = [part for part in joined if len(part) >= _SHORTEST and not any(m in part for m in _NOT_PROSE)]
+            found.append("\n\n".join(prose)[:_LONGEST])
+    return "\n\n".join(part for part in found if part)
 
 
 def run(
     checkpoint: Path, text: Path, tokens: int, variants: tuple[str, ...], directory: Path, step: Step
-) -> list[dict[str, Any]]:
-    """One row a variant. Raises RuntimeError where melt-export refuses one."""
-    rows: list[dict[str, Any]] = []
+) -> Iterator[dict[str, Any]]:
+    """One row a variant, as they are measured. Raises RuntimeError where melt-export refuses one."""
     held = expected = None
     for variant in variants:
         step(f"exporting {variant}", 0, 0)
@@ -54,20 +78,26 @@ def run(
             expected = reference_logits(checkpoint, held, package.manifest)
         runtime = Runtime.load(path, backend="onnxruntime", check_hashes=False)
         found = measure(runtime, held, expected, package.manifest.loops, Limits(), step)
-        rows.append(
-            {
-                "variant": variant,
-                "bytes": package.manifest.weights_bytes,
-                "cache_bytes_a_token": package.manifest.cache_bytes(1),
-                "positions": found.positions,
-                "kl": found.kl,
-                "top1": found.top1,
-                "perplexity": found.perplexity,
-                "checkpoint_perplexity": found.checkpoint_perplexity,
-                "perplexity_change_percent": found.perplexity_change,
-            }
-        )
-    return rows
+        yield {
+            "variant": variant,
+            "bytes": package.manifest.weights_bytes,
+            "cache_bytes_a_token": package.manifest.cache_bytes(1),
+            "positions": found.positions,
+            "kl": found.kl,
+            "top1": found.top1,
+            "perplexity": found.perplexity,
+            "checkpoint_perplexity": found.checkpoint_perplexity,
+            "perplexity_change_percent": found.perplexity_change,
+        }
+
+
+def broken(rows: list[dict[str, Any]]) -> list[str]:
+    """The variants that are over what is promised of them, a sentence each."""
+    return [
+        f"{row['variant']}: perplexity {row['perplexity_change_percent']:+.2f}%, promised +{limit:g}% at most"
+        for row in rows
+        if (limit := PROMISED.get(row["variant"])) is not None and not row["perplexity_change_percent"] <= limit
+    ]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -115,7 +145,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="With a tokenizer.")],
-    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="UTF-8, that nothing was calibrated on.")],
+    text: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True, dir_okay=False, help="UTF-8, that nothing was calibrated on. Default: packages' descriptions."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Of the text that are measured on, at most.", min=2)] = 4096,
     variant: Annotated[list[str] | None, typer.Option(help="What melt-export would be given; may be repeated.")] = None,
     json_file: Annotated[
@@ -123,9 +158,8 @@ def main(
     ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw quality against bytes into this PNG.")] = None,
 ) -> None:
-    """Measure what fewer bits cost."""
-    with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-quantization-") as name:
-        rows = run(checkpoint, text, tokens, tuple(variant or VARIANTS), Path(name), step)
+    """Measure what fewer bits cost. Exit code 1 where it is more than is promised, which is of SmolLM2-135M."""
+    rows: list[dict[str, Any]] = []
     report = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": command_line("quantization.py", sys.argv[1:]),
@@ -133,11 +167,21 @@ def main(
         "versions": versions("torch", "onnxruntime", "transformers"),
         "rows": rows,
     }
-    if json_file is not None:
-        save(json_file, "quantization", report)
+    with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-quantization-") as name:
+        directory = Path(name)
+        if text is None:
+            text = directory / "descriptions"
+            text.write_text(descriptions(), encoding="utf-8")
+        for row in run(checkpoint, text, tokens, tuple(variant or VARIANTS), directory, step):
+            rows.append(row)
+            if json_file is not None:
+                save(json_file, "quantization", report)
     if plot_file is not None:
         plot(rows, plot_file)
     Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
+    if failures := broken(rows):
+        print("\n".join(failures), file=sys.stderr)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -10,37 +10,75 @@ from torch import Tensor, nn
 # Shares of a block's largest value that a scale may stand for: rounding errs less when it clips a little.
 _SHRINK = tuple(1 - step / 50 for step in range(15))
 _ELEMENTS_AT_ONCE = 1 << 18  # what is searched at a time stays in a processor's cache
-_DAMPING = 0.01  # of the mean of a Hessian's diagonal
+_DAMPING = 0.1  # of the mean of a Hessian's diagonal: the text that comes is not the one that was seen
 _COLUMNS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What a block's numbers may be and how they are chosen. ``bits``: 4 or 8; ``block``: inputs that share a scale;
+    ``positive``: whether scales must be, for whoever reads no others: it costs a little range; ``asymmetric``: whether
+    each block says which of its numbers means zero."""
+
+    bits: int
+    block: int
+    positive: bool = False
+    asymmetric: bool = False
+
+    @property
+    def top(self) -> int:
+        """The largest number; the smallest is 0."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The number that means zero where blocks do not say."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True)
 class Blocks:
-    """A weight (outputs, inputs): ``numbers`` uint8 (outputs, blocks, block) from 0 to 2 ** bits - 1, of which
-    2 ** (bits - 1) means zero; ``scales`` float32 (outputs, blocks). The last block is padded with zeros."""
+    """A weight (outputs, inputs): ``numbers`` uint8 (outputs, blocks, block) from 0 to 2 ** bits - 1; ``scales``
+    float32 (outputs, blocks); ``zeros`` uint8 (outputs, blocks), the numbers that mean zero (None: 2 ** (bits - 1)).
+    The last block is padded with zeros."""
 
     numbers: Tensor
     scales: Tensor
     bits: int
     inputs: int
+    zeros: Tensor | None = None
 
     def values(self) -> Tensor:
         """What the weight is multiplied as: float32 (outputs, inputs)."""
-        wide = (self.numbers.float() - (1 << (self.bits - 1))) * self.scales[..., None]
-        return wide.flatten(1)[:, : self.inputs]
+        zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[..., None].float()
+        return ((self.numbers.float() - zeros) * self.scales[..., None]).flatten(1)[:, : self.inputs]
 
     def packed(self) -> Tensor:
         """The numbers as MatMulNBits reads them: uint8 (outputs, blocks, block * bits / 8), low bits first."""
+        return self.numbers if self.bits == 8 else two_a_byte(self.numbers)
+
+    def packed_zeros(self) -> Tensor:
+        """The zeros as MatMulNBits reads them: uint8 (outputs, blocks * bits / 8, rounded up), low bits first."""
+        assert self.zeros is not None
         if self.bits == 8:
-            return self.numbers
-        return two_a_byte(self.numbers)
+            return self.zeros
+        return two_a_byte(nn.functional.pad(self.zeros, (0, self.zeros.shape[1] % 2)))
 
     @classmethod
-    def unpacked(cls, packed: Tensor, scales: Tensor, bits: int, inputs: int) -> Blocks:
-        """What ``packed`` made, read back."""
+    def stacked(cls, parts: list[Blocks]) -> Blocks:
+        """Weights of the same inputs and kind, the outputs of one after those of the other."""
+        numbers, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return cls(numbers, scales, parts[0].bits, parts[0].inputs, torch.cat(zeros) if zeros else None)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, scales: Tensor, bits: int, inputs: int, zeros: Tensor | None = None) -> Blocks:
+        """What ``packed`` and ``packed_zeros`` made, read back."""
         if bits == 4:
-            packed = one_a_byte(packed)
-        return cls(packed, scales.reshape(packed.shape[:2]), bits, inputs)
+            packed, zeros = one_a_byte(packed), None if zeros is None else one_a_byte(zeros)
+        outputs, blocks = packed.shape[:2]
+        zeros = None if zeros is None else zeros.reshape(outputs, -1)[:, :blocks]
+        return cls(packed, scales.reshape(outputs, blocks), bits, inputs, zeros)
 
 
 def two_a_byte(numbers: Tensor) -> Tensor:
@@ -53,61 +91,71 @@ def one_a_byte(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def round_to_nearest(weight: Tensor, bits: int, block: int, positive: bool = False) -> Blocks:
-    """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square.
-
-    positive: whether scales must be, for whoever reads no others; it costs a little range.
-    """
+def round_to_nearest(weight: Tensor, grid: Grid) -> Blocks:
+    """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square."""
     outputs, inputs = weight.shape
-    count = -(-inputs // block)
-    numbers = torch.empty(outputs, count, block, dtype=torch.uint8)
-    scales = torch.empty(outputs, count)
+    count = -(-inputs // grid.block)
+    numbers = torch.empty(outputs, count, grid.block, dtype=torch.uint8)
+    scales, zeros = torch.empty(outputs, count), torch.empty(outputs, count)
     step = max(1, _ELEMENTS_AT_ONCE // inputs)
     for at in range(0, outputs, step):
-        rows = _in_blocks(weight[at : at + step].float(), block)
-        found = _best_scales(rows, bits, torch.ones(count, block), positive)
-        numbers[at : at + step] = (_rounded(rows, found, bits) + (1 << (bits - 1))).to(torch.uint8)
-        scales[at : at + step] = found.squeeze(-1)
-    return Blocks(numbers, scales, bits, inputs)
+        rows = _in_blocks(weight[at : at + step].float(), grid.block)
+        scale, zero = _best_scales(rows, grid, torch.ones(count, grid.block))
+        numbers[at : at + step] = _rounded(rows, scale, zero, grid).to(torch.uint8)
+        scales[at : at + step], zeros[at : at + step] = scale.squeeze(-1), zero.squeeze(-1)
+    return _blocks(numbers, scales, zeros, grid, inputs)
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int, positive: bool = False) -> Blocks:
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Blocks:
     """Quantizes a weight (outputs, inputs) column by column, each error spread over the columns still to come.
 
     hessian (inputs, inputs): the sum of x x^T over the inputs x of the product. Columns that matter most go first;
-    a block's scale is chosen before, by the error weighted with the Hessian's diagonal. positive: as in
-    ``round_to_nearest``. GPTQ: arXiv 2210.17323.
+    a block's scale is chosen before, by errors weighted with what the other columns cannot make up for. GPTQ:
+    arXiv 2210.17323.
     """
     outputs, inputs = weight.shape
     diagonal = hessian.diagonal().double()
     mean = float(diagonal.mean())
     if not mean > 0:
-        return round_to_nearest(weight, bits, block, positive)  # nothing ever came in
-    importance = _in_blocks((diagonal / mean).float()[None], block)[0] + _DAMPING
-    rows = _in_blocks(weight.float(), block)
-    scales = _best_scales(rows, bits, importance, positive)
-    spread = scales.expand(rows.shape).flatten(1)[:, :inputs]
-
+        return round_to_nearest(weight, grid)  # nothing ever came in
     order = diagonal.argsort(descending=True)
-    damped = hessian.double()[order][:, order]
-    damped.diagonal().add_(_DAMPING * mean)
+    damped = hessian.double()[order][:, order] / mean
+    damped.diagonal().add_(_DAMPING)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left, steps = weight.float()[:, order], spread[:, order].contiguous()
+
+    importance = torch.empty(inputs)
+    importance[order] = (1 / inverse.diagonal()).float()
+    rows = _in_blocks(weight.float(), grid.block)
+    scales, zeros = _best_scales(rows, grid, _in_blocks(importance[None], grid.block)[0])
+    left = weight.float()[:, order]
+    steps, middles = (part.expand(rows.shape).flatten(1)[:, order].contiguous() for part in (scales, zeros))
     chosen = torch.empty_like(left)
     for start in range(0, inputs, _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, inputs)
         errors = torch.empty(outputs, end - start)
         for column in range(start, end):
-            number = _rounded(left[:, column], steps[:, column], bits)
-            error = (left[:, column] - number * steps[:, column]) / factor[column, column]
+            step, zero = steps[:, column], middles[:, column]
+            number = _rounded(left[:, column], step, zero, grid)
+            error = (left[:, column] - (number - zero) * step) / factor[column, column]
             left[:, column:end] -= error[:, None] * factor[column, column:end]
             chosen[:, column], errors[:, column - start] = number, error
         left[:, end:] -= errors @ factor[start:end, end:]
-    numbers = torch.empty_like(chosen)
+    # Padding means zero, whatever number stands for it.
+    numbers = zeros.expand(rows.shape).flatten(1).clone()
     numbers[:, order] = chosen
-    stored = (_in_blocks(numbers, block) + (1 << (bits - 1))).to(torch.uint8)
-    return Blocks(stored, scales.squeeze(-1), bits, inputs)
+    stored = numbers.unflatten(1, rows.shape[1:]).to(torch.uint8)
+    return _blocks(stored, scales.squeeze(-1), zeros.squeeze(-1), grid, inputs)
+
+
+def rounding_error(weight: Tensor, grid: Grid) -> float:
+    """The mean square error that rounding a weight (outputs, inputs) to a symmetric grid may be expected to make."""
+    steps = _in_blocks(weight.float(), grid.block).abs().amax(-1) / grid.middle
+    return float(steps.square().mean()) / 12
+
+
+def _blocks(numbers: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, inputs: int) -> Blocks:
+    return Blocks(numbers, scales, grid.bits, inputs, zeros.to(torch.uint8) if grid.asymmetric else None)
 
 
 def _in_blocks(rows: Tensor, block: int) -> Tensor:
@@ -116,22 +164,32 @@ def _in_blocks(rows: Tensor, block: int) -> Tensor:
     return nn.functional.pad(rows, (0, count * block - rows.shape[1])).unflatten(1, (count, block))
 
 
-def _best_scales(rows: Tensor, bits: int, importance: Tensor, positive: bool) -> Tensor:
-    """Scales (outputs, blocks, 1). The largest value goes to the side that has one number more, unless positive."""
-    extreme = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-    widest = extreme.abs() / ((1 << (bits - 1)) - 1) if positive else extreme / -(1 << (bits - 1))
-    best = torch.where(extreme == 0, 1.0, widest)
-    if bits == 8:
-        return best
-    least, widest = torch.full_like(extreme, float("inf")), best
+def _best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales, and the numbers that mean zero: both float32 (outputs, blocks, 1).
+
+    Symmetric: the largest value goes to the side that has one number more, unless scales must be positive.
+    """
+    if grid.asymmetric:
+        low, high = rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
+        widest = (high - low) / grid.top
+        zero = torch.where(widest == 0, 0.0, (-low / widest).round())
+    else:
+        extreme = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
+        widest = extreme.abs() / (grid.middle - 1) if grid.positive else extreme / -grid.middle
+        zero = torch.full_like(widest, grid.middle)
+    best = widest = torch.where(widest == 0, 1.0, widest)
+    if grid.bits == 8:
+        return best, zero
+    least = torch.full_like(widest, float("inf"))
     for shrink in _SHRINK:
         scale = widest * shrink
-        error = ((_rounded(rows, scale, bits) * scale - rows).square() * importance).sum(-1, keepdim=True)
+        wide = (_rounded(rows, scale, zero, grid) - zero) * scale
+        error = ((wide - rows).square() * importance).sum(-1, keepdim=True)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
-    return best
+    return best, zero
 
 
-def _rounded(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    zero = 1 << (bits - 1)
-    return (rows / scale).round().clamp(-zero, zero - 1)
+def _rounded(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The nearest numbers, as float32."""
+    return (rows / scale + zero).round().clamp(0, grid.top)

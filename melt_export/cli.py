@@ -111,6 +111,19 @@ def export(
     int8: Annotated[
         list[str] | None, typer.Option(help="With int4: weights to store in 8 bits all the same, named as in --keep.")
     ] = None,
+    int8_share: Annotated[
+        float | None,
+        typer.Option(
+            help="With int4: by which share the loop's products may grow, so that those that suffer most from 4 bits "
+            "on the calibration text have 8. Default: 0.1; 0 with --int8 or rtn.",
+            min=0,
+            max=1,
+        ),
+    ] = None,
+    asymmetric: Annotated[
+        bool,
+        typer.Option("--asymmetric", help="With int4: blocks that say which number means zero; better, and slower."),
+    ] = False,
     engine: Annotated[
         Flavour | None,
         typer.Option(help="Build an engine into the package afterwards; melt-run build-engine has more options."),
@@ -133,8 +146,10 @@ def export(
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
-    if weights is None and (keep or int8 or block != 32 or method):
-        raise ArgumentError("--block, --method, --keep and --int8 are of quantized weights: name --weights")
+    if weights is None and (keep or int8 or block != 32 or method or int8_share is not None or asymmetric):
+        raise ArgumentError(
+            "--block, --method, --keep, --int8, --int8-share and --asymmetric are of quantized weights: name --weights"
+        )
     if weights is None and cache is None and (calibration or eval_text or eval_answers):
         raise ArgumentError(
             "--calibration, --eval-text and --eval-answers are of quantization: name --weights or --cache"
@@ -143,7 +158,8 @@ def export(
     if weights is not None:
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
         read = calibration if chosen == "gptq" or cache is None else None
-        stored = WeightOptions(str(weights), block, keep=kept, int8=wide, method=chosen, calibration=read)
+        how = {"keep": kept, "int8": wide, "int8_share": int8_share, "asymmetric": asymmetric}
+        stored = WeightOptions(str(weights), block, method=chosen, calibration=read, **how)  # type: ignore[arg-type]
     rows = None if cache is None else CacheOptions(str(cache), calibration)
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, rows)
     if weights is not None and engine_weights is not None:
@@ -248,7 +264,9 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
     table.add_row("graphs and weights", human_bytes(manifest.weights_bytes))
     if manifest.weights:
-        table.add_row("products", "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights))
+        raised = len(manifest.weights.get("raised", ()))
+        line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
+        table.add_row("products", f"{line}, {raised} more in int8" if raised else line)
     if manifest.cache:
         table.add_row("cache", "{kind}, a scale a channel".format(**manifest.cache))
     depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"

@@ -31,7 +31,8 @@ from .dialects import DIALECTS
 from .errors import ExportError
 from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
 from .hollow import without_memory
-from .quantize import BITS, WeightOptions, check_patterns, halve_embedding, quantize_products
+from .quantize import BITS, Statistics, WeightOptions, check_patterns, halve_embedding, quantize_products
+from .sensitivity import sensitivities
 from .weights import attach_weights, external_bytes, write_weights
 
 _MAX_DEFAULT_SEQ_LEN = 4096
@@ -66,6 +67,8 @@ class ExportOptions:
                 f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, "
                 "or of standard at fp32 or fp16"
             )
+        if self.weights is not None and self.weights.asymmetric and self.dialect != "onnxruntime":
+            raise ExportError("asymmetric blocks are of the dialect onnxruntime: TensorRT reads no 4-bit zero points")
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
             raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
         for name in ("max_seq_len", "max_batch", "chunk"):
@@ -119,10 +122,13 @@ def build_package(
     copy_companions(checkpoint, directory, config.vocab_size)
 
     quantized = options.weights
-    statistics = {}
+    seen = Statistics()
     if quantized is not None and quantized.method == "gptq":
         tokens = calibration_tokens(checkpoint, config, quantized.calibration)
-        statistics = hessians(checkpoint, tokens, loops, chunk, progress)
+        cost = {}
+        if quantized.share:
+            cost = sensitivities(checkpoint, tokens, loops, chunk, quantized.grid(BITS[quantized.kind]), progress)
+        seen = Statistics(hessians(checkpoint, tokens, loops, chunk, progress), cost)
     numbers = None
     if options.cache is not None:
         tokens = calibration_tokens(checkpoint, config, options.cache.calibration)[::_CACHE_SHARE]
@@ -143,12 +149,15 @@ def build_package(
     if numbers is not None:
         graphs["loop_step"], states = quantize_caches(graphs["loop_step"], states, numbers)
     models = [graph.model for graph in graphs.values()]
+    record: dict[str, Any] = {}
     if quantized is not None:
+        record = quantized.record()
         if options.precision == "fp32":
             halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
             assert dialect.products is not None
-            quantize_products(graphs[name].model, quantized, statistics, dialect.products, TORCH_DTYPES[dtype])
+            raised = quantize_products(graphs[name].model, quantized, seen, dialect.products, TORCH_DTYPES[dtype])
+            record["raised"] = [*record.get("raised", ()), *raised]
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)
     write_weights(models, directory, lambda done: progress("writing weights", total, done))
@@ -169,7 +178,7 @@ def build_package(
         files=_hash_files(directory, progress),
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries={name: version(name) for name in _LIBRARIES},
-        weights={} if quantized is None else quantized.record(),
+        weights=record,
         cache={} if options.cache is None else options.cache.record(),
     )
     _check_states(manifest.states, specs["loop_step"])

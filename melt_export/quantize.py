@@ -8,8 +8,8 @@ output instead of blocks, and all scales are positive, because TensorRT reads no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
-from .blocks import Blocks, gptq, round_to_nearest, two_a_byte
+from .blocks import Blocks, Grid, gptq, round_to_nearest, two_a_byte
 from .errors import ExportError
 from .pack import FEWEST_COLUMNS, PARTS, part_names
+from .sensitivity import most_sensitive
 from .simplify import CHECKPOINT_NAME, TRANSPOSED
 
 BITS = {"int4": 4, "int8": 8}
@@ -38,6 +39,7 @@ HEAD = "lm_head.weight"
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
 _LEAST_SCALE = 2.0**-16
+_USUAL_SHARE = 0.1
 MATMUL_NBITS, DEQUANTIZE = "MatMulNBits", "DequantizeLinear"
 
 
@@ -46,8 +48,10 @@ class WeightOptions:
     """How products are stored. ``kind``: "int4" or "int8"; ``block``: inputs that share a scale; ``head``: of the
     output head, which is read once a token and spoils more than it saves in 4 bits; ``keep``: patterns (``*``) of
     checkpoint names that stay as they are; ``int8``: patterns of those that have 8 bits whatever ``kind`` says, and
-    with them what is packed beside them; ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated on
-    ``calibration``, a UTF-8 text; None: Python's documentation). Raises ExportError."""
+    with them what is packed beside them; ``int8_share``: by which share the loop's products may grow so that those that
+    suffer most from 4 bits have 8 (None: 0.1, where they are measured and not named by ``int8``); ``method``: "rtn"
+    (rounded to nearest) or "gptq" (calibrated on ``calibration``, a UTF-8 text; None: Python's documentation);
+    ``asymmetric``: whether blocks of 4 bits say which number means zero. Raises ExportError."""
 
     kind: str
     block: int = 32
@@ -56,6 +60,8 @@ class WeightOptions:
     int8: tuple[str, ...] = ()
     method: str = "gptq"
     calibration: Path | None = None
+    int8_share: float | None = None
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in BITS or self.head not in BITS:
@@ -66,6 +72,25 @@ class WeightOptions:
             raise ExportError("only the method gptq reads a calibration text")
         if self.block not in BLOCKS:
             raise ExportError(f"block is {self.block}; it must be one of {', '.join(map(str, BLOCKS))}")
+        if self.asymmetric and self.kind != "int4":
+            raise ExportError(f"asymmetric blocks are of int4 weights; {self.kind} would gain nothing from them")
+        if self.int8_share is not None and not 0 <= self.int8_share <= 1:
+            raise ExportError(f"int8 share is {self.int8_share:g}; it must be from 0 to 1")
+        if self.int8_share and (self.kind, self.method) != ("int4", "gptq"):
+            raise ExportError(
+                "an int8 share is of int4 weights and the method gptq, which measures what needs more bits"
+            )
+
+    @property
+    def share(self) -> float:
+        """``int8_share``, or what stands for None."""
+        if self.int8_share is None:
+            return _USUAL_SHARE if (self.kind, self.method) == ("int4", "gptq") and not self.int8 else 0.0
+        return self.int8_share
+
+    def grid(self, bits: int, *, positive: bool = False) -> Grid:
+        """How numbers of so many bits are chosen."""
+        return Grid(bits, self.block, positive, self.asymmetric and bits == BITS["int4"])
 
     def record(self) -> dict[str, Any]:
         """As the manifest has it."""
@@ -76,6 +101,8 @@ class WeightOptions:
             "method": self.method,
             "keep": list(self.keep),
             "int8": list(self.int8),
+            "int8_share": self.share,
+            "asymmetric": self.asymmetric,
             "calibration": self.calibration.name if self.calibration else None,
         }
 
@@ -91,16 +118,39 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What was seen of products on a text, by checkpoint name: the ``hessians`` of those that are calibrated, and what
+    4 bits would ``cost`` each, where some are to have 8."""
+
+    hessians: Mapping[str, Tensor] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+
 def quantize_products(
-    model: ir.Model, options: WeightOptions, hessians: Mapping[str, Tensor], operator: str, dtype: torch.dtype
-) -> None:
+    model: ir.Model, options: WeightOptions, seen: Statistics, operator: str, dtype: torch.dtype
+) -> list[str]:
     """Gives products with checkpoint weights quantized ones, in place; the numbers are computed when written.
 
-    hessians: by checkpoint name, of the products that are calibrated; operator: what reads the numbers, MATMUL_NBITS or
-    DEQUANTIZE; dtype: of the products.
+    operator: what reads the numbers, MATMUL_NBITS or DEQUANTIZE; dtype: of the products. Returns the names of those
+    that have 8 bits within the share that may.
     """
     spell = _nbits if operator == MATMUL_NBITS else _dequantize
-    for node in list(model.graph.all_nodes()):
+    products = list(_products(model.graph, options, seen.hessians))
+    raised = _raised([product for _, product in products], options, seen.cost)
+    for node, product in products:
+        if product.label in raised:
+            product.bits = 8
+        spell(model.graph, node, product, dtype)
+    passes.RemoveUnusedNodesPass()(model)
+    return sorted(raised)
+
+
+def _products(
+    graph: ir.Graph, options: WeightOptions, hessians: Mapping[str, Tensor]
+) -> Iterator[tuple[ir.Node, _Product]]:
+    """The products to be quantized, and the nodes that compute them."""
+    for node in list(graph.all_nodes()):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None:
             continue
@@ -116,9 +166,19 @@ def quantize_products(
         if outputs < FEWEST_COLUMNS or _matches(names, options.keep):
             continue
         kind = options.head if name in (HEAD, EMBEDDING) else "int8" if _matches(parts, options.int8) else options.kind
-        product = _Product(parts, HEAD if name == EMBEDDING else str(name), inputs, outputs, BITS[kind], hessians)
-        spell(model.graph, node, product, options.block, dtype)
-    passes.RemoveUnusedNodesPass()(model)
+        label = HEAD if name == EMBEDDING else str(name)
+        yield node, _Product(parts, label, inputs, outputs, BITS[kind], options, hessians)
+
+
+def _raised(products: list[_Product], options: WeightOptions, cost: Mapping[str, float]) -> set[str]:
+    """The labels of those products that suffer most from 4 bits and may have 8."""
+    narrow = [product for product in products if product.bits == BITS["int4"] and product.label != HEAD]
+    if not cost or not narrow:
+        return set()
+    sizes = {product.label: product.inputs * product.outputs // 2 for product in narrow}  # what 4 more bits take
+    costs = {product.label: sum(cost.get(part, 0.0) for part in product.parts) for product in narrow}
+    with_scales = 1 + 8 / options.block  # a float32 scale for so many numbers of 4 bits
+    return most_sensitive(sizes, costs, options.share * sum(sizes.values()) * with_scales)
 
 
 @dataclass
@@ -130,18 +190,17 @@ class _Product:
     inputs: int
     outputs: int
     bits: int
+    options: WeightOptions
     hessians: Mapping[str, Tensor]
 
-    def values(
-        self, graph: ir.Graph, block: int, stored: Mapping[str, _Stored], *, positive: bool = False
-    ) -> list[ir.Value]:
+    def values(self, graph: ir.Graph, grid: Grid, stored: Mapping[str, _Stored]) -> list[ir.Value]:
         """Initializers, in this order, that are computed when they are written, one after the other."""
         memo: list[Blocks] = []  # from the first that is written to the last
         found = []
 
         def reader(suffix: str) -> Callable[[Weights], Tensor]:
             def read(weights: Weights) -> Tensor:
-                blocks = memo.pop() if memo else self._quantized(weights, block, positive)
+                blocks = memo.pop() if memo else self._quantized(weights, grid)
                 if suffix != list(stored)[-1]:
                     memo.append(blocks)
                 return stored[suffix].form(blocks)
@@ -155,17 +214,13 @@ class _Product:
             found.append(value)
         return found
 
-    def _quantized(self, weights: Weights, block: int, positive: bool) -> Blocks:
+    def _quantized(self, weights: Weights, grid: Grid) -> Blocks:
         """Packed products lie side by side, and each output has blocks of its own."""
         found = []
         for part in self.parts:
             weight, hessian = weights.tensor(part), self.hessians.get(HEAD if part == EMBEDDING else part)
-            if hessian is None:
-                found.append(round_to_nearest(weight, self.bits, block, positive))
-            else:
-                found.append(gptq(weight, hessian, self.bits, block, positive))
-        numbers, scales = (torch.cat([getattr(part, name) for part in found]) for name in ("numbers", "scales"))
-        return Blocks(numbers, scales, self.bits, found[0].inputs)
+            found.append(round_to_nearest(weight, grid) if hessian is None else gptq(weight, hessian, grid))
+        return Blocks.stacked(found)
 
 
 @dataclass(frozen=True)
@@ -177,14 +232,17 @@ class _Stored:
     form: Callable[[Blocks], Tensor]
 
 
-def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype: torch.dtype) -> None:
+def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype) -> None:
     """Puts a MatMulNBits in the place of a product."""
-    bits, count = product.bits, -(-product.inputs // block)
+    grid = product.options.grid(product.bits)
+    bits, block, count = grid.bits, grid.block, -(-product.inputs // grid.block)
     stored = {
         "q": _Stored(ir.DataType.UINT8, (product.outputs, count, block * bits // 8), Blocks.packed),
         "scales": _Stored(ir.DataType.FLOAT, (product.outputs, count), lambda blocks: blocks.scales),
     }
-    operands = product.values(graph, block, stored)
+    if grid.asymmetric:
+        stored["zeros"] = _Stored(ir.DataType.UINT8, (product.outputs, -(-count * bits // 8)), Blocks.packed_zeros)
+    operands = product.values(graph, grid, stored)
     attributes = {"K": product.inputs, "N": product.outputs, "bits": bits, "block_size": block}
     attributes[ACCURACY] = _INT8_ACTIVATIONS
     path = str(node.name).removesuffix("/MatMul").removesuffix("MatMul")
@@ -199,8 +257,9 @@ def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype:
     _own_graph(node).remove(node, safe=True)
 
 
-def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, block: int, dtype: torch.dtype) -> None:
+def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype) -> None:
     """Puts a DequantizeLinear before a product; where blocks do not fit, 8 bits and a scale for each output."""
+    block = product.options.block
     if product.inputs % block or product.outputs % 2:
         product.bits = 8
     blocked = product.bits == 4
@@ -212,7 +271,7 @@ def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, block: int, d
         "q": _Stored(numbers, (product.inputs, product.outputs), _signed),
         "scales": _Stored(kind, scales, lambda blocks: _scales(blocks, dtype).reshape(scales)),
     }
-    operands = product.values(graph, block, stored, positive=True)
+    operands = product.values(graph, Grid(product.bits, block, positive=True), stored)
     attributes = {"axis": 0, "block_size": block} if blocked else {"axis": 1}
     made = ir.node(DEQUANTIZE, operands, attributes, name=f"{str(node.name).removesuffix('/MatMul')}/DequantizeLinear")
     new = made.outputs[0]
@@ -307,8 +366,9 @@ def dequantized(model: nn.Module, package: Path) -> None:
 
 def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:
     numbers, scales = (initializer(node.inputs[at]) for at in (1, 2))
+    zeros = initializer(node.inputs[3]).to(torch.uint8) if len(node.inputs) > 3 else None
     bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
-    return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs).values()
+    return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs, zeros).values()
 
 
 def _dequantize_values(node: ir.Node) -> tuple[str, Tensor]:

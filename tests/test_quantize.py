@@ -18,7 +18,7 @@ from melt_models.checkpoint import read_config
 from melt_runtime import Runtime
 from melt_runtime.package import Package
 
-from melt_export.blocks import Blocks, gptq, round_to_nearest
+from melt_export.blocks import Blocks, Grid, gptq, round_to_nearest
 from melt_export.calibrate import calibration_tokens, hessians
 from melt_export.errors import ExportError
 from melt_export.export import ExportOptions, building
@@ -32,7 +32,7 @@ from melt_export.verify import verify
 @settings(max_examples=40, deadline=None)
 def test_rounding_errs_by_no_more_than_a_step(outputs: int, inputs: int, bits: int, block: int, seed: int) -> None:
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
-    found = round_to_nearest(weight, bits, block)
+    found = round_to_nearest(weight, Grid(bits, block))
     steps = found.scales.abs().repeat_interleave(block, dim=1)[:, :inputs]
     # A block's largest value may be clipped by the share of the widest scale that was tried last.
     widest = torch.nn.functional.pad(weight, (0, -inputs % block)).unflatten(1, (-1, block)).abs().amax(-1)
@@ -44,8 +44,8 @@ def test_rounding_errs_by_no_more_than_a_step(outputs: int, inputs: int, bits: i
 
 def test_zero_weights_stay_zero() -> None:
     weight = torch.zeros(4, 40)
-    assert not round_to_nearest(weight, 4, 32).values().any()
-    assert not gptq(weight, torch.eye(40), 4, 32).values().any()
+    assert not round_to_nearest(weight, Grid(4, 32)).values().any()
+    assert not gptq(weight, torch.eye(40), Grid(4, 32)).values().any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -54,8 +54,8 @@ def test_calibration_errs_less_on_inputs_like_those_it_saw(bits: int) -> None:
     mix = torch.randn(96, 96, generator=generator) * torch.linspace(0.05, 2, 96)
     seen, unseen = (torch.randn(2000, 96, generator=generator) @ mix for _ in range(2))
     weight = torch.randn(48, 96, generator=generator)
-    plain = round_to_nearest(weight, bits, 32).values()
-    calibrated = gptq(weight, seen.t() @ seen, bits, 32).values()
+    plain = round_to_nearest(weight, Grid(bits, 32)).values()
+    calibrated = gptq(weight, seen.t() @ seen, Grid(bits, 32)).values()
     plain_error, error = ((unseen @ (values - weight).t()).square().mean() for values in (plain, calibrated))
     assert error < 0.7 * plain_error
 
@@ -255,7 +255,7 @@ def test_what_blocks_do_not_fit_has_eight_bits(checkpoints: dict[str, Path], tmp
 
 def test_positive_scales_are_positive_and_cost_little() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    any_sign, positive = (round_to_nearest(weight, 4, 32, positive) for positive in (False, True))
+    any_sign, positive = (round_to_nearest(weight, Grid(4, 32, positive)) for positive in (False, True))
     assert (positive.scales > 0).all()
     errors = [(found.values() - weight).square().mean() for found in (any_sign, positive)]
     assert errors[1] < 1.2 * errors[0]
