@@ -248,7 +248,7 @@ def test_on_a_phone_everything_fits_without_scrolling_sideways(visit: Open, addi
 
 
 def test_the_picture_in_the_docs_shows_the_page(visit: Open, adding: Server, tmp_path: Path) -> None:
-    page = visit(adding.url, viewport={"width": 860, "height": 640}, device_scale_factor=2)
+    page = visit(adding.url, viewport={"width": 860, "height": 660}, device_scale_factor=2)
     page.until("#name", "addition")
     page.answer(PROBLEM)
     page.dial("Exit threshold", "ArrowLeft")
