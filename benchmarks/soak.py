@@ -179,6 +179,8 @@ def serving(package: Path, settings: Settings) -> Iterator[tuple[str, int]]:
     program = "from melt_runtime.cli import main; main()"
     options = [
         "serve",
+        "--prefix-bytes",  # kept beginnings grow up to their bound: not what is watched here
+        "0",
         package,
         "--name",
         "soak",

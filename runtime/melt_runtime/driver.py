@@ -174,7 +174,9 @@ class LoopDriver:
             if not depth.active.any():
                 break
         self.state.commit(control)
-        self._count(chunk, depth.spent)
+        self._count(
+            chunk, [row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)]
+        )
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """A chunk's loops: all at once, where nothing is to be decided on the way."""
@@ -187,9 +189,7 @@ class LoopDriver:
         loops = asked[0].loops
         control = LoopControl(np.ones(self.batch, np.bool_), self._present(chunk), self.lengths, chunk.counts)
         self.state.run_chunk(chunk.ids, control, loops, head=any(chunk.last.tolist()))
-        self.lengths += chunk.counts
-        for depth, count in zip(self.depth, chunk.counts.tolist(), strict=True):
-            depth += [loops] * count
+        self._count(chunk, [[loops] * count for count in chunk.counts.tolist()])
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
         """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
@@ -209,10 +209,11 @@ class LoopDriver:
         """Which columns of a chunk are tokens (batch, width)."""
         return np.asarray(np.arange(chunk.ids.shape[1]) < chunk.counts[:, None])
 
-    def _count(self, chunk: Chunk, depth: NDArray[np.int64]) -> None:
+    def _count(self, chunk: Chunk, spent: Sequence[Sequence[int]]) -> None:
+        """A chunk's tokens lie in the cache; ``spent``, a sequence: the loops that each of them had."""
         self.lengths += chunk.counts
-        for slot, count in enumerate(chunk.counts):
-            self.depth[slot].extend(depth[slot, :count].tolist())
+        for depth, loops in zip(self.depth, spent, strict=True):
+            depth.extend(loops)
 
     def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""
