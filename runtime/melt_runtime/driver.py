@@ -175,7 +175,8 @@ class LoopDriver:
                 break
         self.state.commit(control)
         self._count(
-            chunk, [row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)]
+            chunk,
+            [row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)],  # type: ignore[call-overload]
         )
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
