@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import command_line, loaded_machine, save, versions
+from common import command_line, loaded_machine, random_package, save, versions
 from loop_step import in_child
 from melt_runtime import Piece, Request, Runtime, Scheduler
 from rich.console import Console
@@ -65,22 +64,6 @@ class Times:
     def __call__(self, event: Any) -> None:
         if isinstance(event, Piece):
             self.at.append(perf_counter())
-
-
-def export(directory: Path, settings: Settings) -> Iterator[str]:
-    """In a child process: a package for eight slots, a line before each step."""
-    from melt_models import MeltConfig
-
-    from melt_export.export import ExportOptions, building
-    from melt_export.random_checkpoint import SHAPES, make
-
-    changes = {"num_hidden_layers": settings.layers, "chunk_size": settings.chunk}
-    yield "writing a checkpoint"
-    make(directory / "checkpoint", MeltConfig(**{**SHAPES[settings.shape].to_dict(), **changes}))
-    yield "exporting"
-    options = ExportOptions(max_seq_len=settings.rows, max_batch=max(SLOTS))
-    with building(directory / "checkpoint", directory / "package", options):
-        pass
 
 
 def request(runtime: Runtime, settings: Settings, prompt: int, tokens: int) -> Request:
@@ -168,7 +151,9 @@ def run(settings: Settings, package: Path | None, console: Console) -> dict[str,
     with Progress(*columns, console=console) as display, tempfile.TemporaryDirectory(prefix="melt-batching-") as name:
         if package is None:
             task = display.add_task("exporting", total=3)
-            for line in in_child(export, Path(name), settings):
+            shape = {"num_hidden_layers": settings.layers, "chunk_size": settings.chunk}
+            sizes = {"max_seq_len": settings.rows, "max_batch": max(SLOTS)}
+            for line in in_child(random_package, Path(name), shape, sizes, settings.shape):
                 display.update(task, description=line, advance=1)
             package = Path(name) / "package"
         task = display.add_task("measuring", total=settings.rounds + 1)

@@ -7,9 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from melt_runtime import machine as machine_facts
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#eaeef2"
 # Of matplotlib; a plot adds what is its own.
@@ -72,6 +75,33 @@ def melt_export(checkpoint: Path, output: Path, rows: int, *options: str) -> Pat
     if ran.returncode:
         raise RuntimeError((ran.stderr.strip().splitlines() or ["melt-export failed"])[-1])
     return output
+
+
+def random_package(
+    directory: Path, shape: dict[str, Any], options: dict[str, Any], named: str | None = None
+) -> Iterator[str]:
+    """Makes ``directory/package`` from a MELT with random weights, a line before each step: for a child process.
+
+    shape: fields of its configuration, in place of those of the shape ``named``; options: of ExportOptions.
+    """
+    from melt_models import MeltConfig
+
+    from melt_export.export import ExportOptions, building
+    from melt_export.random_checkpoint import SHAPES, make
+
+    yield "writing a checkpoint"
+    make(directory / "checkpoint", MeltConfig(**{**(SHAPES[named].to_dict() if named else {}), **shape}))
+    yield "exporting"
+    with building(directory / "checkpoint", directory / "package", ExportOptions(**options)):
+        pass
+
+
+def resident(field: str) -> int:
+    """Bytes of memory of this process: "VmRSS" now, "VmHWM" at its peak. Raises OSError where that is not told."""
+    size = machine_facts.resident(field)
+    if size is None:
+        raise OSError(f"this system does not tell {field}")
+    return size
 
 
 def save(path: Path, section: str, report: Any) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import command_line, loaded_machine, save, versions
+from common import command_line, loaded_machine, resident, save, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -62,18 +62,12 @@ def build(package: Path, name: str, answer: Connection) -> None:
 
     _, _, weights = name.partition("-")
     opened = Package.open(package, check_hashes=False)
-    start = resident()
+    start = resident("VmHWM")
     began = time.perf_counter()
     spec = build_engine(opened, EngineOptions(weights=weights or None))
     seconds = time.perf_counter() - began
     plans = {graph: file.bytes for graph, file in spec.files.items()}
-    answer.send(Build(name, seconds, resident(), start, plans, spec.version))
-
-
-def resident() -> int:
-    """The peak of this process's resident memory in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    answer.send(Build(name, seconds, resident("VmHWM"), start, plans, spec.version))
 
 
 def in_child(function: Any, *arguments: Any) -> None:

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import command_line, loaded_machine, save, versions
+from common import command_line, loaded_machine, resident, save, versions
 from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.generation import Generator
 from melt_runtime.package import DIALECTS, PRECISIONS
@@ -66,17 +66,6 @@ class Settings:
 
 
 QUICK = {"layers": 1, "rounds": 4, "loop_tokens": 8, "long_tokens": 100, "long_every": 10}
-
-
-def resident(field: str) -> int:
-    """Bytes of memory of this process: ``VmRSS`` now, or ``VmHWM`` at its peak.
-
-    Not getrusage: a child's ru_maxrss starts at its parent's peak.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def in_child(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:

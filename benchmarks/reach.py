@@ -43,6 +43,7 @@ from melt_runtime.package import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 
+_BLOCKS = ("--block", "128")
 LOOPS = (1, 16)  # whose memory is compared
 SECTIONS = ("decode", "buffer", "loops", "long", "smollm2")
 
@@ -134,8 +135,10 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         rounds=settings.rounds,
     )
     report = bench([ours, *wider, theirs], sweep, step)
-    manifests = {name: Package.open(path, check_hashes=False).manifest for name, path in _pair(ours, theirs)}
-    report["cache_bytes"] = {name: manifest.cache_bytes(settings.rows) for name, manifest in manifests.items()}
+    report["cache_bytes"] = {
+        name: Package.open(path, check_hashes=False).manifest.cache_bytes(settings.rows)
+        for name, path in (("melt", ours), ("looplm", theirs))
+    }
     report["eager"] = {}
     for context in settings.eager_contexts:
         for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
@@ -148,13 +151,6 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
             found = take_turns(rivals, settings.rounds, _counting(step, name, total))
             report["eager"][f"{precision}/{context}"] = found
     return report
-
-
-_BLOCKS = ("--block", "128")
-
-
-def _pair(melt: Path, looplm: Path) -> list[tuple[str, Path]]:
-    return [("melt", melt), ("looplm", looplm)]
 
 
 def buffer(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:

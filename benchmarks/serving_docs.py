@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import table
-from write_docs import DOCS, batching_part, clock, command, facts, human, plural
+from common import clock, command, facts, human, plural, table
+from write_docs import DOCS, batching_part
 
 Row = dict[str, Any]
 

@@ -31,8 +31,9 @@ from typing import Annotated, Any
 import httpx
 import numpy as np
 import typer
-from common import command_line, loaded_machine, save, versions
+from common import command_line, loaded_machine, random_package, save, versions
 from loop_step import in_child
+from melt_runtime.machine import resident
 from melt_runtime.package import Package
 from rich.console import Console
 from rich.table import Table
@@ -179,8 +180,8 @@ def serving(package: Path, settings: Settings) -> Iterator[tuple[str, int]]:
     program = "from melt_runtime.cli import main; main()"
     options = [
         "serve",
-        "--prefix-bytes",  # kept beginnings grow up to their bound: not what is watched here
-        "0",
+        "--prefix-bytes",  # so few that kept beginnings of prompts soon reach their bound
+        1 << 20,
         package,
         "--name",
         "soak",
@@ -217,14 +218,12 @@ def _ready(client: httpx.Client) -> bool:
         return False
 
 
-def resident(process: int) -> int:
-    """Resident memory of a process in bytes (VmRSS). Raises RuntimeError if it has ended."""
-    status = Path(f"/proc/{process}/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    line = next((line for line in lines if line.startswith("VmRSS")), None)
-    if line is None:
+def size_of(process: int) -> int:
+    """Resident memory of a process in bytes. Raises RuntimeError if it has ended."""
+    size = resident("VmRSS", process)
+    if size is None:
         raise RuntimeError("the server ended before the soak did")
-    return int(line.split()[1]) * 1024
+    return size
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -267,7 +266,7 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
             client.start()
         samples: list[tuple[float, int]] = []
         while any(client.is_alive() for client in clients):
-            samples.append((monotonic() - begin, resident(process)))
+            samples.append((monotonic() - begin, size_of(process)))
             advance(samples[-1][0])
             sleep(min(1.0, settings.seconds / 60))
         seconds = monotonic() - begin
@@ -289,20 +288,6 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
         "left_running": state["running"] + state["waiting"],
         "memory": memory(samples, seconds),
     }
-
-
-def export(directory: Path) -> Iterator[str]:
-    """In a child process: the small package, a line before each step."""
-    from melt_models import MeltConfig
-
-    from melt_export.export import ExportOptions, building
-    from melt_export.random_checkpoint import make
-
-    yield "writing a checkpoint"
-    make(directory / "checkpoint", MeltConfig(**_MODEL))
-    yield "exporting"
-    with building(directory / "checkpoint", directory / "package", ExportOptions(max_batch=8)):
-        pass
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -333,7 +318,7 @@ def main(
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="melt-soak-") as name:
         if package is None:
-            for line in in_child(export, Path(name)):
+            for line in in_child(random_package, Path(name), _MODEL, {"max_batch": 8}):
                 console.print(line)
             package = Path(name) / "package"
         with console.status("asking") as status:

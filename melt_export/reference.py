@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.cache import MeltCache, Stored
 from melt_models.checkpoint import load_model
@@ -17,11 +16,11 @@ from melt_models.looplm import causal_mask
 from melt_runtime.package import Package
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from .cache_numbers import CacheNumbers
 from .quantize import dequantized
+from .wide_products import WideProducts
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
@@ -42,20 +41,9 @@ class LoopTrace:
     logits: NDArray[Any]
 
 
-class _WideProducts(TorchFunctionMode):
-    """Float32 arithmetic over weights that stay as they are stored, so that a large bf16 checkpoint is never copied."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            args = tuple(x.float() if isinstance(x, torch.Tensor) else x for x in args)
-        result = func(*args, **kwargs)
-        return result.float() if func is F.embedding else result
-
-
 @contextmanager
 def _computing() -> Iterator[None]:
-    with torch.inference_mode(), _WideProducts():
+    with torch.inference_mode(), WideProducts():
         yield
 
 

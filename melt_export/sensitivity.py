@@ -12,9 +12,9 @@ from melt_models import LoopLMForCausalLM
 from melt_models.checkpoint import load_model
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .blocks import Grid, rounding_error
+from .wide_products import WideProducts
 
 _TOKENS = 64  # of a sequence: what is kept for the gradients grows with them
 _SHARE = 4  # of the calibration's sequences every so many
@@ -77,31 +77,6 @@ def _text_loss(model: nn.Module, ids: list[int], loops: int, chunk: int) -> Tens
     how: dict[str, Any] = {"chunk_size": chunk, "exit_threshold": 1.0}
     if isinstance(model, LoopLMForCausalLM):
         how = {"exit_at_step": loops - 1}
-    with _StoredWeights():
+    with WideProducts():
         logits = model(inputs_embeds=embedded, num_loops=loops, **how).logits[0, :-1]
     return F.cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")
-
-
-class _StoredWeights(TorchFunctionMode):
-    """Float32 products over weights that stay as they are stored, also until the gradients have passed."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.linear:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
-        product = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
-        return product if bias is None else product + bias.float()
-
-
-class _Product(torch.autograd.Function):
-    """x (..., inputs) times weight (outputs, inputs), widened when it is read; only x has a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x.float(), weight.float())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight.float(), None

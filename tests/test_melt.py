@@ -1,5 +1,6 @@
 """MELT against the paper's equations, written down again here token by token, without batching or shared code."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,8 @@ def test_a_saved_model_comes_back_through_the_auto_classes(tied: bool, tmp_path:
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(again, MeltForCausalLM)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    torch.testing.assert_close(again(tokens(5)).logits, model(tokens(5)).logits)
+    again = copy.deepcopy(again)  # weights that lie where they are in the file are added up in another order
+    assert torch.equal(again(tokens(5)).logits, model(tokens(5)).logits)
 
 
 def test_the_gate_of_an_earlier_chunk_learns_from_a_later_one() -> None:

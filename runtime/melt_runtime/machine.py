@@ -34,12 +34,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def resident(field: str) -> int | None:
-    """Bytes of memory of this process: "VmRSS" now, "VmHWM" at its peak; None where the system does not tell.
+def resident(field: str, process: int | None = None) -> int | None:
+    """Bytes of memory of a process (None: this one): "VmRSS" now, "VmHWM" at its peak; None where the system does not
+    tell, or the process has ended.
 
     Not getrusage: a child's peak there starts at its parent's.
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{process or 'self'}/status")
     if not status.is_file():
         return None
     for line in status.read_text(encoding="ascii").splitlines():
