@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def versions(*libraries: str) -> dict[str, str]:
 def command_line(script: str, arguments: list[str]) -> str:
     """A command as documents show it, with nothing of this machine's paths in it."""
     shown = ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
-    return " ".join([f"python benchmarks/{script}", *shown])
+    return f"python benchmarks/{script} {shlex.join(shown)}".rstrip()
 
 
 def melt_export(checkpoint: Path, output: Path, rows: int, *options: str) -> Path:
