@@ -56,17 +56,32 @@ class Terminal:
 
     def until(self, word: str, more: int = 0) -> str:
         """Waits for a word and ``more`` characters behind it; what was shown up to there, which is taken away."""
-        end = monotonic() + WAIT
+        assert self.comes(word, more, WAIT), self.shown
+        found, _, self.shown = self.shown.partition(word)
+        return found
+
+    def comes(self, word: str, more: int = 0, seconds: float = 0) -> bool:
+        """Whether a word and ``more`` characters behind it are shown within some seconds."""
+        end = monotonic() + seconds
         while (at := self.shown.find(word)) < 0 or len(self.shown) < at + len(word) + more:
             ready, _, _ = select.select([self.master], [], [], max(end - monotonic(), 0))
-            assert ready, self.shown
+            if not ready:
+                return False
             self.shown = _COLOUR.sub("", self.shown + os.read(self.master, 1 << 16).decode())
-        found, self.shown = self.shown[:at], self.shown[at + len(word) :]
-        return found
+        return True
 
     def type(self, keys: str) -> None:
         """Presses keys."""
         os.write(self.master, keys.encode())
+
+    def interrupt(self, word: str) -> str:
+        """Presses Ctrl-C and waits for ``word``; again every second, as a user would: between showing a prompt and
+        waiting for a key, Python's readline module has a moment in which a signal waits for the next key."""
+        for _ in range(int(WAIT)):
+            self.type("\x03")
+            if self.comes(word, seconds=1):
+                return self.until(word)
+        raise AssertionError(self.shown)
 
     def ask(self, text: str) -> str:
         """Types a line and waits for what comes of it, up to the next prompt."""
@@ -109,8 +124,7 @@ def test_an_interrupted_conversation_is_kept_left_and_goes_on_with_the_same_toke
         terminal.until("\r\n")
         terminal.until("> ")
         assert terminal.ask("/history").count("user: the third\r\n") == 2
-        terminal.type("\x03")
-        terminal.until("/quit or Ctrl-D leaves")
+        terminal.interrupt("/quit or Ctrl-D leaves")
         terminal.until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(WAIT) == 0
