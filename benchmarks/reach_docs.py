@@ -10,6 +10,7 @@ from common import FAINT, STYLE, command, facts, human, table
 Row = dict[str, Any]
 _COLORS = {"melt": "#0b6bcb", "looplm": "#d1700f", "plain": "#6e7781"}
 _NAMES = {"melt": "MELT", "looplm": "LoopLM"}
+_PLAIN_GB = 7.07  # Qwen3-1.7B at 32,000 tokens in float16: arXiv 2605.07721
 
 
 def middle(values: Row, unit: float = 1.0, digits: int = 2) -> str:
@@ -80,7 +81,7 @@ def _decode(section: Row, settings: Row) -> str:
 
 def _buffer(section: Row, settings: Row) -> str:
     rows = [
-        [name, middle(found["loop_s"], 1e-3), middle(found["time_against_first"], digits=3)]
+        [f"{int(name.split()[0]):,} rows", middle(found["loop_s"], 1e-3), middle(found["time_against_first"], digits=3)]
         for name, found in section["rows"].items()
     ]
     return (
@@ -110,8 +111,8 @@ def _long(section: Row, settings: Row) -> str:
     return (
         f"### {settings['long_rows']:,} tokens\n\nThe 1.4B shape with int4 weights and quantized caches, from loading "
         "to the last token that fits. In float16 the paper (arXiv 2605.07721) counts 9.49 GB for MELT-1.6B at 32,000 "
-        "tokens, 27.97 for Ouro-1.4B and 7.07 for Qwen3-1.7B.\n\n"
-        + table(["cache", "weights", "rows", "all state", *(f"peak, {name}" for name in counts)], rows)
+        f"tokens, 27.97 for Ouro-1.4B and {_PLAIN_GB} for Qwen3-1.7B.\n\n"
+        + table(["cache", "weights", "rows", "all state", *(f"peak, {name}".replace(" 1 loops", " 1 loop") for name in counts)], rows)
         + "\n![Memory against loops.](memory.png)\n"
     )
 
@@ -164,11 +165,11 @@ def plots(report: Row, directory: Path) -> None:
             plt.close(figure)
 
 
-def _end(axes: Any, text: str, at: tuple[float, float], color: str, above: bool = True) -> None:
-    """Names a line at its end, inside the axes."""
-    offset = (0, 8) if above else (0, -8)
-    align = "bottom" if above else "top"
-    axes.annotate(text, at, xytext=offset, textcoords="offset points", ha="right", va=align, color=color, weight="bold")
+def _end(axes: Any, text: str, at: tuple[float, float], color: str, align: str = "center") -> None:
+    """Names a line behind its end."""
+    axes.annotate(
+        text, at, xytext=(9, 0), textcoords="offset points", va=align, color=color, weight="bold", annotation_clip=False
+    )
 
 
 def _decode_panel(axes: Any, section: Row, settings: Row) -> None:
@@ -183,8 +184,8 @@ def _decode_panel(axes: Any, section: Row, settings: Row) -> None:
             for side in ("low", "high")
         ]
         dashes = (0, (4, 2)) if "-block-" in name else "-"
-        axes.errorbar(x, y, yerr=spread, color=_COLORS[kind], linestyle=dashes, marker="o", markersize=5, capsize=2.5)
-        _end(axes, _label(name), (x[-1], y[-1]), _COLORS[kind], above=kind == "melt")
+        look = {"color": _COLORS[kind], "linestyle": dashes, "marker": "o", "markersize": 5, "capsize": 2.5}
+        axes.errorbar(x, y, yerr=spread, label=_label(name), **look)
     for name, found in section["eager"].items():
         precision, context = name.split("/")
         y = 1 / found[f"eager {precision}"]["token_s"]["median"]
@@ -193,28 +194,33 @@ def _decode_panel(axes: Any, section: Row, settings: Row) -> None:
             axes.annotate(
                 f"PyTorch, {precision}", (int(context), y), xytext=(9, 0), textcoords="offset points", color=FAINT
             )
+    axes.legend(loc="upper right", frameon=False, ncols=len(names))
     axes.set(xlabel="tokens in the cache", ylabel=f"tokens/s at {settings['loops']} loops")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     axes.margins(x=0.05)
     axes.set_title("Decoding, 1.4B shape, int4 weights")
 
 
 def _memory_panel(axes: Any, section: Row, settings: Row) -> None:
-    """MELT's measured peaks; a LoopLM's and a plain transformer's computed from the same weights and rows."""
-    styles = {"int8": "-", "int4": (0, (4, 2))}
+    """MELT's measured peaks; a LoopLM's computed from the same weights and rows; a plain transformer's of the paper."""
+    styles, aligned = {"int8": "-", "int4": (0, (4, 2))}, {"int8": "center", "int4": "top"}
+    most = 1
     for kind, found in section.items():
         measured = {int(name.split()[0]): value["peak_bytes"] for name, value in found.items() if "loops" in name}
-        loops = sorted(measured)
         if None in measured.values():
             continue
-        base = measured[loops[0]] - found["cache_bytes"]
-        melt = [measured[count] / 1e9 for count in loops]
-        axes.plot(loops, melt, color=_COLORS["melt"], linestyle=styles[kind], marker="o")
-        _end(axes, f"MELT, {kind} cache: {melt[-1]:.1f} GB", (loops[-1], melt[-1]), _COLORS["melt"], kind == "int8")
-        counts = range(loops[0], loops[-1] + 1)
-        looplm = [(base + count * found["cache_bytes"]) / 1e9 for count in counts]
-        axes.plot(counts, looplm, color=_COLORS["looplm"], linestyle=styles[kind])
-        _end(axes, f"LoopLM, {kind} caches (computed)", (counts[-1], looplm[-1]), _COLORS["looplm"])
+        most = max(measured)
+        melt = [measured[count] / 1e9 for count in sorted(measured)]
+        axes.plot(sorted(measured), melt, color=_COLORS["melt"], linestyle=styles[kind], marker="o")
+        _end(axes, f"MELT, {kind} cache: {melt[-1]:.1f}", (most, melt[-1]), _COLORS["melt"], aligned[kind])
+        fixed = measured[min(measured)] - found["cache_bytes"]
+        looplm = [(fixed + count * found["cache_bytes"]) / 1e9 for count in (1, most)]
+        axes.plot((1, most), looplm, color=_COLORS["looplm"], linestyle=styles[kind])
+        label = f"LoopLM, {kind} caches: {looplm[-1]:.1f}\n(computed)"
+        _end(axes, label, (most, looplm[-1]), _COLORS["looplm"])
+    axes.plot((1, most), (_PLAIN_GB, _PLAIN_GB), color=_COLORS["plain"], linestyle=":")
+    label = f"plain 1.7B transformer,\nfloat16: {_PLAIN_GB:.1f} (the paper's)"
+    _end(axes, label, (most, _PLAIN_GB), _COLORS["plain"], "bottom")
     axes.set(xlabel="loops a token", ylabel=f"peak memory at {settings['long_rows']:,} tokens, GB")
     axes.set_ylim(0, None)
     axes.set_title("More loops, the same memory")
