@@ -1,6 +1,6 @@
 """What fewer bits cost: packages of one checkpoint with quantized weights and caches, each measured on the same text.
 
-    python benchmarks/quantization.py CHECKPOINT [TEXT] [--tokens 4096] [--json FILE] [--plot FILE] [--variant "..."]
+    python benchmarks/quantization.py CHECKPOINT [TEXT] [--tokens 8192] [--json FILE] [--plot FILE] [--variant "..."]
 
 A variant is what would be given to melt-export; without any, the usual ones are measured. Every package is compared
 with the checkpoint in float32, as melt-verify does, on more of the text than it takes. Without a text it is the
@@ -151,7 +151,7 @@ def main(
             exists=True, dir_okay=False, help="UTF-8, that nothing was calibrated on. Default: packages' descriptions."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Of the text that are measured on, at most.", min=2)] = 4096,
+    tokens: Annotated[int, typer.Option(help="Of the text that are measured on, at most.", min=2)] = 8192,
     variant: Annotated[list[str] | None, typer.Option(help="What melt-export would be given; may be repeated.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the section 'quantization' of this file.")

@@ -112,7 +112,16 @@ def _long(section: Row, settings: Row) -> str:
         f"### {settings['long_rows']:,} tokens\n\nThe 1.4B shape with int4 weights and quantized caches, from loading "
         "to the last token that fits. In float16 the paper (arXiv 2605.07721) counts 9.49 GB for MELT-1.6B at 32,000 "
         f"tokens, 27.97 for Ouro-1.4B and {_PLAIN_GB} for Qwen3-1.7B.\n\n"
-        + table(["cache", "weights", "rows", "all state", *(f"peak, {name}".replace(" 1 loops", " 1 loop") for name in counts)], rows)
+        + table(
+            [
+                "cache",
+                "weights",
+                "rows",
+                "all state",
+                *(f"peak, {name}".replace(" 1 loops", " 1 loop") for name in counts),
+            ],
+            rows,
+        )
         + "\n![Memory against loops.](memory.png)\n"
     )
 

@@ -110,7 +110,7 @@ def test_only_controls_exit_probabilities_and_logits_cross(packages: dict[str, P
     before = buffers.crossed
     session.append([[6]], LoopSettings(4))
     logits = 4 * device.manifest.vocab_size
-    controls = 8 + 8 + 8 + 4 * 1  # a token id, two lengths, and for each loop who is active
+    controls = 8 + 8 + 8 + 1  # a token id, two lengths, and who is active
     assert buffers.crossed - before == logits + controls
 
 

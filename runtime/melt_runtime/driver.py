@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,14 @@ __all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
 Settings = LoopSettings | Sequence[LoopSettings]  # one for all sequences, or one for each
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A slice of every sequence's new tokens: ids (batch, width) right-padded, counts (batch,) real tokens in each
-    row, ``last`` (batch,) whether a sequence's last new token is in it."""
+    row, ``last`` (batch,) whether a sequence's last new token is in it, ``present`` (batch, width) what is a token."""
 
     ids: NDArray[np.int64]
     counts: NDArray[np.int64]
     last: NDArray[np.bool_]
+    present: NDArray[np.bool_]
 
 
 class LoopDriver:
@@ -42,6 +42,11 @@ class LoopDriver:
         self.batch, self.capacity = state.batch, manifest.max_seq_len
         self.lengths = np.zeros(self.batch, np.int64)
         self.depth: list[list[int]] = [[] for _ in range(self.batch)]
+        # Of a token each, where every microsecond counts.
+        self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
+        self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
+        self._steady: LoopControl | None = None
+        self._allowed: LoopSettings | None = None  # the settings that were checked last
 
     def reset(self) -> None:
         """Forgets all tokens; the buffers stay."""
@@ -103,7 +108,8 @@ class LoopDriver:
             for group in self._groups(chunk, each):
                 logits.keep()
                 self._run(group, each)
-                logits.follow(np.maximum(group.counts - 1, 0)[:, None], group.last)
+                single = group.ids.shape[1] == 1
+                logits.follow(self._zeros if single else np.maximum(group.counts - 1, 0)[:, None], group.last)
         return logits
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
@@ -135,26 +141,29 @@ class LoopDriver:
             for slot, array in enumerate(arrays):
                 ids[slot, : here[slot]] = array[done[slot] : done[slot] + here[slot]]
             done = done + here
-            chunks.append(Chunk(ids, here, (here > 0) & (done == counts)))
+            chunks.append(_chunk(ids, here, (here > 0) & (done == counts)))
         return chunks
 
     def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
         """The chunk of at most one new token a sequence: decoding, where every microsecond counts. None where it is
         anything else, or anything is wrong with it."""
         try:
-            if len(tokens) != self.batch or max(map(len, tokens)) != 1:
-                return None
             counts = [len(ids) for ids in tokens]
-            ids = np.array([ids[0] if len(ids) else 0 for ids in tokens], np.int64)[:, None]
-        except (OverflowError, TypeError, ValueError):
+            if len(counts) != self.batch or max(counts) != 1:
+                return None
+            single = [index(ids[0]) if len(ids) else 0 for ids in tokens]
+        except (TypeError, ValueError):
             return None
-        if ids.shape != (self.batch, 1) or not all(0 <= token < self.manifest.vocab_size for [token] in ids.tolist()):
+        if not all(0 <= token < self.manifest.vocab_size for token in single):
             return None
         if not all(
             length + count <= self.capacity for length, count in zip(self.lengths.tolist(), counts, strict=True)
         ):
             return None
-        return Chunk(ids, np.array(counts, np.int64), np.array(counts, np.bool_))
+        ids = np.array(single, np.int64)[:, None]
+        if min(counts):
+            return Chunk(ids, self._one, self._all, self._column)
+        return _chunk(ids, np.array(counts, np.int64), np.array(counts, np.bool_))
 
     def loops(self, chunk: Chunk, settings: Settings) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
@@ -164,7 +173,7 @@ class LoopDriver:
         """
         each = self.each(settings)
         self._check_depth(chunk, each)
-        depth = Depth(each, self._present(chunk))
+        depth = Depth(each, chunk.present)
         self.state.embed(chunk.ids)
         while True:
             control = LoopControl(np.full(self.batch, depth.loop == 0), depth.active, self.lengths, chunk.counts)
@@ -174,23 +183,28 @@ class LoopDriver:
             if not depth.active.any():
                 break
         self.state.commit(control)
-        self._count(
-            chunk,
-            [row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)],  # type: ignore[call-overload]
-        )
+        self._count([row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)])  # type: ignore[call-overload]
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """A chunk's loops: all at once, where nothing is to be decided on the way."""
-        asked = [settings for settings, count in zip(each, chunk.counts, strict=True) if count]
+        counts = chunk.counts.tolist()
+        asked = [settings for settings, count in zip(each, counts, strict=True) if count]
         if any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1:
             for _ in self.loops(chunk, each):
                 pass
             return
         self._check_depth(chunk, each)
         loops = asked[0].loops
-        control = LoopControl(np.ones(self.batch, np.bool_), self._present(chunk), self.lengths, chunk.counts)
-        self.state.run_chunk(chunk.ids, control, loops, head=any(chunk.last.tolist()))
-        self._count(chunk, [[loops] * count for count in chunk.counts.tolist()])
+        self.state.run_chunk(chunk.ids, self._control(chunk), loops, head=any(chunk.last.tolist()))
+        self._count([[loops] * count for count in counts])
+
+    def _control(self, chunk: Chunk) -> LoopControl:
+        """What steers a chunk's first loop."""
+        if chunk.counts is not self._one:
+            return LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
+        if self._steady is None or self._steady.lengths is not self.lengths:
+            self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
+        return self._steady
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
         """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
@@ -203,26 +217,26 @@ class LoopDriver:
         groups = []
         for depth in depths:
             counts = np.where(loops == depth, chunk.counts, 0)
-            groups.append(Chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
+            groups.append(_chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
         return groups
 
-    def _present(self, chunk: Chunk) -> NDArray[np.bool_]:
-        """Which columns of a chunk are tokens (batch, width)."""
-        return np.asarray(np.arange(chunk.ids.shape[1]) < chunk.counts[:, None])
-
-    def _count(self, chunk: Chunk, spent: Sequence[Sequence[int]]) -> None:
+    def _count(self, spent: Sequence[Sequence[int]]) -> None:
         """A chunk's tokens lie in the cache; ``spent``, a sequence: the loops that each of them had."""
-        self.lengths += chunk.counts
-        for depth, loops in zip(self.depth, spent, strict=True):
-            depth.extend(loops)
+        for slot, loops in enumerate(spent):
+            self.lengths[slot] += len(loops)
+            self.depth[slot].extend(loops)
 
     def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""
-        for settings, count, depth in zip(each, chunk.counts, self.depth, strict=True):
+        for settings, count, depth in zip(each, chunk.counts.tolist(), self.depth, strict=True):
             if not count:
                 continue
-            settings.check(self.manifest)
-            filled = min(depth, default=settings.loops) if self.manifest.cache_loops is not None else settings.loops
+            if settings is not self._allowed:
+                settings.check(self.manifest)
+                self._allowed = settings
+            if self.manifest.cache_loops is None:
+                continue
+            filled = min(depth, default=settings.loops)
             if filled < settings.loops:
                 raise ArgumentError(
                     f"loops is {settings.loops}, but tokens in the cache ran {filled}; "
@@ -247,3 +261,7 @@ class LoopDriver:
             if len(wrong):
                 raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {self.manifest.vocab_size}")
         return arrays
+
+
+def _chunk(ids: NDArray[np.int64], counts: NDArray[np.int64], last: NDArray[np.bool_]) -> Chunk:
+    return Chunk(ids, counts, last, np.arange(ids.shape[1]) < counts[:, None])

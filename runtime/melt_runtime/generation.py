@@ -14,7 +14,8 @@ class Generator:
     """Generates a continuation of every sequence of a batch.
 
     Iterating yields the pieces as they come; ``results`` holds the finished sequences afterwards. Sequences that end
-    sit idle while the others go on. Raises PromptError for an empty prompt or one that does not fit.
+    sit idle while the others go on. streamed: as of a Track. Raises PromptError for an empty prompt or one that does
+    not fit.
     """
 
     def __init__(
@@ -23,13 +24,15 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         codec: TextCodec | None,
+        *,
+        streamed: bool = True,
     ):
         if not all(len(prompt) for prompt in prompts):
             raise PromptError("the prompt is empty; give at least one token")
         if options.stop and codec is None:
             raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
         self.driver, self.options = driver, options
-        self.tracks = [Track(slot, prompt, options, codec) for slot, prompt in enumerate(prompts)]
+        self.tracks = [Track(slot, prompt, options, codec, streamed=streamed) for slot, prompt in enumerate(prompts)]
         self.pending: list[Sequence[int]] = [list(prompt) for prompt in prompts]
         driver.check(prompts)
 

@@ -18,8 +18,8 @@ class NextLogits:
     def __init__(self, state: BackendState, vocab: int):
         self._state, self._vocab = state, vocab
         self._rows: dict[int, NDArray[np.float32]] = {}  # of sequences that ended in an earlier chunk
-        self._last = np.zeros(state.batch, np.bool_)
-        self._columns = np.zeros((state.batch, 1), np.int64)
+        self._columns: NDArray[np.int64]  # of the chunk that ran last
+        self._last: NDArray[np.bool_] | None = None  # the sequences that ended in it
         self._likeliest: dict[int, Candidates] | None = None
         self._whole: NDArray[np.float32] | None = None
 
@@ -29,9 +29,9 @@ class NextLogits:
 
     def keep(self) -> None:
         """Copies what there is, for the next chunk takes its place."""
-        for slot in np.flatnonzero(self._last).tolist():
+        for slot in self._ended():
             self._rows[slot] = self.row(slot).copy()
-        self._last, self._likeliest, self._whole = np.zeros_like(self._last), None, None
+        self._last = self._likeliest = self._whole = None
 
     def sample(self, slot: int, sampler: Sampler, history: Sequence[int]) -> int:
         """The sampler's next token: from the likeliest few where they settle it, else from the whole row."""
@@ -58,7 +58,11 @@ class NextLogits:
 
     def full(self) -> NDArray[np.float32]:
         """A copy of all logits (batch, vocab); zero for a sequence without new tokens."""
-        logits = np.zeros((len(self._last), self._vocab), np.float32)
-        for slot in {*self._rows, *np.flatnonzero(self._last).tolist()}:
+        logits = np.zeros((self._state.batch, self._vocab), np.float32)
+        for slot in {*self._rows, *self._ended()}:
             logits[slot] = self.row(slot)
         return logits
+
+    def _ended(self) -> list[int]:
+        """The sequences whose logits the backend has."""
+        return [] if self._last is None else np.flatnonzero(self._last).tolist()

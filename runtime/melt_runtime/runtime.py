@@ -139,7 +139,7 @@ class Runtime:
         results: list[Generation] = []
         for start in range(0, len(prompts), self.manifest.max_batch):
             group = prompts[start : start + self.manifest.max_batch]
-            generator = Generator(self._fresh_driver(len(group)), group, request, self.codec)
+            generator = Generator(self._fresh_driver(len(group)), group, request, self.codec, streamed=False)
             for _ in generator:
                 pass
             results += generator.results()

@@ -82,7 +82,8 @@ class Sampler:
         scores = np.asarray(logits)
         if scores.ndim != 1 or scores.size == 0:
             raise ArgumentError(f"The logits must be one row of shape (vocab,), not of shape {scores.shape}.")
-        top = float(scores.max())
+        best = int(scores.argmax())  # NaN counts as the largest
+        top = float(scores[best])
         if math.isnan(top):
             raise ArgumentError("The model returned NaN logits; check its weights and the precision it runs in.")
         if math.isinf(top):
@@ -90,8 +91,9 @@ class Sampler:
             raise ArgumentError(f"The model returned {what}; check its weights and the precision it runs in.")
         if self.params.repetition_penalty != 1.0:
             scores = penalise(scores, history, float(self.params.repetition_penalty))
+            best = int(scores.argmax())
         if self.params.temperature == 0:
-            return int(np.argmax(scores))
+            return best
         ids = top_k_ids(scores, int(self.params.top_k)) if 0 < self.params.top_k < scores.size else None
         return self.draw(*self.narrow(ids, scores if ids is None else scores[ids]))
 

@@ -94,7 +94,7 @@ class Session:
         """Continues the conversation. Its ``prompt_tokens`` are all that there were before.
 
         Raises PromptError, ArgumentError."""
-        track = self._track(options)
+        track = self._track(options, streamed=False)
         for _ in self._pieces(track, self._turn):
             pass
         return track.result(self.driver.depth[0])
@@ -222,7 +222,7 @@ class Session:
     def _request(self, options: dict[str, Any]) -> GenerationOptions:
         return self.runtime.options(**{**self.options, **options})
 
-    def _track(self, options: dict[str, Any]) -> Track:
+    def _track(self, options: dict[str, Any], *, streamed: bool = True) -> Track:
         """A call's request, checked; from now on no other stream may go on."""
         request = self._request(options)
         if request.stop and self.runtime.codec is None:
@@ -230,7 +230,7 @@ class Session:
         if not len(self):
             raise PromptError("the session is empty; append a prompt first")
         self.driver.check([self._waiting()])
-        track = Track(0, self.tokens, request, self.runtime.codec)
+        track = Track(0, self.tokens, request, self.runtime.codec, streamed=streamed)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
             track.sampler = self.sampler
         self._turn = object()

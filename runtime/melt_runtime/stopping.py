@@ -45,6 +45,8 @@ class StopMatcher:
         The text before the stop string is emitted; it and all that follows never are: later pushes return
         ("", the same stop string).
         """
+        if not self._stop:
+            return text, None
         if self.found is not None:
             return "", self.found
         text = self._held + text

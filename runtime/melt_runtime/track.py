@@ -100,7 +100,8 @@ class Track:
     """Draws the tokens of one sequence and turns them into text.
 
     stream: which of a seed's random streams it draws from (None: its slot's). logprobs: how many of the likeliest
-    tokens each piece names (None: no logprobs at all). constraint: what may be drawn.
+    tokens each piece names (None: no logprobs at all). constraint: what may be drawn. streamed: whether
+    pieces have text; else all of it comes with the last one, which takes less time.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Track:
         stream: int | None = None,
         logprobs: int | None = None,
         constraint: Constraint | None = None,
+        streamed: bool = True,
     ):
         self.slot, self.options = slot, options
         self.logprobs, self.constraint = logprobs, constraint
@@ -123,6 +125,8 @@ class Track:
         self.matcher = StopMatcher(options.stop)
         self.text: list[str] = []
         self.finish_reason: str | None = None
+        self._streamed = streamed or bool(options.stop)  # stop strings are looked for in every token's text
+        self._unread: list[int] = []  # tokens whose text is not decoded yet
 
     def draw(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> Piece:
         """Draws the next token; ``room`` is how many more tokens the cache can take, ``depth`` the loops spent on the
@@ -148,7 +152,11 @@ class Track:
     def _show(self, token: int) -> str:
         if self.decoder is None:
             return ""
-        text = "" if token in self.options.stop_ids else self.decoder.push(token)
+        if token not in self.options.stop_ids:
+            self._unread.append(token)
+        if not self._streamed and self.finish_reason is None:
+            return ""
+        text = self._read(self.decoder)
         if self.finish_reason is not None:
             text += self.decoder.flush()
         shown, found = self.matcher.push(text)
@@ -164,8 +172,13 @@ class Track:
         """Ends the sequence before it would have ended itself; text that was held back is part of it now."""
         self.finish_reason = reason
         if self.decoder is not None and self.matcher.found is None:
-            shown, _ = self.matcher.push(self.decoder.flush())
+            shown, _ = self.matcher.push(self._read(self.decoder) + self.decoder.flush())
             self.text.append(shown + self.matcher.flush())
+
+    def _read(self, decoder: StreamDecoder) -> str:
+        """The text of what was drawn since the last time."""
+        unread, self._unread = self._unread, []
+        return "".join(map(decoder.push, unread))
 
     def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
         """The finished sequence."""

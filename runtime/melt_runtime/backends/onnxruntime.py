@@ -16,6 +16,7 @@ from .state import BufferState, Strip
 
 # Attention over a growing cache: its width is rounded up, so that few shapes are ever bound.
 CONTEXT_BUCKET = 64
+_MAX_VIEWS = 64
 
 
 class Sessions:
@@ -120,6 +121,7 @@ class OnnxRuntimeState(BufferState):
     def __init__(self, backend: OnnxRuntimeBackend, batch: int):
         self.backend = backend
         self.buffers: dict[str, NDArray[np.uint8]] = {}
+        self._views: dict[tuple[str, int, tuple[int, ...]], NDArray[Any]] = {}  # made once: numpy takes long over it
         super().__init__(backend.package.manifest, batch)
 
     @property
@@ -137,7 +139,13 @@ class OnnxRuntimeState(BufferState):
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """A buffer in a shape; every call gives the same memory."""
-        return np.ndarray(shape, dtype, self.buffers[buffer].data, self.offsets.get(buffer, 0))
+        key = (buffer, self.offsets.get(buffer, 0), shape)
+        found = self._views.get(key)
+        if found is None or found.dtype is not dtype:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            self._views[key] = found = np.ndarray(shape, dtype, self.buffers[buffer].data, key[1])
+        return found
 
     stage = view
 

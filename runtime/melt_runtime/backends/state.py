@@ -9,7 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -34,6 +34,7 @@ from .bindings import (
 )
 
 _MAX_BINDINGS = 32
+FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class BufferState(ABC):
         self.width = 1  # columns of the chunk that was embedded last
         self.current = 0  # which of the two swap buffers holds the newest hidden and latent
         self.loops_run = 0  # of the open chunk: whose caches are bound next, where each loop has its own
+        self.headed = False  # whether the head ran with the open chunk
         self.hidden = manifest.states[0]
         self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
         self.first = 0  # of a part: which of the whole's sequences is its first
@@ -126,13 +128,13 @@ class BufferState(ABC):
         made = copy.copy(self)
         made.first = self.first + first
         made.offsets = {name: made.first * step for name, step in slot_bytes(self.manifest).items()}
-        made.batch, made.width, made.current, made.loops_run = count, 1, 0, 0
+        made.batch, made.width, made.current, made.loops_run, made.headed = count, 1, 0, 0, False
         made._bindings = OrderedDict()
         return made
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
         """token_ids (batch, chunk) -> hidden."""
-        self.width, self.current, self.loops_run = token_ids.shape[1], 0, 0
+        self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
         self.put("input_ids", token_ids)
         self.run_embed()
 
@@ -144,11 +146,17 @@ class BufferState(ABC):
     def run_chunk(self, token_ids: NDArray[np.int64], control: LoopControl, loops: int, head: bool) -> None:
         """A chunk from token ids to its last loop's rows in the cache, with nothing to decide on the way.
 
-        ``control`` is the first loop's. ``head`` says whether logits are wanted next: only a hint.
+        ``control`` is the first loop's. ``head`` says whether logits are wanted next: only a hint. Of one token the
+        head then runs at once: whatever comes between two graphs finds the processor's caches full of weights, and
+        takes several times as long as it would in one go.
         """
         self.embed(token_ids)
+        width, context = self._begin_loops(control)
         for loop in range(loops):
-            self.run_loop(*self.prepare(control if loop == 0 else self.later(control)))
+            self.run_loop(width, context, "first_loop/0" if loop else "first_loop/1")
+        if head and width == 1:
+            self.run_head()
+            self.headed = True
         self.commit(control)
 
     def commit(self, control: LoopControl) -> None:
@@ -173,7 +181,7 @@ class BufferState(ABC):
             return np.concatenate(single, axis=1)
         self.gather(columns[:, 0])
         self.run_head()
-        return self.view("logits", np.dtype(np.float32), (self.batch, 1, self.manifest.vocab_size))
+        return self.view("logits", FLOAT32, (self.batch, 1, self.manifest.vocab_size))
 
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
         """None: whole rows of logits are in reach."""
@@ -256,25 +264,29 @@ class BufferState(ABC):
 
         Lengths and mask are those of the chunk, so they are written for its first loop only.
         """
-        width, context = control.active.shape[1], self.context(control)
         first, name = control.first_loop, "first_loop"
         alike = set(first.tolist())
         if True in alike:
-            self.put("lengths", control.lengths)
-            if self.masked:
-                self._write_mask(control, width, context)
-            else:
-                self.put("chunk_lengths", control.chunk_lengths)
+            width, context = self._begin_loops(control)
+        else:
+            width, context = control.active.shape[1], self.context(control)
+            self.put("active", control.active)
         if len(alike) == 1:
             name = f"first_loop/{int(first[0])}"
         else:
             self.put(name, first)
-        self.put("active", control.active)
         return width, context, name
 
-    def later(self, control: LoopControl) -> LoopControl:
-        """The same chunk past its first loop."""
-        return replace(control, first_loop=np.zeros(self.batch, np.bool_))
+    def _begin_loops(self, control: LoopControl) -> tuple[int, int]:
+        """Writes what steers a chunk's first loop. Returns its width and attention length."""
+        width, context = control.active.shape[1], self.context(control)
+        self.put("lengths", control.lengths)
+        if self.masked:
+            self._write_mask(control, width, context)
+        else:
+            self.put("chunk_lengths", control.chunk_lengths)
+        self.put("active", control.active)
+        return width, context
 
     def run_embed(self) -> None:
         """The embedding, of the token ids in their buffer."""
@@ -304,7 +316,9 @@ class BufferState(ABC):
             self.copy(Strip("head_hidden", slot * row, row), source, row, 1)
 
     def run_head(self) -> None:
-        """The head, on what ``gather`` brought together."""
+        """The head, on what ``gather`` brought together; unless it ran with the chunk."""
+        if self.headed:
+            return
         source = behind(self.hidden, self.current) if self.width == 1 else "head_hidden"
         key = ("lm_head", source)
         bound = self._bindings.get(key) or self._bind(key, self.head_bindings(source))
@@ -332,7 +346,7 @@ class BufferState(ABC):
         self.send("attention_mask", mask.nbytes)
 
     def _exits(self) -> NDArray[np.float32]:
-        return self.view("exit_probability", np.dtype(np.float32), (self.batch, self.width))
+        return self.view("exit_probability", FLOAT32, (self.batch, self.width))
 
     def _read(self, buffer: str, shape: tuple[int | str, ...], dtype: str, index: Any) -> NDArray[Any]:
         sizes = {"batch": self.batch, "chunk": self.width}

@@ -158,7 +158,6 @@ class TensorRTState(BufferState):
         self._pending: dict[str, int] = {}  # staged and not yet uploaded: buffer, bytes
         self._fresh: tuple[str, ...] = ()  # buffers on whose download the stream already works
         self._reading = _Reading()
-        self._headed = False  # whether the head ran after the last loop of a chunk of one token
         super().__init__(backend.package.manifest, batch)
         self._upload()
         contexts = partial(Contexts, backend.plans, self.stream, self.address("engine scratch"))
@@ -178,7 +177,7 @@ class TensorRTState(BufferState):
             return None
         made = super().part(first, count)
         assert made is not None
-        made._pending, made._fresh, made._headed = {}, (), False
+        made._pending, made._fresh, made.headed = {}, (), False
         return made
 
     def allocate(self, sizes: dict[str, int]) -> None:
@@ -275,7 +274,7 @@ class TensorRTState(BufferState):
 
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
         """One loop step over the chunk: for one token from a graph, one for each side of the swap."""
-        self._headed, before = False, self.current
+        self.headed, before = False, self.current
         width, context, first_loop = self.prepare(control)
 
         def work() -> None:
@@ -306,13 +305,8 @@ class TensorRTState(BufferState):
 
         self._perform(("chunk", width, context, loops, head), width, work)
         self.current = loops % 2
-        self._headed, self._fresh = head, self._few() if head else ()
+        self.headed, self._fresh = head, self._few() if head else ()
         self.commit(control)
-
-    def run_head(self) -> None:
-        """The head, unless it ran with the token."""
-        if not self._headed:
-            super().run_head()
 
     def head_bindings(self, hidden: str) -> Bindings:
         """The head also gives the likeliest tokens, where the engine was built so."""
@@ -326,7 +320,7 @@ class TensorRTState(BufferState):
         """The likeliest tokens after columns (batch, 1); None for an engine that does not pick them out."""
         if not self.likeliest:
             return None
-        if not self._headed:
+        if not self.headed:
             self.gather(columns[:, 0])
             self.run_head()
         shape = (self.batch, self.likeliest)
@@ -347,7 +341,7 @@ class TensorRTState(BufferState):
     def _begin(self, width: int) -> None:
         """Refuses what the engine was not built for, before anything changes."""
         profile_for(self.spec.profiles, self.batch, width, self.spec.buckets[-1])
-        self._headed, self._fresh, self._pending = False, (), {}
+        self.headed, self._fresh, self._pending = False, (), {}
 
     def _perform(self, key: tuple[Any, ...], width: int, work: Any) -> None:
         """Runs work plainly, or for one token from a graph. What was staged is part of it, and so of its key."""
