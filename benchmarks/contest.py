@@ -104,6 +104,60 @@ def package(directory: Path, threads: int, loops: int, context: int, tokens: int
         yield sample
 
 
+def products(directory: Path, threads: int, loops: int, tokens: int) -> Iterator[Sample]:
+    """A package's quantized products alone, with its stored weights and nothing between them: what a loop step of one
+    token could not be faster than with ONNX Runtime's kernels. Those of the gate, in a branch of the graph, are left
+    out of the first loop, as there."""
+    import onnx
+
+    model = onnx.load(directory / "loop_step.onnx", load_external_data=False)
+    branches = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.HasField("g")]
+    always, later = (_products_alone(model, graphs, directory, threads) for graphs in ([model.graph], branches))
+    while True:
+        times = []
+        for _ in range(tokens + 1):
+            started = perf_counter()
+            for loop in range(loops):
+                always()
+                if loop:
+                    later()
+            times.append(perf_counter() - started)
+        token = float(np.median(times[1:]))
+        yield {"token_s": token, "loop_s": token / loops}
+
+
+def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int) -> Callable[[], None]:
+    """Runs every MatMulNBits in graphs of a model, each on a random input, and nothing else."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs: dict[int, Any] = {}
+    outputs, nodes = [], []
+    for node in (node for graph in graphs for node in graph.node if node.op_type == "MatMulNBits"):
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        inputs[sizes["K"]] = helper.make_tensor_value_info(f"x{sizes['K']}", TensorProto.FLOAT, [1, sizes["K"]])
+        outputs.append(helper.make_tensor_value_info(f"y{len(nodes)}", TensorProto.FLOAT, [1, sizes["N"]]))
+        node.input[0], node.output[0] = inputs[sizes["K"]].name, outputs[-1].name
+        nodes.append(node)
+    if not nodes:
+        return lambda: None
+    used = {name: stored[name] for node in nodes for name in node.input[1:]}
+    graph = helper.make_graph(nodes, "products", list(inputs.values()), outputs, list(used.values()))
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    session = onnxruntime.InferenceSession(alone.SerializeToString(), options, ["CPUExecutionProvider"])
+    binding, random = session.io_binding(), np.random.default_rng(0)
+    for size, value in inputs.items():
+        binding.bind_cpu_input(value.name, random.standard_normal((1, size)).astype(np.float32))
+    for value in outputs:
+        binding.bind_output(value.name)
+    return lambda: session.run_with_iobinding(binding)
+
+
 def eager(checkpoint: Path, precision: str, threads: int, loops: int, context: int, tokens: int) -> Iterator[Sample]:
     """The checkpoint in PyTorch, operator by operator, over a cache of ``context`` rows."""
     import torch

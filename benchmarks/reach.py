@@ -5,7 +5,7 @@
 Sections, all by default:
 
 - decode: MELT (blocks of 32 and of 128), LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding; bytes
-  moved; share of the machine's read bandwidth; cache bytes of both.
+  moved; share of the machine's read bandwidth; how much of it its quantized products alone would take; cache bytes.
 - buffer: a step with 100 tokens in a cache of 32,768 rows against the same in 1,024 rows.
 - loops: state and peak memory of a process with 1 and with 16 loops.
 - long: peak memory of a process with 32,000 tokens, int4 weights and an int8 or int4 cache, 1 and 16 loops.
@@ -121,9 +121,10 @@ def melt(directory: Path, settings: Settings, step: Step, rows: int, *more: str)
 
 
 def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """MELT against LoopLM by ``melt-run bench``, then against PyTorch in turn."""
+    """MELT against LoopLM by ``melt-run bench``, then against its own products alone and against PyTorch in turn."""
+    quantized, context = "--weights" in settings.export, settings.contexts[0]
     ours = melt(directory, settings, step, settings.rows)
-    wider = [] if "--weights" not in settings.export else [melt(directory, settings, step, settings.rows, *_BLOCKS)]
+    wider = [melt(directory, settings, step, settings.rows, *_BLOCKS)] if quantized else []
     step("exporting LoopLM", 0, 0)
     theirs = export(checkpoint(directory, settings, "looplm"), directory / "looplm", settings.rows, settings)
     sweep = Sweep(
@@ -139,13 +140,21 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         name: Package.open(path, check_hashes=False).manifest.cache_bytes(settings.rows)
         for name, path in (("melt", ours), ("looplm", theirs))
     }
+    if quantized:
+        shared = (settings.threads, settings.loops)
+        rivals = [
+            Contestant("melt", contest.package, ours, *shared, context, settings.tokens, 0),
+            Contestant("products", contest.products, ours, *shared, settings.tokens),
+        ]
+        advance = _counting(step, "against its products alone", 2 * (settings.rounds + 1))
+        report["products"] = take_turns(rivals, settings.rounds, advance)
     report["eager"] = {}
     for context in settings.eager_contexts:
         for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
-            shared = (settings.threads, settings.loops, context, settings.tokens)
+            at = (settings.threads, settings.loops, context, settings.tokens)
             rivals = [
-                Contestant("melt", contest.package, ours, *shared, 0),
-                Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *shared),
+                Contestant("melt", contest.package, ours, *at, 0),
+                Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *at),
             ]
             name, total = f"against PyTorch, {precision}, {context} tokens", 2 * (settings.rounds + 1)
             found = take_turns(rivals, settings.rounds, _counting(step, name, total))

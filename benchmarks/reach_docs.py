@@ -62,6 +62,15 @@ def _decode(section: Row, settings: Row) -> str:
         rival = found[f"eager {precision}"]
         loops = (middle(one["loop_s"], 1e-3, 1) for one in (found["melt"], rival))
         eager.append([precision, context, *loops, middle(rival["time_against_first"])])
+    alone = ""
+    if "products" in section:
+        step, products = (section["products"][name]["loop_s"] for name in ("melt", "products"))
+        alone = (
+            "ONNX Runtime bounds the share: a package's quantized products alone, on the same stored weights with "
+            f"nothing between them, took {middle(products, 1e-3, 1)} ms a loop, in turn with whole loops of "
+            f"{middle(step, 1e-3, 1)} ms at {settings['contexts'][0]} tokens. More tokens in the cache add its "
+            "attention, which reads rows more slowly than that.\n\n"
+        )
     cache = section["cache_bytes"]
     ratio = cache["looplm"] / cache["melt"]
     overhead = max(row["overhead_share"]["median"] for row in section["results"])
@@ -73,7 +82,8 @@ def _decode(section: Row, settings: Row) -> str:
         + f"\nWhat is not spent in the graphs (binding, loop driver, sampling) is {overhead:.1%} of a token at most. "
         f"Caches of {settings['buffers'][0]:,} rows take {cache['melt']:,} bytes for MELT and {cache['looplm']:,} for "
         f"the LoopLM: {ratio:g} times as many at {settings['loops']} loops.\n\n"
-        "![Tokens a second against the tokens in the cache.](decode.png)\n\n"
+        + alone
+        + "![Tokens a second against the tokens in the cache.](decode.png)\n\n"
         "The same checkpoint in PyTorch, operator by operator, on the same threads:\n\n"
         + table(["PyTorch", "tokens in the cache", "MELT, a loop, ms", "PyTorch, a loop, ms", "times as long"], eager)
     )

@@ -45,6 +45,7 @@ class LoopDriver:
         # Of a token each, where every microsecond counts.
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
+        self._ids = np.zeros((self.batch, 1), np.int64)
         self._steady: LoopControl | None = None
         self._allowed: LoopSettings | None = None  # the settings that were checked last
 
@@ -104,12 +105,13 @@ class LoopDriver:
         """As ``append``, but leaves the logits where they are until they are asked for."""
         each = self.each(settings)
         logits = NextLogits(self.state, self.manifest.vocab_size)
-        for chunk in self.chunks(tokens, [one.chunk for one in each]):
+        single = self._single(tokens)
+        for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
             for group in self._groups(chunk, each):
                 logits.keep()
                 self._run(group, each)
-                single = group.ids.shape[1] == 1
-                logits.follow(self._zeros if single else np.maximum(group.counts - 1, 0)[:, None], group.last)
+                columns = self._zeros if group.ids.shape[1] == 1 else np.maximum(group.counts - 1, 0)[:, None]
+                logits.follow(columns, group.last)
         return logits
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
@@ -125,9 +127,6 @@ class LoopDriver:
 
         size: of the chunks, for all sequences or for each; None: the package's.
         """
-        single = self._single(tokens)
-        if single is not None:
-            return [single]
         sizes = [size] * self.batch if size is None or isinstance(size, int) else size
         most = np.array([self.manifest.chunk if one is None else one for one in sizes], np.int64)
         if most.max() > self.manifest.chunk:
@@ -145,8 +144,8 @@ class LoopDriver:
         return chunks
 
     def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
-        """The chunk of at most one new token a sequence: decoding, where every microsecond counts. None where it is
-        anything else, or anything is wrong with it."""
+        """The chunk of at most one new token a sequence: decoding, where every microsecond counts. The next call writes
+        over its ids. None where it is anything else, or anything is wrong with it."""
         try:
             counts = [len(ids) for ids in tokens]
             if len(counts) != self.batch or max(counts) != 1:
@@ -156,14 +155,13 @@ class LoopDriver:
             return None
         if not all(0 <= token < self.manifest.vocab_size for token in single):
             return None
-        if not all(
-            length + count <= self.capacity for length, count in zip(self.lengths.tolist(), counts, strict=True)
-        ):
+        if not all(len(depth) + count <= self.capacity for depth, count in zip(self.depth, counts, strict=True)):
             return None
-        ids = np.array(single, np.int64)[:, None]
+        for slot, token in enumerate(single):
+            self._ids[slot, 0] = token
         if min(counts):
-            return Chunk(ids, self._one, self._all, self._column)
-        return _chunk(ids, np.array(counts, np.int64), np.array(counts, np.bool_))
+            return Chunk(self._ids, self._one, self._all, self._column)
+        return _chunk(self._ids, np.array(counts, np.int64), np.array(counts, np.bool_))
 
     def loops(self, chunk: Chunk, settings: Settings) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
@@ -223,8 +221,8 @@ class LoopDriver:
     def _count(self, spent: Sequence[Sequence[int]]) -> None:
         """A chunk's tokens lie in the cache; ``spent``, a sequence: the loops that each of them had."""
         for slot, loops in enumerate(spent):
-            self.lengths[slot] += len(loops)
             self.depth[slot].extend(loops)
+            self.lengths[slot] = len(self.depth[slot])
 
     def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""

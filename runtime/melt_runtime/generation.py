@@ -43,8 +43,8 @@ class Generator:
             for track in self.tracks:
                 if not len(fed[track.slot]):
                     continue
-                room = self.driver.capacity - int(self.driver.lengths[track.slot])
-                piece = track.draw(logits, room, self.driver.depth[track.slot][-1])
+                depth = self.driver.depth[track.slot]
+                piece = track.draw(logits, self.driver.capacity - len(depth), depth[-1])
                 if piece.finish_reason is None:
                     self.pending[track.slot] = [piece.token_id]
                 yield piece

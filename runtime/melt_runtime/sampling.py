@@ -83,7 +83,7 @@ class Sampler:
         if scores.ndim != 1 or scores.size == 0:
             raise ArgumentError(f"The logits must be one row of shape (vocab,), not of shape {scores.shape}.")
         best = int(scores.argmax())  # NaN counts as the largest
-        top = float(scores[best])
+        top = float(scores.item(best))
         if math.isnan(top):
             raise ArgumentError("The model returned NaN logits; check its weights and the precision it runs in.")
         if math.isinf(top):
