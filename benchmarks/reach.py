@@ -13,8 +13,8 @@ Sections, all by default:
 
 int4 weights, rounded to nearest: random ones in the real shape, but for smollm2. ``--export`` goes to melt-export in
 their place. Packages are made in a temporary directory, or in ``--packages`` and found there the next time. A rival
-that is not installed is left out with the reason. With everything it takes about an hour on two cores, more than half
-of it for making packages.
+that is not installed is left out with the reason. With everything it takes under an hour on two cores, half of
+it for making packages.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from .texts import encode_text
 
 _SEQUENCE = 256
 _SEQUENCES = 32
+_RANDOM_SEQUENCES = 4  # of random tokens, of which more would not say more
 _LARGEST_TEXT = 1 << 22  # characters that are read of a file
 
 
@@ -29,7 +30,7 @@ def calibration_tokens(checkpoint: Path, config: LoopedConfig, path: Path | None
     ids = encode_text(checkpoint, path, _documentation, option="--calibration", refused=ExportError, most=_LARGEST_TEXT)
     if ids is None:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(config.vocab_size, (_SEQUENCES, room), generator=generator).tolist()  # type: ignore[no-any-return]
+        return torch.randint(config.vocab_size, (_RANDOM_SEQUENCES, room), generator=generator).tolist()  # type: ignore[no-any-return]
     step = max(room, (len(ids) - room) // max(_SEQUENCES - 1, 1))
     return [ids[at : at + room] for at in range(0, len(ids), step)][:_SEQUENCES]
 
