@@ -9,6 +9,7 @@ paragraphs in which the packages of constraints.txt, as installed, describe them
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tempfile
@@ -44,6 +45,7 @@ PROMISED = {"--weights int4": 5.0, "--weights int8": 0.5, "--cache int8": 0.5}
 _ROWS = 1024
 _CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 _SHORTEST, _LONGEST = 150, 1500  # characters: of a paragraph, of what is taken of one package
+_ONE_LINE = 0.1  # points whose logarithms are closer stand in one line of the plot, and so would their names
 _NOT_PROSE = ("http", "<", "|", "```", "::", ">>>", "- [", "{")
 
 
@@ -126,14 +128,19 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-        for row in rows:
-            size = (row["bytes"] + _ROWS * row["cache_bytes_a_token"]) / 1e6
+        sizes = [(row["bytes"] + _ROWS * row["cache_bytes_a_token"]) / 1e6 for row in rows]
+        for row, size in zip(rows, sizes, strict=True):
+            beside = any(
+                size < x < 1.5 * size and abs(math.log(other["kl"] / row["kl"])) < _ONE_LINE
+                for other, x in zip(rows, sizes, strict=True)
+            )
             axes.plot(size, row["kl"], "o", color="#0b6bcb")
             axes.annotate(
-                row["variant"].replace("--", "").replace("*.", "").replace(".weight", ""),
+                row["variant"].replace("--", ""),
                 (size, row["kl"]),
                 textcoords="offset points",
-                xytext=(6, 4),
+                xytext=(-6, 4) if beside else (6, 4),
+                ha="right" if beside else "left",
                 fontsize=8,
             )
         axes.set(yscale="log", xlabel=f"weights and {_ROWS:,} rows of cache, MB", ylabel="KL divergence, nats")
