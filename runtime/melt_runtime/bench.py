@@ -160,7 +160,7 @@ class _Timed:
         self.seconds += perf_counter() - started
 
 
-def overhead(runtime: Runtime, tokens: int = 32, loops: int | None = None) -> float | None:
+def overhead(runtime: Runtime, tokens: int = 64, loops: int | None = None) -> float | None:
     """The share of a generation's time that is spent outside the graphs' runs: binding, the loop driver, sampling.
 
     None for a backend that is not ONNX Runtime.

@@ -47,7 +47,7 @@ class LoopDriver:
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
         self._steady: LoopControl | None = None
-        self._allowed: LoopSettings | None = None  # the settings that were checked last
+        self._fixed: LoopSettings | None = None  # settings with which nothing is left to check or to decide
 
     def reset(self) -> None:
         """Forgets all tokens; the buffers stay."""
@@ -185,6 +185,10 @@ class LoopDriver:
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """A chunk's loops: all at once, where nothing is to be decided on the way."""
+        if self._fixed is not None and chunk.counts is self._one and each.count(self._fixed) == self.batch:
+            self.state.run_chunk(chunk.ids, self._control(chunk), self._fixed.loops, head=True)
+            self._count([[self._fixed.loops]] * self.batch)
+            return
         counts = chunk.counts.tolist()
         asked = [settings for settings, count in zip(each, counts, strict=True) if count]
         if any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1:
@@ -193,6 +197,8 @@ class LoopDriver:
             return
         self._check_depth(chunk, each)
         loops = asked[0].loops
+        if self.manifest.cache_loops is None:
+            self._fixed = asked[0]
         self.state.run_chunk(chunk.ids, self._control(chunk), loops, head=any(chunk.last.tolist()))
         self._count([[loops] * count for count in counts])
 
@@ -229,9 +235,7 @@ class LoopDriver:
         for settings, count, depth in zip(each, chunk.counts.tolist(), self.depth, strict=True):
             if not count:
                 continue
-            if settings is not self._allowed:
-                settings.check(self.manifest)
-                self._allowed = settings
+            settings.check(self.manifest)
             if self.manifest.cache_loops is None:
                 continue
             filled = min(depth, default=settings.loops)

@@ -184,10 +184,8 @@ class OnnxRuntimeState(BufferState):
         """The next multiple of a fixed length, so that few shapes are ever bound."""
         return rounded(rows, self.manifest.cache_rows)
 
-    def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of columns (batch, n) of the chunk -> (batch, n, vocab). One column reuses its buffers."""
-        if columns.shape[1] == 1:
-            return super().logits(columns)
+    def logits_of_many(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """In one run, whose buffers are its own."""
         shape = (self.batch, self.width, int(self.hidden.shape[-1]))
         hidden = self.view(behind(self.hidden, self.current), np.dtype(self.hidden.dtype), shape)
         rows = np.take_along_axis(hidden, columns[..., None], axis=1)

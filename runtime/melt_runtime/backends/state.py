@@ -157,7 +157,8 @@ class BufferState(ABC):
         if head and width == 1:
             self.run_head()
             self.headed = True
-        self.commit(control)
+        if self._read_only:
+            self.commit(control)
 
     def commit(self, control: LoopControl) -> None:
         """Copies the chunk's rows into read-only caches; the other dialects wrote them in the graph."""
@@ -177,11 +178,15 @@ class BufferState(ABC):
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
         if columns.shape[1] > 1:
-            single = [self.logits(column[:, None]).copy() for column in columns.T]
-            return np.concatenate(single, axis=1)
-        self.gather(columns[:, 0])
-        self.run_head()
+            return self.logits_of_many(columns)
+        if not self.headed:
+            self.gather(columns[:, 0])
+            self.run_head()
         return self.view("logits", FLOAT32, (self.batch, 1, self.manifest.vocab_size))
+
+    def logits_of_many(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As ``logits``, for several columns."""
+        return np.concatenate([self.logits(column[:, None]).copy() for column in columns.T], axis=1)
 
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
         """None: whole rows of logits are in reach."""
@@ -316,9 +321,7 @@ class BufferState(ABC):
             self.copy(Strip("head_hidden", slot * row, row), source, row, 1)
 
     def run_head(self) -> None:
-        """The head, on what ``gather`` brought together; unless it ran with the chunk."""
-        if self.headed:
-            return
+        """The head, on what ``gather`` brought together."""
         source = behind(self.hidden, self.current) if self.width == 1 else "head_hidden"
         key = ("lm_head", source)
         bound = self._bindings.get(key) or self._bind(key, self.head_bindings(source))
