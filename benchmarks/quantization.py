@@ -144,7 +144,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
                 fontsize=8,
             )
         axes.set(yscale="log", xlabel=f"weights and {_ROWS:,} rows of cache, MB", ylabel="KL divergence, nats")
-        axes.margins(x=0.25, y=0.15)
+        axes.margins(y=0.15)
+        axes.set_xlim(0, 1.25 * max(sizes))
         axes.set_title("What fewer bits cost")
         figure.savefig(file, dpi=150)
         plt.close(figure)
