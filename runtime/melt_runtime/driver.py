@@ -34,19 +34,20 @@ class LoopDriver:
     """Sequences whose tokens lie in the cache. All memory is allocated when it opens and never grows.
 
     ``lengths`` (batch,) counts each sequence's tokens in the cache; ``depth`` holds, a sequence, the loops spent on
-    each of its tokens.
+    each of its tokens. ``whole``: the driver of which this is a part, from its sequence ``first`` on.
     """
 
-    def __init__(self, state: BackendState, manifest: Manifest):
+    def __init__(self, state: BackendState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
         self.state, self.manifest = state, manifest
         self.batch, self.capacity = state.batch, manifest.max_seq_len
-        self.lengths = np.zeros(self.batch, np.int64)
-        self.depth: list[list[int]] = [[] for _ in range(self.batch)]
+        own = slice(first, first + self.batch)
+        self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
+        self.depth: list[list[int]] = [[] for _ in range(self.batch)] if whole is None else whole.depth[own]
         # Of a token each, where every microsecond counts.
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
-        self._steady: LoopControl | None = None
+        self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings with which nothing is left to check or to decide
 
     def reset(self) -> None:
@@ -58,6 +59,10 @@ class LoopDriver:
         """Forgets the tokens of one sequence."""
         self.lengths[slot] = 0
         self.depth[slot].clear()
+
+    def room(self, slot: int) -> int:
+        """How many more tokens of one sequence fit."""
+        return self.capacity - len(self.depth[slot])
 
     def truncate(self, slot: int, length: int) -> None:
         """Forgets the tokens of one sequence behind its first ``length``."""
@@ -87,9 +92,7 @@ class LoopDriver:
         state = self.state.part(first, count)
         if state is None:
             return None
-        made = LoopDriver(state, self.manifest)
-        made.lengths, made.depth = self.lengths[first : first + count], self.depth[first : first + count]
-        return made
+        return LoopDriver(state, self.manifest, self, first)
 
     def append(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NDArray[np.float32]:
         """Runs new tokens of every sequence, in chunks, and returns the logits after each one's last (batch, vocab).
@@ -155,7 +158,7 @@ class LoopDriver:
             return None
         if not all(0 <= token < self.manifest.vocab_size for token in single):
             return None
-        if not all(len(depth) + count <= self.capacity for depth, count in zip(self.depth, counts, strict=True)):
+        if not all(count <= self.room(slot) for slot, count in enumerate(counts)):
             return None
         for slot, token in enumerate(single):
             self._ids[slot, 0] = token
@@ -186,7 +189,7 @@ class LoopDriver:
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """A chunk's loops: all at once, where nothing is to be decided on the way."""
         if self._fixed is not None and chunk.counts is self._one and each.count(self._fixed) == self.batch:
-            self.state.run_chunk(chunk.ids, self._control(chunk), self._fixed.loops, head=True)
+            self.state.run_chunk(chunk.ids, self._steady, self._fixed.loops, head=True)
             self._count([[self._fixed.loops]] * self.batch)
             return
         counts = chunk.counts.tolist()
@@ -199,16 +202,9 @@ class LoopDriver:
         loops = asked[0].loops
         if self.manifest.cache_loops is None:
             self._fixed = asked[0]
-        self.state.run_chunk(chunk.ids, self._control(chunk), loops, head=any(chunk.last.tolist()))
+        control = LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
+        self.state.run_chunk(chunk.ids, control, loops, head=any(chunk.last.tolist()))
         self._count([[loops] * count for count in counts])
-
-    def _control(self, chunk: Chunk) -> LoopControl:
-        """What steers a chunk's first loop."""
-        if chunk.counts is not self._one:
-            return LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
-        if self._steady is None or self._steady.lengths is not self.lengths:
-            self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
-        return self._steady
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
         """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
@@ -256,7 +252,7 @@ class LoopDriver:
         except (OverflowError, TypeError, ValueError) as error:
             raise PromptError("token ids must be whole numbers inside the vocabulary") from error
         for slot, array in enumerate(arrays):
-            room = self.capacity - int(self.lengths[slot])
+            room = self.room(slot)
             if len(array) > room:
                 raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {self.capacity}")
             wrong = array[(array < 0) | (array >= self.manifest.vocab_size)]

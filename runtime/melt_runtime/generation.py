@@ -43,8 +43,7 @@ class Generator:
             for track in self.tracks:
                 if not len(fed[track.slot]):
                     continue
-                depth = self.driver.depth[track.slot]
-                piece = track.draw(logits, self.driver.capacity - len(depth), depth[-1])
+                piece = track.draw(logits, self.driver.room(track.slot), self.driver.depth[track.slot][-1])
                 if piece.finish_reason is None:
                     self.pending[track.slot] = [piece.token_id]
                 yield piece

@@ -165,9 +165,8 @@ class Slots:
     def _draw(self, sequence: Running, logits: NextLogits, first: int) -> Drawn:
         """The next token of a sequence; an error of its own sampling or constraint is its own alone."""
         slot = sequence.slot
-        room = self.driver.capacity - int(self.driver.lengths[slot])
         try:
-            piece = sequence.track.draw(logits, room, self.driver.depth[slot][-1], slot - first)
+            piece = sequence.track.draw(logits, self.driver.room(slot), self.driver.depth[slot][-1], slot - first)
         except ArgumentError as error:
             return sequence, error
         sequence.token = piece.token_id

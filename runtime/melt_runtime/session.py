@@ -241,8 +241,7 @@ class Session:
             if self._turn is not turn:
                 raise ArgumentError("the session moved on while this stream was open; begin another")
             logits = self._ready(track.options.loops)
-            room = self.driver.capacity - len(self._ids)
-            piece = track.draw(logits, room, self.driver.depth[0][-1])
+            piece = track.draw(logits, self.driver.room(0), self.driver.depth[0][-1])
             self._drawn, self._logits = piece.token_id, None
             yield piece
 

@@ -7,6 +7,7 @@ example is held out is a property of its prompt (a stable hash), so training and
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -58,18 +59,18 @@ class Task(Protocol):
         ...
 
 
-class _Drawn:
+class _Drawn(ABC):
     """sample() and test_set() of a task that can draw examples in bulk. Tasks are equal if their options are."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def _training(self, rng: np.random.Generator, count: int, progress: float) -> list[Example]:
         """Some examples (about ``count``, perhaps fewer) as they are trained on, held out or not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _testing(self, rng: np.random.Generator, count: int, hard: bool) -> list[Example]:
         """Some examples as they are tested on, held out or not."""
-        raise NotImplementedError
 
     def sample(self, rng: np.random.Generator, count: int, held_out: bool, progress: float = 1.0) -> list[Example]:
         found: list[Example] = []

@@ -9,6 +9,7 @@ needs the other's stream.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -57,7 +58,7 @@ class Buffers(Protocol):
         """Copies pieces (pieces, count) of the host into a buffer and waits for it."""
 
 
-class DeviceBackend(Sessions):
+class DeviceBackend(Sessions, ABC):
     """The graphs on a device. A subclass says how a session gets its provider."""
 
     def __init__(self, package: Package, device: int = 0):
@@ -79,9 +80,9 @@ class DeviceBackend(Sessions):
 
         return open_device(self.device_index)
 
+    @abstractmethod
     def session(self, graph: str) -> Any:
         """A graph's session on the device. Raises BackendError."""
-        raise NotImplementedError
 
     def buffers(self, sizes: dict[str, int], twins: Iterable[str]) -> Buffers:
         """Zeroed buffers on the device, of so many bytes each. Raises BackendError."""

@@ -177,7 +177,7 @@ class TensorRTState(BufferState):
             return None
         made = super().part(first, count)
         assert made is not None
-        made._pending, made._fresh, made.headed = {}, (), False
+        made._pending, made._fresh = {}, ()
         return made
 
     def allocate(self, sizes: dict[str, int]) -> None:
