@@ -16,6 +16,8 @@ import numpy as np
 from melt_runtime.machine import resident
 
 Sample = dict[str, float]
+# Weights that two cores of nearly every processor keep in their own caches, and how often they are read for one figure.
+_CACHED_BYTES, _REPEATS = 1 << 19, 1000
 
 
 class Contestant:
@@ -156,6 +158,67 @@ def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int
     for value in outputs:
         binding.bind_output(value.name)
     return lambda: session.run_with_iobinding(binding)
+
+
+def cached_products(directory: Path, threads: int, loops: int, tokens: int) -> Iterator[Sample]:
+    """The kernel of a package's quantized products over so few of its weights that they stay in the processor's cache:
+    the bytes a second that its arithmetic alone allows, however fast memory is. ``loops`` and ``tokens``: repeats."""
+    import onnx
+
+    model = onnx.load(directory / "loop_step.onnx", load_external_data=False)
+    session, inputs, stored = _product_in_a_loop(model, directory, threads)
+    inputs["count"] = np.array(_REPEATS * loops * tokens)
+    while True:
+        started = perf_counter()
+        session.run(None, inputs)
+        seconds = perf_counter() - started
+        yield {"token_s": seconds, "bytes_s": int(inputs["count"]) * stored / seconds}
+
+
+def _product_in_a_loop(model: Any, directory: Path, threads: int) -> tuple[Any, dict[str, Any], int]:
+    """A session that multiplies ``count`` times with the first columns of the first MatMulNBits, its inputs, and the
+    bytes that it reads each time."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    whole = [numpy_helper.to_array(tensors[name], str(directory)).reshape(sizes["N"], -1) for name in node.input[1:]]
+    columns = min(sizes["N"], _CACHED_BYTES // sum(part[0].nbytes for part in whole) // 16 * 16)
+    numbers = whole[0][:columns].reshape(columns, -1, sizes["block_size"] * sizes["bits"] // 8)
+    parts = [numbers, *(part[:columns].reshape(-1) for part in whole[1:])]
+
+    del node.input[:], node.output[:]
+    node.input.extend(["x", *(f"part{index}" for index in range(len(parts)))])
+    node.output.append("y")
+    next(attribute for attribute in node.attribute if attribute.name == "N").i = columns
+    value, flag, number = helper.make_tensor_value_info, TensorProto.BOOL, TensorProto.INT64
+    body = helper.make_graph(
+        [node, helper.make_node("Identity", ["going"], ["goes_on"])],
+        "body",
+        [value("index", number, []), value("going", flag, []), value("before", TensorProto.FLOAT, [1, columns])],
+        [value("goes_on", flag, []), value("y", TensorProto.FLOAT, [1, columns])],
+        [numpy_helper.from_array(part, f"part{index}") for index, part in enumerate(parts)],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["count", "goes", "zeros"], ["last"], body=body)],
+        "cached",
+        [
+            value("count", number, []),
+            value("goes", flag, []),
+            value("zeros", TensorProto.FLOAT, [1, columns]),
+            value("x", TensorProto.FLOAT, [1, sizes["K"]]),
+        ],
+        [value("last", TensorProto.FLOAT, [1, columns])],
+    )
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(alone.SerializeToString(), options, ["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((1, sizes["K"])).astype(np.float32)
+    inputs = {"goes": np.array(True), "zeros": np.zeros((1, columns), np.float32), "x": x}
+    return session, inputs, sum(part.nbytes for part in parts)
 
 
 def eager(checkpoint: Path, precision: str, threads: int, loops: int, context: int, tokens: int) -> Iterator[Sample]:

@@ -5,10 +5,12 @@
 Sections, all by default:
 
 - decode: MELT (blocks of 32 and of 128), LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding; bytes
-  moved; share of the machine's read bandwidth; how much of it its quantized products alone would take; cache bytes.
+  moved; share of the machine's read bandwidth; how much of it its quantized products alone would take, and what these
+  read without memory in the way; cache bytes.
 - buffer: a step with 100 tokens in a cache of 32,768 rows against the same in 1,024 rows.
 - loops: state and peak memory of a process with 1 and with 16 loops.
-- long: peak memory of a process with 32,000 tokens, int4 weights and an int8 or int4 cache, 1 and 16 loops.
+- long: peak memory of a process with 32,000 tokens, int4 weights (blocks of 128) and an int8 or int4 cache, 1 and 16
+  loops.
 - smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
 
 int4 weights, rounded to nearest: random ones in the real shape, but for smollm2. ``--export`` goes to melt-export in
@@ -148,15 +150,18 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         ]
         advance = _counting(step, "against its products alone", 2 * (settings.rounds + 1))
         report["products"] = take_turns(rivals, settings.rounds, advance)
+        rivals = [Contestant("products", contest.cached_products, ours, *shared, settings.tokens)]
+        advance = _counting(step, "its products from the processor's cache", settings.rounds + 1)
+        report["cached_products"] = take_turns(rivals, settings.rounds, advance)["products"]
     report["eager"] = {}
     for context in settings.eager_contexts:
         for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
             at = (settings.threads, settings.loops, context, settings.tokens)
             rivals = [
-                Contestant("melt", contest.package, ours, *at, 0),
                 Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *at),
+                *(Contestant(path.name, contest.package, path, *at, 0) for path in (ours, *wider)),
             ]
-            name, total = f"against PyTorch, {precision}, {context} tokens", 2 * (settings.rounds + 1)
+            name, total = f"against PyTorch, {precision}, {context} tokens", len(rivals) * (settings.rounds + 1)
             found = take_turns(rivals, settings.rounds, _counting(step, name, total))
             report["eager"][f"{precision}/{context}"] = found
     return report
@@ -188,8 +193,9 @@ def loops(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
 def long(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     """Memory of a process with a long, quantized cache, to its last token."""
     found: dict[str, Any] = {}
+    blocks = _BLOCKS if "--weights" in settings.export else ()
     for kind in ("int8", "int4"):
-        path = melt(directory, settings, step, settings.long_rows, "--cache", kind)
+        path = melt(directory, settings, step, settings.long_rows, *blocks, "--cache", kind)
         manifest = Package.open(path, check_hashes=False).manifest
         found[kind] = {
             "weights_bytes": sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".data")),

@@ -5,7 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
+from conftest import MakeCheckpoint, MakePackage
+
+from melt_export.quantize import WeightOptions, stored_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import contest
@@ -30,3 +36,25 @@ def test_a_package_and_pytorch_take_turns(tiny_package: Path, tiny_checkpoint: P
 def test_a_contestant_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"melt: PackageError: package .* does not exist"):
         take_turns([Contestant("melt", contest.package, tmp_path / "nowhere", 1, 1, 0, 1, 0)], 1, lambda: None)
+
+
+def test_the_kernel_alone_multiplies_with_the_packages_own_weights(
+    make_package: MakePackage, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the columns that fit, and as often as asked."""
+    package = make_package(make_checkpoint(), weights=WeightOptions("int4", method="rtn"))
+    product = next(node for node in ir.load(package / "loop_step.onnx").graph if node.op_type == "MatMulNBits")
+    weight = stored_values(product)[1].float()[:16].T.numpy()
+    monkeypatch.setattr(contest, "_CACHED_BYTES", 16 * weight.shape[0])
+
+    model = onnx.load(package / "loop_step.onnx", load_external_data=False)
+    session, inputs, stored = contest._product_in_a_loop(model, package, 1)
+    (last,) = session.run(None, {**inputs, "count": np.array(3)})
+    expected = inputs["x"] @ weight
+    assert last.shape == (1, 16)
+    np.testing.assert_allclose(last, expected, atol=0.02 * abs(expected).max())
+    blocks = weight.shape[0] // 32
+    assert stored == 16 * blocks * (16 + 4)
+
+    sample = next(contest.cached_products(package, 1, 1, 1))
+    assert sample["bytes_s"] * sample["token_s"] == pytest.approx(contest._REPEATS * stored)
