@@ -78,10 +78,11 @@ def _decode(section: Row, settings: Row) -> str:
             f"{middle(step, 1e-3, 1)} ms at {settings['contexts'][0]} tokens. More tokens in the cache add its "
             "attention, which reads rows more slowly than that.\n\n"
         )
-        cached = section["cached_products"]["bytes_s"]
+        cached, memory = section["cached_products"]["bytes_s"], section["bandwidth"][0]["bytes_s"]["median"]
         alone += (
-            "Nor is it memory that holds those products up: over weights that stay in the processor's cache, the same "
-            f"kernel on the same threads reads {middle(cached, 1e9, 1)} GB/s.\n\n"
+            "Over weights that stay in the processor's cache the same kernel on the same threads takes in "
+            f"{middle(cached, 1e9, 1)} GB/s: its arithmetic alone needs {memory / cached['median']:.0%} of the time in "
+            "which memory delivers the weights, and the two overlap only in part.\n\n"
         )
     cache = section["cache_bytes"]
     ratio = cache["looplm"] / cache["melt"]
