@@ -16,12 +16,13 @@ Sections, all by default:
 int4 weights, rounded to nearest: random ones in the real shape, but for smollm2. ``--export`` goes to melt-export in
 their place. Packages are made in a temporary directory, or in ``--packages`` and found there the next time. A rival
 that is not installed is left out with the reason. With everything it takes under an hour on two cores, half of
-it for making packages.
+it for making packages. A run of some sections joins what the file has of the others.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import subprocess
@@ -297,6 +298,8 @@ def main(
         "versions": versions("melt-export", "onnxruntime", "torch", *_installed("onnxruntime-genai")),
         "settings": shown | {"export": " ".join(settings.export)},
     }
+    if sections and json_file is not None:
+        report = _joining(json_file, report, chosen)
     measure = {"decode": decode, "buffer": buffer, "loops": loops, "long": long, "smollm2": smollm2}
     with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-reach-") as name:
         directory = Path(name) if packages is None else packages
@@ -306,6 +309,16 @@ def main(
             if json_file is not None:  # what was measured is kept if a later section fails
                 save(json_file, "reach", report)
     Console().print_json(data={section: report[section] for section in chosen})
+
+
+def _joining(path: Path, report: dict[str, Any], chosen: list[str]) -> dict[str, Any]:
+    """An earlier run's report in the file, if it had the same settings: the chosen sections join it, each with its own
+    date, command and machine under "later". Otherwise the new report as it is."""
+    earlier = json.loads(path.read_text(encoding="utf-8")).get("reach", {}) if path.is_file() else {}
+    if earlier.get("settings") != json.loads(json.dumps(report["settings"])):
+        return report
+    about = {name: report[name] for name in ("date", "command", "machine")}
+    return {**earlier, "later": earlier.get("later", {}) | dict.fromkeys(chosen, about)}
 
 
 def _installed(*names: str) -> list[str]:

@@ -28,17 +28,24 @@ def part(report: Row) -> str:
     """Every section that was measured, and what they come to."""
     parts = [
         "## How far it reaches\n",
-        "Everything here was measured in one run, rivals in turn with each other (A B A B), each in a process of its "
-        "own; medians, with quartiles in brackets. The share of bandwidth is the bytes that a step must read and write "
+        "Rivals were measured in the same run, in turn with each other (A B A B), each in a process of its own; "
+        "medians, with quartiles in brackets. The share of bandwidth is the bytes that a step must read and write "
         "(weights as stored, rows of the tokens in the cache, state), over its time, over what this machine reads "
         "with as many threads, measured just before each visit.\n",
         command(report["command"]),
-        facts(report),
+        facts(report) + "".join(map(_later, report.get("later", {}).items())),
     ]
     for name, write in _PARTS.items():
         if name in report:
             parts.append(write(report[name], report["settings"]))
     return "\n".join(parts)
+
+
+def _later(section: tuple[str, Row]) -> str:
+    """What is said of a section that was measured again by itself."""
+    name, about = section
+    load = f"load average at the start {about['machine']['load_at_start']:.1f}"
+    return f"- By itself: {_TITLES[name]}, {about['date']}, {load}, `{about['command']}`\n"
 
 
 def _label(name: str) -> str:
@@ -179,6 +186,13 @@ def _smollm2(section: Row, settings: Row) -> str:
     )
 
 
+_TITLES = {
+    "decode": "decoding at the 1.4B shape",
+    "smollm2": "SmolLM2-135M",
+    "buffer": "the large buffer",
+    "loops": "more loops",
+    "long": "the long cache",
+}
 _PARTS = {"decode": _decode, "smollm2": _smollm2, "buffer": _buffer, "loops": _loops, "long": _long}
 
 

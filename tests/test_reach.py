@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import reach
 import reach_docs
-from common import loaded_machine, versions
+from common import loaded_machine, save, versions
 
 SECTIONS = ("decode", "buffer", "loops", "long")
 
@@ -60,3 +61,21 @@ def test_the_document_and_its_pictures_show_every_section(report: dict[str, Any]
 def test_a_rival_that_is_not_there_is_left_out_with_the_reason(report: dict[str, Any]) -> None:
     text = reach_docs.part({**report, "smollm2": {"skipped": "gguf is not installed"}})
     assert "Not measured: gguf is not installed." in text
+
+
+def test_a_section_measured_again_joins_the_others(report: dict[str, Any], tmp_path: Path) -> None:
+    save(path := tmp_path / "benchmarks.json", "reach", report)
+    again = {**report, "date": "tomorrow", "command": "python benchmarks/reach.py loops"}
+    joined = reach._joining(path, {name: again[name] for name in again if name not in SECTIONS}, ["loops"])
+    assert joined["decode"] == json.loads(path.read_text())["reach"]["decode"]
+    text = reach_docs.part(joined)
+    assert "- Date: today" in text
+    assert "- By itself: more loops, tomorrow, load average" in text
+    assert "`python benchmarks/reach.py loops`" in text
+
+
+def test_a_run_with_other_settings_joins_nothing(report: dict[str, Any], tmp_path: Path) -> None:
+    save(path := tmp_path / "benchmarks.json", "reach", report)
+    other = {"settings": {**report["settings"], "loops": 3}}
+    assert reach._joining(path, other, ["loops"]) is other
+    assert reach._joining(tmp_path / "none.json", other, ["loops"]) is other
