@@ -17,7 +17,7 @@ from melt_runtime.machine import resident
 
 Sample = dict[str, float]
 # Weights that two cores of nearly every processor keep in their own caches, and how often they are read for one figure.
-_CACHED_BYTES, _REPEATS = 1 << 19, 1000
+_CACHED_BYTES, _REPEATS = 1 << 19, 12_000
 
 
 class Contestant:
@@ -130,7 +130,6 @@ def products(directory: Path, threads: int, loops: int, tokens: int) -> Iterator
 
 def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int) -> Callable[[], None]:
     """Runs every MatMulNBits in graphs of a model, each on a random input, and nothing else."""
-    import onnxruntime
     from onnx import TensorProto, helper
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -147,11 +146,7 @@ def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int
     used = {name: stored[name] for node in nodes for name in node.input[1:]}
     graph = helper.make_graph(nodes, "products", list(inputs.values()), outputs, list(used.values()))
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    session = onnxruntime.InferenceSession(alone.SerializeToString(), options, ["CPUExecutionProvider"])
+    session = _session(alone, directory, threads)
     binding, random = session.io_binding(), np.random.default_rng(0)
     for size, value in inputs.items():
         binding.bind_cpu_input(value.name, random.standard_normal((1, size)).astype(np.float32))
@@ -160,25 +155,35 @@ def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int
     return lambda: session.run_with_iobinding(binding)
 
 
-def cached_products(directory: Path, threads: int, loops: int, tokens: int) -> Iterator[Sample]:
+def _session(model: Any, directory: Path, threads: int) -> Any:
+    """A session of a model in memory, whose large weights lie in files of a directory."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def cached_products(directory: Path, threads: int) -> Iterator[Sample]:
     """The kernel of a package's quantized products over so few of its weights that they stay in the processor's cache:
-    the bytes a second that its arithmetic alone allows, however fast memory is. ``loops`` and ``tokens``: repeats."""
+    the bytes a second that its arithmetic alone allows, however fast memory is."""
     import onnx
 
     model = onnx.load(directory / "loop_step.onnx", load_external_data=False)
     session, inputs, stored = _product_in_a_loop(model, directory, threads)
-    inputs["count"] = np.array(_REPEATS * loops * tokens)
+    inputs["count"] = np.array(_REPEATS)
     while True:
         started = perf_counter()
         session.run(None, inputs)
         seconds = perf_counter() - started
-        yield {"token_s": seconds, "bytes_s": int(inputs["count"]) * stored / seconds}
+        yield {"token_s": seconds, "bytes_s": _REPEATS * stored / seconds}
 
 
 def _product_in_a_loop(model: Any, directory: Path, threads: int) -> tuple[Any, dict[str, Any], int]:
     """A session that multiplies ``count`` times with the first columns of the first MatMulNBits, its inputs, and the
     bytes that it reads each time."""
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -213,9 +218,7 @@ def _product_in_a_loop(model: Any, directory: Path, threads: int) -> tuple[Any, 
         [value("last", TensorProto.FLOAT, [1, columns])],
     )
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(alone.SerializeToString(), options, ["CPUExecutionProvider"])
+    session = _session(alone, directory, threads)
     x = np.random.default_rng(0).standard_normal((1, sizes["K"])).astype(np.float32)
     inputs = {"goes": np.array(True), "zeros": np.zeros((1, columns), np.float32), "x": x}
     return session, inputs, sum(part.nbytes for part in parts)

@@ -151,7 +151,7 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         ]
         advance = _counting(step, "against its products alone", 2 * (settings.rounds + 1))
         report["products"] = take_turns(rivals, settings.rounds, advance)
-        rivals = [Contestant("products", contest.cached_products, ours, *shared, settings.tokens)]
+        rivals = [Contestant("products", contest.cached_products, ours, settings.threads)]
         advance = _counting(step, "its products from the processor's cache", settings.rounds + 1)
         report["cached_products"] = take_turns(rivals, settings.rounds, advance)["products"]
     report["eager"] = {}

@@ -56,5 +56,5 @@ def test_the_kernel_alone_multiplies_with_the_packages_own_weights(
     blocks = weight.shape[0] // 32
     assert stored == 16 * blocks * (16 + 4)
 
-    sample = next(contest.cached_products(package, 1, 1, 1))
+    sample = next(contest.cached_products(package, 1))
     assert sample["bytes_s"] * sample["token_s"] == pytest.approx(contest._REPEATS * stored)
