@@ -134,7 +134,7 @@ class OnnxRuntimeDialect(Dialect):
     """For ONNX Runtime: one fused operator of its own."""
 
     name = "onnxruntime"
-    opset = 21
+    opset = 23
     control = TensorSpec("chunk_lengths", "int64", ("batch",))
     attention = _GroupQueryAttention
     head_multiple = 16

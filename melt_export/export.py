@@ -31,6 +31,7 @@ from .dialects import DIALECTS
 from .errors import ExportError
 from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
 from .hollow import without_memory
+from .optimize import optimize
 from .quantize import BITS, Statistics, WeightOptions, check_patterns, halve_embedding, quantize_products
 from .sensitivity import sensitivities
 from .weights import attach_weights, external_bytes, write_weights
@@ -162,6 +163,10 @@ def build_package(
     total = external_bytes(models)
     write_weights(models, directory, lambda done: progress("writing weights", total, done))
     specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
+    if dialect.fuses and options.precision == "fp32":
+        progress("optimising loop_step", 0, 0)
+        optimize(directory / specs["loop_step"].file)
+        _check_graph(directory / specs["loop_step"].file)
     manifest = Manifest(
         dialect=options.dialect,
         precision=options.precision,
@@ -215,11 +220,16 @@ def _save_graph(name: str, graph: TracedGraph, directory: Path) -> GraphSpec:
     graph.model.graph.name = name
     graph.model.producer_name, graph.model.producer_version = "melt-export", version("melt-export")
     ir.save(graph.model, directory / file)
-    try:
-        onnx.checker.check_model(str(directory / file), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{file} does not pass onnx.checker: {error}") from error
+    _check_graph(directory / file)
     return GraphSpec(file, graph.inputs, graph.outputs)
+
+
+def _check_graph(path: Path) -> None:
+    """Raises ExportError for what onnx.checker refuses."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name} does not pass onnx.checker: {error}") from error
 
 
 def _hash_files(directory: Path, progress: Progress) -> dict[str, FileSpec]:

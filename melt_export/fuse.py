@@ -1,6 +1,6 @@
 """A norm and the addition before it as one operator of ONNX Runtime: a loop step is many small nodes, each with a cost.
 
-A norm alone needs nothing: ONNX Runtime fuses it when it loads the graph, but not together with the addition.
+A norm alone needs nothing: ONNX Runtime's optimiser fuses it, but not together with the addition.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def branches(package: Path) -> list[onnx.GraphProto]:
 
 
 def products(graph: onnx.GraphProto) -> list[str]:
-    return [node.name for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")]
+    return sorted(node.name for node in graph.node if node.op_type in ("MatMul", "MatMulNBits"))
 
 
 def test_the_gate_of_every_layer_stands_in_a_branch(tiny_package: Path) -> None:
