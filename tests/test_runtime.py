@@ -168,6 +168,23 @@ def test_a_prompt_that_cannot_be_used_is_refused(runtime: Runtime, prompt: Any, 
         runtime.generate(prompt)
 
 
+@pytest.mark.parametrize("wrong", [[50], [-1], [1.5], [None], ["a"], [10**20]], ids=str)
+def test_a_token_that_cannot_be_used_is_refused_in_the_middle_of_decoding(runtime: Runtime, wrong: Any) -> None:
+    driver, settings = runtime.driver(2), LoopSettings(3)
+    expected = runtime.driver(2)
+    for tokens in ([[5, 6, 7], [8, 9]], [[10], [11]], [[12], [13]]):
+        driver.append(tokens, settings)
+        expected.append(tokens, settings)
+    for tokens in ([[14], wrong], [wrong, [14]], [[14]], [[14]] * 3):
+        with pytest.raises(PromptError):
+            driver.append(tokens, settings)
+    with pytest.raises(ArgumentError):
+        driver.append([[14], [15]], [settings])
+    assert driver.lengths.tolist() == [5, 4]
+    np.testing.assert_array_equal(driver.append([[14], [15]], settings), expected.append([[14], [15]], settings))
+    assert driver.depth == expected.depth == [[3] * 6, [3] * 5]
+
+
 @pytest.mark.parametrize(
     "options",
     [

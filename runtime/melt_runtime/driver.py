@@ -106,8 +106,11 @@ class LoopDriver:
 
     def advance(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NextLogits:
         """As ``append``, but leaves the logits where they are until they are asked for."""
-        each = self.each(settings)
         logits = NextLogits(self.state, self.manifest.vocab_size)
+        if self._next(tokens, settings):
+            logits.follow(self._zeros, self._all)
+            return logits
+        each = self.each(settings)
         single = self._single(tokens)
         for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
             for group in self._groups(chunk, each):
@@ -116,6 +119,33 @@ class LoopDriver:
                 columns = self._zeros if group.ids.shape[1] == 1 else np.maximum(group.counts - 1, 0)[:, None]
                 logits.follow(columns, group.last)
         return logits
+
+    def _next(self, tokens: Sequence[Sequence[int]], settings: Settings) -> bool:
+        """Runs one more token of every sequence, by settings that ran before. False, and nothing ran, where it is
+        anything else, or anything is wrong with it.
+
+        Between two tokens the processor's caches are full of weights: every function that runs there is fetched from
+        memory first, which takes longer than to run it. Hence all in one place.
+        """
+        fixed = self._fixed
+        if fixed is None or len(tokens) != self.batch:
+            return False
+        if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
+            return False
+        depth, ids = self.depth, self._ids
+        try:
+            for slot, new in enumerate(tokens):
+                token = index(new[0])
+                if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(depth[slot]) >= self.capacity:
+                    return False
+                ids[slot, 0] = token
+        except (IndexError, TypeError):
+            return False
+        self.state.run_chunk(ids, self._steady, fixed.loops, head=True)
+        for slot, spent in enumerate(depth):
+            spent.append(fixed.loops)
+            self.lengths[slot] = len(spent)
+        return True
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
         """One for each sequence. Raises ArgumentError for another number of them."""
@@ -147,8 +177,8 @@ class LoopDriver:
         return chunks
 
     def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
-        """The chunk of at most one new token a sequence: decoding, where every microsecond counts. The next call writes
-        over its ids. None where it is anything else, or anything is wrong with it."""
+        """The chunk of at most one new token a sequence. The next call writes over its ids. None where it is anything
+        else, or anything is wrong with it."""
         try:
             counts = [len(ids) for ids in tokens]
             if len(counts) != self.batch or max(counts) != 1:
@@ -188,10 +218,6 @@ class LoopDriver:
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """A chunk's loops: all at once, where nothing is to be decided on the way."""
-        if self._fixed is not None and chunk.counts is self._one and each.count(self._fixed) == self.batch:
-            self.state.run_chunk(chunk.ids, self._steady, self._fixed.loops, head=True)
-            self._count([[self._fixed.loops]] * self.batch)
-            return
         counts = chunk.counts.tolist()
         asked = [settings for settings, count in zip(each, counts, strict=True) if count]
         if any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1:
@@ -248,17 +274,19 @@ class LoopDriver:
         if len(tokens) != self.batch:
             raise PromptError(f"the batch has {self.batch} sequences, tokens were given for {len(tokens)}")
         try:
-            arrays = [np.asarray(ids, np.int64).reshape(-1) for ids in tokens]
-        except (OverflowError, TypeError, ValueError) as error:
+            arrays = [np.asarray(ids).reshape(-1) for ids in tokens]
+        except (TypeError, ValueError) as error:
             raise PromptError("token ids must be whole numbers inside the vocabulary") from error
         for slot, array in enumerate(arrays):
             room = self.room(slot)
             if len(array) > room:
                 raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {self.capacity}")
+            if len(array) and array.dtype.kind not in "iu":
+                raise PromptError("token ids must be whole numbers inside the vocabulary")
             wrong = array[(array < 0) | (array >= self.manifest.vocab_size)]
             if len(wrong):
                 raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {self.manifest.vocab_size}")
-        return arrays
+        return [array.astype(np.int64, copy=False) for array in arrays]
 
 
 def _chunk(ids: NDArray[np.int64], counts: NDArray[np.int64], last: NDArray[np.bool_]) -> Chunk:

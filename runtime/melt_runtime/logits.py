@@ -35,7 +35,7 @@ class NextLogits:
 
     def sample(self, slot: int, sampler: Sampler, history: Sequence[int]) -> int:
         """The sampler's next token: from the likeliest few where they settle it, else from the whole row."""
-        candidates = self.candidates(slot)
+        candidates = self.candidates(slot) if self._state.likeliest else None
         token = None if candidates is None else sample_candidates(sampler, candidates, history)
         return sampler.sample(self.row(slot), history) if token is None else token
 

@@ -132,7 +132,10 @@ class Track:
         """Draws the next token; ``room`` is how many more tokens the cache can take, ``depth`` the loops spent on the
         last one, ``row`` which of the logits are this sequence's (None: its slot's). Raises ArgumentError."""
         row = self.slot if row is None else row
-        token = self._choose(logits, row)
+        if self.constraint is None:
+            token = logits.sample(row, self.sampler, self.history)
+        else:
+            token = self._allowed(logits, row, self.constraint)
         found = None if self.logprobs is None else logprobs_of(logits.row(row), token, self.logprobs)
         self.history.append(token)
         if self.constraint is not None:
@@ -143,8 +146,8 @@ class Track:
             self.finish_reason = "length"
         return Piece(self.slot, self._show(token), token, self.finish_reason, depth, found)
 
-    def _choose(self, logits: NextLogits, row: int) -> int:
-        allowed = None if self.constraint is None else _asked(self.constraint.mask, self.history[self.prompt_tokens :])
+    def _allowed(self, logits: NextLogits, row: int, constraint: Constraint) -> int:
+        allowed = _asked(constraint.mask, self.history[self.prompt_tokens :])
         if allowed is None:
             return logits.sample(row, self.sampler, self.history)
         return self.sampler.sample(masked(logits.row(row), allowed), self.history)

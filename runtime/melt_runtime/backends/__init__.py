@@ -36,10 +36,14 @@ class LoopControl:
 
 
 class BackendState(Protocol):
-    """All state buffers of a batch, allocated once, and the graphs bound to them."""
+    """All state buffers of a batch, allocated once, and the graphs bound to them.
+
+    ``likeliest``: how many of the likeliest tokens ``candidates`` picks out; 0: it gives None.
+    """
 
     batch: int
     state_bytes: int
+    likeliest: int
 
     @property
     def computed_by(self) -> str:

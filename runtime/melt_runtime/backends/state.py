@@ -52,6 +52,8 @@ class BufferState(ABC):
     A subclass gives the buffers and the execution. Its constructor calls this one, which calls ``allocate`` once.
     """
 
+    likeliest = 0  # how many of the likeliest tokens the backend picks out
+
     def __init__(self, manifest: Manifest, batch: int):
         self.manifest, self.batch, self.chunk = manifest, batch, manifest.chunk
         self.width = 1  # columns of the chunk that was embedded last
