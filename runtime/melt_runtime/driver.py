@@ -47,6 +47,7 @@ class LoopDriver:
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
+        self._lengths = self.lengths.data  # the same numbers: one is written sooner here
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings with which nothing is left to check or to decide
 
@@ -144,7 +145,7 @@ class LoopDriver:
         self.state.run_chunk(ids, self._steady, fixed.loops, head=True)
         for slot, spent in enumerate(depth):
             spent.append(fixed.loops)
-            self.lengths[slot] = len(spent)
+            self._lengths[slot] = len(spent)
         return True
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:

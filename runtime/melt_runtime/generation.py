@@ -39,13 +39,11 @@ class Generator:
     def __iter__(self) -> Iterator[Piece]:
         while any(self.pending):
             logits = self.driver.advance(self.pending, self.options.loops)
-            fed, self.pending = self.pending, [[] for _ in self.tracks]
-            for track in self.tracks:
-                if not len(fed[track.slot]):
+            for slot, track in enumerate(self.tracks):
+                if not self.pending[slot]:
                     continue
-                piece = track.draw(logits, self.driver.room(track.slot), self.driver.depth[track.slot][-1])
-                if piece.finish_reason is None:
-                    self.pending[track.slot] = [piece.token_id]
+                piece = track.draw(logits, self.driver.room(slot), self.driver.depth[slot][-1])
+                self.pending[slot] = [piece.token_id] if piece.finish_reason is None else []
                 yield piece
 
     def results(self) -> list[Generation]:

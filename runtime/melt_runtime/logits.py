@@ -21,7 +21,7 @@ class NextLogits:
         self._columns: NDArray[np.int64]  # of the chunk that ran last
         self._last: NDArray[np.bool_] | None = None  # the sequences that ended in it
         self._likeliest: dict[int, Candidates] | None = None
-        self._whole: NDArray[np.float32] | None = None
+        self._whole: NDArray[np.float32] | None = None  # (batch, 1, vocab)
 
     def follow(self, columns: NDArray[np.int64], last: NDArray[np.bool_]) -> None:
         """A chunk ran: its columns (batch, 1) hold the logits of the sequences that ended in it."""
@@ -53,8 +53,8 @@ class NextLogits:
         if slot in self._rows:
             return self._rows[slot]
         if self._whole is None:
-            self._whole = self._state.logits(self._columns)[:, 0]
-        return self._whole[slot]
+            self._whole = self._state.logits(self._columns)
+        return self._whole[slot, 0]
 
     def full(self) -> NDArray[np.float32]:
         """A copy of all logits (batch, vocab); zero for a sequence without new tokens."""

@@ -84,10 +84,9 @@ class Sampler:
             raise ArgumentError(f"The logits must be one row of shape (vocab,), not of shape {scores.shape}.")
         best = int(scores.argmax())  # NaN counts as the largest
         top = float(scores.item(best))
-        if math.isnan(top):
-            raise ArgumentError("The model returned NaN logits; check its weights and the precision it runs in.")
-        if math.isinf(top):
+        if not math.isfinite(top):
             what = "infinite logits" if top > 0 else "logits that are all -inf, so no token is left to choose"
+            what = "NaN logits" if math.isnan(top) else what
             raise ArgumentError(f"The model returned {what}; check its weights and the precision it runs in.")
         if self.params.repetition_penalty != 1.0:
             scores = penalise(scores, history, float(self.params.repetition_penalty))
