@@ -11,7 +11,7 @@ help:
 	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
 	@echo "make test       lint, types and all tests"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
-	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (an hour and a half on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
+	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (about an hour on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
 	@echo "make bench-serving  tokens/s by slots, delay beside a prompt, a soak of ten minutes: rewrites docs/benchmarks.* and docs/serving.md"
 

@@ -239,9 +239,8 @@ def _decode_panel(axes: Any, section: Row, settings: Row) -> None:
         y = 1 / found[f"eager {precision}"]["token_s"]["median"]
         axes.plot(int(context), y, "s" if precision == "fp32" else "D", color=_COLORS["plain"], markersize=5)
         if name == f"{precision}/{max(settings['eager_contexts'])}":
-            axes.annotate(
-                f"PyTorch, {precision}", (int(context), y), xytext=(9, 0), textcoords="offset points", color=FAINT
-            )
+            look = {"textcoords": "offset points", "color": FAINT, "va": "top" if precision == "fp32" else "bottom"}
+            axes.annotate(f"PyTorch, {precision}", (int(context), y), xytext=(9, 0), **look)
     axes.legend(loc="upper right", frameon=False, ncols=len(names))
     axes.set(xlabel="tokens in the cache", ylabel=f"tokens/s at {settings['loops']} loops")
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
