@@ -48,6 +48,7 @@ class LoopDriver:
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
         self._lengths = self.lengths.data  # the same numbers: one is written sooner here
+        self._each_one = Chunk(self._ids, self._one, self._all, self._column)
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings with which nothing is left to check or to decide
 
@@ -108,11 +109,11 @@ class LoopDriver:
     def advance(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NextLogits:
         """As ``append``, but leaves the logits where they are until they are asked for."""
         logits = NextLogits(self.state, self.manifest.vocab_size)
-        if self._next(tokens, settings):
+        single = self._single(tokens)
+        if single is self._each_one and self._again(settings):
             logits.follow(self._zeros, self._all)
             return logits
         each = self.each(settings)
-        single = self._single(tokens)
         for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
             for group in self._groups(chunk, each):
                 logits.keep()
@@ -121,29 +122,20 @@ class LoopDriver:
                 logits.follow(columns, group.last)
         return logits
 
-    def _next(self, tokens: Sequence[Sequence[int]], settings: Settings) -> bool:
-        """Runs one more token of every sequence, by settings that ran before. False, and nothing ran, where it is
-        anything else, or anything is wrong with it.
+    def _again(self, settings: Settings) -> bool:
+        """Runs one more token of every sequence, in its place already, by settings that ran before. False, and nothing
+        ran, by others.
 
         Between two tokens the processor's caches are full of weights: every function that runs there is fetched from
-        memory first, which takes longer than to run it. Hence all in one place.
+        memory first, which takes longer than to run it. Hence few of them.
         """
         fixed = self._fixed
-        if fixed is None or len(tokens) != self.batch:
+        if fixed is None:
             return False
         if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
             return False
-        depth, ids = self.depth, self._ids
-        try:
-            for slot, new in enumerate(tokens):
-                token = index(new[0])
-                if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(depth[slot]) >= self.capacity:
-                    return False
-                ids[slot, 0] = token
-        except (IndexError, TypeError):
-            return False
-        self.state.run_chunk(ids, self._steady, fixed.loops, head=True)
-        for slot, spent in enumerate(depth):
+        self.state.run_chunk(self._ids, self._steady, fixed.loops, head=True)
+        for slot, spent in enumerate(self.depth):
             spent.append(fixed.loops)
             self._lengths[slot] = len(spent)
         return True
@@ -178,24 +170,29 @@ class LoopDriver:
         return chunks
 
     def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
-        """The chunk of at most one new token a sequence. The next call writes over its ids. None where it is anything
-        else, or anything is wrong with it."""
+        """The chunk of at most one new token a sequence; ``_each_one`` where each has one. The next call writes over
+        its ids. None where it is anything else, or anything is wrong with it."""
+        if len(tokens) != self.batch:
+            return None
+        idle = 0
         try:
-            counts = [len(ids) for ids in tokens]
-            if len(counts) != self.batch or max(counts) != 1:
-                return None
-            single = [index(ids[0]) if len(ids) else 0 for ids in tokens]
-        except (TypeError, ValueError):
+            for slot, new in enumerate(tokens):
+                if not len(new):
+                    idle += 1
+                    continue
+                token = index(new[0])
+                if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(self.depth[slot]) >= self.capacity:
+                    return None
+                self._ids[slot, 0] = token
+        except TypeError:
             return None
-        if not all(0 <= token < self.manifest.vocab_size for token in single):
+        if not idle:
+            return self._each_one
+        if idle == self.batch:
             return None
-        if not all(count <= self.room(slot) for slot, count in enumerate(counts)):
-            return None
-        for slot, token in enumerate(single):
-            self._ids[slot, 0] = token
-        if min(counts):
-            return Chunk(self._ids, self._one, self._all, self._column)
-        return _chunk(self._ids, np.array(counts, np.int64), np.array(counts, np.bool_))
+        counts = np.array([len(new) for new in tokens], np.int64)
+        self._ids[counts == 0] = 0
+        return _chunk(self._ids, counts, counts > 0)
 
     def loops(self, chunk: Chunk, settings: Settings) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
