@@ -19,6 +19,9 @@ from melt_models.atomic import new_directory
 from melt_models.checkpoint import open_checkpoint
 from melt_models.configuration import LoopedConfig
 from melt_models.convert import COMPANIONS
+from melt_runtime.backends.choice import too_old
+from melt_runtime.backends.survey import onnxruntime_version
+from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import DIALECTS as DIALECT_NAMES
 from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, StateSpec, file_hash
 from melt_runtime.progress import Step as Progress
@@ -39,7 +42,7 @@ from .weights import attach_weights, external_bytes, write_weights
 _MAX_DEFAULT_SEQ_LEN = 4096
 _LOOPLM_CHUNK = 128  # a LoopLM computes the same whatever its chunk
 _CACHE_SHARE = 4  # of the calibration's sequences every so many: scales of channels need fewer than a Hessian
-_LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+_LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", *ONNX_RUNTIMES)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ def build_package(
     checkpoint: Path, directory: Path, options: ExportOptions, progress: Progress = no_progress
 ) -> Manifest:
     """Writes all files of a package into an empty directory. Raises as ``building``."""
+    old = too_old(options.dialect, onnxruntime_version())
+    if old:
+        raise ExportError(old)
     model, weights = open_checkpoint(checkpoint)
     config: LoopedConfig = model.config
     loops = default_depth(config)
@@ -182,7 +188,7 @@ def build_package(
         graphs=specs,
         files=_hash_files(directory, progress),
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
-        libraries={name: version(name) for name in _LIBRARIES},
+        libraries=installed_versions(_LIBRARIES),
         weights=record,
         cache={} if options.cache is None else options.cache.record(),
     )

@@ -6,12 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from melt_models.checkpoint import read_config
 from melt_runtime import LoopDriver, LoopSettings, Runtime
+from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
@@ -24,7 +24,7 @@ from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, referen
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin, wide_twin
 
-_LIBRARIES = ("torch", "transformers", "onnxruntime", "numpy")
+_LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
 _TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
 _DECODE_STEPS = 2
 _LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
@@ -127,7 +127,7 @@ def verify(
             accuracy = Accuracy(len(problems), package_accuracy(runtime, problems, progress), right)
             report.quality = replace(report.quality, accuracy=accuracy)
     report.manifest_sha256 = manifest_hash(package)
-    report.libraries = {name: version(name) for name in _LIBRARIES}
+    report.libraries = installed_versions(_LIBRARIES)
     report.write(package)
     return report
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from melt_runtime.backends.choice import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Facts, choices, explain, ranked
 from melt_runtime.engines.spec import EngineSpec, ProfileSpec
 from melt_runtime.errors import ArgumentError, BackendError
+from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import DIALECTS, PRECISIONS
 
 RTX = EngineSpec(
@@ -187,3 +189,25 @@ def test_a_device_that_is_not_there_is_named() -> None:
 def test_an_unknown_backend_or_device_is_refused(name: str, device: int) -> None:
     with pytest.raises(ArgumentError):
         ranked(ALL, name, device)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-cuda"])
+def test_an_onnx_runtime_older_than_the_dialects_operator_is_refused_with_the_way_out(name: str) -> None:
+    facts = replace(ALL, dialect="onnxruntime", onnxruntime="1.31.1")
+    assert reason(facts, name) == (
+        "the onnxruntime dialect needs ONNX Runtime 1.32 or newer, here is 1.31.1; "
+        "install a newer one, or export with --dialect standard"
+    )
+    for fits in (
+        replace(facts, onnxruntime="1.32.0"),
+        replace(facts, dialect="standard"),
+        replace(facts, onnxruntime="2.0"),
+    ):
+        assert next(c for c in choices(fits) if c.name == name).usable
+
+
+def test_versions_name_what_is_installed_and_leave_out_the_rest() -> None:
+    found = installed_versions(("numpy", *ONNX_RUNTIMES, "no-such-distribution"))
+    assert found["numpy"] == np.__version__
+    assert set(found) - {"numpy"} <= set(ONNX_RUNTIMES)
+    assert set(found) & set(ONNX_RUNTIMES)

@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from melt_models.errors import CheckpointError
 from melt_runtime import Runtime
+from melt_runtime.backends.choice import too_old
+from melt_runtime.backends.survey import onnxruntime_version
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.errors import MeltError
+from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import Package
 from melt_runtime.progress import Step
 
@@ -30,8 +32,7 @@ _DISTRIBUTIONS = (
     "torch",
     "numpy",
     "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
+    *ONNX_RUNTIMES,
     "onnxruntime-ep-nv-tensorrt-rtx-cu12",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "tensorrt",
@@ -72,20 +73,20 @@ def run(
 ) -> Report:
     """Everything. What goes wrong on a target is a row, not an error."""
     began = time.perf_counter()
-    wanted = targets(options.backends, options.portable)
+    wanted, installed = targets(options.backends, options.portable), onnxruntime_version()
     progress("bandwidth", 0, 0)
     report = Report(
         command=command,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=machine.facts(),
-        versions=installed_versions(),
+        versions=installed_versions(_DISTRIBUTIONS),
         bandwidth=machine.bandwidth((64 if options.quick else 512) << 20),
         quick=options.quick,
     )
     for plan in plans:
         with tempfile.TemporaryDirectory(prefix="melt-gpu-check-") as name:
             try:
-                dialects = tuple(dict.fromkeys(target.dialect for target in wanted))
+                dialects = tuple(dict.fromkeys(t.dialect for t in wanted if not too_old(t.dialect, installed)))
                 subject = prepare(plan, checkpoint, dialects, options.torch_device, Path(name), progress)
             except (MeltError, CheckpointError) as error:
                 report.results.append(Result(plan.name, "", "export", FAILED, str(error)))
@@ -105,6 +106,9 @@ def check(
 ) -> list[Result]:
     """All rows of a model on a target."""
     row = checks.row_of(subject, target.name)
+    old = too_old(target.dialect, onnxruntime_version())
+    if old:
+        return [row("all", NOT_RUN, old, {})]
     try:
         package = ready(
             target,
@@ -139,17 +143,6 @@ def check(
         except MeltError as error:
             results.append(row(name, FAILED, str(error), {}))
     return results
-
-
-def installed_versions() -> dict[str, str]:
-    """Of all libraries of the road that are installed."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _graphs(runtime: Runtime, package: Package, options: Options, row: checks.Row) -> Result:

@@ -6,7 +6,6 @@ import json
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +16,12 @@ from rich.table import Table
 from .bench import Sweep, bench
 from .command import reported_errors
 from .errors import ArgumentError
-from .machine import describe_machine
+from .machine import ONNX_RUNTIMES, describe_machine, installed_versions
 from .progress import shown_progress
 from .render import human_bytes
 
 _WIDTH = 200  # of the table in a file or a pipe
-_LIBRARIES = ("melt-export", "onnxruntime", "numpy")
+_LIBRARIES = ("melt-export", *ONNX_RUNTIMES, "numpy")
 
 
 def bench_command(
@@ -80,13 +79,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version(), **installed_versions(_LIBRARIES)}
 
 
 def show(report: dict[str, Any], console: Console) -> None:

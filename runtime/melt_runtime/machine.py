@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+# ONNX Runtime's module comes in one of several distributions.
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 # Far more than any cache holds, so that every byte comes from memory.
 READ_BYTES = 1 << 28
@@ -32,6 +37,17 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load_at_start": round(load()[0], 2) if load else None,
     }
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """The version of each of these distributions that is installed here."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def resident(field: str, process: int | None = None) -> int | None:

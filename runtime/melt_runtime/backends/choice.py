@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from ..errors import ArgumentError, BackendError
 NAMES = ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime")
 BY_NAME_ONLY = ("onnxruntime-tensorrt-rtx",)
 CUDA_PROVIDER = "CUDAExecutionProvider"
+# The first ONNX Runtime whose GroupQueryAttention takes a chunk's own length for each sequence (its input 16).
+_GROUP_QUERY_ATTENTION = (1, 32)
 _NO_DRIVER = "there is no NVIDIA driver with a device here"
 
 
@@ -22,8 +25,9 @@ class Facts:
 
     dialect, precision, engines: the package's; ``source``: the hash of its graphs and weights, as ``source_hash``
     gives it. devices: the compute capability of every NVIDIA device by index ("8.9"), none without a driver.
-    libraries: version of each installed TensorRT flavour. providers: those of the installed ONNX Runtime, None
-    without one. plugin, cuda_bindings: whether the TensorRT-RTX provider's package and cuda-bindings are installed.
+    libraries: version of each installed TensorRT flavour. providers, onnxruntime: the installed ONNX Runtime's
+    providers and version, None without one. plugin, cuda_bindings: whether the TensorRT-RTX provider's package and
+    cuda-bindings are installed.
     """
 
     dialect: str
@@ -35,6 +39,7 @@ class Facts:
     providers: tuple[str, ...] | None = None
     plugin: bool = False
     cuda_bindings: bool = False
+    onnxruntime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,20 @@ def choices(facts: Facts, device: int = 0) -> tuple[Choice, ...]:
         "onnxruntime": _cpu,
     }
     return tuple(judges[name](facts, device) for name in NAMES)
+
+
+def too_old(dialect: str, onnxruntime: str | None) -> str | None:
+    """Why an ONNX Runtime of this version cannot load a dialect's graphs; None where it can or is not there."""
+    if dialect != "onnxruntime" or onnxruntime is None:
+        return None
+    numbers = tuple(int(number) for number in re.findall(r"\d+", onnxruntime)[:2])
+    if numbers >= _GROUP_QUERY_ATTENTION:
+        return None
+    needed = ".".join(map(str, _GROUP_QUERY_ATTENTION))
+    return (
+        f"the onnxruntime dialect needs ONNX Runtime {needed} or newer, here is {onnxruntime}; "
+        "install a newer one, or export with --dialect standard"
+    )
 
 
 def ranked(facts: Facts, name: str = "auto", device: int = 0) -> tuple[Choice, ...]:
@@ -139,6 +158,9 @@ def _cuda(facts: Facts, device: int) -> Choice:
         return _no(name, "ONNX Runtime is not installed; install it with: pip install 'melt-export[gpu]'")
     if CUDA_PROVIDER not in facts.providers:
         return _no(name, f"this ONNX Runtime has no CUDA provider; {install}")
+    old = too_old(facts.dialect, facts.onnxruntime)
+    if old:
+        return _no(name, old)
     if facts.dialect == "onnxruntime" and facts.precision == "fp32":
         way = "export with --precision fp16, or with --dialect standard"
         return _no(name, f"GroupQueryAttention has CUDA kernels for fp16 and bf16, not for fp32; {way}")
@@ -171,6 +193,9 @@ def _plugin(facts: Facts, device: int) -> Choice:
 def _cpu(facts: Facts, device: int) -> Choice:
     if facts.providers is None:
         return _no("onnxruntime", "ONNX Runtime is not installed; install it with: pip install 'melt-export[cpu]'")
+    old = too_old(facts.dialect, facts.onnxruntime)
+    if old:
+        return _no("onnxruntime", old)
     if facts.precision == "bf16":
         way = "export this checkpoint as fp32 or fp16"
         return _no("onnxruntime", f"ONNX Runtime has no bf16 kernels for the CPU; {way}")

@@ -26,6 +26,7 @@ def survey(package: Package) -> Facts:
         providers=_providers(),
         plugin=installed(PLUGIN_MODULE),
         cuda_bindings=installed("cuda.bindings"),
+        onnxruntime=onnxruntime_version(),
     )
 
 
@@ -53,6 +54,15 @@ def _libraries(flavours: set[str]) -> dict[str, str]:
         except MeltError:
             continue
     return found
+
+
+def onnxruntime_version() -> str | None:
+    """The version of the ONNX Runtime that is installed here, whichever distribution it came in."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    return str(onnxruntime.__version__)
 
 
 def _providers() -> tuple[str, ...] | None:
