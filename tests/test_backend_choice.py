@@ -162,7 +162,8 @@ def test_onnx_runtime_on_cuda_is_refused_with_the_way_out(change: dict[str, obje
     [
         ({"plugin": False}, r"melt-export\[onnxruntime-tensorrt-rtx\]"),
         ({"dialect": "onnxruntime"}, "--dialect standard or portable"),
-        ({"devices": ("7.5",)}, "8.0 and newer"),
+        ({"devices": ("7.5",)}, "8.0, 8.6, 8.9, 12.0 and newer"),
+        ({"devices": ("9.0",)}, "8.0, 8.6, 8.9, 12.0 and newer"),
         ({"devices": ()}, "no NVIDIA driver"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_engine(
     [
         ({"version": "1.8.0"}, r"built with tensorrt-rtx 1\.7\.1, here is 1\.8\.0"),
         ({"flavour": "tensorrt"}, "is for tensorrt-rtx, not tensorrt"),
-        ({"capability": "7.5"}, r"compute capability 8\.0 and newer, this device has 7\.5"),
+        ({"capability": "7.5"}, r"compute capability 8.0, 8.6, 8.9, 12.0 and newer, this device has 7\.5"),
     ],
 )
 def test_another_library_or_device_is_refused_with_the_command_that_rebuilds(
@@ -172,9 +172,12 @@ def test_a_malformed_engine_entry_is_refused(package_copy: Path, field: str, val
         Package.open(package_copy)
 
 
-def test_an_engine_without_listed_devices_is_for_ampere_and_newer(package_copy: Path) -> None:
+def test_an_engine_without_listed_devices_is_for_ampere_and_newer_but_not_for_an_h100(
+    package_copy: Path,
+) -> None:
     spec = add_engine(package_copy)
-    assert [runs_on(spec, device) for device in ("7.5", "8.0", "12.0")] == [False, True, True]
+    found = {device: runs_on(spec, device) for device in ("7.5", "8.0", "8.9", "9.0", "10.3", "12.0", "12.1")}
+    assert [device for device, fits in found.items() if fits] == ["8.0", "8.9", "12.0", "12.1"]
     assert [runs_on(replace(spec, compute_capabilities=("7.5",)), d) for d in ("7.5", "8.0")] == [True, False]
 
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
 from melt_runtime.backends import survey
-from melt_runtime.backends.choice import choices
-from melt_runtime.backends.survey import devices
+from melt_runtime.backends.choice import choices, too_old
+from melt_runtime.backends.survey import devices, onnxruntime_version
 from melt_runtime.package import DIALECTS, Package
 from typer.testing import CliRunner
 
@@ -27,6 +27,9 @@ PROVIDERS = ("onnxruntime-cuda", "onnxruntime-tensorrt-rtx")
 
 def package_for(backend: str, checkpoint: Path, make_package: MakePackage, dialect: str, precision: str) -> Path:
     """A package; skips with the reason where the backend cannot run it here."""
+    old = too_old(dialect, onnxruntime_version())
+    if old:
+        pytest.skip(old)
     package = make_package(checkpoint, dialect=dialect, precision=precision, max_batch=3)
     choice = next(c for c in choices(survey(Package.open(package))) if c.name == backend)
     if not choice.usable:

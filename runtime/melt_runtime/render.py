@@ -18,6 +18,7 @@ from rich.text import Text
 
 from .describe import MemoryFacts, PackageFacts, StateFacts
 from .engines.spec import EngineSpec
+from .engines.store import devices_of
 from .package import Package
 from .track import Generation
 
@@ -94,13 +95,10 @@ def stats_lines(result: Generation, started: float, arrivals: Sequence[float], s
 
 def engine_line(spec: EngineSpec) -> str:
     """An engine in a few words: library, devices, size and sizes it was built for."""
-    devices = (
-        f"compute capability {', '.join(spec.compute_capabilities)}" if spec.compute_capabilities else "8.0 and up"
-    )
     last = spec.profiles[-1]
     return (
-        f"{spec.flavour} {spec.version}, {devices}, batch {last.batch[2]}, chunk {last.chunk[2]}, "
-        f"{human_bytes(spec.bytes)}"
+        f"{spec.flavour} {spec.version}, compute capability {devices_of(spec)}, "
+        f"batch {last.batch[2]}, chunk {last.chunk[2]}, {human_bytes(spec.bytes)}"
     )
 
 
@@ -172,7 +170,7 @@ def _engines(facts: PackageFacts) -> Table:
     columns = (("engine", "left"), ("built with", "left"), ("for", "left"), ("weights", "left"), ("size", "right"))
     table = _table("Engines", *columns)
     for name, spec in facts.engines.items():
-        devices = ", ".join(spec.compute_capabilities) or "8.0 and newer"
+        devices = devices_of(spec)
         built = f"{spec.flavour} {spec.version}"
         table.add_row(Text(name), built, devices, spec.weights or spec.precision, human_bytes(spec.bytes))
     return table

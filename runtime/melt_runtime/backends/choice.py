@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..engines.spec import EngineSpec
-from ..engines.store import runs_on
+from ..engines.store import RTX_DEVICES, devices_of, rtx_knows, runs_on
 from ..errors import ArgumentError, BackendError
 
 # In the order of preference. What "auto" does not take must be asked for by name.
@@ -141,8 +141,7 @@ def _mismatch(facts: Facts, spec: EngineSpec, device: int) -> str | None:
     if here != spec.version:
         return f"was built with {spec.flavour} {spec.version}, here is {here}; build it again"
     if not runs_on(spec, capability):
-        built = ", ".join(spec.compute_capabilities) or "8.0 and newer"
-        return f"is for compute capability {built}, this device has {capability}; build it again"
+        return f"is for compute capability {devices_of(spec)}, this device has {capability}; build it again"
     if spec.source != facts.source:
         return "was built from other graphs or weights; build it again"
     return None
@@ -182,9 +181,9 @@ def _plugin(facts: Facts, device: int) -> Choice:
         return _no(
             name, "GroupQueryAttention is ONNX Runtime's own operator; export with --dialect standard or portable"
         )
-    if float(facts.devices[device]) < 8.0:
+    if not rtx_knows(facts.devices[device]):
         capability = facts.devices[device]
-        return _no(name, f"the TensorRT-RTX provider is for compute capability 8.0 and newer; this has {capability}")
+        return _no(name, f"the TensorRT-RTX provider is for compute capability {RTX_DEVICES}; this has {capability}")
     if not facts.cuda_bindings:
         return _no(name, f"cuda-bindings is not installed; install it with: {extra}")
     return Choice(name, True, "it compiles the graphs for this device when they are loaded; only by name")

@@ -13,7 +13,7 @@ from ..candidates import Candidates
 from ..engines.library import Library, open_library
 from ..engines.shapes import bucket_for, profile_for
 from ..engines.spec import EngineSpec
-from ..engines.store import engine_spec, open_engine, runs_on
+from ..engines.store import devices_of, engine_spec, open_engine, runs_on
 from ..errors import ArgumentError, BackendError
 from ..package import Package
 from . import LoopControl
@@ -115,7 +115,7 @@ def mismatch(spec: EngineSpec, version: str, capability: str) -> str | None:
     if spec.version != version:
         return f"was built with {spec.flavour} {spec.version}, here is {version}"
     if not runs_on(spec, capability):
-        return f"is for compute capability {', '.join(spec.compute_capabilities) or '8.0 and newer'}, not {capability}"
+        return f"is for compute capability {devices_of(spec)}, not {capability}"
     return None
 
 

@@ -15,6 +15,8 @@ from ..files import file_hash
 from ..package import MANIFEST, Package, source_hash, with_engines
 from .spec import ENGINES, EngineSpec, plan_path
 
+RTX_DEVICES = "8.0, 8.6, 8.9, 12.0 and newer"  # what TensorRT-RTX itself says when it refuses another
+
 
 @contextmanager
 def new_engine(package: Path, name: str) -> Iterator[Path]:
@@ -86,7 +88,7 @@ def open_engine(
     if version is not None and version != spec.version:
         raise BackendError(f"engine {name} was built with {spec.flavour} {spec.version}, here is {version}{again}")
     if capability is not None and not runs_on(spec, capability):
-        built = ", ".join(spec.compute_capabilities) or "8.0 and newer"
+        built = devices_of(spec)
         raise BackendError(f"engine {name} is for compute capability {built}, this device has {capability}{again}")
     if spec.source != source_hash(package.manifest):
         raise PackageError(f"engine {name} was built from other graphs or weights than the package has{again}")
@@ -107,7 +109,17 @@ def runs_on(spec: EngineSpec, capability: str) -> bool:
     """Whether an engine is for a device of this compute capability."""
     if spec.compute_capabilities:
         return capability in spec.compute_capabilities
-    return float(capability) >= 8.0
+    return rtx_knows(capability)
+
+
+def rtx_knows(capability: str) -> bool:
+    """Whether TensorRT-RTX 1.7 runs engines that name no device here: it refuses 9.0 and 10.x, the data centre's."""
+    return 8.0 <= float(capability) < 9.0 or float(capability) >= 12.0
+
+
+def devices_of(spec: EngineSpec) -> str:
+    """The compute capabilities that an engine is for, in words."""
+    return ", ".join(spec.compute_capabilities) or RTX_DEVICES
 
 
 def rebuild_command(directory: Path, spec: EngineSpec) -> str:
