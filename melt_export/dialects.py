@@ -19,6 +19,7 @@ from melt_runtime.package import StateSpec, TensorSpec, rows_shape
 from torch import Tensor
 
 from .errors import ExportError
+from .lowering import onnx_node
 from .quantize import DEQUANTIZE, MATMUL_NBITS
 
 
@@ -113,18 +114,18 @@ class _GroupQueryAttention(GraphAttention):
         config, keys, values = self.inputs.config, self.inputs.keys[layer], self.inputs.values[layer]
         rotary = (self.inputs.cos, self.inputs.sin)
         operands = (query, key, value, keys, values, self.last_index, self.bound, *rotary, *[None] * 7)
-        output, *caches = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
+        attributes = {
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "do_rotary": 1,
+            "scale": config.head_dim**-0.5,
+        }
+        output, *caches = onnx_node(
+            "GroupQueryAttention",
             (*operands, self.chunk_lengths),
-            {
-                "num_heads": config.num_attention_heads,
-                "kv_num_heads": config.num_key_value_heads,
-                "do_rotary": 1,
-                "scale": config.head_dim**-0.5,
-            },
-            dtypes=(query.dtype, keys.dtype, values.dtype),
-            shapes=(query.shape, keys.shape, values.shape),
-            version=1,
+            (0, 3, 4),
+            attributes,
+            domain="com.microsoft",
         )
         self.outputs += caches
         return output
@@ -164,24 +165,12 @@ class _ScatterAttention(_RotatedAttention):
         context = self.inputs.control.shape[-1]
         seen = []
         for cache, rows in ((self.inputs.keys[layer], key), (self.inputs.values[layer], value)):
-            cache = torch.onnx.ops.symbolic(
-                "TensorScatter",
-                (cache, rows, self.inputs.lengths),
-                {"axis": -2, "mode": "linear"},
-                dtype=cache.dtype,
-                shape=cache.shape,
-                version=24,
-            )
+            operands = (cache, rows, self.inputs.lengths)
+            [cache] = onnx_node("TensorScatter", operands, [0], {"axis": -2, "mode": "linear"})
             self.outputs.append(cache)
             seen.append(cache[:, :, :context])
-        output = torch.onnx.ops.symbolic(
-            "Attention",
-            (query, *seen, self.inputs.control),
-            {"scale": self.inputs.config.head_dim**-0.5},
-            dtype=query.dtype,
-            shape=query.shape,
-            version=24,
-        )
+        scale = {"scale": self.inputs.config.head_dim**-0.5}
+        [output] = onnx_node("Attention", (query, *seen, self.inputs.control), [0], scale)
         return merge_heads(output)
 
 

@@ -32,7 +32,7 @@ from .cache import CacheOptions, calibrated, quantize_caches
 from .calibrate import calibration_tokens, hessians
 from .dialects import DIALECTS
 from .errors import ExportError
-from .graphs import TORCH_DTYPES, TracedGraph, loop_states, trace_embed, trace_lm_head, trace_loop_step
+from .graphs import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
 from .hollow import without_memory
 from .optimize import optimize
 from .quantize import BITS, Statistics, WeightOptions, check_patterns, halve_embedding, quantize_products
@@ -145,13 +145,12 @@ def build_package(
     dialect.check(config)
     without_memory(model, TORCH_DTYPES[dtype])
     states = loop_states(config, dialect, dtype, cache_rows)
-    graphs: dict[str, TracedGraph] = {}
-    for name in ("embed", "loop_step", "lm_head"):
-        progress(f"tracing {name}", 0, 0)
-        if name == "loop_step":
-            graphs[name] = trace_loop_step(model, dialect, dtype, states, cache_rows)
-        else:
-            graphs[name] = (trace_embed if name == "embed" else trace_lm_head)(model, dialect, dtype)
+    progress("tracing loop_step", 0, 0)
+    graphs: dict[str, TracedGraph] = {
+        "embed": embed_graph(model, dialect, dtype),
+        "loop_step": trace_loop_step(model, dialect, dtype, states, cache_rows),
+        "lm_head": lm_head_graph(model, dialect, dtype),
+    }
 
     if numbers is not None:
         graphs["loop_step"], states = quantize_caches(graphs["loop_step"], states, numbers)

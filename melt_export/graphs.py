@@ -1,17 +1,16 @@
-"""The three graphs of a package, traced from the PyTorch model: token ids -> hidden -> (loops) -> hidden -> logits."""
+"""The three graphs of a package: token ids -> hidden -> (loops) -> hidden -> logits. PyTorch traces the loop step."""
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
+import torch.fx.experimental._config
 from melt_models import MeltConfig, MeltForCausalLM
 from melt_models.checkpoint import LoopedModel
 from melt_models.configuration import LoopedConfig
@@ -19,45 +18,22 @@ from melt_models.layers import rotary_tables
 from melt_models.looplm import LoopLMModel
 from melt_models.melt import MeltModel
 from melt_runtime.package import StateSpec, TensorSpec
+from onnx_ir import tensor_adapters
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import Tensor, nn
 
 from .dialects import Dialect, GraphAttention, GraphInputs
 from .first_loop import skip_first_gate
 from .fuse import fuse_norms
+from .lowering import lower
 from .pack import pack_products
-from .simplify import simplify
+from .simplify import CHECKPOINT_NAME, SCOPE, TRANSPOSED, name_everything
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPES = {**TORCH_DTYPES, "int64": torch.int64, "bool": torch.bool}
+_IR_VERSION = 10
 # Sizes that stand for the named dimensions while tracing: distinct, and none of them 0 or 1.
 _TRACE_SIZES = {"batch": 2, "chunk": 3, "context": 5}
-
-
-class _Embed(nn.Module):
-    def __init__(self, model: MeltModel | LoopLMModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model.embed_tokens(input_ids)
-
-
-class _LmHead(nn.Module):
-    """The head. A tied one multiplies with the embedding itself, so that both graphs share its bytes."""
-
-    def __init__(self, model: LoopedModel):
-        super().__init__()
-        if model.config.tie_word_embeddings:
-            self.model = nn.Module()
-            self.model.embed_tokens = model.model.embed_tokens
-        else:
-            self.lm_head = model.lm_head
-        self.tied = model.config.tie_word_embeddings
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.tied:
-            return F.linear(hidden, self.get_parameter("model.embed_tokens.weight")).float()
-        return self.lm_head(hidden).float()
 
 
 class _Rotary(nn.Module):
@@ -147,11 +123,13 @@ def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: 
     return [*states, *dialect.cache_states(config, dtype, cache_rows)]
 
 
-def trace_embed(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
-    """token ids (batch, chunk) -> hidden (batch, chunk, d)."""
+def embed_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
+    """token ids (batch, chunk) -> hidden (batch, chunk, d): one Gather."""
     ids = TensorSpec("input_ids", "int64", ("batch", "chunk"))
     hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
-    return _trace(_Embed(model.model), dialect.opset, (ids,), (hidden,))
+    weight, given = _embedding(model.config, dtype), _value(ids)
+    gather = _node("Gather", [weight, given], hidden, "embed_tokens", axis=0)
+    return _finished(_graph([given], [gather], weight, dialect), (ids,), (hidden,))
 
 
 def trace_loop_step(
@@ -183,17 +161,55 @@ def trace_loop_step(
     return traced
 
 
-def trace_lm_head(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
-    """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision."""
-    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
-    logits = TensorSpec("logits", "float32", ("batch", "chunk", model.config.vocab_size))
-    return _trace(_LmHead(model), dialect.opset, (hidden,), (logits,))
+def lm_head_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
+    """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision.
+
+    A tied head multiplies with the embedding itself, so that both graphs share its bytes.
+    """
+    config = model.config
+    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", config.hidden_size))
+    logits = TensorSpec("logits", "float32", ("batch", "chunk", config.vocab_size))
+    given, narrow = _value(hidden), TensorSpec("", dtype, logits.shape)
+    if config.tie_word_embeddings:
+        weight = _embedding(config, dtype)
+        turned = TensorSpec("", dtype, (config.hidden_size, config.vocab_size))
+        nodes = [_node("Transpose", [weight], turned, perm=[1, 0])]
+        nodes.append(_node("MatMul", [given, nodes[0].outputs[0]], narrow))
+    else:
+        weight = _value(TensorSpec("lm_head.weight", dtype, (config.hidden_size, config.vocab_size)))
+        weight.meta.update({CHECKPOINT_NAME: weight.name, TRANSPOSED: True})
+        nodes = [_node("MatMul", [given, weight], narrow, "lm_head")]
+    if dtype != logits.dtype:
+        nodes.append(_node("Cast", nodes[-1].outputs, logits, to=int(ir.DataType.FLOAT)))
+    return _finished(_graph([given], nodes, weight, dialect), (hidden,), (logits,))
+
+
+def _embedding(config: LoopedConfig, dtype: str) -> ir.Value:
+    weight = _value(TensorSpec("model.embed_tokens.weight", dtype, (config.vocab_size, config.hidden_size)))
+    weight.meta[CHECKPOINT_NAME] = weight.name
+    return weight
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    kind = tensor_adapters.from_torch_dtype(_DTYPES[spec.dtype])
+    return ir.Value(name=spec.name or None, shape=ir.Shape(spec.shape), type=ir.TensorType(kind))
+
+
+def _node(op_type: str, inputs: Sequence[ir.Value], output: TensorSpec, scope: str = "", **attributes: Any) -> ir.Node:
+    node = ir.node(op_type, inputs, attributes, outputs=[_value(output)])
+    node.meta[SCOPE] = scope
+    return node
+
+
+def _graph(inputs: list[ir.Value], nodes: list[ir.Node], weight: ir.Value, dialect: Dialect) -> ir.Graph:
+    imports = {"": dialect.opset}
+    return ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, initializers=[weight], opset_imports=imports)
 
 
 def _trace(
-    module: nn.Module, opset: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], fixed: int = 1
+    module: nn.Module, opset: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], fixed: int
 ) -> TracedGraph:
-    """Exports a module with named dynamic dimensions and cleans the graph up.
+    """Exports a module with named dynamic dimensions.
 
     ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
     """
@@ -204,39 +220,21 @@ def _trace(
         for spec in inputs
     )
     dynamic = tuple({i: sizes[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
-    names = [spec.name for spec in inputs]
     shapes = (*dynamic[:fixed], dynamic[fixed:]) if len(inputs) > fixed else dynamic
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            example,
-            dynamic_shapes=shapes,
-            input_names=names,
-            output_names=[spec.name for spec in outputs],
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
+    # Oblivious: no size, 1 included, gets a graph of its own.
+    with warnings.catch_warnings(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        warnings.simplefilter("ignore")  # the exporter's advice to its own developers
+        program = torch.export.export(
+            module, example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
-    assert program is not None
-    model = program.model
-    simplify(model)
-    for value, spec in zip(model.graph.inputs, inputs, strict=True):
-        value.shape = ir.Shape(spec.shape)
-    for value, spec in zip(model.graph.outputs, outputs, strict=True):
-        value.shape = ir.Shape(spec.shape)
+    return _finished(lower(program, [(spec.name, spec.shape) for spec in inputs], opset), inputs, outputs)
+
+
+def _finished(graph: ir.Graph, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> TracedGraph:
+    """A graph whose outputs, nodes and values have their names."""
+    for value, spec in zip(graph.outputs, outputs, strict=True):
+        value.name, value.shape = spec.name, ir.Shape(spec.shape)
+    model = ir.Model(graph, ir_version=_IR_VERSION)
+    CommonSubexpressionEliminationPass()(model)
+    name_everything(graph)
     return TracedGraph(model, inputs, outputs)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's advice to its own developers, kept from the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
