@@ -152,7 +152,7 @@ def trace_loop_step(
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
     module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
-    traced = _trace(module, dialect.opset, inputs, outputs, len(fixed))
+    traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), min(cache_rows, _TRACE_SIZES["context"]))
     if dialect.fuses:
         if isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
             skip_first_gate(traced.model.graph)
@@ -207,19 +207,26 @@ def _graph(inputs: list[ir.Value], nodes: list[ir.Node], weight: ir.Value, diale
 
 
 def _trace(
-    module: nn.Module, opset: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], fixed: int
+    module: nn.Module,
+    opset: int,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    fixed: int,
+    context: int = _TRACE_SIZES["context"],
 ) -> TracedGraph:
     """Exports a module with named dynamic dimensions.
 
     ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
+    ``context``: how many rows of the caches are seen while tracing, at most as many as they have.
     """
-    sizes = {name: torch.export.Dim(name) for name in _TRACE_SIZES}
+    sizes = {**_TRACE_SIZES, "context": context}
+    named = {name: torch.export.Dim(name) for name in sizes}
     # One value each, seen in every place: caches of a long sequence would not fit into memory.
     example = tuple(
-        torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([_TRACE_SIZES.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
+        torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([sizes.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
         for spec in inputs
     )
-    dynamic = tuple({i: sizes[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
+    dynamic = tuple({i: named[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
     shapes = (*dynamic[:fixed], dynamic[fixed:]) if len(inputs) > fixed else dynamic
     # Oblivious: no size, 1 included, gets a graph of its own.
     with warnings.catch_warnings(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """Export IR -> ONNX: each PyTorch operator of a loop step as the ONNX nodes that mean the same.
 
 A loop step has about thirty operators. ``torch.onnx`` knows a thousand, and reading its table of them takes longer than
-everything else in a small export. An operator that is not in ``_LOWERINGS`` is refused by name: write its function and name it there.
+everything else in a small export. An operator that is not in ``_LOWERINGS`` is refused by name: write its function and
+name it there.
 """
 
 from __future__ import annotations

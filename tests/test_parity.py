@@ -52,6 +52,15 @@ def test_a_latent_that_starts_at_zero_agrees_too(
     assert verify(make_package(checkpoint, dialect=dialect), checkpoint, tokens=8).failures() == []
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_cache_of_few_rows_agrees_too(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, dialect: str
+) -> None:
+    checkpoint = make_checkpoint(num_hidden_layers=1)
+    package = make_package(checkpoint, dialect=dialect, max_seq_len=3, max_batch=1)
+    assert verify(package, checkpoint, tokens=3).failures() == []
+
+
 @pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
 def test_scaled_rotary_embeddings_agree_too(
     make_checkpoint: MakeCheckpoint, make_package: MakePackage, rope_type: str
