@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,30 +15,12 @@ from melt_runtime.progress import Step, no_progress
 from torch import Tensor
 
 from .cache_numbers import PARTS, SCALE_INPUT, CacheNumbers, attention_nodes, rounded, scale_name
-from .errors import ExportError
 from .graphs import TracedGraph
-from .quantize import BITS, COMPUTED
+from .quantize import COMPUTED
 from .reference import open_reference
 
 _ROWS = 2048  # of each layer that scales are tried on, at most
 _SHARES = tuple(1 - step / 20 for step in range(13))  # of a channel's largest value that the largest number may be
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """How rows are stored. ``kind``: "int8" or "int4"; ``calibration``: a UTF-8 text for the scales; None: Python's
-    documentation. Raises ExportError."""
-
-    kind: str
-    calibration: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in BITS:
-            raise ExportError(f"cache {self.kind!r} is not one of {', '.join(BITS)}")
-
-    def record(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"kind": self.kind, "calibration": self.calibration.name if self.calibration else None}
 
 
 def calibrated(

@@ -1,4 +1,4 @@
-"""The commands ``melt-export`` and ``melt-verify``."""
+"""The commands ``melt-export`` and ``melt-verify``. PyTorch takes seconds: arguments are checked before it loads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from melt_models.atomic import TargetExistsError
+from melt_models.atomic import TargetExistsError, check_target
+from melt_models.directory import check_directory
 from melt_models.errors import CheckpointError
 from melt_runtime.command import run_app
 from melt_runtime.engine_cli import CapabilityOption, Flavour, Weights, built_line
@@ -21,12 +22,10 @@ from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 from rich.table import Table
 
-from .cache import CacheOptions
-from .export import ExportOptions, building, human_bytes
-from .parity import ParityReport
-from .quality import limits_of
-from .quantize import BITS, BLOCKS, METHODS, WeightOptions
-from .verify import require_parity, verify
+from .options import BITS, BLOCKS, METHODS, CacheOptions, ExportOptions, WeightOptions
+
+if TYPE_CHECKING:
+    from .parity import ParityReport
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
 Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
@@ -165,6 +164,12 @@ def export(
     if weights is not None and engine_weights is not None:
         raise ArgumentError("--weights and --engine-weights quantize the same products; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)
+    check_directory(checkpoint)
+    check_target(output, force=force)
+
+    from .export import building
+    from .verify import require_parity, verify
+
     report = None
     with shown_progress() as step:
         with building(checkpoint, output, options, force=force, progress=step) as directory:
@@ -235,6 +240,11 @@ def verify_command(
             raise ArgumentError(
                 "--eval-text, --eval-answers and the limits are of quantized packages; this one is not quantized"
             )
+        check_directory(checkpoint)
+
+        from .quality import limits_of
+        from .verify import verify
+
         limits = limits_of(manifest, max_kl, max_perplexity_change)
         report = verify(
             package,
@@ -257,6 +267,8 @@ def verify_command(
 
 def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:
     """What was made, in a table."""
+    from .export import human_bytes
+
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()

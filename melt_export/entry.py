@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable
 
 from melt_runtime.command import run_app
 
 
-def _load(command: str, module: str, extra: str = "export") -> ModuleType:
+def _run(command: str, main: Callable[[], None], extra: str = "export") -> None:
+    """Runs a command, whose libraries are imported once its arguments are right."""
     try:
-        return import_module(module)
+        main()
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("melt_"):
+        missing = (error.name or "").partition(".")[0]
+        if missing.startswith("melt_"):
             raise
         advice = f"install it with: pip install 'melt-export[{extra}]'"
-        print(f"{command}: {error.name} is not installed; {advice}", file=sys.stderr)
+        print(f"{command}: {missing} is not installed; {advice}", file=sys.stderr)
         sys.exit(2)
 
 
 def convert() -> None:
     """The ``melt-convert`` command."""
-    run_app(_load("melt-convert", "melt_models.convert").app, "melt-convert")
+    from melt_models.convert_cli import app
+
+    _run("melt-convert", lambda: run_app(app, "melt-convert"))
 
 
 def export() -> None:
     """The ``melt-export`` command."""
-    _load("melt-export", "melt_export.cli").export_main()
+    from .cli import export_main
+
+    _run("melt-export", export_main)
 
 
 def verify() -> None:
     """The ``melt-verify`` command."""
-    _load("melt-verify", "melt_export.cli").verify_main()
+    from .cli import verify_main
+
+    _run("melt-verify", verify_main)
 
 
 def train() -> None:
     """The ``melt-train`` command."""
-    run_app(_load("melt-train", "melt_models.training.cli", "train").app, "melt-train")
+
+    def main() -> None:
+        from melt_models.training.cli import app  # with yaml
+
+        run_app(app, "melt-train")
+
+    _run("melt-train", main, "train")

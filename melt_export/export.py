@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,20 @@ from melt_models.convert import COMPANIONS
 from melt_runtime.backends.choice import too_old
 from melt_runtime.backends.survey import onnxruntime_version
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
-from melt_runtime.package import DIALECTS as DIALECT_NAMES
 from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, StateSpec, file_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from melt_runtime.text import TextCodec
 
-from .cache import CacheOptions, calibrated, quantize_caches
+from .cache import calibrated, quantize_caches
 from .calibrate import calibration_tokens, hessians
 from .dialects import DIALECTS
 from .errors import ExportError
 from .graphs import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
 from .hollow import without_memory
 from .optimize import optimize
-from .quantize import BITS, Statistics, WeightOptions, check_patterns, halve_embedding, quantize_products
+from .options import BITS, ExportOptions
+from .quantize import Statistics, check_patterns, halve_embedding, quantize_products
 from .sensitivity import sensitivities
 from .weights import attach_weights, external_bytes, write_weights
 
@@ -43,42 +42,6 @@ _MAX_DEFAULT_SEQ_LEN = 4096
 _LOOPLM_CHUNK = 128  # a LoopLM computes the same whatever its chunk
 _CACHE_SHARE = 4  # of the calibration's sequences every so many: scales of channels need fewer than a Hessian
 _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", *ONNX_RUNTIMES)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export. ``max_seq_len`` None: the checkpoint's positions, up to 4,096; ``chunk`` None: its own;
-    ``weights``, ``cache`` None: products and caches as ``precision`` has them."""
-
-    precision: str = "fp32"
-    dialect: str = "onnxruntime"
-    max_seq_len: int | None = None
-    max_batch: int = 8
-    chunk: int | None = None
-    weights: WeightOptions | None = None
-    cache: CacheOptions | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ExportError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if self.dialect not in DIALECT_NAMES:
-            raise ExportError(f"dialect {self.dialect!r} is not one of {', '.join(DIALECT_NAMES)}")
-        allowed = (self.dialect, self.precision) == ("onnxruntime", "fp32") or (
-            self.dialect == "standard" and self.precision != "bf16"
-        )
-        if self.weights is not None and not allowed:
-            raise ExportError(
-                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, "
-                "or of standard at fp32 or fp16"
-            )
-        if self.weights is not None and self.weights.asymmetric and self.dialect != "onnxruntime":
-            raise ExportError("asymmetric blocks are of the dialect onnxruntime: TensorRT reads no 4-bit zero points")
-        if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
-            raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
-        for name in ("max_seq_len", "max_batch", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ExportError(f"{name} is {value}; it must be 1 or more")
 
 
 def default_depth(config: LoopedConfig) -> int:

@@ -20,7 +20,8 @@ from melt_models import (
 )
 from melt_models.atomic import TargetExistsError, new_directory
 from melt_models.checkpoint import load_model, read_config
-from melt_models.convert import COMPANIONS, convert, main
+from melt_models.convert import COMPANIONS, convert
+from melt_models.convert_cli import main
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM

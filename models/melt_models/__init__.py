@@ -1,17 +1,17 @@
-"""Looped language models in PyTorch: LoopLM (Ouro) and MELT, registered with transformers' Auto classes."""
+"""Looped language models in PyTorch: LoopLM (Ouro) and MELT, registered with transformers' Auto classes.
 
-from transformers import AutoConfig, AutoModelForCausalLM
+The names below import PyTorch when they are first used, so that commands can read their arguments before that.
+"""
 
-from .cache import MeltCache
-from .configuration import LoopLMConfig, MeltConfig
+from typing import TYPE_CHECKING, Any
+
 from .errors import CheckpointError, UnsupportedConfigError
-from .looplm import LoopLMForCausalLM
-from .melt import MeltForCausalLM
 
-AutoConfig.register("ouro", LoopLMConfig, exist_ok=True)
-AutoConfig.register("melt", MeltConfig, exist_ok=True)
-AutoModelForCausalLM.register(LoopLMConfig, LoopLMForCausalLM, exist_ok=True)
-AutoModelForCausalLM.register(MeltConfig, MeltForCausalLM, exist_ok=True)
+if TYPE_CHECKING:
+    from .cache import MeltCache
+    from .configuration import LoopLMConfig, MeltConfig
+    from .looplm import LoopLMForCausalLM
+    from .melt import MeltForCausalLM
 
 __all__ = [
     "CheckpointError",
@@ -22,3 +22,13 @@ __all__ = [
     "MeltForCausalLM",
     "UnsupportedConfigError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import cache, configuration, looplm, melt
+
+    for module in (cache, configuration, looplm, melt):
+        globals().update({name: getattr(module, name) for name in __all__ if hasattr(module, name)})
+    return globals()[name]

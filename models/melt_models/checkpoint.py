@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
 from .configuration import LoopLMConfig, MeltConfig
+from .directory import check_directory
 from .errors import CheckpointError, UnsupportedConfigError
 from .looplm import LoopLMForCausalLM
 from .melt import MeltForCausalLM
@@ -41,13 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a checkpoint directory: LoopLM ("ouro"), MELT or Llama. Raises CheckpointError."""
-    if not directory.exists():
-        raise CheckpointError(f"checkpoint directory {directory} does not exist")
-    if not directory.is_dir():
-        raise CheckpointError(f"checkpoint {directory} is a file; give the directory that holds config.json")
+    check_directory(directory)
     path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json; it is not a Hugging Face checkpoint directory")
     content = read_json(path)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIGS:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
 from .aggregation import GATE_BIAS_INIT
-from .atomic import TargetExistsError, new_directory
+from .atomic import new_directory
 from .checkpoint import CONFIG_ERRORS, Weights, check_names, expected_shapes, hollow_model, innermost, read_config
 from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
-from .errors import CheckpointError, UnsupportedConfigError
+from .errors import UnsupportedConfigError
 
 # Files that travel with a checkpoint unchanged.
 COMPANIONS = (
@@ -111,35 +109,3 @@ def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) ->
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.save_pretrained(directory)
-
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-@app.command()
-def command(
-    source: Annotated[Path, typer.Argument(help="An Ouro or Llama checkpoint directory (config.json, safetensors).")],
-    output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
-    loops: Annotated[
-        int | None, typer.Option(help="Loops a token; default: the source's own (Ouro), or 1 (Llama).", min=1)
-    ] = None,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens that run their loops together.", min=1)] = 128,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
-) -> None:
-    """Turn an Ouro or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
-    try:
-        config = convert(source, output, loops=loops, chunk_size=chunk_size, force=force)
-    except (CheckpointError, TargetExistsError, OSError) as error:
-        print(f"melt-convert: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    print(f"{output}: MELT, {config.num_hidden_layers} layers, {config.total_ut_steps} loops; ", end="")
-    print(f"untrained: {', '.join(config.untrained)}")
-
-
-def main() -> None:
-    """``python -m melt_models.convert``, where nothing but the models is installed."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import LoopLMConfig
@@ -197,3 +197,7 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
             remaining, leaves = leave_early(remaining, exits[loop], threshold)
             depth = torch.where(leaves & (depth == num_loops), loop + 1, depth)
         return depth
+
+
+AutoConfig.register("ouro", LoopLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(LoopLMConfig, LoopLMForCausalLM, exist_ok=True)

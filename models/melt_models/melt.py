@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .aggregation import GATE_BIAS_INIT, LatentGate, make_aggregation
@@ -267,3 +267,7 @@ def _token_span(
     if int(counts.max()) == 0:
         raise ValueError("attention_mask leaves no token in the batch")
     return start, counts
+
+
+AutoConfig.register("melt", MeltConfig, exist_ok=True)
+AutoModelForCausalLM.register(MeltConfig, MeltForCausalLM, exist_ok=True)

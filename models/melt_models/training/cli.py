@@ -1,4 +1,4 @@
-"""``melt-train``: a YAML file and a stage's name -> checkpoints."""
+"""``melt-train``: a YAML file and a stage's name -> checkpoints. PyTorch is imported once the arguments are right."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import distributed
-from transformers.utils import logging as transformers_logging
 
 from ..atomic import TargetExistsError
 from ..errors import CheckpointError
-from .config import ConfigError, read_run
-from .snapshots import SnapshotError
-from .stages import run
-from .trainer import TrainingDivergedError
+from .errors import ConfigError, SnapshotError, TrainingDivergedError
+from .sections import read_sections
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 _INTERRUPTED = 130
 
@@ -44,23 +43,37 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Write here instead of the file's `output`.")] = None,
 ) -> None:
     """Train a LoopLM teacher, and from it a MELT in two phases. Prefix with `accelerate launch` for several devices."""
-    transformers_logging.disable_progress_bar()
     try:
-        settings = read_run(config, output=output)
-        stages = settings.stages() if stage is StageName.all else [stage.value]
-        run(settings, stages, resume=resume)
+        read_sections(config)
+        settings, stages = _train(stage, config, output, resume)
     except TrainingDivergedError as error:
         _fail(str(error), 1, error)
     except (ConfigError, CheckpointError, SnapshotError, TargetExistsError, OSError) as error:
         _fail(str(error), 2, error)
     except KeyboardInterrupt as error:
         _fail("stopped; the same command with --resume goes on from the last snapshot", _INTERRUPTED, error)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
     if _speaks():
         for name in stages:
             print(settings.output / name)
+
+
+def _train(stage: StageName, config: Path, output: Path | None, resume: bool) -> tuple[RunConfig, list[str]]:
+    """Trains, and returns what was trained: the run and the names of its stages."""
+    from torch import distributed
+    from transformers.utils import logging as transformers_logging
+
+    from .config import read_run
+    from .stages import run
+
+    transformers_logging.disable_progress_bar()
+    try:
+        settings = read_run(config, output=output)
+        stages = settings.stages() if stage is StageName.all else [stage.value]
+        run(settings, stages, resume=resume)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    return settings, stages
 
 
 def _speaks() -> bool:

@@ -11,23 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from ..checkpoint import CONFIG_ERRORS, innermost
 from ..configuration import LoopedConfig, LoopLMConfig, MeltConfig
+from .errors import ConfigError
 from .objectives import PHASE1, PHASE2, DistillOptions, TeacherOptions
+from .sections import STAGES, check_keys, read_sections
 
-STAGES = ("teacher", "phase1", "phase2")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "flat-cosine")
 # How often the record is kept, and how much lies on a device at once: not what is computed.
 FREE_TO_CHANGE = ("micro_batch", "save_every", "log_every")
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A run's file cannot be used. The message names the file, the section and the key."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "phase1": _PHASE_RATES | dataclasses.asdict(PHASE1),
     "phase2": _PHASE_RATES | dataclasses.asdict(PHASE2),
 }
-_SECTIONS = ("output", "seed", "precision", "threads", "data", "model", "melt", *STAGES)
 _MODEL_FIELDS = {*LoopedConfig.__annotations__, *LoopLMConfig.__annotations__, "rope_theta", "embedding_std"} - {
     "keys_to_ignore_at_inference",
     "model_type",
@@ -131,15 +125,7 @@ _MELT_FIELDS = set(MeltConfig.__annotations__) - {"model_type", "untrained"}
 
 def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
     """The run that a YAML file describes; ``output`` replaces the file's own. Raises ConfigError."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds no sections; it must be a mapping with {', '.join(_SECTIONS)}")
-    _known(content, _SECTIONS, f"{file}")
+    content = read_sections(file)
     _check_sections(content, file)
     top: dict[str, Any] = {
         name: content[name] for name in ("output", "seed", "precision", "threads") if name in content
@@ -155,13 +141,13 @@ def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
     if (threads is not None and threads < 1) or top.get("seed", 0) < 0:
         raise ConfigError(f"{file}: threads must be 1 or more and seed 0 or more")
     model = {key: _plain(value) for key, value in content.get("model", {}).items()}
-    _known(model, _MODEL_FIELDS, f"{file}: section model")
+    check_keys(model, _MODEL_FIELDS, f"{file}: section model")
     std = model.pop("embedding_std", None)
     std = None if std is None else _convert(std, float, f"{file}: section model: embedding_std")
     if std is not None and std <= 0:
         raise ConfigError(f"{file}: section model: embedding_std is {std}; it must be above 0")
     melt = {key: _plain(value) for key, value in content.get("melt", {}).items()}
-    _known(melt, _MELT_FIELDS, f"{file}: section melt")
+    check_keys(melt, _MELT_FIELDS, f"{file}: section melt")
     for section, kind, fields in (("model", LoopLMConfig, model), ("melt", MeltConfig, melt)):
         try:
             kind(**fields)
@@ -202,7 +188,7 @@ def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stag
         return path
     options: type[TeacherOptions | DistillOptions] = TeacherOptions if name == "teacher" else DistillOptions
     names = [{f.name for f in dataclasses.fields(kind)} for kind in (StageConfig, options)]
-    _known(section, names[0] | names[1], where)
+    check_keys(section, names[0] | names[1], where)
     if "steps" not in section:
         raise ConfigError(f"{where}: steps is missing")
     if name == "teacher" and section["steps"] == 0:
@@ -223,15 +209,8 @@ def build(kind: type[T], section: Mapping[str, Any], where: str) -> T:
 
 def _fields(kind: type, section: Mapping[str, Any], where: str) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    _known(section, hints, where)
+    check_keys(section, hints, where)
     return {key: _convert(value, hints[key], f"{where}: {key}") for key, value in section.items()}
-
-
-def _known(section: Mapping[Any, Any], known: typing.Iterable[str], where: str) -> None:
-    known = sorted(known)
-    for key in section:
-        if key not in known:
-            raise ConfigError(f"{where} has the unknown key {key!r}; known are {', '.join(known)}")
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed
 
 from ..atomic import new_directory
+from .errors import SnapshotError
 
 _TENSORS, _RECORD, _SETTINGS = "training.pt", "snapshot.json", "settings.json"
 _KEPT = 2
-
-
-class SnapshotError(ValueError):
-    """A stage cannot start or go on where it is asked to. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)

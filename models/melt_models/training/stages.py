@@ -23,10 +23,11 @@ from ..convert import COMPANIONS, melt_config, melt_state, save_state
 from ..errors import CheckpointError
 from ..looplm import LoopLMForCausalLM
 from ..melt import MeltForCausalLM
-from .config import FREE_TO_CHANGE, STAGES, ConfigError, RunConfig, Stage
+from .config import FREE_TO_CHANGE, STAGES, RunConfig, Stage
 from .data import Batches, make_batches
+from .errors import ConfigError, SnapshotError
 from .objectives import DistillObjective, Objective, TeacherObjective, TeacherOptions
-from .snapshots import SnapshotError, Snapshots
+from .snapshots import Snapshots
 from .trainer import make_accelerator, train
 
 

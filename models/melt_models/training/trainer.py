@@ -15,17 +15,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
-from .config import ConfigError, StageConfig
+from .config import StageConfig
 from .data import IGNORE, Batch, Batches
+from .errors import ConfigError, TrainingDivergedError
 from .metrics import Recorder
 from .objectives import DistillOptions, Objective, StepSize
 from .snapshots import Position, Snapshots, Trained
 
 _GATE = ".latent_gate."
-
-
-class TrainingDivergedError(RuntimeError):
-    """A loss or a gradient is not finite. The message names the step, the loss's parts and the largest gradient."""
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:

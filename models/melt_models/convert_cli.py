@@ -1,0 +1,49 @@
+"""The command ``melt-convert``. PyTorch, which takes seconds, is imported once the arguments are right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .atomic import TargetExistsError, check_target
+from .directory import check_directory
+from .errors import CheckpointError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def command(
+    source: Annotated[Path, typer.Argument(help="An Ouro or Llama checkpoint directory (config.json, safetensors).")],
+    output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
+    loops: Annotated[
+        int | None, typer.Option(help="Loops a token; default: the source's own (Ouro), or 1 (Llama).", min=1)
+    ] = None,
+    chunk_size: Annotated[int, typer.Option(help="Prompt tokens that run their loops together.", min=1)] = 128,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
+) -> None:
+    """Turn an Ouro or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
+    try:
+        check_directory(source)
+        check_target(output, force=force)
+
+        from .convert import convert
+
+        config = convert(source, output, loops=loops, chunk_size=chunk_size, force=force)
+    except (CheckpointError, TargetExistsError, OSError) as error:
+        print(f"melt-convert: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    print(f"{output}: MELT, {config.num_hidden_layers} layers, {config.total_ut_steps} loops; ", end="")
+    print(f"untrained: {', '.join(config.untrained)}")
+
+
+def main() -> None:
+    """``python -m melt_models.convert_cli``, where nothing but the models is installed."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
