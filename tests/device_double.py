@@ -33,6 +33,12 @@ TYPES = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+ELEMENTS = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int64)": "INT64",
+    "tensor(bool)": "BOOL",
+}
 CANDIDATES = 16
 
 
@@ -215,8 +221,25 @@ class HostEngine:
     def get_tensor_name(self, index: int) -> str:
         return self.io[index]
 
+    def _tensor(self, name: str) -> Any:
+        tensors = (*self.session.get_inputs(), *self.session.get_outputs())
+        return next((tensor for tensor in tensors if tensor.name == name), None)
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, -1, self.candidates)
+        tensor = self._tensor(name)
+        if tensor is None:
+            return (-1, -1, 1 if name == "log_sum" else self.candidates)
+        return tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
+
+    def get_tensor_dtype(self, name: str) -> str:
+        tensor = self._tensor(name)
+        if tensor is None:
+            return "DataType.INT32" if name == "top_ids" else "DataType.FLOAT"
+        return f"DataType.{ELEMENTS[tensor.type]}"
+
+    def get_tensor_mode(self, name: str) -> str:
+        inputs = {tensor.name for tensor in self.session.get_inputs()}
+        return "TensorIOMode.INPUT" if name in inputs else "TensorIOMode.OUTPUT"
 
     def create_execution_context(self, strategy: Any) -> HostContext:
         assert strategy == "user managed"

@@ -168,7 +168,7 @@ def test_a_malformed_engine_entry_is_refused(package_copy: Path, field: str, val
     content = json.loads(path.read_text())
     content["engines"][NAME][field] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(PackageError, match="malformed at"):
+    with pytest.raises(PackageError, match=rf"manifest\.json: .*engines\.{NAME}\.{field}"):
         Package.open(package_copy)
 
 

@@ -128,8 +128,15 @@ def test_a_manifest_that_is_not_json_is_refused(package_copy: Path) -> None:
         Runtime.load(package_copy)
 
 
-def test_a_graph_that_onnx_runtime_cannot_load_is_reported(package_copy: Path) -> None:
+def test_a_graph_that_is_no_onnx_file_is_refused(package_copy: Path) -> None:
     graph = package_copy / "embed.onnx"
     graph.write_bytes(b"\0" * graph.stat().st_size)
+    with pytest.raises(PackageError, match=r"embed\.onnx is not an ONNX file"):
+        Runtime.load(package_copy, check_hashes=False)
+
+
+def test_a_graph_that_onnx_runtime_cannot_load_is_reported(package_copy: Path) -> None:
+    (package_copy / "embed.onnx").write_bytes(b"\x08\xe7\x07")  # ir_version 999, and no graph
+    edit(package_copy, lambda m: m["files"]["embed.onnx"].update(bytes=3))
     with pytest.raises(BackendError, match=r"cannot load embed\.onnx"):
         Runtime.load(package_copy, check_hashes=False)

@@ -30,6 +30,19 @@ def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def within(file: Path, directory: Path) -> bool:
+    """Whether a file lies in a directory, links followed. Of a snapshot in a cache of huggingface_hub the files are
+    links to ``../../blobs``; these count as its own."""
+    try:
+        root, target = directory.resolve(), file.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    if target.is_relative_to(root):
+        return True
+    blobs = root.parent.parent / "blobs"
+    return root.parent.name == "snapshots" and not blobs.is_symlink() and target.parent == blobs
+
+
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A file beside ``target`` to write, which takes its name and its place only when the block ends without an error.

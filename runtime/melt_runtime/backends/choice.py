@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..engines.spec import EngineSpec
-from ..engines.store import RTX_DEVICES, devices_of, rtx_knows, runs_on
+from ..engines.store import RTX_DEVICES, fitting_engine, rtx_knows
 from ..errors import ArgumentError, BackendError
 
 # In the order of preference. What "auto" does not take must be asked for by name.
@@ -120,10 +120,7 @@ def _tensorrt(facts: Facts, device: int) -> Choice:
         return _no("tensorrt", missing)
     if not facts.engines:
         return _no("tensorrt", "the package has no engine (melt-run build-engine builds one)")
-    # An engine with the package's own weights computes what was verified; one with fewer bits does not quite.
-    order = sorted(facts.engines, key=lambda name: facts.engines[name].weights is not None)
-    wrong = {name: _mismatch(facts, facts.engines[name], device) for name in order}
-    fitting = next((name for name in order if wrong[name] is None), None)
+    fitting, wrong = fitting_engine(facts.engines, facts.source, facts.libraries or {}, facts.devices[device])
     if fitting is None:
         return _no("tensorrt", "; ".join(f"engine {name} {reason}" for name, reason in wrong.items()))
     if not facts.cuda_bindings:
@@ -131,20 +128,6 @@ def _tensorrt(facts: Facts, device: int) -> Choice:
     spec = facts.engines[fitting]
     reason = f"engine {fitting} is for {spec.flavour} {spec.version} and compute capability {facts.devices[device]}"
     return Choice("tensorrt", True, reason, fitting)
-
-
-def _mismatch(facts: Facts, spec: EngineSpec, device: int) -> str | None:
-    """Why an engine is not for this machine or package; None if it is."""
-    here, capability = (facts.libraries or {}).get(spec.flavour), facts.devices[device]
-    if here is None:
-        return f"needs {spec.flavour}; install it with: pip install 'melt-export[{spec.flavour}]'"
-    if here != spec.version:
-        return f"was built with {spec.flavour} {spec.version}, here is {here}; build it again"
-    if not runs_on(spec, capability):
-        return f"is for compute capability {devices_of(spec)}, this device has {capability}; build it again"
-    if spec.source != facts.source:
-        return "was built from other graphs or weights; build it again"
-    return None
 
 
 def _cuda(facts: Facts, device: int) -> Choice:

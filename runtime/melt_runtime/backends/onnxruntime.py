@@ -8,15 +8,18 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, BackendError
+from ..contract import graph_difference
+from ..errors import ArgumentError, BackendError, PackageError
 from ..machine import available_memory
-from ..package import GRAPHS, Package
+from ..package import GRAPHS, Package, TensorSpec
 from .bindings import Binding, behind, scratch_buffers
 from .state import BufferState, Strip
 
 # Attention over a growing cache: its width is rounded up, so that few shapes are ever bound.
 CONTEXT_BUCKET = 64
 _MAX_VIEWS = 64
+# ONNX Runtime's names of element types, where they are not numpy's.
+_ELEMENTS = {"float": "float32", "double": "float64"}
 
 
 class Sessions:
@@ -38,11 +41,16 @@ class Sessions:
         return options
 
     def load(self, graph: str, options: Any, providers: list[Any] | None) -> Any:
-        """A graph's session. Raises BackendError."""
+        """A graph's session. Raises BackendError, and PackageError for a graph that is not as the manifest says."""
         try:
-            return self.ort.InferenceSession(str(self.package.path(graph)), options, providers=providers)
+            session = self.ort.InferenceSession(str(self.package.path(graph)), options, providers=providers)
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {one_line(error)}") from error
+        sides = ([_tensor(value) for value in side] for side in (session.get_inputs(), session.get_outputs()))
+        problem = graph_difference(self.package.manifest.graphs[graph], *sides)
+        if problem is not None:
+            raise PackageError(f"{self.package.path(graph)} is not the graph that its manifest describes: {problem}")
+        return session
 
     @property
     def max_batch(self) -> int:
@@ -190,6 +198,13 @@ class OnnxRuntimeState(BufferState):
         hidden = self.view(behind(self.hidden, self.current), np.dtype(self.hidden.dtype), shape)
         rows = np.take_along_axis(hidden, columns[..., None], axis=1)
         return cast(NDArray[np.float32], self.backend.sessions["lm_head"].run(["logits"], {"hidden": rows})[0])
+
+
+def _tensor(value: Any) -> TensorSpec:
+    """A session's input or output; a dimension without size or name becomes "?"."""
+    element = str(value.type).removeprefix("tensor(").removesuffix(")")
+    shape = tuple("?" if dim is None else dim for dim in value.shape or ())
+    return TensorSpec(value.name, _ELEMENTS.get(element, element), shape)
 
 
 def run_bound(session: Any, graph: str, binding: Any) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..contract import graph_difference
+from ..engines.inspection import engine_dtype
 from ..engines.library import Library
-from ..errors import BackendError
+from ..errors import BackendError, PackageError
+from ..specs import GraphSpec, TensorSpec
 from .bindings import Bindings
 from .cuda import Graph, Stream
 
+CANDIDATES = {"top_logits": "float32", "top_ids": "int32", "log_sum": "float32"}  # what a head may give besides
 _MAX_RECORDINGS = 16  # one for each attention length of a cache of 16,384 rows, and some
 
 
@@ -38,9 +42,13 @@ class Bound:
 
 
 class Plan:
-    """A deserialized engine of one graph. Its contexts take their scratch memory from the state that uses them."""
+    """A deserialized engine of one graph. Its contexts take their scratch memory from the state that uses them.
 
-    def __init__(self, library: Library, runtime: Any, graph: str, path: Path, stream_weights: bool):
+    ``spec``: what must go in and out; the head may give the likeliest tokens besides, and ``likeliest`` says how many.
+    Raises BackendError for a plan that cannot be loaded, PackageError for one of another graph.
+    """
+
+    def __init__(self, library: Library, runtime: Any, graph: str, spec: GraphSpec, path: Path, stream_weights: bool):
         self.library, self.graph = library, graph
         library.messages.clear()
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
@@ -48,10 +56,31 @@ class Plan:
             raise BackendError(f"{library.title} {library.version} cannot load {path}: {library.messages.reason()}")
         if stream_weights and self.engine.streamable_weights_size > 0:
             self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
-        names = (self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors))
-        self.tensors = frozenset(names)
+        self.likeliest = self._check(spec, path)
         self.scratch_bytes = int(self.engine.device_memory_size_v2)
         self._config = self._make_config()
+
+    def _check(self, spec: GraphSpec, path: Path) -> int:
+        """Refuses an engine whose tensors are not the graph's. Returns how many of the likeliest tokens it gives."""
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
+        named = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
+        for name in names:
+            shape = tuple(self.engine.get_tensor_shape(name))
+            if name in named and len(named[name]) == len(shape):  # an engine knows no names of dimensions
+                shape = tuple(
+                    dim if size == -1 and isinstance(dim, str) else size
+                    for dim, size in zip(named[name], shape, strict=True)
+                )
+            mode = str(self.engine.get_tensor_mode(name)).rpartition(".")[2]
+            found = TensorSpec(name, engine_dtype(self.engine.get_tensor_dtype(name)), shape)
+            sides[mode == "INPUT"].append(found)
+        few = {t.name: t for t in sides[False] if self.graph == "lm_head" and t.name in CANDIDATES}
+        outputs = [tensor for tensor in sides[False] if tensor.name not in few]
+        problem = graph_difference(spec, sides[True], outputs) or _candidates_difference(spec, few)
+        if problem is not None:
+            raise PackageError(f"{path} is not of the graph that the manifest describes: {problem}")
+        return int(few["top_ids"].shape[-1]) if few else 0
 
     def _make_config(self) -> Any:
         """TensorRT-RTX compiles kernels on the device: its contexts share what was compiled."""
@@ -75,6 +104,22 @@ class Plan:
         context.set_device_memory(scratch, self.scratch_bytes)
         stream.synchronize()
         return PlanContext(self, context)
+
+
+def _candidates_difference(head: GraphSpec, few: Mapping[str, TensorSpec]) -> str | None:
+    """What is wrong with the likeliest tokens that a head gives, if it gives any."""
+    if not few:
+        return None
+    if few.keys() != CANDIDATES.keys():
+        return f"of {', '.join(CANDIDATES)} it has only {', '.join(few)}"
+    most, vocabulary = few["top_ids"].shape[-1], head.outputs[0].shape[-1]
+    if not isinstance(most, int) or not isinstance(vocabulary, int) or not 1 <= most <= vocabulary:
+        return f"it picks out {most} tokens of {vocabulary}"
+    for name, spec in few.items():
+        count = 1 if name == "log_sum" else most
+        if spec.dtype != CANDIDATES[name] or spec.shape[:-1] != (-1, -1) or spec.shape[-1] != count:
+            return f"{name} is {spec.dtype} {list(spec.shape)}, not {CANDIDATES[name]} [-1, -1, {count}]"
+    return None
 
 
 class PlanContext:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -12,10 +13,9 @@ from numpy.typing import NDArray
 from ..candidates import Candidates
 from ..engines.library import Library, open_library
 from ..engines.shapes import bucket_for, profile_for
-from ..engines.spec import EngineSpec
-from ..engines.store import devices_of, engine_spec, open_engine, runs_on
+from ..engines.store import engine_spec, fitting_engine, open_engine
 from ..errors import ArgumentError, BackendError
-from ..package import Package
+from ..package import Package, source_hash
 from . import LoopControl
 from .bindings import Binding, Bindings, slot_bytes, state_buffers
 from .cuda import Device, open_device
@@ -67,7 +67,10 @@ class TensorRTBackend:
         self.device.use()
         self.library.messages.clear()
         runtime = self.library.module.Runtime(self.library.logger)
-        self.plans = {graph: Plan(self.library, runtime, graph, path, streamed) for graph, path in plans.items()}
+        specs = package.manifest.graphs
+        self.plans = {
+            graph: Plan(self.library, runtime, graph, specs[graph], path, streamed) for graph, path in plans.items()
+        }
 
     @property
     def max_batch(self) -> int:
@@ -89,34 +92,24 @@ class TensorRTBackend:
 def choose_engine(package: Package, engine: str | None, capability: str) -> tuple[str, Library]:
     """An engine's name and the library for it. Raises PackageError, BackendError.
 
-    A named one's library must be there. Else the first counts whose library is there in its version and that is for
-    the device; where none is, the error says why of each.
+    A named one's library must be there, and ``open_engine`` checks the rest; so it is with the only one. Of several,
+    ``fitting_engine`` says which; where it finds none, the error says why of each.
     """
-    if engine is None and len(package.manifest.engines) == 1:
-        engine = next(iter(package.manifest.engines))
+    engines = package.manifest.engines
+    if engine is None and len(engines) == 1:
+        engine = next(iter(engines))
     if engine is not None:
         return engine, open_library(engine_spec(package, engine).flavour)
-    reasons = []
-    for name, spec in package.manifest.engines.items():
-        try:
-            library = open_library(spec.flavour)
-        except BackendError as error:
-            reasons.append(f"{name}: {error}")
-            continue
-        reason = mismatch(spec, library.version, capability)
-        if reason is None:
-            return name, library
-        reasons.append(f"{name} {reason}")
-    raise BackendError(f"no engine of {package.directory} runs here: {'; '.join(reasons)}")
-
-
-def mismatch(spec: EngineSpec, version: str, capability: str) -> str | None:
-    """Why an engine does not run with this version of its library on such a device; None if it does."""
-    if spec.version != version:
-        return f"was built with {spec.flavour} {spec.version}, here is {version}"
-    if not runs_on(spec, capability):
-        return f"is for compute capability {devices_of(spec)}, not {capability}"
-    return None
+    libraries: dict[str, Library] = {}
+    for flavour in {spec.flavour for spec in engines.values()}:
+        with suppress(BackendError):
+            libraries[flavour] = open_library(flavour)
+    versions = {flavour: library.version for flavour, library in libraries.items()}
+    name, wrong = fitting_engine(engines, source_hash(package.manifest), versions, capability)
+    if name is None:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in wrong.items())
+        raise BackendError(f"no engine of {package.directory} runs here: {reasons}")
+    return name, libraries[engines[name].flavour]
 
 
 def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
@@ -154,7 +147,7 @@ class TensorRTState(BufferState):
 
     def __init__(self, backend: TensorRTBackend, batch: int):
         self.backend, self.device, self.spec = backend, backend.device, backend.spec
-        self.likeliest = self._likeliest()
+        self.likeliest = backend.plans["lm_head"].likeliest  # 0: none
         self._pending: dict[str, int] = {}  # staged and not yet uploaded: buffer, bytes
         self._fresh: tuple[str, ...] = ()  # buffers on whose download the stream already works
         self._reading = _Reading()
@@ -380,8 +373,3 @@ class TensorRTState(BufferState):
 
     def _few(self) -> tuple[str, ...]:
         return ("top_logits", "top_ids", "log_sum") if self.likeliest else ()
-
-    def _likeliest(self) -> int:
-        """How many tokens the engine's head picks out; 0: none."""
-        head = self.backend.plans["lm_head"]
-        return int(tuple(head.engine.get_tensor_shape("top_ids"))[-1]) if "top_ids" in head.tensors else 0

@@ -11,12 +11,15 @@ from .network import Network
 from .onnx_file import read_operators
 from .quantize import worth_it
 
+# TensorRT's names of element types.
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
     "bfloat16": "BF16",
     "int64": "INT64",
     "int32": "INT32",
+    "int8": "INT8",
+    "uint8": "UINT8",
     "bool": "BOOL",
 }
 # How much larger than its weights a plan may be before quantized weights must have been widened: kernels, tables.
@@ -67,6 +70,12 @@ def require_small(plan_bytes: int, weight_bytes: int, saved_bytes: int, weights:
             f"the {weights} weights did not stay {weights}: the plan has {plan_bytes:,} bytes where {weight_bytes:,} "
             f"of weights were expected; this library does not support them on this path"
         )
+
+
+def engine_dtype(dtype: Any) -> str:
+    """A DataType of the library by the package's name for it, or its own where a package has none."""
+    name = str(dtype).rpartition(".")[2]
+    return next((ours for ours, theirs in _DTYPES.items() if theirs == name), name)
 
 
 def _tensors(name: str, wanted: tuple[TensorSpec, ...], found: dict[str, Any]) -> None:

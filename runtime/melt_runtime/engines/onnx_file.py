@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ..errors import PackageError
 _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 16: np.dtype("<u2")}
 _BFLOAT16 = 16
 _EXTERNAL = 1
+_MOST_BYTES = 1 << 31  # what protobuf can hold
+_MOST_DEPTH = 8  # of graphs within attributes of each other
+_BROKEN = (IndexError, KeyError, ValueError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,12 @@ class Initializer:
 def read_initializers(path: Path) -> dict[str, Initializer]:
     """The floating-point initializers of an ONNX file, by name. Raises PackageError for what is not one."""
     found: dict[str, Initializer] = {}
-    try:
-        for graph in _fields(path.read_bytes(), 7):  # ModelProto.graph
+    with _opened(path) as model:
+        for graph in _fields(model, 7):  # ModelProto.graph
             for tensor in _fields(graph, 5):  # GraphProto.initializer
                 read = _tensor(tensor, path.parent)
                 if read is not None:
                     found[read.name] = read
-    except (IndexError, ValueError, TypeError) as error:
-        raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
     return found
 
 
@@ -76,66 +78,144 @@ class Operator:
 def read_operators(path: Path) -> list[Operator]:
     """All nodes of an ONNX file. Raises PackageError for what is not one."""
     found = []
-    try:
-        for graph in _fields(path.read_bytes(), 7):  # ModelProto.graph
+    with _opened(path) as model:
+        for graph in _fields(model, 7):  # ModelProto.graph
             for node in _fields(graph, 1):  # GraphProto.node
-                inputs = tuple(value.decode() for value in _fields(node, 1))
-                name, kind = (next(_fields(node, number), b"").decode() for number in (3, 4))
-                found.append(Operator(kind, name, inputs))
-    except (IndexError, ValueError, TypeError) as error:
-        raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
+                inputs = tuple(_text(value) for value in _fields(node, 1))
+                found.append(Operator(_first(node, 4), _first(node, 3), inputs))
     return found
 
 
 def initializer_bytes(path: Path) -> dict[str, int]:
     """The bytes of every initializer of an ONNX file as stored, by name, whatever its type. Raises PackageError."""
     found: dict[str, int] = {}
-    try:
-        for graph in _fields(path.read_bytes(), 7):  # ModelProto.graph
+    with _opened(path) as model:
+        for graph in _fields(model, 7):  # ModelProto.graph
             for tensor in _fields(graph, 5):  # GraphProto.initializer
-                name = next(_fields(tensor, 8), b"").decode()
-                outside = {
-                    key.decode(): value.decode()
-                    for entry in _fields(tensor, 13)
-                    for key, value in [(next(_fields(entry, 1), b""), next(_fields(entry, 2), b""))]
-                }
                 inside = sum(len(value) for number in (4, 5, 7, 9, 10) for value in _fields(tensor, number))
-                found[name] = int(outside.get("length", inside))
-    except (IndexError, ValueError, TypeError) as error:
-        raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
+                found[_first(tensor, 8)] = _number(_outside(tensor).get("length", str(inside)))
     return found
 
 
-def _tensor(content: bytes, directory: Path) -> Initializer | None:
+@dataclass(frozen=True)
+class ExternalData:
+    """Where a tensor's bytes lie outside its ONNX file. ``length`` None: as far as the file goes."""
+
+    tensor: str
+    location: str
+    offset: int
+    length: int | None
+
+
+def external_data(path: Path) -> list[ExternalData]:
+    """All that an ONNX file reads from others, wherever in it a tensor stands. Raises PackageError for what is no ONNX
+    file, or keeps weights in a way that no export does: sparse, or outside the main graph's initializers."""
+    found = []
+    with _opened(path) as model:
+        for graph in _fields(model, 7):  # ModelProto.graph
+            for tensor in _fields(graph, 5):  # GraphProto.initializer
+                if _is_outside(tensor):
+                    outside = _outside(tensor)
+                    length = _number(outside["length"]) if "length" in outside else None
+                    offset = _number(outside.get("offset", "0"))
+                    found.append(ExternalData(_first(tensor, 8), outside["location"], offset, length))
+            _require_inside(graph, 0)
+        for function in _fields(model, 25):  # ModelProto.functions
+            for node in _fields(function, 7):  # FunctionProto.node
+                _require_nodes_inside(node, 0)
+        if next(_fields(model, 20), None) is not None:  # ModelProto.training_info
+            raise ValueError("it has training information")
+    return found
+
+
+def _require_inside(graph: memoryview, depth: int) -> None:
+    """Raises ValueError where a graph's nodes or sparse tensors keep values outside the file."""
+    if depth > _MOST_DEPTH:
+        raise ValueError(f"its graphs lie more than {_MOST_DEPTH} deep in each other")
+    if next(_fields(graph, 15), None) is not None:  # GraphProto.sparse_initializer
+        raise ValueError("it has sparse weights")
+    if depth and any(_is_outside(tensor) for tensor in _fields(graph, 5)):
+        raise ValueError("a graph within a node reads weights from another file")
+    for node in _fields(graph, 1):
+        _require_nodes_inside(node, depth)
+
+
+def _require_nodes_inside(node: memoryview, depth: int) -> None:
+    for attribute in _fields(node, 5):  # NodeProto.attribute
+        for number in (5, 10):  # AttributeProto.t, tensors
+            if any(_is_outside(tensor) for tensor in _fields(attribute, number)):
+                raise ValueError(f"an attribute of {_first(node, 3)!r} reads values from another file")
+        if any(next(_fields(attribute, number), None) is not None for number in (22, 23)):  # sparse tensors
+            raise ValueError(f"an attribute of {_first(node, 3)!r} is sparse")
+        for number in (6, 11):  # AttributeProto.g, graphs
+            for graph in _fields(attribute, number):
+                _require_inside(graph, depth + 1)
+
+
+def _is_outside(tensor: memoryview) -> bool:
+    """Whether a TensorProto says, in either way, that its bytes are elsewhere."""
+    return any((number == 14 and value == _EXTERNAL) or number == 13 for number, value in _parse(tensor))
+
+
+def _outside(tensor: memoryview) -> dict[str, str]:
+    """TensorProto.external_data."""
+    return {_first(entry, 1): _first(entry, 2) for entry in _fields(tensor, 13)}
+
+
+def _tensor(content: memoryview, directory: Path) -> Initializer | None:
     """A TensorProto; None for one of another type."""
     dims: list[int] = []
     name, raw, kind, location = "", b"", 0, 0
-    external: dict[str, str] = {}
     for number, value in _parse(content):
         if number == 1:
             dims += [value] if isinstance(value, int) else list(_varints(value))
         elif number == 2 and isinstance(value, int):
             kind = value
-        elif number == 8 and isinstance(value, bytes):
-            name = value.decode()
-        elif number == 9 and isinstance(value, bytes):
-            raw = value
-        elif number == 13 and isinstance(value, bytes):
-            entry = {n: v.decode() for n, v in _parse(value) if isinstance(v, bytes)}
-            external[entry[1]] = entry[2]
+        elif number == 8 and isinstance(value, memoryview):
+            name = _text(value)
+        elif number == 9 and isinstance(value, memoryview):
+            raw = bytes(value)
         elif number == 14 and isinstance(value, int):
             location = value
     if kind not in _DTYPES:
         return None
+    external = _outside(content)
     file = directory / external["location"] if location == _EXTERNAL else None
-    return Initializer(name, tuple(dims), kind, raw, file, int(external.get("offset", "0")))
+    return Initializer(name, tuple(dims), kind, raw, file, _number(external.get("offset", "0")))
 
 
-def _fields(content: bytes, wanted: int) -> Iterator[bytes]:
-    return (value for number, value in _parse(content) if number == wanted and isinstance(value, bytes))
+@contextmanager
+def _opened(path: Path) -> Iterator[memoryview]:
+    """A file's bytes, mapped: weights inside it take no memory. Raises PackageError, also for what its reader finds."""
+    try:
+        size = path.stat().st_size
+        if not 0 < size < _MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        yield memoryview(np.memmap(path, np.uint8, "r"))  # type: ignore[arg-type]
+    except (*_BROKEN, OSError) as error:
+        raise PackageError(f"{path} is not an ONNX file that can be read: {error}") from error
 
 
-def _parse(content: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(content: memoryview, wanted: int) -> Iterator[memoryview]:
+    return (value for number, value in _parse(content) if number == wanted and isinstance(value, memoryview))
+
+
+def _first(content: memoryview, wanted: int) -> str:
+    """A field's text, "" where it is absent."""
+    return _text(next(_fields(content, wanted), memoryview(b"")))
+
+
+def _text(value: memoryview) -> str:
+    return bytes(value).decode()
+
+
+def _number(digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+        raise ValueError(f"an offset or length is {digits[:40]!r}")
+    return int(digits)
+
+
+def _parse(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of a protobuf message: their number, and a number or bytes."""
     at = 0
     while at < len(content):
@@ -151,21 +231,24 @@ def _parse(content: bytes) -> Iterator[tuple[int, int | bytes]]:
             size = {1: 8, 5: 4}.get(kind, 0)
         if not size and kind != 2:
             raise ValueError(f"wire type {kind} at byte {at}")
+        if at + size > len(content):
+            raise ValueError(f"a field of {size} bytes at byte {at} of {len(content)}")
         yield key >> 3, content[at : at + size]
         at += size
 
 
-def _varint(content: bytes, at: int) -> tuple[int, int]:
+def _varint(content: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 70:
         byte = content[at]
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+    raise ValueError(f"a number without end at byte {at}")
 
 
-def _varints(content: bytes) -> Iterator[int]:
+def _varints(content: memoryview) -> Iterator[int]:
     at = 0
     while at < len(content):
         value, at = _varint(content, at)

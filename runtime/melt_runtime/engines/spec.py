@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checked import FieldError, either, flag, listed, mapping, one_of, optional, record, shown, text, whole
 from ..files import FileSpec
 
 ENGINES = "engines"  # the folder in a package; each engine has one of its own in it
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 WEIGHTS = ("int4", "int8", "fp8")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 Range = tuple[int, int, int]
 
@@ -51,30 +49,6 @@ class EngineSpec:
     source: str
     files: dict[str, FileSpec]
 
-    @classmethod
-    def from_dict(cls, name: str, content: Mapping[str, Any]) -> EngineSpec:
-        """Reads an entry. Raises KeyError, TypeError or ValueError, which name the field at fault."""
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"engine name {name!r}")
-        values = {f.name: content[f.name] for f in fields(cls)}
-        values["compute_capabilities"] = tuple(content["compute_capabilities"])
-        values["buckets"] = tuple(content["buckets"])
-        values["profiles"] = tuple(
-            ProfileSpec(p["name"], _range(p["batch"]), _range(p["chunk"]), _range(p["context"]))
-            for p in content["profiles"]
-        )
-        values["files"] = {graph: FileSpec(**spec) for graph, spec in content["files"].items()}
-        spec = cls(**values)
-        if spec.flavour not in FLAVOURS or (spec.weights is not None and spec.weights not in WEIGHTS):
-            raise ValueError(f"flavour {spec.flavour!r} or weights {spec.weights!r} of engine {name}")
-        if not all(isinstance(v, str) for v in (*spec.compute_capabilities, spec.version, spec.source)):
-            raise TypeError(f"version, source or compute_capabilities of engine {name}")
-        if not spec.profiles or not spec.buckets or not all(type(b) is int and b >= 1 for b in spec.buckets):
-            raise ValueError(f"profiles or buckets of engine {name}")
-        if not isinstance(spec.options, dict) or not all(_NAME.fullmatch(graph) for graph in spec.files):
-            raise ValueError(f"options or files of engine {name}")
-        return spec
-
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain values that ``json`` can write."""
         return asdict(self)
@@ -90,8 +64,32 @@ def plan_path(package: Path, engine: str, graph: str) -> Path:
     return package / ENGINES / engine / f"{graph}.plan"
 
 
-def _range(values: Any) -> Range:
-    least, likely, most = values
-    if not all(type(v) is int for v in (least, likely, most)) or not 1 <= least <= likely <= most:
-        raise ValueError(f"the range {values!r} of a profile")
+def _range(value: Any, where: str) -> Range:
+    least, likely, most = listed(whole(), least=3, most=3)(value, where)
+    if not least <= likely <= most:
+        raise FieldError(f"{where} is {shown(value)}; it must be least, likeliest and most in this order")
     return least, likely, most
+
+
+ENGINE_NAME = text(128, "[a-z0-9][a-z0-9._-]*")
+_WORD = text(128)
+_CAPABILITY = text(16, r"[0-9]{1,3}\.[0-9]{1,2}")
+_PROFILE = record(ProfileSpec, {"name": _WORD, "batch": _range, "chunk": _range, "context": _range})
+_PLAN = record(FileSpec, {"sha256": text(64, "[0-9a-f]{64}"), "bytes": whole(0, 1 << 50)})
+_OPTION = either(flag, whole(0), lambda value, where: list(listed(_WORD, most=64)(value, where)), _WORD)
+ENGINE = record(
+    EngineSpec,
+    {
+        "flavour": one_of(*FLAVOURS),
+        "version": _WORD,
+        "compute_capabilities": listed(_CAPABILITY, most=64),
+        "precision": _WORD,
+        "weights": optional(one_of(*WEIGHTS)),
+        "dialect": _WORD,
+        "profiles": listed(_PROFILE, least=1, most=16),
+        "buckets": listed(whole(), least=1, most=1024),
+        "options": mapping(_OPTION, ENGINE_NAME, most=64),
+        "source": _WORD,
+        "files": mapping(_PLAN, ENGINE_NAME, most=16),
+    },
+)

@@ -6,16 +6,18 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checked import read_text
 from ..errors import BackendError, PackageError
-from ..files import file_hash
+from ..files import file_hash, new_file, within
 from ..package import MANIFEST, Package, source_hash, with_engines
 from .spec import ENGINES, EngineSpec, plan_path
 
 RTX_DEVICES = "8.0, 8.6, 8.9, 12.0 and newer"  # what TensorRT-RTX itself says when it refuses another
+_AGAIN = "build it again"
 
 
 @contextmanager
@@ -82,27 +84,58 @@ def open_engine(
     plans that are missing or changed, BackendError for the wrong library or device; both say how to build again.
     """
     spec = engine_spec(package, name)
-    again = f"; build it again with: {rebuild_command(package.directory, spec)}"
+    how = f"with: {rebuild_command(package.directory, spec)}"
+    again = f"; {_AGAIN} {how}"
     if flavour is not None and flavour != spec.flavour:
         raise BackendError(f"engine {name} is for {spec.flavour}, not {flavour}{again}")
-    if version is not None and version != spec.version:
-        raise BackendError(f"engine {name} was built with {spec.flavour} {spec.version}, here is {version}{again}")
-    if capability is not None and not runs_on(spec, capability):
-        built = devices_of(spec)
-        raise BackendError(f"engine {name} is for compute capability {built}, this device has {capability}{again}")
-    if spec.source != source_hash(package.manifest):
-        raise PackageError(f"engine {name} was built from other graphs or weights than the package has{again}")
+    source = source_hash(package.manifest)
+    reason = mismatch(spec, source, spec.version if version is None else version, capability)
+    if reason is not None:
+        raise (BackendError if spec.source == source else PackageError)(f"engine {name} {reason} {how}")
     plans = {graph: plan_path(package.directory, name, graph) for graph in spec.files}
-    root = package.directory.resolve()
     for graph, path in plans.items():
         file = spec.files[graph]
-        if not path.is_file() or not path.resolve().is_relative_to(root):
+        if not path.is_file() or not within(path, package.directory):
             raise PackageError(f"engine {name} lacks {path}{again}")
         if path.stat().st_size != file.bytes:
             raise PackageError(f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}{again}")
         if check_hashes and file_hash(path, progress) != file.sha256:
             raise PackageError(f"{path} was changed: its hash is not the manifest's{again}")
     return plans
+
+
+def fitting_engine(
+    engines: Mapping[str, EngineSpec], source: str, versions: Mapping[str, str], capability: str
+) -> tuple[str | None, dict[str, str]]:
+    """The engine to run, and why those before it do not; None where none does. The one rule for all who choose.
+
+    source: the package's ``source_hash``; versions: of each TensorRT flavour that is here; capability: the device's.
+    Engines with the package's own weights come first: they compute what was verified, one with fewer bits does not
+    quite.
+    """
+    wrong: dict[str, str] = {}
+    for name in sorted(engines, key=lambda name: engines[name].weights is not None):
+        reason = mismatch(engines[name], source, versions.get(engines[name].flavour), capability)
+        if reason is None:
+            return name, wrong
+        wrong[name] = reason
+    return None, wrong
+
+
+def mismatch(spec: EngineSpec, source: str, version: str | None, capability: str | None) -> str | None:
+    """Why an engine is not for this package, library and device, in words that follow its name; None if it is.
+
+    version: of its library, None where that is not installed. capability: None for any device.
+    """
+    if version is None:
+        return f"needs {spec.flavour}; install it with: pip install 'melt-export[{spec.flavour}]'"
+    if version != spec.version:
+        return f"was built with {spec.flavour} {spec.version}, here is {version}; {_AGAIN}"
+    if capability is not None and not runs_on(spec, capability):
+        return f"is for compute capability {devices_of(spec)}, this device has {capability}; {_AGAIN}"
+    if spec.source != source:
+        return f"was built from other graphs or weights than the package has; {_AGAIN}"
+    return None
 
 
 def runs_on(spec: EngineSpec, capability: str) -> bool:
@@ -143,18 +176,9 @@ def _edit_manifest(package: Path, name: str, spec: EngineSpec | None) -> None:
         if spec is not None:
             engines[name] = spec.to_dict()
 
-    text = with_engines(path.read_text(encoding="utf-8"), change)
-    handle, temporary = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=package)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = with_engines(read_text(path), change)
+    with new_file(path) as made:
+        made.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:

@@ -1,0 +1,170 @@
+"""What every graph of a package must take and give, as its states say: whoever binds memory relies on it.
+
+Buffers are sized by the states and bound with the graphs' shapes, so states, the manifest's graphs and what a backend
+has loaded must be the same to the last size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .specs import GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+_QUANTIZED = ("int8", "uint8")  # how a cache in fewer bits is stored
+_MASK: Shape = ("batch", 1, "chunk", "context")
+_EXIT = TensorSpec("exit_probability", "float32", ("batch", "chunk"))
+
+
+def disagreement(manifest: Manifest) -> str | None:
+    """Why a manifest's parts cannot belong together, in words; None where they do."""
+    return _sizes(manifest) or _states(manifest) or _model(manifest) or _graphs(manifest) or _engines(manifest)
+
+
+def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
+    """Inputs and outputs of each graph, in any order, as the states and the dialect want them."""
+    states = manifest.states
+    hidden = TensorSpec("hidden", states[0].dtype, states[0].shape)
+    melt = manifest.cache_loops is None
+    steering = [TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk"))]
+    lengths = TensorSpec("lengths", "int64", ("batch",))
+    fused = manifest.dialect == "onnxruntime"
+    control = TensorSpec("chunk_lengths", "int64", ("batch",)) if fused else TensorSpec("attention_mask", "bool", _MASK)
+    read = [TensorSpec(state.input, state.dtype, state.bound_shape) for state in states]
+    written = [TensorSpec(state.output, state.dtype, state.output_shape) for state in states]
+    return {
+        "embed": ((TensorSpec("input_ids", "int64", ("batch", "chunk")),), (hidden,)),
+        "loop_step": ((*read, *(steering if melt else ()), lengths, control), (*written, _EXIT)),
+        "lm_head": ((hidden,), (TensorSpec("logits", "float32", ("batch", "chunk", manifest.vocab_size)),)),
+    }
+
+
+def difference(wanted: Sequence[TensorSpec], found: Iterable[TensorSpec]) -> str | None:
+    """How the tensors of one side of a graph are not those that are wanted; None where they are, in any order."""
+    there: dict[str, TensorSpec] = {}
+    for spec in found:
+        if spec.name in there:
+            return f"{spec.name} is there twice"
+        there[spec.name] = spec
+    for spec in wanted:
+        other = there.pop(spec.name, None)
+        if other is None:
+            return f"{spec.name} is missing"
+        if (other.dtype, other.shape) != (spec.dtype, spec.shape):
+            return f"{spec.name} is {_spelled(other)}, not {_spelled(spec)}"
+    return f"{next(iter(there))} is one too many" if there else None
+
+
+def graph_difference(graph: GraphSpec, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> str | None:
+    """How what was loaded is not what the manifest says of a graph, in words; None where it is."""
+    for side, wanted, found in (("input", graph.inputs, inputs), ("output", graph.outputs, outputs)):
+        found_difference = difference(wanted, found)
+        if found_difference is not None:
+            return f"{side} {found_difference}"
+    return None
+
+
+def _sizes(manifest: Manifest) -> str | None:
+    padding = manifest.chunk if manifest.max_batch > 1 else 0
+    if manifest.chunk > manifest.max_seq_len:
+        return f"chunk is {manifest.chunk}, above the {manifest.max_seq_len} of max_seq_len"
+    if manifest.cache_rows != manifest.max_seq_len + padding:
+        rows = manifest.max_seq_len + padding
+        return f"cache_rows is {manifest.cache_rows}; max_seq_len, chunk and max_batch need {rows}"
+    return None
+
+
+def _states(manifest: Manifest) -> str | None:
+    """The states are hidden, of a MELT latent, and each layer's key and value cache, sized as the manifest says."""
+    dtype, states = PRECISIONS[manifest.precision], manifest.states
+    per_loop = any(state.kind == "per_loop" for state in states)
+    swapped, caches = (states[:1], states[1:]) if per_loop else (states[:2], states[2:])
+    layers = len(caches) // 2
+    names = ["hidden"] if per_loop else ["hidden", "latent"]
+    names += [f"{part}_cache.{layer}" for layer in range(layers) for part in ("key", "value")]
+    if [state.input for state in states] != names or not layers:
+        return f"states must be {', '.join(names[:2])} and so on: a key and a value cache for each layer"
+    width = states[0].shape[-1]
+    wanted = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", width), "swap")]
+    if not per_loop:
+        last = swapped[1].shape[-1]
+        wanted.append(StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", last), "swap"))
+    first = caches[0]
+    kind = "per_loop" if per_loop else "read_only" if manifest.dialect == "portable" else "in_place"
+    stored = first.dtype if first.dtype in _QUANTIZED else dtype
+    rank = 5 if per_loop else 4
+    if len(first.shape) != rank:
+        return f"state {first.input} has {len(first.shape)} dimensions; a cache of this kind has {rank}"
+    loops, heads, size = first.shape[:1] if per_loop else (), first.shape[-3], first.shape[-1]
+    shape = (*loops, "batch", heads, manifest.cache_rows, size)
+    wanted += [StateSpec(name, _output(name, kind), stored, shape, kind) for name in names[len(wanted) :]]
+    for state, right in zip(states, wanted, strict=True):
+        if state != right:
+            return f"state {state.input} is {_state(state)}; with the rest of the manifest it would be {_state(right)}"
+        if any(isinstance(dim, str) and dim not in ("batch", "chunk") for dim in state.shape) or isinstance(
+            state.shape[-1], str
+        ):
+            return f"state {state.input} has the impossible shape {list(state.shape)}"
+    if per_loop and (isinstance(loops[0], str) or manifest.loops > loops[0]):
+        return f"loops is {manifest.loops}; the caches are for {loops[0]}"
+    return None
+
+
+def _output(name: str, kind: str) -> str:
+    return name.replace("_cache.", "_rows.") if kind == "read_only" else f"next_{name}"
+
+
+def _model(manifest: Manifest) -> str | None:
+    """The configuration that people are shown is that of the states."""
+    caches = [state for state in manifest.states if state.kind != "swap"]
+    known = {
+        "hidden_size": manifest.states[0].shape[-1],
+        "num_hidden_layers": len(caches) // 2,
+        "num_key_value_heads": caches[0].bound_shape[1],
+        "vocab_size": manifest.vocab_size,
+    }
+    for name, size in known.items():
+        said = manifest.model.get(name)
+        if said is not None and said != size:
+            return f"model.{name} is {said}; the states and graphs have {size}"
+    return None
+
+
+def _graphs(manifest: Manifest) -> str | None:
+    for name, (inputs, outputs) in required_tensors(manifest).items():
+        graph = GraphSpec("", inputs, outputs)
+        found = graph_difference(graph, manifest.graphs[name].inputs, manifest.graphs[name].outputs)
+        if found is not None:
+            return f"graph {name}: {found}"
+    return None
+
+
+def _engines(manifest: Manifest) -> str | None:
+    """An engine's lengths and profiles must not lead beyond the buffers."""
+    most: Mapping[str, int] = {
+        "batch": manifest.max_batch,
+        "chunk": max(manifest.chunk, 2),  # some engines take two tokens where one would do
+        "context": manifest.cache_rows,
+    }
+    for name, spec in manifest.engines.items():
+        if list(spec.buckets) != sorted(set(spec.buckets)) or spec.buckets[-1] != manifest.cache_rows:
+            return f"engine {name}: its attention lengths must rise to the {manifest.cache_rows} rows of the cache"
+        if set(spec.files) != set(GRAPHS):
+            return f"engine {name} has plans for {', '.join(sorted(spec.files))}, not for {', '.join(GRAPHS)}"
+        for profile in spec.profiles:
+            for size, limit in most.items():
+                if getattr(profile, size)[2] > limit:
+                    found = getattr(profile, size)[2]
+                    return f"engine {name}: its profile {profile.name} has {size} {found}; the package has {limit}"
+    return None
+
+
+def _spelled(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"
+
+
+def _state(state: StateSpec) -> str:
+    return f"{state.kind} {state.dtype} {list(state.shape)}, written to {state.output}"
