@@ -29,7 +29,7 @@ def read_problems(path: Path, package: Package) -> list[Problem]:
     """The problems of a file: JSON lines with "prompt" and "answer". Raises ArgumentError for one that is none."""
     if not (package.directory / "tokenizer.json").is_file():
         raise ArgumentError("--eval-answers needs a tokenizer, and the package has none")
-    codec, found = TextCodec.load(package.directory), []
+    codec, found = TextCodec.load(package.directory, package.manifest.files), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -57,7 +57,11 @@ def checkpoint_accuracy(
     checkpoint: Path, package: Package, problems: list[Problem], progress: Step = no_progress
 ) -> float:
     """The share that PyTorch answers, greedily. The model is freed when this returns. Raises CheckpointError."""
-    reference, codec, stops = open_reference(checkpoint), TextCodec.load(package.directory), stop_ids_of(package)
+    reference, codec, stops = (
+        open_reference(checkpoint),
+        TextCodec.load(package.directory, package.manifest.files),
+        stop_ids_of(package),
+    )
     right = 0
     for problem in problems:
         written, _ = reference.greedy(problem.prompt, problem.tokens, package.manifest.loops, package.manifest.chunk)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from melt_runtime.files import new_file
 from melt_runtime.package import PARITY, Manifest
 from numpy.typing import NDArray
 
@@ -193,9 +194,10 @@ class ParityReport:
         )
 
     def write(self, directory: Path) -> None:
-        """Writes parity.json into a package."""
+        """Writes parity.json into a package, whole or not at all. Raises OSError."""
         content = {"passed": self.passed, "failures": self.failures(), **asdict(self)}
-        (directory / PARITY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with new_file(directory / PARITY) as made:
+            made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class StateErrors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 from melt_models.checkpoint import read_config
 from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
+from melt_runtime.files import working_directory
 from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
@@ -113,7 +113,7 @@ def verify(
             report.arithmetic = "ONNX Runtime, CPU, products with the stored numbers"
             write_twin = wide_twin
         if write_twin is not None:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".melt-twin-", dir=package.parent)))
+            directory = stack.enter_context(working_directory(package.parent, ".melt-twin-"))
             write_twin(package, directory)
         progress("package: loop by loop", 0, 0)
         low_memory = large and manifest.precision == "fp16"

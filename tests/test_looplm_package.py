@@ -144,5 +144,5 @@ def test_a_checkpoint_that_reads_an_earlier_loop_runs_no_later_one(
 
 def test_a_manifest_whose_caches_disagree_is_refused(package: Path) -> None:
     text = Package.open(package).manifest.to_json()
-    with pytest.raises(PackageError, match="state key_cache.0 is in_place .* it would be per_loop"):
+    with pytest.raises(PackageError, match=r"state key_cache\.0 is in_place .* it would be per_loop"):
         Manifest.from_json(text.replace('"per_loop"', '"in_place"', 1))

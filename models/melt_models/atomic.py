@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_OLD = "-old"
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class TargetExistsError(ValueError):
@@ -21,24 +31,78 @@ class TargetExistsError(ValueError):
 def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Builds a directory beside ``target`` and gives it that name only when the block ends without an error.
 
-    Until then whatever stood under the name is untouched. With ``force`` an old directory is swapped out in one
-    system call where the platform has it. Raises TargetExistsError or OSError (disk full, no permission).
+    Until then whatever stood under the name is untouched; without ``force`` it is never replaced, even if it came
+    meanwhile. With ``force`` an old directory is swapped out in one system call where the platform has it. Raises
+    TargetExistsError or OSError, which names the target (disk full, no permission).
     """
     target = target.absolute()
     check_target(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    build = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
+    with _disk_errors(target), working_directory(target.parent, f".{target.name}.partial-", kept=target) as build:
         yield build
         _share(build)
         _sync_tree(build)
-        if target.exists():
-            _exchange(build, target)
-        else:
-            build.rename(target)
+        _place(build, target, force)
         _sync(target.parent)
+
+
+@contextmanager
+def working_directory(parent: Path, prefix: str, *, kept: Path | None = None) -> Iterator[Path]:
+    """An empty directory in ``parent``, gone when the block ends; those of processes that were killed are swept first.
+
+    kept: the name for which an old directory lies aside while it is replaced; it is not swept while that is missing.
+    """
+    for left in parent.glob(glob.escape(prefix) + "*"):
+        if not (left.name.endswith(_OLD) and kept is not None and not kept.exists()):
+            _sweep(left)
+    made, handle = _claimed(parent, prefix)
+    try:
+        yield made
     finally:
-        shutil.rmtree(build, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(handle)
+
+
+def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory and a handle that locks it: the lock ends with the process, however that ends."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        handle = os.open(made, os.O_RDONLY)
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks: nobody can sweep there either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if made.exists():  # else another process swept it before it was locked
+            return made, handle
+        os.close(handle)
+
+
+def _sweep(left: Path) -> None:
+    """Removes a directory unless a living process holds its lock."""
+    if fcntl is None or left.is_symlink() or not left.is_dir():
+        return
+    with suppress(OSError):
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Errors of a disk that is full name what was being written; libraries raise them in kinds of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK:
+            error.filename = str(target)
+        raise
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):
+            raise OSError(errno.ENOSPC, full, str(target)) from error
+        raise
 
 
 def check_target(target: Path, *, force: bool = False) -> None:
@@ -52,6 +116,20 @@ def check_target(target: Path, *, force: bool = False) -> None:
         raise TargetExistsError(f"{target} exists and is not empty; choose another name or pass --force to replace it")
 
 
+def _place(build: Path, target: Path, force: bool) -> None:
+    """Gives ``build`` its name. A plain rename takes the place of an empty directory, and of nothing else."""
+    try:
+        build.rename(target)
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise
+        if not force:
+            raise TargetExistsError(
+                f"{target} was filled by something else meanwhile; choose another name or pass --force to replace it"
+            ) from error
+        _exchange(build, target)
+
+
 def _exchange(build: Path, target: Path) -> None:
     """Swaps two directories; afterwards ``build`` holds the old content."""
     try:
@@ -61,7 +139,7 @@ def _exchange(build: Path, target: Path) -> None:
         swapped = False
     if swapped:
         return
-    old = build.with_name(build.name + "-old")
+    old = build.with_name(build.name + _OLD)
     target.rename(old)
     try:
         build.rename(target)

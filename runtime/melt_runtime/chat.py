@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from .command import one_line
+from .command import for_terminal, one_line
 from .conversation import Conversation
 from .describe import untrained_warnings
 from .errors import ArgumentError, PromptError, SessionError
@@ -129,7 +129,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
 
 def notice(text: str) -> None:
     """What is no answer, on standard error."""
-    typer.secho(text, err=True, dim=True)
+    typer.secho(for_terminal(text, sys.stderr), err=True, dim=True)
 
 
 def _file(command: str, argument: str) -> Path:
@@ -139,5 +139,5 @@ def _file(command: str, argument: str) -> Path:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(for_terminal(text, sys.stdout))
     sys.stdout.flush()

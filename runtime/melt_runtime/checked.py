@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,16 +207,26 @@ def partly(fields: Mapping[str, Check]) -> Check:
 
 def shown(value: Any) -> str:
     """A value for a sentence: short, and without characters that a terminal would act on."""
-    return printable(_SHORT.repr(value))
+    try:
+        return printable(_SHORT.repr(value))
+    except ValueError:  # Python spells no number of more than some thousand digits
+        return "a number too long to spell"
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Text in which every character that is not printable is spelled out, but for those in ``kept``."""
+    """Text in which what a terminal would act on is spelled out, but for the characters in ``kept``: control and
+    escape characters, line separators, reversed direction, halves of surrogates."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c.encode("unicode_escape").decode() if c not in kept and _acts(c) else c for c in text)
 
 
+def _acts(character: str) -> bool:
+    return unicodedata.category(character) in _ACTING or character in _DIRECTIONS
+
+
+_ACTING = ("Cc", "Cs", "Zl", "Zp")
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 _TOO_DEEP = f"its lists and objects lie more than {MOST_DEPTH} deep in each other"

@@ -15,13 +15,13 @@ import typer
 
 from .bench_cli import bench_command
 from .chat import Chat, notice
-from .command import reported_errors, run_app
+from .command import for_terminal, reported_errors, run_app
 from .describe import describe
 from .driver import LoopSettings
 from .engine_cli import build_engine_command
 from .errors import ArgumentError, PromptError
 from .generation import Generator
-from .options import BackendName, DeviceIndex, PackageDirectory, Threads
+from .options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
 from .package import Package
 from .render import generation_dict, hash_progress, print_facts, stats_lines
 from .runtime import Runtime
@@ -111,6 +111,7 @@ def generate(
     threads: Threads = None,
     backend: BackendName = "auto",
     device: DeviceIndex = 0,
+    expect: Expect = None,
 ) -> None:
     """Continue a prompt, streaming the text as it comes."""
     with reported_errors():
@@ -119,7 +120,7 @@ def generate(
         if ids and chat:
             raise ArgumentError("--ids and --chat exclude each other: a chat is wrapped around text")
         text = _read_stdin() if prompt == "-" else prompt
-        runtime = _load(package, backend, device, threads)
+        runtime = _load(package, backend, device, threads, expect)
         prompt_ids = _prompt_ids(runtime, text, ids, chat)
         driver = runtime.driver()
         generator = Generator(driver, [prompt_ids], runtime.options(**request), runtime.codec)
@@ -154,12 +155,13 @@ def chat(
     threads: Threads = None,
     backend: BackendName = "auto",
     device: DeviceIndex = 0,
+    expect: Expect = None,
 ) -> None:
     """Talk with a model in the terminal; /help lists the commands."""
     with reported_errors():
         depth = _depth(loops, exit_threshold, min_loops, exit_change, chunk)
         request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-        runtime = _load(package, backend, device, threads)
+        runtime = _load(package, backend, device, threads, expect)
         if runtime.codec is None or not runtime.codec.has_chat_template:
             lacks = "tokenizer" if runtime.codec is None else "chat template"
             raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
@@ -174,12 +176,13 @@ def inspect(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time, for the memory tables.")] = 1,
     device: DeviceIndex = 0,
+    expect: Expect = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
 ) -> None:
     """Show what is in a package, what memory it needs and what could run it here. Checks its files, loads no graph."""
     with reported_errors():
         with hash_progress(package) as progress:
-            opened = Package.open(package, progress=progress)
+            opened = Package.open(package, expected_hash=expect, progress=progress)
         facts = describe(opened, length=length, batch=batch, device=device)
         if as_json:
             print(json.dumps(facts.to_dict(), indent=2), flush=True)
@@ -226,9 +229,11 @@ def _request(
     return {"max_tokens": max_tokens, "stop": stop, **depth, **sampling}
 
 
-def _load(package: Path, backend: str, device: int, threads: int | None) -> Runtime:
+def _load(package: Path, backend: str, device: int, threads: int | None, expect: str | None) -> Runtime:
     with hash_progress(package) as progress:
-        return Runtime.load(package, backend=backend, device=device, threads=threads, progress=progress)
+        return Runtime.load(
+            package, backend=backend, device=device, threads=threads, expected_hash=expect, progress=progress
+        )
 
 
 def _read_stdin() -> str:
@@ -267,7 +272,7 @@ def _stream(generator: Generator, *, ids: bool, silent: bool) -> list[float]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(for_terminal(text, sys.stdout))
     sys.stdout.flush()
 
 

@@ -7,9 +7,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
 
 import typer
 
+from .checked import printable
 from .errors import MeltError
 
 INTERRUPTED = 130
@@ -20,7 +22,9 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
 
     With MELT_TRACEBACK=1 in the environment those show where they were raised.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-built is removed
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+            signal.signal(number, _end)  # so that what is half-built is removed
     code = 0
     try:
         result = app(prog_name=name, standalone_mode=False)
@@ -34,6 +38,11 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
     if code == INTERRUPTED:
         print(f"{name}: interrupted", file=sys.stderr)
     sys.exit(code)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """Ends as the shell reports a signal's death, once everything is cleaned up."""
+    sys.exit(128 + number)
 
 
 @contextmanager
@@ -56,10 +65,17 @@ def reported_errors() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; a file system's names the file."""
+    """An error's message without line breaks, and without characters that a terminal would act on, for parts of it may
+    be a stranger's; a file system's names the file."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """Text as it may be written to a stream: on a terminal without characters that it would act on, such as escape
+    sequences, which a model or its tokenizer may contain."""
+    return printable(text, kept="\n\t") if stream.isatty() else text
 
 
 def _usage(error: Exception) -> str | None:

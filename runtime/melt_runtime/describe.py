@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from .backends.choice import Choice, choices
 from .backends.survey import survey
+from .checked import FieldError, flag, listed, printable, read_object
 from .engines.spec import EngineSpec
 from .errors import ArgumentError, PackageError
-from .package import PARITY, Package, manifest_hash
-from .text import TextCodec
+from .files import within
+from .package import PARITY, Package
+from .runtime import codec_of
 
 # What the loops column of the comparison with a LoopLM shows.
 COMPARED_LOOPS = (1, 2, 4, 8, 16)
@@ -73,15 +73,19 @@ class MemoryFacts:
 
 @dataclass(frozen=True)
 class ParityFacts:
-    """What parity.json says. ``current`` is False when it was written for another manifest than the package's."""
+    """What parity.json says. ``current`` is False when it was written for another manifest than the package's;
+    ``problem`` says why it cannot be read, where it cannot."""
 
     passed: bool
     current: bool
     failures: tuple[str, ...]
+    problem: str | None = None
 
     @property
     def verdict(self) -> str:
         """The outcome in a few words."""
+        if self.problem is not None:
+            return f"not verified ({self.problem}; verify the package again)"
         if not self.current:
             return "not verified (parity.json is of another export)"
         if self.passed:
@@ -98,6 +102,7 @@ class PackageFacts:
     """
 
     directory: str
+    hash: str
     format_version: int
     dialect: str
     precision: str
@@ -134,8 +139,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
     """The facts of an open package, with its memory at a length in tokens (None: all it can hold) and a batch, and
     what could run it on this machine (on an NVIDIA device of this index, where there is one).
 
-    Raises ArgumentError for a length or batch beyond the package's, PackageError for a broken tokenizer or
-    parity.json.
+    Raises ArgumentError for a length or batch beyond the package's, PackageError for a broken tokenizer.
     """
     manifest = package.manifest
     length = manifest.max_seq_len if length is None else length
@@ -143,10 +147,11 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         raise ArgumentError(f"length is {length}; this package was exported for 1 to {manifest.max_seq_len} tokens")
     if not 1 <= batch <= manifest.max_batch:
         raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {manifest.max_batch} sequences")
-    has_tokenizer = (package.directory / "tokenizer.json").is_file()
+    codec = codec_of(package)
     model = manifest.model
     return PackageFacts(
         directory=str(package.directory),
+        hash=package.hash,
         format_version=manifest.format_version,
         dialect=manifest.dialect,
         precision=manifest.precision,
@@ -161,11 +166,11 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         chunk=manifest.chunk,
         max_seq_len=manifest.max_seq_len,
         max_batch=manifest.max_batch,
-        tokenizer=has_tokenizer,
-        chat_template=has_tokenizer and TextCodec.load(package.directory).has_chat_template,
+        tokenizer=codec is not None,
+        chat_template=codec is not None and codec.has_chat_template,
         untrained=manifest.untrained,
         warnings=untrained_warnings(manifest.untrained),
-        parity=_parity(package.directory),
+        parity=_parity(package),
         graphs=tuple(
             GraphFacts(
                 name,
@@ -216,15 +221,23 @@ def _memory(package: Package, length: int, batch: int) -> MemoryFacts:
     )
 
 
-def _parity(directory: Path) -> ParityFacts | None:
-    path = directory / PARITY
-    if not path.is_file():
+def _parity(package: Package) -> ParityFacts | None:
+    """What parity.json says; a broken one says nothing of the package, which is as sound as before."""
+    path = package.directory / PARITY
+    if not path.exists() and not path.is_symlink():
         return None
+    if not within(path, package.directory):
+        return ParityFacts(False, False, (), f"{PARITY} is a link that leaves the package directory")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        failures = tuple(str(failure) for failure in content.get("failures", ()))
+        content = read_object(path)
+        passed = flag(content.get("passed"), "passed")
+        failures = listed(_sentence)(content.get("failures", ()), "failures")
         hashed = content.get("manifest_sha256") or None
-        current = hashed is None or hashed == manifest_hash(directory)
-        return ParityFacts(content["passed"] is True, current, failures)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackageError(f"{path} is not a parity report ({error}); verify the package again") from error
+    except (PackageError, FieldError) as error:
+        return ParityFacts(False, False, (), str(error))
+    return ParityFacts(passed, hashed is None or hashed == package.exported_hash, failures)
+
+
+def _sentence(value: Any, where: str) -> str:
+    """A sentence, as it can be shown."""
+    return printable(str(value))[:1000]

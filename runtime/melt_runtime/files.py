@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -44,25 +54,103 @@ def within(file: Path, directory: Path) -> bool:
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[Path]:
+def new_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
     """A file beside ``target`` to write, which takes its name and its place only when the block ends without an error.
 
-    By then it is on the disk. Raises OSError (disk full, no permission).
+    By then it is on the disk. ``mode``: its permissions, less the umask. Those that killed processes left are swept
+    first. Raises OSError, which names the target: disk full, no permission, or no ordinary file in its place.
     """
     target = target.absolute()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-    os.close(handle)
-    made = Path(name)
-    try:
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "it is no ordinary file, and is not replaced", str(target))
+    with _disk_errors(target), _working_file(target.parent, f".{target.name}.partial-") as made:
         yield made
-        mask = os.umask(0)
-        os.umask(mask)
-        made.chmod(0o666 & ~mask)
+        made.chmod(mode & ~umask())
         _sync(made)
         made.replace(target)
         _sync(target.parent)
+
+
+@contextmanager
+def working_directory(parent: Path, prefix: str) -> Iterator[Path]:
+    """An empty directory in ``parent``, gone when the block ends; those of processes that were killed are swept first.
+
+    As in melt_models.atomic, which a device does not have.
+    """
+    _sweep(parent, prefix)
+    made, handle = _claimed(lambda: tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(handle)
+
+
+def umask() -> int:
+    """The process's mask of permissions."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _working_file(parent: Path, prefix: str) -> Iterator[Path]:
+    _sweep(parent, prefix)
+
+    def make() -> str:
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=parent)
+        os.close(handle)
+        return name
+
+    made, handle = _claimed(make)
+    try:
+        yield made
     finally:
         made.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _claimed(make: Callable[[], str]) -> tuple[Path, int]:
+    """What was made and a handle that locks it: the lock ends with the process, however that ends."""
+    while True:
+        made = Path(make())
+        handle = os.open(made, os.O_RDONLY)
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks: nobody can sweep there either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if made.exists():  # else another process swept it before it was locked
+            return made, handle
+        os.close(handle)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Removes what killed processes left: all that no living one holds the lock of."""
+    if fcntl is None:
+        return
+    for left in parent.glob(glob.escape(prefix) + "*"):
+        if left.is_symlink() or not (left.is_dir() or left.is_file()):
+            continue
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Errors of a disk that is full name what was being written; the system does not for a file that is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK:
+            error.filename = str(target)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -35,6 +35,7 @@ from .specs import (
     DIALECTS,
     GRAPHS,
     ITEM_BYTES,
+    MAX_LOOPS,
     NAMED_SIZES,
     PRECISIONS,
     STATE_KINDS,
@@ -46,7 +47,6 @@ from .specs import (
 
 FORMAT_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
-MOST_LOOPS = 4096  # that a package or a saved session may ask for per token
 _MOST_BATCH = 1 << 16
 _MOST_FILE = 1 << 50  # bytes
 COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
@@ -203,6 +203,7 @@ _STATE = record(
     },
 )
 _TOKEN_ID = whole(0)
+STOP_IDS = either(listed(_TOKEN_ID, most=256), _TOKEN_ID)  # eos_token_id, as configurations write it
 _MODEL = partly(
     {
         "model_type": _NAME,
@@ -211,7 +212,7 @@ _MODEL = partly(
         "num_attention_heads": _SIZE,
         "num_key_value_heads": _SIZE,
         "vocab_size": _SIZE,
-        "eos_token_id": either(listed(_TOKEN_ID, most=256), _TOKEN_ID),
+        "eos_token_id": STOP_IDS,
     }
 )
 _PATTERNS = listed(text(1024), most=1 << 14)
@@ -253,7 +254,7 @@ MANIFEST_FIELDS: dict[str, Check] = {
     "cache_rows": _SIZE,
     "max_batch": whole(1, _MOST_BATCH),
     "chunk": _SIZE,
-    "loops": whole(1, MOST_LOOPS),
+    "loops": whole(1, MAX_LOOPS),
     "exit_threshold": number(0, 1),
     "vocab_size": _SIZE,
     "model": _MODEL,

@@ -15,3 +15,6 @@ BackendName = Annotated[
     str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can here.")
 ]
 DeviceIndex = Annotated[int, typer.Option(help="The NVIDIA device to run on, by index.", min=0)]
+Expect = Annotated[
+    str | None, typer.Option(help="Refuse a package of another hash than this; melt-run inspect shows a package's.")
+]

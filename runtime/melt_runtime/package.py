@@ -16,12 +16,12 @@ from .files import file_hash as file_hash
 from .files import within
 from .manifest import COMPUTED_FROM, MANIFEST, manifest_text
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
-from .manifest import MOST_LOOPS as MOST_LOOPS
 from .manifest import PARITY as PARITY
 from .manifest import Manifest as Manifest
 from .specs import DIALECTS as DIALECTS
 from .specs import GRAPHS as GRAPHS
 from .specs import ITEM_BYTES as ITEM_BYTES
+from .specs import MAX_LOOPS as MAX_LOOPS
 from .specs import PRECISIONS as PRECISIONS
 from .specs import GraphSpec as GraphSpec
 from .specs import StateSpec as StateSpec

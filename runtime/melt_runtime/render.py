@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from .checked import printable
 from .describe import MemoryFacts, PackageFacts, StateFacts
 from .engines.spec import EngineSpec
 from .engines.store import devices_of
@@ -104,7 +105,7 @@ def engine_line(spec: EngineSpec) -> str:
 
 def print_facts(facts: PackageFacts) -> None:
     """Prints a package's facts as a panel and tables."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # what a package says is no markup
     console.print(_summary(facts))
     for warning in facts.warnings:
         console.print(Text(f"Warning: {warning}", style="bold yellow"))
@@ -134,13 +135,14 @@ def _summary(facts: PackageFacts) -> Panel:
         "limits": f"{facts.max_seq_len:,} tokens, batch {facts.max_batch}, chunk {facts.chunk}",
         "prompts": text,
         "parity": "not verified (no parity.json)" if facts.parity is None else facts.parity.verdict,
+        "hash": facts.hash,
     }
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
     grid.add_column()
     for label, value in rows.items():
         grid.add_row(label, Text(value))
-    title = Text(Path(facts.directory).resolve().name or facts.directory, style="bold")
+    title = Text(printable(Path(facts.directory).resolve().name or facts.directory), style="bold")
     return Panel(grid, title=title, title_align="left", expand=False)
 
 

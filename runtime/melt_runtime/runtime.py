@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from .backends import Backend, open_backend
+from .checked import FieldError, optional, read_object
 from .driver import LoopDriver, LoopSettings
 from .errors import ArgumentError, PackageError, PromptError
 from .generation import Generator
+from .manifest import STOP_IDS
 from .memory import Memory, memory
 from .package import Manifest, Package
 from .sampling import SamplingParams
@@ -55,6 +56,7 @@ class Runtime:
         engine: str | None = None,
         device: int = 0,
         check_hashes: bool = True,
+        expected_hash: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Runtime:
         """Opens a package directory. Raises PackageError, BackendError, ArgumentError.
@@ -64,11 +66,12 @@ class Runtime:
         ``backend_reason`` say which it was and why. ``device``: index of the NVIDIA device. ``engine``, for tensorrt:
         one of the package by name; None: the first that runs here. ``threads``, of the CPU: None uses the physical
         cores. ``low_memory``, of the CPU too, leaves the weights on disk, mapped, at several times the time a loop:
-        an fp16 package otherwise takes twice its size there, because a CPU computes in float32. ``progress`` is
-        called with the bytes hashed since its last call.
+        an fp16 package otherwise takes twice its size there, because a CPU computes in float32. ``expected_hash``:
+        refuse a package of another hash than this, as ``melt-run inspect`` shows it. ``progress`` is called with the
+        bytes hashed since its last call.
         """
-        package = Package.open(directory, check_hashes=check_hashes, progress=progress)
-        codec = TextCodec.load(package.directory) if (package.directory / "tokenizer.json").is_file() else None
+        package = Package.open(directory, check_hashes=check_hashes, expected_hash=expected_hash, progress=progress)
+        codec = codec_of(package)
         opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
         return cls(package, opened.backend, codec, opened.reason)
 
@@ -202,16 +205,23 @@ def _token_ids(given: int | Iterable[int] | None) -> set[int]:
         raise ArgumentError(f"stop_ids is {given!r}; it must be whole numbers (token ids)") from error
 
 
+def codec_of(package: Package) -> TextCodec | None:
+    """The tokenizer of a package, from the files that its manifest lists; None where it lists none. Raises
+    PackageError."""
+    files = package.manifest.files
+    return TextCodec.load(package.directory, files) if "tokenizer.json" in files else None
+
+
 def stop_ids_of(package: Package) -> set[int]:
-    """The end-of-text ids of generation_config.json, else of the model's configuration."""
-    path = package.directory / "generation_config.json"
-    value = None
-    if path.is_file():
+    """The end-of-text ids of generation_config.json, else of the model's configuration. Raises PackageError."""
+    path, value = package.file("generation_config.json"), None
+    if path is not None:
+        value = read_object(path).get("eos_token_id")
         try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise PackageError(f"{path} is not a JSON object: {error}") from error
+            value = optional(STOP_IDS)(value, "eos_token_id")
+        except FieldError as error:
+            raise PackageError(f"{path}: {error}") from error
     value = package.manifest.model.get("eos_token_id") if value is None else value
     if value is None:
         return set()
-    return set(value) if isinstance(value, list) else {value}
+    return {value} if isinstance(value, int) else set(value)

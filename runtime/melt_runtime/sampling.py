@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .checked import shown
 from .errors import ArgumentError
 
 
@@ -18,11 +19,14 @@ def _check(name: str, value: object, whole: bool, valid: str, low: float, high: 
     """Raise ArgumentError unless `value` is a finite number from low to high (low itself excluded if open_low)."""
     kind = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise ArgumentError(f"{name} must be {valid}, not {value!r}.")
-    number = int(value) if isinstance(value, Integral) else float(value)
+        raise ArgumentError(f"{name} must be {valid}, not {shown(value)}.")
+    try:
+        number: float = int(value) if whole and isinstance(value, Integral) else float(value)
+    except OverflowError:
+        number = math.inf
     too_low = number <= low if open_low else number < low
     if (isinstance(number, float) and not math.isfinite(number)) or too_low or number > high:
-        raise ArgumentError(f"{name} must be {valid}, not {value!r}.")
+        raise ArgumentError(f"{name} must be {valid}, not {shown(value)}.")
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,18 @@ from safetensors.numpy import save_file
 
 from .backends.bindings import cache_buffers
 from .backends.state import host_dtype
+from .checked import MOST_BYTES, optional, parse_json, whole
 from .depth import LoopSettings
 from .errors import ArgumentError, MeltError, SessionError
 from .files import new_file
-from .package import Manifest, Package, manifest_hash
+from .package import MAX_LOOPS, Manifest, Package
 from .sampling import Sampler, SamplingParams
 from .text import Message
 
 FORMAT = "melt-session 1"
 _ARRAYS = ("tokens", "depth", "chunk_starts", "chunk_settings")
 _ROWS = "rows/"
+_HEADER = 1 << 20  # names and shapes of the arrays
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,14 @@ class Saved:
 
 def package_hash(package: Package) -> str:
     """What a session belongs to: the manifest as exported, and with it every file of the package but the engines."""
-    return manifest_hash(package.directory)
+    return package.exported_hash
 
 
 def write(path: Path, saved: Saved) -> None:
-    """Writes a file that appears whole or not at all. Raises SessionError, ArgumentError for options of odd types."""
+    """Writes a file that appears whole or not at all, for its owner's eyes only. Never takes the place of a link, a
+    device or anything else that is no ordinary file. Raises SessionError, ArgumentError for options of odd types."""
+    if path.is_symlink():
+        raise SessionError(f"{path} is a link, which is not replaced; name a file")
     said = {} if saved.messages is None else {"messages": [asdict(one) for one in saved.messages]}
     try:
         content = json.dumps(
@@ -69,14 +74,14 @@ def write(path: Path, saved: Saved) -> None:
             },
             default=_plain,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ArgumentError(f"the session's options cannot be written to a file: {error}") from error
     arrays = {name: getattr(saved, name) for name in _ARRAYS}
     arrays |= {_ROWS + name: values for name, values in saved.rows.items()}
     metadata = {"format": FORMAT, "package": saved.package, "session": content}
     metadata["sha256"] = _digest(metadata, arrays)
     try:
-        with new_file(path) as made:
+        with new_file(path, 0o600) as made:
             save_file(arrays, made, metadata)
     except (OSError, SafetensorError) as error:
         raise SessionError(f"the session cannot be written to {path}: {error}") from error
@@ -88,11 +93,14 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
     if not path.is_file():
         raise SessionError(f"there is no saved session {path}")
     try:
+        size, most = path.stat().st_size, _most_bytes(package.manifest)
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes; a session of this package has at most {most:,}")
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise SessionError(f"{path} is no saved session, or it is damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise SessionError(f"{path} is no saved session that this runtime reads: its format is not {FORMAT!r}")
@@ -107,19 +115,24 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
         _check(saved, package.manifest)
         check(**saved.options)
         Sampler(SamplingParams()).restore(saved.random)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, MeltError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, MeltError) as error:
         raise SessionError(f"{path} holds a session that cannot be: {error}") from error
     return saved
 
 
+def _most_bytes(manifest: Manifest) -> int:
+    """What a file of a full session has at most: rows, four whole numbers a token, and text about them."""
+    return manifest.cache_bytes(manifest.max_seq_len) + 4 * 8 * (manifest.max_seq_len + 1) + MOST_BYTES + _HEADER
+
+
 def _parsed(metadata: Mapping[str, str], arrays: dict[str, NDArray[Any]]) -> Saved:
-    content = json.loads(metadata["session"])
+    content = parse_json(metadata["session"])
     known = {name: arrays.pop(name) for name in _ARRAYS}
     if any(not name.startswith(_ROWS) for name in arrays):
         raise ValueError(f"it has more than rows: {', '.join(arrays)}")
     if any(values.dtype != np.int64 or values.ndim != 1 for values in known.values()):
         raise ValueError("tokens, depth and chunks must be lists of whole numbers")
-    if content["length"] != len(known["tokens"]):
+    if not isinstance(content, dict) or content["length"] != len(known["tokens"]):
         raise ValueError("its length is not that of its tokens")
     return Saved(
         package=metadata["package"],
@@ -144,13 +157,11 @@ def _messages(said: Any) -> tuple[Message, ...] | None:
 
 def _check(saved: Saved, manifest: Manifest) -> None:
     """Raises ValueError for what no session of this package holds."""
-    length, drawn = len(saved.tokens), [] if saved.drawn is None else [saved.drawn]
-    if any(isinstance(token, bool) or not isinstance(token, int) for token in drawn):
-        raise ValueError("the drawn token is no token id")
-    ids = np.array([*saved.tokens.tolist(), *drawn], np.int64)
+    length, ids = len(saved.tokens), saved.tokens
+    optional(whole(0, manifest.vocab_size - 1))(saved.drawn, "the drawn token")
     if length > manifest.max_seq_len or ((ids < 0) | (ids >= manifest.vocab_size)).any():
         raise ValueError("its tokens do not fit the cache or the vocabulary")
-    if len(saved.depth) != length or (saved.depth < 1).any():
+    if len(saved.depth) != length or ((saved.depth < 1) | (saved.depth > MAX_LOOPS)).any():
         raise ValueError("its depths are not those of its tokens")
     for settings in saved.settings:
         settings.check(manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,10 +17,12 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from .checked import read_object, read_text
 from .errors import ArgumentError, PackageError, PromptError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest vocabularies of today
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,29 @@ class TextCodec:
         self._byte_tokens = _byte_tokens(tokenizer)
 
     @classmethod
-    def load(cls, directory: Path) -> TextCodec:
+    def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
         """Read `tokenizer.json` and, where present, `tokenizer_config.json` and `chat_template.jinja`.
 
-        Raises PackageError if tokenizer.json is missing or any of them cannot be read.
+        listed: the files that may be read, as a package's manifest names them; None: all that are there. Raises
+        PackageError if tokenizer.json is missing or any of them cannot be read.
         """
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
+
+        def there(name: str) -> Path | None:
+            path = Path(directory) / name
+            return path if path.is_file() and (listed is None or name in listed) else None
+
+        path = there("tokenizer.json")
+        if path is None:
             raise PackageError(f"The package has no tokenizer.json in {directory}; export it again.")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(read_text(path, MOST_TOKENIZER_BYTES))
+        except PackageError:
+            raise
         except Exception as error:  # the library raises plain Exception
             raise PackageError(f"{path} is not a valid tokenizer ({error}); export the package again.") from error
-        config_path = Path(directory) / "tokenizer_config.json"
-        config: Any = {}
-        if config_path.is_file():
-            try:
-                config = json.loads(_read(config_path))
-            except ValueError as error:
-                raise PackageError(f"{config_path} is not valid JSON ({error}); export the package again.") from error
-            if not isinstance(config, dict):
-                raise PackageError(f"{config_path} must hold a JSON object; export the package again.")
-        template_path = Path(directory) / "chat_template.jinja"
-        template = _read(template_path) if template_path.is_file() else _template_source(config)
+        config_path, template_path = there("tokenizer_config.json"), there("chat_template.jinja")
+        config = {} if config_path is None else read_object(config_path)
+        template = _template_source(config) if template_path is None else read_text(template_path)
         return cls(tokenizer, _token_text(config, "bos_token"), _token_text(config, "eos_token"), template)
 
     @property
@@ -208,13 +210,6 @@ def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     if tokenizer.decoder is None or b'"ByteFallback"' not in tokenizer.decoder.__getstate__():
         return frozenset()
     return frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read as text ({error}); export the package again.") from error
 
 
 def _token_text(config: Mapping[str, Any], name: str) -> str | None:

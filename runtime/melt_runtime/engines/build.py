@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, BackendError
-from ..files import FileSpec, file_hash
+from ..files import FileSpec, file_hash, new_file
 from ..package import GRAPHS, Manifest, Package, source_hash
 from ..progress import Step, no_progress
 from .inspection import inspect_network, inspect_operators, require_small
@@ -223,9 +223,8 @@ def _build_plan(
 
 def _save_timings(path: Path, config: Any) -> None:
     """Replaces the timing cache by what the build made of it, in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    temporary.replace(path)
+    with new_file(path) as made:
+        made.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
 def _configure(options: EngineOptions, library: Library, builder: Any) -> Any:

@@ -12,6 +12,7 @@ from ..progress import Step
 from .library import Library
 
 _PARTS = 1000  # the bar's length
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Phases:
@@ -49,7 +50,8 @@ class Phases:
 
 @contextmanager
 def signals_deferred(monitor: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the builder to stop at its next step: raised in its callbacks they would end it.
+    """Ctrl-C, SIGTERM and SIGHUP wait for the builder to stop at its next step: raised in its callbacks they would
+    end it.
 
     Only the main thread gets signals; elsewhere this does nothing.
     """
@@ -61,7 +63,7 @@ def signals_deferred(monitor: Any) -> Iterator[None]:
         monitor.stopped = True
 
     if threading.current_thread() is threading.main_thread():
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        for number in _ENDING:
             handler = signal.getsignal(number)
             if callable(handler):
                 previous[number] = handler

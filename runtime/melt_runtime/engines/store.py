@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..checked import read_text
 from ..errors import BackendError, PackageError
-from ..files import file_hash, new_file, within
+from ..files import file_hash, new_file, umask, within, working_directory
 from ..package import MANIFEST, Package, source_hash, with_engines
 from .spec import ENGINES, EngineSpec, plan_path
 
@@ -25,12 +23,11 @@ def new_engine(package: Path, name: str) -> Iterator[Path]:
     """Yields an empty directory for an engine's plans; ``keep_engine`` gives it its name. Removed if it got none."""
     folder = package / ENGINES
     folder.mkdir(exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=folder))
-    directory.chmod(0o777 & ~_umask())
     try:
-        yield directory
+        with working_directory(folder, f".{name}.partial-") as directory:
+            directory.chmod(0o777 & ~umask())
+            yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
         if not any(folder.iterdir()):
             folder.rmdir()
 
@@ -179,9 +176,3 @@ def _edit_manifest(package: Path, name: str, spec: EngineSpec | None) -> None:
     text = with_engines(read_text(path), change)
     with new_file(path) as made:
         made.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

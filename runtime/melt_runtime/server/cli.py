@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import socket
+import ssl
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 from ..command import reported_errors
 from ..errors import ArgumentError
 from ..machine import available_memory
-from ..options import BackendName, DeviceIndex, PackageDirectory, Threads
+from ..options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
 from ..prefixes import PrefixStore
 from ..render import hash_progress
 from ..runtime import Runtime
@@ -70,6 +71,7 @@ def serve_command(
     threads: Threads = None,
     backend: BackendName = "auto",
     device: DeviceIndex = 0,
+    expect: Expect = None,
 ) -> None:
     """Serve a package over HTTP: OpenAI's completions and chats, metrics, and a page to try it."""
     with reported_errors():
@@ -89,11 +91,15 @@ def serve_command(
             )
         if (tls_cert is None) != (tls_key is None):
             raise ArgumentError("--tls-cert and --tls-key belong together")
+        if tls_cert is not None and tls_key is not None:
+            _require_tls(tls_cert, tls_key)
         if max_seconds is not None and not 0 < max_seconds < math.inf:
             raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
         listener = _listen(host, port, stall)
         with hash_progress(package) as progress:
-            runtime = Runtime.load(package, backend=backend, device=device, threads=threads, progress=progress)
+            runtime = Runtime.load(
+                package, backend=backend, device=device, threads=threads, expected_hash=expect, progress=progress
+            )
         prefixes = _prefix_store(runtime, slots, prefix_bytes)
         scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
         name = name or package.resolve().name
@@ -129,6 +135,23 @@ def serve_command(
         finally:
             scheduler.close(drain=False)
         log("stopped")
+
+
+def _require_tls(cert: Path, key: Path) -> None:
+    """Refuses a certificate and key that cannot be used, before anything large is loaded. Raises ArgumentError."""
+    for option, path in (("--tls-cert", cert), ("--tls-key", key)):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ArgumentError(f"{option} {path} cannot be read: {error.strerror}") from error
+    try:
+        # A password would be asked for at the terminal, which a service does not have.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=lambda: b"")
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            f"--tls-cert {cert} and --tls-key {key} are no certificate chain and its key (PEM, without a password): "
+            f"{error}"
+        ) from error
 
 
 def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> PrefixStore | None:
