@@ -199,6 +199,17 @@ def test_a_certificate_needs_its_key(served_package: Path) -> None:
     assert "belong together" in refused(served_package, "--tls-cert", "cert.pem")
 
 
+def test_a_certificate_that_cannot_be_used_is_named(served_package: Path, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text("nothing of the kind")
+    said = refused(served_package, "--tls-cert", cert, "--tls-key", key)
+    assert said == f"melt-run: --tls-key {key} cannot be read: No such file or directory\n"
+    key.write_text("nothing either")
+    said = refused(served_package, "--tls-cert", cert, "--tls-key", key)
+    assert said.startswith(f"melt-run: --tls-cert {cert} and --tls-key {key} are no certificate chain")
+    assert len(said.splitlines()) == 1
+
+
 def test_a_port_that_is_taken_is_said_in_a_line(served_package: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen" in refused(served_package, "--port", taken.getsockname()[1])

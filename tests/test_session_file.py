@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,6 +185,14 @@ def test_what_is_no_saved_session_is_refused(runtime: Runtime, tmp_path: Path, t
             runtime.load_session(file)
 
 
+def deep(count: int) -> list[Any]:
+    """So many lists within each other."""
+    value: list[Any] = []
+    for _ in range(count):
+        value = [value]
+    return value
+
+
 IMPOSSIBLE: dict[str, Callable[[session_file.Saved], dict[str, Any]]] = {
     "a token outside the vocabulary": lambda s: {"tokens": s.tokens + 50},
     "more depths than tokens": lambda s: {"depth": np.append(s.depth, 4)},
@@ -202,6 +211,17 @@ IMPOSSIBLE: dict[str, Callable[[session_file.Saved], dict[str, Any]]] = {
     "an option out of range": lambda s: {"options": {"temperature": -1}},
     "a random state that is none": lambda s: {"random": {"state": 1}},
     "floats for tokens": lambda s: {"tokens": s.tokens.astype(float)},
+    "a drawn token beyond 64 bits": lambda s: {"drawn": 2**63},
+    "a drawn token far beyond": lambda s: {"drawn": 10**39},
+    "a temperature beyond any float": lambda s: {"options": {"temperature": 10**39 * 10**39}},
+    "a number of hundreds of digits": lambda s: {"options": {"temperature": 10**400}},
+    "a number of thousands of digits": lambda s: {"options": {"seed": 10**4299}},
+    "lists far within each other": lambda s: {"options": {"stop": deep(900)}},
+    "an absurd number of loops": lambda s: {"options": {"loops": 10**9}},
+    "a depth beyond any": lambda s: {"depth": s.depth * 10**9},
+    "a random state beyond its bits": lambda s: {"random": {**s.random, "state": {"state": -1, "inc": 10**39}}},
+    "an infinite threshold": lambda s: {"options": {"exit_threshold": float("inf")}},
+    "a length that is not its own": lambda s: {"chunk_starts": np.array([0, 2**62])},
 }
 
 
@@ -212,8 +232,46 @@ def test_a_file_whose_hash_is_right_and_whose_session_cannot_be_is_refused(
     opened(runtime).save(path)
     saved = session_file.read(path, runtime.package, runtime.options)
     session_file.write(path, replace(saved, **IMPOSSIBLE[what](saved)))
-    with pytest.raises(SessionError, match="cannot be"):
+    with pytest.raises(SessionError, match="cannot be") as refusal:
         runtime.load_session(path)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_file_larger_than_any_session_of_the_package_is_not_read(runtime: Runtime, path: Path) -> None:
+    opened(runtime).save(path)
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)  # it takes no room on the disk, and would take all of the memory
+    with pytest.raises(SessionError, match="a session of this package has at most"):
+        runtime.load_session(path)
+
+
+def test_a_saved_session_is_its_owners_alone(runtime: Runtime, path: Path) -> None:
+    opened(runtime).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)
+    opened(runtime).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_saving_never_takes_the_place_of_a_link_a_device_or_a_fifo(
+    runtime: Runtime, path: Path, tmp_path: Path
+) -> None:
+    session, kept = opened(runtime), tmp_path / "kept"
+    kept.write_text("kept")
+    link, nowhere, fifo = tmp_path / "link", tmp_path / "nowhere", tmp_path / "fifo"
+    link.symlink_to(kept)
+    nowhere.symlink_to(tmp_path / "missing")
+    os.mkfifo(fifo)
+    for target in (link, nowhere, fifo, Path("/dev/null"), tmp_path):
+        with pytest.raises(SessionError, match=re.escape(str(target))):
+            session.save(target)
+    assert kept.read_text() == "kept"
+    assert link.is_symlink()
+    assert nowhere.is_symlink()
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert not [name for name in os.listdir(tmp_path) if "partial" in name]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_beside(
