@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from melt_models.checkpoint import read_config
 from melt_runtime import LoopDriver, LoopSettings, Runtime
-from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.files import working_directory
+from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress

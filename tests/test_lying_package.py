@@ -178,13 +178,16 @@ class _Engine:
         ("hidden", ("TensorIOMode.OUTPUT", "DataType.FLOAT", (-1, 64))),
         ("input_ids", ("TensorIOMode.INPUT", "DataType.INT32", (-1, -1))),
         ("input_ids", ("TensorIOMode.INPUT", "DataType.INT64", (4, -1))),
+        ("input_ids", ("TensorIOMode.INPUT", "DataType.INT64", (-1, 1))),
     ],
 )
 def test_an_engine_of_another_graph_is_refused(tiny_package: Path, tensor: str, found: Any) -> None:
     spec = Package.open(tiny_package).manifest.graphs["embed"]
     plan = object.__new__(Plan)
-    plan.graph = "embed"
+    plan.graph, plan.fixed = "embed", {"batch": 1}
     plan.engine = _Engine()
+    assert plan._check(spec, Path("embed.plan")) == 0
+    plan.engine = _Engine(hidden=("TensorIOMode.OUTPUT", "DataType.FLOAT", (1, -1, 64)))
     assert plan._check(spec, Path("embed.plan")) == 0
     plan.engine = _Engine(**{tensor: found})
     with pytest.raises(PackageError, match=r"embed\.plan is not of the graph that the manifest describes"):

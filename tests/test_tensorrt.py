@@ -19,9 +19,11 @@ from conftest import MakeCheckpoint, MakePackage
 from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
 from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime
 from melt_runtime.backends import LoopControl, tensorrt
+from melt_runtime.backends.choice import Facts, choices
 from melt_runtime.backends.plans import Recordings
 from melt_runtime.backends.state import widened
 from melt_runtime.backends.tensorrt import TensorRTBackend, layout
+from melt_runtime.package import source_hash
 
 Load = Callable[..., Runtime]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19, 20, 21, 22, 23, 24, 25, 26]]
@@ -333,6 +335,28 @@ def test_the_first_engine_that_runs_here_is_taken(spoilt: Path, device: HostDevi
         load(spoilt)
     add_plans(spoilt, "right")
     assert load(spoilt).backend.engine == "right"  # type: ignore[attr-defined]
+
+
+def test_auto_and_tensorrt_by_name_take_the_same_engine(spoilt: Path, device: HostDevice) -> None:
+    add_plans(spoilt, "double", source="other graphs")
+    add_plans(spoilt, "a-int4", weights="int4")
+    add_plans(spoilt, "b-turing", compute_capabilities=("7.5",))
+    for right in ("a-int4", "c-right"):
+        if right != "a-int4":
+            add_plans(spoilt, right)
+        package = Package.open(spoilt)
+        manifest = package.manifest
+        facts = Facts(
+            manifest.dialect,
+            manifest.precision,
+            manifest.engines,
+            source_hash(manifest),
+            devices=(HostDevice.capability,),
+            libraries={"tensorrt-rtx": HostTensorRT.__version__},
+            cuda_bindings=True,
+        )
+        assert choices(facts)[0].engine == right
+        assert TensorRTBackend(package).engine == right
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from ..contract import graph_difference
 from ..engines.inspection import engine_dtype
 from ..engines.library import Library
+from ..engines.spec import ProfileSpec
 from ..errors import BackendError, PackageError
-from ..specs import GraphSpec, TensorSpec
+from ..specs import NAMED_SIZES, GraphSpec, TensorSpec
 from .bindings import Bindings
 from .cuda import Graph, Stream
 
@@ -45,11 +46,21 @@ class Plan:
     """A deserialized engine of one graph. Its contexts take their scratch memory from the state that uses them.
 
     ``spec``: what must go in and out; the head may give the likeliest tokens besides, and ``likeliest`` says how many.
-    Raises BackendError for a plan that cannot be loaded, PackageError for one of another graph.
+    ``fixed``: the named dimensions that have one size in all profiles, which an engine may know as that size. Raises
+    BackendError for a plan that cannot be loaded, PackageError for one of another graph.
     """
 
-    def __init__(self, library: Library, runtime: Any, graph: str, spec: GraphSpec, path: Path, stream_weights: bool):
-        self.library, self.graph = library, graph
+    def __init__(
+        self,
+        library: Library,
+        runtime: Any,
+        graph: str,
+        spec: GraphSpec,
+        path: Path,
+        stream_weights: bool,
+        fixed: Mapping[str, int],
+    ):
+        self.library, self.graph, self.fixed = library, graph, fixed
         library.messages.clear()
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
@@ -69,7 +80,7 @@ class Plan:
             shape = tuple(self.engine.get_tensor_shape(name))
             if name in named and len(named[name]) == len(shape):  # an engine knows no names of dimensions
                 shape = tuple(
-                    dim if size == -1 and isinstance(dim, str) else size
+                    dim if isinstance(dim, str) and size in (-1, self.fixed.get(dim)) else size
                     for dim, size in zip(named[name], shape, strict=True)
                 )
             mode = str(self.engine.get_tensor_mode(name)).rpartition(".")[2]
@@ -106,6 +117,15 @@ class Plan:
         return PlanContext(self, context)
 
 
+def single_sizes(profiles: Iterable[ProfileSpec]) -> dict[str, int]:
+    """The named dimensions that have one size in all of an engine's profiles."""
+    found: dict[str, set[int]] = {}
+    for profile in profiles:
+        for name in NAMED_SIZES:
+            found.setdefault(name, set()).update(getattr(profile, name))
+    return {name: sizes.pop() for name, sizes in found.items() if len(sizes) == 1}
+
+
 def _candidates_difference(head: GraphSpec, few: Mapping[str, TensorSpec]) -> str | None:
     """What is wrong with the likeliest tokens that a head gives, if it gives any."""
     if not few:
@@ -117,8 +137,8 @@ def _candidates_difference(head: GraphSpec, few: Mapping[str, TensorSpec]) -> st
         return f"it picks out {most} tokens of {vocabulary}"
     for name, spec in few.items():
         count = 1 if name == "log_sum" else most
-        if spec.dtype != CANDIDATES[name] or spec.shape[:-1] != (-1, -1) or spec.shape[-1] != count:
-            return f"{name} is {spec.dtype} {list(spec.shape)}, not {CANDIDATES[name]} [-1, -1, {count}]"
+        if spec.dtype != CANDIDATES[name] or len(spec.shape) != 3 or spec.shape[-1] != count:
+            return f"{name} is {spec.dtype} {list(spec.shape)}, not {CANDIDATES[name]} (batch, chunk, {count})"
     return None
 
 

@@ -19,7 +19,7 @@ from ..package import Package, source_hash
 from . import LoopControl
 from .bindings import Binding, Bindings, slot_bytes, state_buffers
 from .cuda import Device, open_device
-from .plans import Bound, Contexts, Plan, Recordings
+from .plans import Bound, Contexts, Plan, Recordings, single_sizes
 from .state import BufferState, Strip
 
 _ALIGNMENT = 256  # of every buffer, as TensorRT asks for
@@ -67,9 +67,9 @@ class TensorRTBackend:
         self.device.use()
         self.library.messages.clear()
         runtime = self.library.module.Runtime(self.library.logger)
-        specs = package.manifest.graphs
+        specs, fixed = package.manifest.graphs, single_sizes(self.spec.profiles)
         self.plans = {
-            graph: Plan(self.library, runtime, graph, specs[graph], path, streamed) for graph, path in plans.items()
+            name: Plan(self.library, runtime, name, specs[name], path, streamed, fixed) for name, path in plans.items()
         }
 
     @property
