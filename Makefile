@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FUZZ_MINUTES ?= 60
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-chat test lint bench bench-state bench-serving experiments clean
+.PHONY: help demo demo-chat test lint fuzz bench bench-state bench-serving experiments clean
 
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
 	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
 	@echo "make test       lint, types and all tests"
+	@echo "make fuzz       an hour of broken manifests, tokenizers, sessions and graphs: all must be taken or refused"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (about an hour on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
@@ -44,6 +46,10 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+fuzz: $(VENV)/.dev
+	test -f build/addition/manifest.json || $(MAKE) demo
+	PYTHONPATH=tests $(BIN)/python -m fuzz build/addition --minutes $(FUZZ_MINUTES)
 
 experiments: $(VENV)/.dev
 	$(BIN)/python benchmarks/experiments/run.py

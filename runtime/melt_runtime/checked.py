@@ -213,6 +213,12 @@ def shown(value: Any) -> str:
         return "a number too long to spell"
 
 
+def brief(error: BaseException, most: int = 400) -> str:
+    """What a library says of a stranger's input, as part of a sentence: one line, printable, not too long."""
+    line = printable(" ".join(str(error).split())) or type(error).__name__
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def printable(text: str, kept: str = "") -> str:
     """Text in which what a terminal would act on is spelled out, but for the characters in ``kept``: control and
     escape characters, line separators, reversed direction, halves of surrogates."""

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from .backends.bindings import cache_buffers
 from .backends.state import host_dtype
-from .checked import MOST_BYTES, optional, parse_json, whole
+from .checked import MOST_BYTES, brief, optional, parse_json, whole
 from .depth import LoopSettings
 from .errors import ArgumentError, MeltError, SessionError
 from .files import new_file
@@ -101,7 +101,7 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise SessionError(f"{path} is no saved session, or it is damaged: {error}") from error
+        raise SessionError(f"{path} is no saved session, or it is damaged: {brief(error)}") from error
     if metadata.get("format") != FORMAT:
         raise SessionError(f"{path} is no saved session that this runtime reads: its format is not {FORMAT!r}")
     if metadata.pop("sha256", None) != _digest(metadata, arrays):
@@ -116,7 +116,7 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
         check(**saved.options)
         Sampler(SamplingParams()).restore(saved.random)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, MeltError) as error:
-        raise SessionError(f"{path} holds a session that cannot be: {error}") from error
+        raise SessionError(f"{path} holds a session that cannot be: {brief(error)}") from error
     return saved
 
 

@@ -17,7 +17,7 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from .checked import read_object, read_text
+from .checked import brief, read_object, read_text
 from .errors import ArgumentError, PackageError, PromptError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -83,7 +83,9 @@ class TextCodec:
         except PackageError:
             raise
         except Exception as error:  # the library raises plain Exception
-            raise PackageError(f"{path} is not a valid tokenizer ({error}); export the package again.") from error
+            raise PackageError(
+                f"{path} is not a valid tokenizer ({brief(error)}); export the package again."
+            ) from error
         config_path, template_path = there("tokenizer_config.json"), there("chat_template.jinja")
         config = {} if config_path is None else read_object(config_path)
         template = _template_source(config) if template_path is None else read_text(template_path)
@@ -141,7 +143,7 @@ class TextCodec:
         except PromptError:
             raise
         except Exception as error:  # a template is code of the package and can fail in any way
-            raise PackageError(f"The chat template of this package failed: {error}.") from error
+            raise PackageError(f"The chat template of this package failed: {brief(error)}.") from error
 
     def shows(self, token_id: int, skip_special_tokens: bool) -> bool:
         """Whether decode() would take any notice of this id."""
@@ -280,4 +282,4 @@ def _compile(source: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise PackageError(f"The chat template is not valid Jinja (line {error.lineno}: {error}).") from error
+        raise PackageError(f"The chat template is not valid Jinja (line {error.lineno}: {brief(error)}).") from error

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checked import brief
 from ..contract import graph_difference
 from ..errors import ArgumentError, BackendError, PackageError
 from ..machine import available_memory
@@ -45,7 +46,7 @@ class Sessions:
         try:
             session = self.ort.InferenceSession(str(self.package.path(graph)), options, providers=providers)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {brief(error)}") from error
         sides = ([_tensor(value) for value in side] for side in (session.get_inputs(), session.get_outputs()))
         problem = graph_difference(self.package.manifest.graphs[graph], *sides)
         if problem is not None:
@@ -212,14 +213,9 @@ def run_bound(session: Any, graph: str, binding: Any) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise BackendError(f"ONNX Runtime failed in {graph}: {one_line(error)}") from error
+        raise BackendError(f"ONNX Runtime failed in {graph}: {brief(error)}") from error
 
 
 def rounded(rows: int, most: int) -> int:
     """The attention length for so many rows."""
     return min(-(-rows // CONTEXT_BUCKET) * CONTEXT_BUCKET, most)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())[:300]

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checked import brief
 from ..errors import BackendError
 from ..package import GRAPHS, Manifest, Package
 from .bindings import Binding, state_buffers
 from .choice import CUDA_PROVIDER
 from .device_memory import DeviceBuffers
-from .onnxruntime import Sessions, one_line, rounded, run_bound
+from .onnxruntime import Sessions, rounded, run_bound
 from .state import BufferState, Strip
 from .survey import PLUGIN_MODULE
 
@@ -141,7 +142,7 @@ class TensorRTRTXBackend(DeviceBackend):
         try:
             options.add_provider_for_devices(devices, {})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot use its TensorRT-RTX provider: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime cannot use its TensorRT-RTX provider: {brief(error)}") from error
         session = self.load(graph, options, None)
         self.require_provider(session, graph, provider, "the provider gave no reason")
         return session
@@ -151,13 +152,13 @@ class TensorRTRTXBackend(DeviceBackend):
         try:
             plugin = import_module(PLUGIN_MODULE)
         except (ImportError, OSError) as error:
-            raise BackendError(f"ONNX Runtime's TensorRT-RTX provider cannot be loaded: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime's TensorRT-RTX provider cannot be loaded: {brief(error)}") from error
         name = str(plugin.get_ep_name())
         if not self._devices(name):
             try:
                 self.ort.register_execution_provider_library(name, plugin.get_library_path())
             except Exception as error:
-                raise BackendError(f"ONNX Runtime refuses its TensorRT-RTX provider: {one_line(error)}") from error
+                raise BackendError(f"ONNX Runtime refuses its TensorRT-RTX provider: {brief(error)}") from error
         memory = self.ort.OrtDeviceMemoryType.DEFAULT
         devices = [d for d in self._devices(name) if d.memory_info(memory).device_id == self.device_index]
         if not devices:

@@ -1,0 +1,152 @@
+"""What is made of a good input: values that break readers in its fields, fields lost and doubled, bytes turned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+from hypothesis import strategies as st
+
+Mutate = Callable[[list[bytes]], st.SearchStrategy[bytes]]
+
+# Stand-ins for what json.dumps does not write; they are put in afterwards.
+_RAW = {
+    '"@digits@"': "9" * 5000,
+    '"@many@"': "9" * 400,
+    '"@exponent@"': "1e999",
+    '"@deep@"': "[" * 50_000 + "]" * 50_000,
+    '"@objects@"': '{"a":' * 900 + "1" + "}" * 900,
+    '"@surrogate@"': '"\\ud800"',
+}
+HOSTILE: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    255,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    1 << 32,
+    (1 << 63) - 1,
+    1 << 63,
+    10**30,
+    0.5,
+    -0.0,
+    1e-300,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "batch",
+    "chunk",
+    "context",
+    "float16",
+    "int64",
+    "swap",
+    "read_only",
+    "per_loop",
+    "hidden",
+    "key_cache.0",
+    "../../etc/passwd",
+    "/dev/zero",
+    "weights.data",
+    "a\0b",
+    "\x1b[2J\x1b]0;x\x07",
+    "\u202egnp.exe",
+    "é" * 300,
+    "x" * 100_000,
+    "{{ 1 }}",
+    [],
+    {},
+    [[]],
+    [1, 2, 3],
+    ["batch", "chunk", 64],
+    {"a": 1},
+    *(json.loads(name) for name in _RAW),
+]
+
+
+@st.composite
+def json_documents(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """One of the documents with up to three things changed in it, and now and then a byte."""
+    document = json.loads(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(1, 3))):
+        _change(draw, document)
+    text = json.dumps(document)
+    for name, raw in _RAW.items():
+        text = text.replace(name, raw)
+    content = text.encode()
+    return draw(bytes_of([content])) if draw(st.integers(0, 15)) == 15 else content
+
+
+@st.composite
+def bytes_of(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """One of the inputs with some bytes turned, cut, doubled or put in."""
+    content = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(content) - 1, 0)))
+        match draw(st.sampled_from(["turn", "set", "cut", "drop", "double", "insert"])):
+            case "turn" if content:
+                content[at] ^= 1 << draw(st.integers(0, 7))
+            case "set" if content:
+                content[at] = draw(st.sampled_from([0, 1, 127, 128, 255]))
+            case "cut":
+                del content[at:]
+            case "drop":
+                del content[at : at + draw(st.integers(1, 64))]
+            case "double":
+                content[at:at] = content[at : at + draw(st.integers(1, 64))]
+            case "insert":
+                content[at:at] = draw(st.binary(min_size=1, max_size=16))
+    return bytes(content)
+
+
+@st.composite
+def named_files(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """One of the files, which are named in their first line, changed as JSON."""
+    name, _, content = draw(st.sampled_from(seeds)).partition(b"\n")
+    return name + b"\n" + draw(json_documents([content]))
+
+
+def _change(draw: st.DrawFn, document: Any) -> None:
+    """Changes one thing in a document, in place. What is put in is a copy, as it may be changed next."""
+    places = list(_places(document))
+    if not places:
+        return
+    holder, key = draw(st.sampled_from(places))
+    match draw(st.sampled_from(["replace", "replace", "nudge", "drop", "copy", "double", "rename"])):
+        case "replace":
+            holder[key] = deepcopy(draw(st.sampled_from(HOSTILE)))
+        case "nudge" if isinstance(holder[key], int):
+            holder[key] = draw(st.sampled_from([holder[key] + 1, holder[key] - 1, 2 * holder[key], -holder[key]]))
+        case "drop":
+            del holder[key]
+        case "copy":
+            other, of = draw(st.sampled_from(places))
+            if (isinstance(other, dict) and of in other) or (isinstance(other, list) and int(of) < len(other)):
+                holder[key] = json.loads(json.dumps(other[of]))
+        case "double" if isinstance(holder, list):
+            holder.insert(int(key), holder[key])
+        case "rename" if isinstance(holder, dict):
+            holder[draw(st.sampled_from([value for value in HOSTILE if isinstance(value, str)]))] = holder.pop(key)
+        case _:
+            holder[key] = deepcopy(draw(st.sampled_from(HOSTILE)))
+
+
+def _places(value: Any) -> Any:
+    """Every place of a document that holds a value: (holder, key)."""
+    waiting = [value]
+    while waiting:
+        holder = waiting.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        for key in keys:
+            yield holder, key
+            waiting.append(holder[key])

@@ -1,0 +1,209 @@
+"""What is tried. A target prepares itself once in its worker process, gives good inputs, and tries one at a time.
+
+To add one, write a class of this form and name it in ``TARGETS``. What it raises of ``refused`` is a refusal; anything
+else that it raises is a finding, and so is a death, a hang, or memory that nobody weighed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from melt_runtime import MeltError, Package, Runtime, session_file
+from melt_runtime.describe import describe
+from melt_runtime.engines.onnx_file import external_data, initializer_bytes, read_operators
+from melt_runtime.render import print_facts
+from melt_runtime.runtime import codec_of, stop_ids_of
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from . import mutations
+
+
+class Target(Protocol):
+    """One kind of input. ``package``: a sound package of its own, which it may spoil."""
+
+    mutate: ClassVar[mutations.Mutate]
+    refused: ClassVar[tuple[type[BaseException], ...]]
+
+    def __init__(self, package: Path) -> None: ...
+
+    def seeds(self) -> list[bytes]:
+        """Good inputs."""
+
+    def attempt(self, content: bytes) -> None:
+        """Takes an input, or raises one of ``refused``."""
+
+
+class ManifestTarget:
+    """manifest.json: opened, described, loaded and run."""
+
+    mutate = mutations.json_documents
+    refused = (MeltError,)
+
+    def __init__(self, package: Path):
+        self.package = package
+        self.path = package / "manifest.json"
+        self.sound = self.path.read_bytes()
+
+    def seeds(self) -> list[bytes]:
+        content = json.loads(self.sound)
+        engine = {
+            "flavour": "tensorrt-rtx",
+            "version": "1.7.1",
+            "compute_capabilities": ["8.9"],
+            "precision": "fp32",
+            "weights": None,
+            "dialect": "standard",
+            "profiles": [{"name": "decode", "batch": [1, 1, 8], "chunk": [1, 1, 1], "context": [64, 64, 264]}],
+            "buckets": [64, content["cache_rows"]],
+            "options": {"workspace": 512, "compute_capability": ["8.9"]},
+            "source": "0" * 64,
+            "files": {graph: {"sha256": "0" * 64, "bytes": 9} for graph in ("embed", "loop_step", "lm_head")},
+        }
+        weights = {"kind": "int8", "block": 32, "head": "int8", "method": "rtn", "raised": []}
+        return [self.sound, json.dumps({**content, "engines": {"rtx": engine}, "weights": weights}).encode()]
+
+    def attempt(self, content: bytes) -> None:
+        self.path.write_bytes(content)
+        print_facts(describe(Package.open(self.package, check_hashes=False)))
+        runtime = Runtime.load(self.package, backend="onnxruntime", threads=1, check_hashes=False)
+        runtime.generate([5, 6, 7], max_tokens=2, loops=min(runtime.manifest.loops, 4))
+
+
+class TextTarget:
+    """The tokenizer and its settings: read, and used once. An input names its file in its first line."""
+
+    mutate = mutations.named_files
+    refused = (MeltError,)
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+    def __init__(self, package: Path):
+        self.package = package
+        self.manifest = json.loads((package / "manifest.json").read_text())
+        special = {"content": "<end>", "lstrip": False}
+        config = {
+            "bos_token": None,
+            "eos_token": special,
+            "model_max_length": 10**30,
+            "chat_template": "{{ messages }}",
+        }
+        (package / "tokenizer_config.json").write_text(json.dumps(config))
+        (package / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.5}))
+        self.sound = {name: (package / name).read_bytes() for name in self.names}
+
+    def seeds(self) -> list[bytes]:
+        return [name.encode() + b"\n" + content for name, content in self.sound.items()]
+
+    def attempt(self, content: bytes) -> None:
+        name, _, text = content.partition(b"\n")
+        files = self.sound | {name.decode(): text}
+        for file, kept in files.items():
+            (self.package / file).write_bytes(kept)
+            self.manifest["files"][file] = {"sha256": "", "bytes": len(kept)}
+        (self.package / "manifest.json").write_text(json.dumps(self.manifest))
+        package = Package.open(self.package, check_hashes=False)
+        stop_ids_of(package)
+        codec = codec_of(package)
+        assert codec is not None
+        codec.decode(codec.encode("ab 12é"))
+        if codec.has_chat_template:
+            codec.render_chat([{"role": "user", "content": "ab"}])
+
+
+class SessionTarget:
+    """What a session file says of a session, under a hash that is right."""
+
+    mutate = mutations.json_documents
+    refused = (MeltError,)
+
+    def __init__(self, package: Path):
+        self.runtime = Runtime.load(package, backend="onnxruntime", threads=1)
+        self.path = package.parent / "fuzzed.session"
+        session = self.runtime.session(temperature=0.5, seed=1)
+        session.append([5, 6, 7, 8, 9, 10, 11, 12, 13, 14])
+        session.generate(max_tokens=3)
+        session.save(self.path)
+        with safe_open(self.path, framework="numpy") as file:
+            self.metadata = dict(file.metadata())
+            self.arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def seeds(self) -> list[bytes]:
+        said = {**json.loads(self.metadata["session"]), "messages": [{"role": "user", "content": "a"}]}
+        return [self.metadata["session"].encode(), json.dumps(said).encode()]
+
+    def attempt(self, content: bytes) -> None:
+        metadata = {name: value for name, value in self.metadata.items() if name != "sha256"}
+        metadata["session"] = content.decode("utf-8", "replace")
+        metadata["sha256"] = session_file._digest(metadata, self.arrays)
+        save_file(self.arrays, self.path, metadata)
+        self.runtime.load_session(self.path).generate(max_tokens=1)
+
+
+class SessionFileTarget(SessionTarget):
+    """A session file's bytes, which a hash protects."""
+
+    mutate = mutations.bytes_of
+
+    def seeds(self) -> list[bytes]:
+        return [self.path.read_bytes()]
+
+    def attempt(self, content: bytes) -> None:
+        self.path.write_bytes(content)
+        self.runtime.load_session(self.path)
+
+
+class ParityTarget:
+    """parity.json, which may be broken and leaves the package as sound as it was."""
+
+    mutate = mutations.json_documents
+    refused = ()
+
+    def __init__(self, package: Path):
+        self.package = Package.open(package)
+
+    def seeds(self) -> list[bytes]:
+        said = {"passed": False, "failures": ["hidden of loop 3 differs"], "manifest_sha256": "0" * 64}
+        return [json.dumps(said).encode()]
+
+    def attempt(self, content: bytes) -> None:
+        (self.package.directory / "parity.json").write_bytes(content)
+        print_facts(describe(self.package))
+
+
+class GraphTarget:
+    """An ONNX file's bytes, as our own reader takes them; what ONNX Runtime makes of them is not tried."""
+
+    mutate = mutations.bytes_of
+    refused = (MeltError,)
+
+    def __init__(self, package: Path):
+        self.package = package
+        self.path = package / "fuzzed.onnx"
+
+    def seeds(self) -> list[bytes]:
+        return [(self.package / f"{graph}.onnx").read_bytes() for graph in ("embed", "loop_step", "lm_head")]
+
+    def attempt(self, content: bytes) -> None:
+        self.path.write_bytes(content)
+        external_data(self.path)
+        read_operators(self.path)
+        initializer_bytes(self.path)
+
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "manifest": ManifestTarget,
+    "text": TextTarget,
+    "session": SessionTarget,
+    "session file": SessionFileTarget,
+    "parity": ParityTarget,
+    "graph": GraphTarget,
+}
+
+
+def prepared(name: str, package: Path, work: Path) -> Target:
+    """A target with a copy of the package in an empty directory."""
+    return TARGETS[name](Path(shutil.copytree(package, work / "package")))
