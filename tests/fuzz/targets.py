@@ -51,6 +51,8 @@ class ManifestTarget:
 
     def seeds(self) -> list[bytes]:
         content = json.loads(self.sound)
+        rows = content["cache_rows"]
+        sizes = {"batch": [1, 1, 1], "chunk": [1, 1, 1], "context": [8, 8, rows]}
         engine = {
             "flavour": "tensorrt-rtx",
             "version": "1.7.1",
@@ -58,8 +60,8 @@ class ManifestTarget:
             "precision": "fp32",
             "weights": None,
             "dialect": "standard",
-            "profiles": [{"name": "decode", "batch": [1, 1, 8], "chunk": [1, 1, 1], "context": [64, 64, 264]}],
-            "buckets": [64, content["cache_rows"]],
+            "profiles": [{"name": "decode", **sizes}],
+            "buckets": [8, rows],
             "options": {"workspace": 512, "compute_capability": ["8.9"]},
             "source": "0" * 64,
             "files": {graph: {"sha256": "0" * 64, "bytes": 9} for graph in ("embed", "loop_step", "lm_head")},
@@ -109,9 +111,9 @@ class TextTarget:
         stop_ids_of(package)
         codec = codec_of(package)
         assert codec is not None
-        codec.decode(codec.encode("ab 12é"))
+        codec.decode(codec.encode("12"))
         if codec.has_chat_template:
-            codec.render_chat([{"role": "user", "content": "ab"}])
+            codec.render_chat([{"role": "user", "content": "12"}])
 
 
 class SessionTarget:
@@ -124,7 +126,7 @@ class SessionTarget:
         self.runtime = Runtime.load(package, backend="onnxruntime", threads=1)
         self.path = package.parent / "fuzzed.session"
         session = self.runtime.session(temperature=0.5, seed=1)
-        session.append([5, 6, 7, 8, 9, 10, 11, 12, 13, 14])
+        session.append([3, 4, 5, 6, 7, 8, 9, 3, 4, 5])
         session.generate(max_tokens=3)
         session.save(self.path)
         with safe_open(self.path, framework="numpy") as file:
