@@ -20,10 +20,12 @@ from melt_models.configuration import LoopedConfig
 from melt_models.convert import COMPANIONS
 from melt_runtime.backends.choice import too_old
 from melt_runtime.backends.survey import onnxruntime_version
+from melt_runtime.errors import PackageError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
-from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, StateSpec, file_hash
+from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, file_hash
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
+from melt_runtime.specs import MAX_LOOPS
 from melt_runtime.text import TextCodec
 
 from .cache import calibrated, quantize_caches
@@ -85,6 +87,8 @@ def build_package(
     model, weights = open_checkpoint(checkpoint)
     config: LoopedConfig = model.config
     loops = default_depth(config)
+    if loops > MAX_LOOPS:
+        raise ExportError(f"the checkpoint runs {loops:,} loops per token; a package runs {MAX_LOOPS:,} at most")
     wanted = config.chunk_size if isinstance(config, MeltConfig) else _LOOPLM_CHUNK
     chunk, max_seq_len, cache_rows = sizes(wanted, config.max_position_embeddings, options)
     if options.weights is not None:
@@ -154,8 +158,12 @@ def build_package(
         weights=record,
         cache={} if options.cache is None else options.cache.record(),
     )
-    _check_states(manifest.states, specs["loop_step"])
-    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    text = manifest.to_json()
+    try:
+        Manifest.from_json(text)  # what a runtime would refuse is no package
+    except PackageError as error:
+        raise ExportError(f"no runtime would open this package: {error}") from error
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
 
 
@@ -209,14 +217,6 @@ def _hash_files(directory: Path, progress: Progress) -> dict[str, FileSpec]:
         )
         for path in files
     }
-
-
-def _check_states(states: tuple[StateSpec, ...], graph: GraphSpec) -> None:
-    """Every state must be in the graph as it is in the manifest. Raises ExportError."""
-    inputs, outputs = {i.name for i in graph.inputs}, {o.name for o in graph.outputs}
-    for state in states:
-        if state.input not in inputs or state.output not in outputs:
-            raise ExportError(f"state {state.input} is not an input and output of the loop step")
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from melt_runtime.checked import MOST_SIZE
 from melt_runtime.package import DIALECTS, PRECISIONS
+from melt_runtime.specs import MAX_BATCH
 
 from .errors import ExportError
 
@@ -134,5 +136,6 @@ class ExportOptions:
             raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
         for name in ("max_seq_len", "max_batch", "chunk"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ExportError(f"{name} is {value}; it must be 1 or more")
+            most = MAX_BATCH if name == "max_batch" else MOST_SIZE
+            if value is not None and not 1 <= value <= most:
+                raise ExportError(f"{name} is {value}; it must be 1 to {most:,}")

@@ -35,6 +35,7 @@ from .specs import (
     DIALECTS,
     GRAPHS,
     ITEM_BYTES,
+    MAX_BATCH,
     MAX_LOOPS,
     NAMED_SIZES,
     PRECISIONS,
@@ -47,7 +48,6 @@ from .specs import (
 
 FORMAT_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
-_MOST_BATCH = 1 << 16
 _MOST_FILE = 1 << 50  # bytes
 COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
 
@@ -252,7 +252,7 @@ MANIFEST_FIELDS: dict[str, Check] = {
     "precision": one_of(*PRECISIONS),
     "max_seq_len": _SIZE,
     "cache_rows": _SIZE,
-    "max_batch": whole(1, _MOST_BATCH),
+    "max_batch": whole(1, MAX_BATCH),
     "chunk": _SIZE,
     "loops": whole(1, MAX_LOOPS),
     "exit_threshold": number(0, 1),

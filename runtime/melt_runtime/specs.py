@@ -7,6 +7,7 @@ from dataclasses import dataclass
 DIALECTS = ("onnxruntime", "standard", "portable")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+MAX_BATCH = 1 << 16
 MAX_LOOPS = 1024  # of a token, whoever asks: a package, a session file, a request or a program
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")

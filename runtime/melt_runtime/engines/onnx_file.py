@@ -221,6 +221,8 @@ def _parse(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while at < len(content):
         key, at = _varint(content, at)
         kind = key & 7
+        if key < 8:
+            raise ValueError(f"a field without a number at byte {at}")
         if kind == 0:
             value, at = _varint(content, at)
             yield key >> 3, value
