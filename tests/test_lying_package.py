@@ -69,6 +69,7 @@ LIES: dict[str, Lie] = {
         {"name": "x", "dtype": "bool", "shape": ["batch"]}
     ),
     "another graph's file": lambda m: m["graphs"]["embed"].update(file="lm_head.onnx"),
+    "a graph that nobody hashed": lambda m: m["files"].pop("embed.onnx"),
     "graphs that changed places": lambda m: m["graphs"].update(
         embed=m["graphs"]["lm_head"], lm_head=m["graphs"]["embed"]
     ),
@@ -216,6 +217,7 @@ OUT_OF_BOUNDS: dict[str, Lie] = {
     "a file in a roundabout way": lambda m: m["files"].update({"./embed.onnx": m["files"]["embed.onnx"]}),
     "the manifest itself": lambda m: m["files"].update({"manifest.json": m["files"]["embed.onnx"]}),
     "a graph that is no graph": lambda m: m["graphs"]["embed"].update(file="weights.data"),
+    "a name longer than any file's": lambda m: m["files"].update({"é" * 200: {"sha256": "", "bytes": 0}}),
     "a nul in a name": lambda m: m["files"].update({"a\0b": {"sha256": "", "bytes": 0}}),
     "a list for a graph": lambda m: m["graphs"].update(embed=[]),
     "a list for files": lambda m: m.update(files=[]),

@@ -54,7 +54,7 @@ def working_directory(parent: Path, prefix: str, *, kept: Path | None = None) ->
     """
     for left in parent.glob(glob.escape(prefix) + "*"):
         if not (left.name.endswith(_OLD) and kept is not None and not kept.exists()):
-            _sweep(left)
+            sweep(left)
     made, handle = _claimed(parent, prefix)
     try:
         yield made
@@ -76,15 +76,18 @@ def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
         os.close(handle)
 
 
-def _sweep(left: Path) -> None:
-    """Removes a directory unless a living process holds its lock."""
-    if fcntl is None or left.is_symlink() or not left.is_dir():
+def sweep(left: Path) -> None:
+    """Removes a directory or a file unless a living process holds its lock."""
+    if fcntl is None or left.is_symlink() or not (left.is_dir() or left.is_file()):
         return
     with suppress(OSError):
         handle = os.open(left, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         finally:
             os.close(handle)
 

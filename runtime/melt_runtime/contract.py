@@ -135,6 +135,9 @@ def _model(manifest: Manifest) -> str | None:
 
 def _graphs(manifest: Manifest) -> str | None:
     for name, (inputs, outputs) in required_tensors(manifest).items():
+        file = manifest.graphs[name].file
+        if file not in manifest.files:
+            return f"graph {name} is {file}, which files does not list"
         graph = GraphSpec("", inputs, outputs)
         found = graph_difference(graph, manifest.graphs[name].inputs, manifest.graphs[name].outputs)
         if found is not None:

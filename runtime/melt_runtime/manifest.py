@@ -49,6 +49,7 @@ from .specs import (
 FORMAT_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
 _MOST_FILE = 1 << 50  # bytes
+_MOST_NAME = 255  # bytes: what file systems take
 COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
 
 
@@ -172,7 +173,8 @@ def _file_name(value: Any, where: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise FieldError(f"{where} is {shown(name)}, which leaves the package directory")
-    if path.as_posix() != name or not path.parts or name in (MANIFEST, PARITY):
+    too_long = any(len(part.encode()) > _MOST_NAME for part in path.parts)
+    if too_long or path.as_posix() != name or not path.parts or name in (MANIFEST, PARITY):
         raise FieldError(f"{where} is {shown(name)}; it must be the plain name of a file")
     return name
 
@@ -216,9 +218,10 @@ _MODEL = partly(
     }
 )
 _PATTERNS = listed(text(1024), most=1 << 14)
+_KIND = one_of("int8", "int4")
 _WEIGHTS = partly(
     {
-        "kind": _NAME,
+        "kind": _KIND,
         "block": _SIZE,
         "head": _NAME,
         "method": _NAME,
@@ -230,7 +233,7 @@ _WEIGHTS = partly(
         "calibration": optional(_NAME),
     }
 )
-_CACHE = partly({"kind": _NAME, "calibration": optional(_NAME)})
+_CACHE = partly({"kind": _KIND, "calibration": optional(_NAME)})
 
 
 def _quantized(inner: Check, *required: str) -> Check:

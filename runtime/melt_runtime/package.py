@@ -101,14 +101,10 @@ class Package:
             raise PackageError(f"{directory} is another package than expected: its hash is {found}")
         manifest = Manifest.from_json(text)
         for name, spec in manifest.files.items():
-            file = directory / name
-            _require_within(file, directory)
-            if not file.is_file():
-                raise PackageError(f"{directory} lacks {name}, which its manifest lists")
-            if file.stat().st_size != spec.bytes:
-                raise PackageError(f"{file} has {file.stat().st_size} bytes, its manifest says {spec.bytes}")
-            if check_hashes and file_hash(file, progress) != spec.sha256:
-                raise PackageError(f"{file} was changed: its hash is not the manifest's")
+            try:
+                _check_file(directory, name, spec, check_hashes, progress)
+            except OSError as error:
+                raise PackageError(f"{directory / name} cannot be read: {error.strerror}") from error
         package = cls(directory, manifest, found, _exported_hash(text))
         for graph in GRAPHS:
             package._require_weights(package.path(graph))
@@ -130,6 +126,20 @@ class Package:
                 raise PackageError(f"{graph} reads {data.location!r}, which is no weights file of {MANIFEST}")
             if data.offset > spec.bytes or data.offset + (data.length or 0) > spec.bytes:
                 raise PackageError(f"{graph} reads {data.tensor!r} from beyond the end of {data.location}")
+
+
+def _check_file(
+    directory: Path, name: str, spec: FileSpec, check_hashes: bool, progress: Callable[[int], None] | None
+) -> None:
+    """Raises PackageError for a file that is not as its manifest says, OSError."""
+    file = directory / name
+    _require_within(file, directory)
+    if not file.is_file():
+        raise PackageError(f"{directory} lacks {name}, which its manifest lists")
+    if file.stat().st_size != spec.bytes:
+        raise PackageError(f"{file} has {file.stat().st_size} bytes, its manifest says {spec.bytes}")
+    if check_hashes and file_hash(file, progress) != spec.sha256:
+        raise PackageError(f"{file} was changed: its hash is not the manifest's")
 
 
 def _checked_hash(given: str, check_hashes: bool) -> str:

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed
 
-from ..atomic import new_directory
+from ..atomic import new_directory, sweep
 from .errors import SnapshotError
 
 _TENSORS, _RECORD, _SETTINGS = "training.pt", "snapshot.json", "settings.json"
@@ -118,7 +118,7 @@ class Snapshots:
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
             for debris in self.directory.glob(".*.partial-*"):
-                shutil.rmtree(debris, ignore_errors=True)
+                sweep(debris)
             write_text(path, json.dumps(self.settings, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
