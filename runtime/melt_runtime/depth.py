@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArgumentError
-from .package import Manifest
+from .package import MAX_LOOPS, Manifest
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class LoopSettings:
     def __post_init__(self) -> None:
         whole_number("loops", self.loops)
         whole_number("min_loops", self.min_loops)
+        if self.loops > MAX_LOOPS:
+            raise ArgumentError(f"loops is above {MAX_LOOPS:,}, the most that a token may have")
         if self.chunk is not None:
             whole_number("chunk", self.chunk)
         if self.min_loops > self.loops:

@@ -19,6 +19,7 @@ MANIFEST, PARITY = "manifest.json", "parity.json"
 DIALECTS = ("onnxruntime", "standard", "portable")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+MAX_LOOPS = 1024  # of a token, whoever asks: a package, a session file, a request or a program
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")
 COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
@@ -206,6 +207,8 @@ class Manifest:
             value = getattr(self, name)
             if not _is_count(value):
                 raise PackageError(f"{MANIFEST}: {name} is {value!r}; it must be a whole number from 1")
+        if self.loops > MAX_LOOPS:
+            raise PackageError(f"{MANIFEST}: loops is above {MAX_LOOPS:,}, the most that a token may have")
         if not isinstance(self.exit_threshold, float | int) or not 0 <= self.exit_threshold <= 1:
             raise PackageError(f"{MANIFEST}: exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
         if self.dialect not in DIALECTS or self.precision not in PRECISIONS:

@@ -20,7 +20,7 @@ from .backends.state import host_dtype
 from .depth import LoopSettings
 from .errors import ArgumentError, MeltError, SessionError
 from .files import new_file
-from .package import Manifest, Package, manifest_hash
+from .package import MAX_LOOPS, Manifest, Package, manifest_hash
 from .sampling import Sampler, SamplingParams
 from .text import Message
 
@@ -150,7 +150,7 @@ def _check(saved: Saved, manifest: Manifest) -> None:
     ids = np.array([*saved.tokens.tolist(), *drawn], np.int64)
     if length > manifest.max_seq_len or ((ids < 0) | (ids >= manifest.vocab_size)).any():
         raise ValueError("its tokens do not fit the cache or the vocabulary")
-    if len(saved.depth) != length or (saved.depth < 1).any():
+    if len(saved.depth) != length or ((saved.depth < 1) | (saved.depth > MAX_LOOPS)).any():
         raise ValueError("its depths are not those of its tokens")
     for settings in saved.settings:
         settings.check(manifest)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -140,7 +141,11 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 async def _read(request: Request, kind: type[A], limits: Limits) -> A:
     body = await read_body(request, limits.max_body)
     try:
-        ask = kind.model_validate_json(body)
+        content = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="json_invalid") from error
+    try:
+        ask = kind.model_validate(content)
     except ValidationError as error:
         raise as_refusal(error) from error
     if limits.log_prompts:
