@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +14,12 @@ from ..command import reported_errors
 from ..errors import ArgumentError
 from ..machine import available_memory
 from ..options import BackendName, DeviceIndex, PackageDirectory, Threads
+from ..package import MAX_LOOPS
 from ..prefixes import PrefixStore
 from ..render import hash_progress
 from ..runtime import Runtime
 from ..scheduler import Scheduler
+from .limits import MAX_SECONDS, MAX_UNREAD, STILL
 
 KEYS_VARIABLE = "MELT_API_KEYS"
 PREFIX_BYTES = 64 << 20  # of prompts that are kept, where nothing else is said
@@ -35,14 +36,25 @@ def serve_command(
         int | None, typer.Option(help="Most new tokens a choice may have; default: as many as the cache holds.", min=1)
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Most seconds a request may take, waiting included; default: no limit.")
+        float, typer.Option(help="Most seconds a request may take, waiting included.")
+    ] = MAX_SECONDS,
+    max_loops: Annotated[
+        int | None,
+        typer.Option(help="Most loops a token may have; default: four times the package's.", min=1, max=MAX_LOOPS),
     ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(help="Connections at once; default: 512, or as many as the system allows.", min=1),
+    ] = None,
+    watchdog: Annotated[
+        float, typer.Option(help="Seconds without a step after which /ready says that the server is stuck.", min=0.1)
+    ] = STILL,
     max_unread: Annotated[
         int,
         typer.Option(
             help="Tokens that all clients together may leave unread; above, the furthest behind is cut.", min=1
         ),
-    ] = 1 << 15,
+    ] = MAX_UNREAD,
     stall: Annotated[
         int, typer.Option(help="Seconds after which a client that takes nothing of its reply is cut.", min=1)
     ] = 120,
@@ -77,7 +89,9 @@ def serve_command(
             import uvicorn
 
             from .app import Limits, build_app
+            from .connection import HEADER_BYTES, bounded, connection_limit
             from .guard import Keys, is_loopback
+            from .lifecycle import DrainingServer, quiet_signals
             from .logs import configure, log
             from .service import Service
         except ImportError as error:
@@ -89,7 +103,7 @@ def serve_command(
             )
         if (tls_cert is None) != (tls_key is None):
             raise ArgumentError("--tls-cert and --tls-key belong together")
-        if max_seconds is not None and not 0 < max_seconds < math.inf:
+        if not 0 < max_seconds < math.inf:
             raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
         listener = _listen(host, port, stall)
         with hash_progress(package) as progress:
@@ -97,17 +111,21 @@ def serve_command(
         prefixes = _prefix_store(runtime, slots, prefix_bytes)
         scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
         name = name or package.resolve().name
-        service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread)
+        service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
         app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
         configure()
+        connections = connection_limit(max_connections)
         config = uvicorn.Config(
             app,
+            http=bounded(connections),
+            ws="none",
+            h11_max_incomplete_event_size=HEADER_BYTES,
             log_config=None,
             access_log=False,
             server_header=False,
             ssl_certfile=tls_cert,
             ssl_keyfile=tls_key,
-            timeout_graceful_shutdown=drain,
+            timeout_graceful_shutdown=1,  # DrainingServer has waited by then
         )
         config.load()
         scheme = "http" if tls_cert is None else "https"
@@ -117,18 +135,20 @@ def serve_command(
             url=f"{scheme}://{where}:{listener.getsockname()[1]}",
             model=service.name,
             slots=scheduler.slots,
+            connections=connections,
             state_bytes=scheduler.metrics().state_bytes,
             prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
             backend=runtime.backend.name,
         )
-        # uvicorn drains at these signals and raises them again when it is done; that is the end wished for.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        quiet_signals()
+        server = DrainingServer(config, scheduler, drain)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         finally:
             scheduler.close(drain=False)
         log("stopped")
+        if server.stuck:  # Python's own end would wait for, or tear down, a thread inside the backend
+            os._exit(0)
 
 
 def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> PrefixStore | None:
