@@ -54,7 +54,8 @@ def check_length(runtime: Runtime, text: str) -> None:
         try:
             # A batch of one: other threads go on meanwhile, which `encode` does not let them.
             (begun,) = runtime.codec.tokenizer.encode_batch([text[:size]], add_special_tokens=False)
-        except Exception:  # whatever is wrong with the text, encoding it says
+        except Exception:  # encoding says what is wrong with the text
+            runtime.codec.encode(text[:size], add_special_tokens=False)
             return
         if len(begun.ids) > 2 * room:
             raise PromptError(f"{len(text):,} characters do not fit: the cache has room for {room} tokens")
