@@ -158,6 +158,7 @@ def test_with_few_file_descriptors_everybody_is_still_answered(served_package: P
     with Server(served_package, before=HASTY + few) as server:
         waiting = [connect(server) for _ in range(300)]
         assert answered(server)
+        assert len(server.log()) == len(server.lines)
         assert not any("traceback" in line for line in server.log())
         for raw in waiting:
             raw.close()

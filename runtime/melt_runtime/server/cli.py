@@ -89,7 +89,7 @@ def serve_command(
             import uvicorn
 
             from .app import Limits, build_app
-            from .connection import HEADER_BYTES, bounded, connection_limit
+            from .connection import HEADER_BYTES, bounded, room
             from .guard import Keys, is_loopback
             from .lifecycle import DrainingServer, quiet_signals
             from .logs import configure, log
@@ -114,10 +114,11 @@ def serve_command(
         service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
         app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
         configure()
-        connections = connection_limit(max_connections)
+        allowed = room(max_connections)
         config = uvicorn.Config(
             app,
-            http=bounded(connections),
+            http=bounded(allowed.connections),
+            backlog=allowed.backlog,
             ws="none",
             h11_max_incomplete_event_size=HEADER_BYTES,
             log_config=None,
@@ -135,7 +136,7 @@ def serve_command(
             url=f"{scheme}://{where}:{listener.getsockname()[1]}",
             model=service.name,
             slots=scheduler.slots,
-            connections=connections,
+            connections=allowed.connections,
             state_bytes=scheduler.metrics().state_bytes,
             prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
             backend=runtime.backend.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -15,24 +16,37 @@ from .failures import ApiError
 MAX_CONNECTIONS = 512  # where the system allows as many
 HEADER_BYTES = 64 << 10  # of a request's line and headers
 HEADER_SECONDS = 15.0  # from the connection, or the answer before, to the last byte of the headers
-_SPARE_FILES = 32  # that the process may yet open besides connections
-_LEAST = 8
+_BACKLOG = 128  # connections that are accepted in one go
+_SPARE_FILES = 16  # that the process may yet open besides connections
 
 
-def connection_limit(asked: int | None) -> int:
-    """How many connections there may be, so that accepting one more never fails for want of file descriptors.
+@dataclass(frozen=True)
+class Room:
+    """How many connections there may be, and how many more are accepted before the first of them is looked at."""
 
-    asked: None takes as many as is sensible here. Raises ArgumentError for more than the system allows.
+    connections: int
+    backlog: int
+
+
+def room(asked: int | None) -> Room:
+    """So much that accepting never fails for want of file descriptors, which would shut everybody out.
+
+    asked: connections; None takes as many as is sensible. Raises ArgumentError for more than the system allows.
     """
     free = _free_files()
+    if free is None:
+        return Room(MAX_CONNECTIONS if asked is None else asked, _BACKLOG)
+    backlog = min(_BACKLOG, max(free // 2, 1))
     if asked is None:
-        asked = MAX_CONNECTIONS if free is None else max(min(MAX_CONNECTIONS, free), _LEAST)
-    if free is not None and asked > free:
+        asked = min(MAX_CONNECTIONS, free - backlog)
+    else:
+        backlog = min(_BACKLOG, free - asked)
+    if asked < 1 or backlog < 1:
         raise ArgumentError(
-            f"{asked} connections need more file descriptors than the {max(free, 0)} that the system leaves; "
+            f"{max(asked, 1)} connections need more file descriptors than the {max(free, 0)} that the system leaves; "
             "raise the limit (ulimit -n), or lower --max-connections"
         )
-    return asked
+    return Room(asked, backlog)
 
 
 def _free_files() -> int | None:
