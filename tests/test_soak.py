@@ -19,6 +19,8 @@ def test_a_minute_of_mixed_requests_fails_none_and_leaves_memory_where_it_was(se
     assert report["first_errors"] == []
     assert report["errors"] == report["left_running"] == 0
     assert len(report["requests"]) == 5, "every kind of request was among them"
+    assert len(report["attacks"]) >= 6, "and most kinds of attacks"
+    assert all(row["attacked"] > 0 < row["alone"] for row in report["honest"].values())
     assert report["tokens"] > 0
     grown, settled = report["memory"]["grown_bytes"], report["memory"]["settled_bytes"]
     assert grown < 0.05 * settled, f"resident memory grew from {settled:,.0f} by {grown:,.0f} bytes"
