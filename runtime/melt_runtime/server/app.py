@@ -60,7 +60,7 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
                 note(request, **ask.model_dump(include={"prompt", "messages"}))
             return ask, service.job(ask)
 
-        return await preparation.run(prepare)
+        return await preparation.run(prepare, len(body))
 
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import from_json
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from ..errors import BusyError
+from ..errors import BusyError, MeltError
 from .failures import ApiError, as_refusal
 from .schema import Ask
 
@@ -21,6 +22,7 @@ R = TypeVar("R")
 BODY_SECONDS = 60.0  # how long a body may take to arrive
 MAX_UPLOADS = 64 << 20  # bytes of bodies that have not arrived whole, all together
 _AT_ONCE = 2  # calls that are prepared at once
+_LARGE = 1 << 16  # bytes of a body after which memory is given back
 
 
 class Uploads:
@@ -74,24 +76,59 @@ class Preparation:
     turn, and ``most`` that wait for theirs. Raises BusyError for one more."""
 
     def __init__(self, most: int):
-        self.most, self._waiting, self._turn = most, 0, asyncio.Semaphore(_AT_ONCE)
+        self.most, self._waiting = most, 0
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "melt-prepare")
 
-    async def run(self, work: Callable[[], R]) -> R:
-        """What ``work`` gives."""
+    async def run(self, work: Callable[[], R], size: int = 0) -> R:
+        """What ``work`` gives. size: bytes of what it works on."""
         if self._waiting >= self.most:
             raise BusyError(f"{self._waiting} calls wait to be prepared; try again in a second", 1.0)
         self._waiting += 1
         try:
-            async with self._turn:
-                return await run_in_threadpool(work)
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, _refused, work)
+            if isinstance(found, Exception):
+                raise found
+            return found
         finally:
             self._waiting -= 1
+            if size > _LARGE:
+                asyncio.get_running_loop().run_in_executor(self._threads, give_back)
+
+    def close(self) -> None:
+        """Ends its threads, once they are done."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _refused(work: Callable[[], R]) -> R | Exception:
+    """What ``work`` gives or refuses; a refusal alone, without the frames that hold the body and all that was made of
+    it."""
+    try:
+        return work()
+    except (ApiError, MeltError) as error:
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        return error
+
+
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return None
+
+
+_TRIM = _trim()
+
+
+def give_back() -> None:
+    """Returns memory that was freed to the system, where the C library keeps it."""
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def parsed(kind: type[A], body: bytes) -> A:
     """What a body asks for. Raises ApiError 400."""
     try:
-        content = from_json(body, allow_inf_nan=False)
+        content = from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="json_invalid") from error
     try:
