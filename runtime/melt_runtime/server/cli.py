@@ -93,6 +93,7 @@ def serve_command(
             from .guard import Keys, is_loopback
             from .lifecycle import DrainingServer, quiet_signals
             from .logs import configure, log
+            from .process import settle
             from .service import Service
         except ImportError as error:
             raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
@@ -105,7 +106,9 @@ def serve_command(
             raise ArgumentError("--tls-cert and --tls-key belong together")
         if not 0 < max_seconds < math.inf:
             raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
+        allowed = room(max_connections)
         listener = _listen(host, port, stall)
+        settle()
         with hash_progress(package) as progress:
             runtime = Runtime.load(package, backend=backend, device=device, threads=threads, progress=progress)
         prefixes = _prefix_store(runtime, slots, prefix_bytes)
@@ -114,7 +117,6 @@ def serve_command(
         service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
         app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
         configure()
-        allowed = room(max_connections)
         config = uvicorn.Config(
             app,
             http=bounded(allowed.connections),

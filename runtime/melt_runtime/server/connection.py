@@ -17,7 +17,7 @@ MAX_CONNECTIONS = 512  # where the system allows as many
 HEADER_BYTES = 64 << 10  # of a request's line and headers
 HEADER_SECONDS = 15.0  # from the connection, or the answer before, to the last byte of the headers
 _BACKLOG = 128  # connections that are accepted in one go
-_SPARE_FILES = 16  # that the process may yet open besides connections
+_SPARE_FILES = 24  # that the process may yet open besides connections
 
 
 @dataclass(frozen=True)

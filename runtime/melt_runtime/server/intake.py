@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -15,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from ..errors import BusyError, MeltError
 from .failures import ApiError, as_refusal
+from .process import give_back
 from .schema import Ask
 
 A = TypeVar("A", bound=Ask)
@@ -107,22 +107,6 @@ def _refused(work: Callable[[], R]) -> R | Exception:
     except (ApiError, MeltError) as error:
         error.__traceback__ = error.__cause__ = error.__context__ = None
         return error
-
-
-def _trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return None
-
-
-_TRIM = _trim()
-
-
-def give_back() -> None:
-    """Returns memory that was freed to the system, where the C library keeps it."""
-    if _TRIM is not None:
-        _TRIM(0)
 
 
 def parsed(kind: type[A], body: bytes) -> A:
