@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 MOST = (1 << 31) - 1  # of any count or id
-MAX_STOPS, MAX_STOP_LENGTH = 128, 1024  # stop strings of a request, and characters of one
+MAX_STOPS, MAX_STOP_LENGTH = 256, 8192  # stop strings of a request, and characters of one
 TAG = "~"  # begins the name of a branch of a union, which is no part of a field's path
 
 Share = Annotated[float, Field(ge=0, le=1)]
