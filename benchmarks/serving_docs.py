@@ -39,6 +39,12 @@ def soak(section: Row) -> str:
             ("answer in one piece", section["whole"]),
         )
     ]
+    attacks, honest = section.get("attacks", {}), section.get("honest", {})
+    latency += [
+        [f"{name}, while {sum(attacks.values()):,} attacks came", "", f"{honest[key]['attacked'] * 1e3:.1f}", ""]
+        for name, key in (("first token", "first_token"), ("whole stream", "stream"), ("in one piece", "whole"))
+        if attacks
+    ]
     totals = [
         ["requests", f"{asked:,}"],
         ["failed", f"{section['errors']:,}"],
@@ -54,6 +60,7 @@ def soak(section: Row) -> str:
         + command(section["command"])
         + f"\n{facts(section)}\n"
         + table(["", "measured"], totals)
+        + (f"\nAttacks: {', '.join(f'{count:,} {name}' for name, count in attacks.items())}.\n" if attacks else "")
         + f"\nHow long clients waited, in ms; answers have 1 to {settings['longest']} tokens, and "
         f"{plural(max(settings['clients'] - settings['slots'], 0), 'client')} at a time wait for a slot.\n\n"
         + table(["", "p50", "p99", "answers"], latency)

@@ -1,11 +1,14 @@
 """A server under mixed requests for a while: does one fail, does its memory stay where it is?
 
-    python benchmarks/soak.py [--seconds 600] [--json FILE] [--package DIR]
+    python benchmarks/soak.py [--seconds 600 | --quick] [--json FILE] [--package DIR]
 
 Starts ``melt-run serve`` on loopback with a small package (random weights; or one that is there) and lets clients ask
 without a pause: short and long, streamed and whole, at all depths, greedy and drawn, several choices at once, streams
 that are cut half way, and requests that must be refused. A request fails if its answer is not what it must be: another
 status, a stream without its end, another number of tokens. Ends after so many seconds, or so many requests.
+
+In the third quarter of the time clients that mean harm (``attacks.py``) are among them. The honest 99th percentile
+may double, and once they are gone the memory must be within 5% of what it was before.
 
 Needs Linux, and pip install 'melt-export[export,serve]' httpx. ``serving_docs.py`` puts the figures into
 docs/serving.md.
@@ -31,12 +34,14 @@ from typing import Annotated, Any
 import httpx
 import numpy as np
 import typer
+from attacks import PAUSE, Attacker
 from common import command_line, loaded_machine, random_package, save, versions
 from loop_step import in_child
 from melt_runtime.machine import resident
 from melt_runtime.package import Package
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 _LIBRARIES = ("melt-export", "onnxruntime", "fastapi", "uvicorn")
 _MODEL = {
@@ -52,16 +57,20 @@ _MODEL = {
 }
 _WAIT = 120.0  # seconds after which a request has failed
 _ENOUGH = 100  # failed requests after which nobody asks any more
+_ATTACKED = (0.5, 0.75)  # of the time
+_SLOWER, _LARGER = 2.0, 0.05  # what the attacked quarter may do to the 99th percentile, and leave of memory
 
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: how long; most: requests after which it ends all the same; clients: that ask at once; slots: of the
-    server; threads: it computes with; longest: new tokens of a long answer; seed: of the mixture."""
+    """seconds: how long; most: requests after which it ends all the same; clients: that ask at once; attackers: that
+    mean harm, for a quarter of the time; slots: of the server; threads: it computes with; longest: new tokens of a long
+    answer; seed: of the mixture."""
 
     seconds: float = 600.0
     most: int = 500_000
     clients: int = 6
+    attackers: int = 2
     slots: int = 4
     threads: int = 1
     longest: int = 200
@@ -85,8 +94,10 @@ class Tally:
     """What came of the requests so far. Any thread may add to it."""
 
     asked: Counter[str] = field(default_factory=Counter)
-    seconds: list[tuple[float, float]] = field(default_factory=list)  # first token, whole answer; of streams not cut
-    whole: list[float] = field(default_factory=list)  # of answers that came in one piece
+    # When it was asked, seconds to the first token and to the end; of streams not cut.
+    seconds: list[tuple[float, float, float]] = field(default_factory=list)
+    whole: list[tuple[float, float]] = field(default_factory=list)  # the same of answers that came in one piece
+    attacks: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     errors: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -132,7 +143,7 @@ def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
             if counts != [kind.body["max_tokens"]] * kind.body.get("n", 1):
                 raise ValueError(f"{counts} tokens instead of {kind.body['max_tokens']}")
             with tally.lock:
-                tally.whole.append(monotonic() - begin)
+                tally.whole.append((begin, monotonic() - begin))
                 tally.tokens += sum(counts)
         return
     count, first, done = 0, 0.0, False
@@ -150,7 +161,7 @@ def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
         tally.tokens += count
         if kind.cut is not None:
             return
-        tally.seconds.append((first, monotonic() - begin))
+        tally.seconds.append((begin, first, monotonic() - begin))
     if not done or count != kind.body["max_tokens"]:
         raise ValueError(f"a stream of {count} tokens instead of {kind.body['max_tokens']}, ended well: {done}")
 
@@ -172,6 +183,38 @@ def client_loop(
             except Exception as error:
                 with tally.lock:
                     tally.errors.append(f"{kind.name}: {error!r}")
+
+
+def attacker_loop(url: str, settings: Settings, number: int, tally: Tally, start: float, due: float) -> None:
+    """One client that means harm, from ``start`` to ``due``."""
+    sleep(max(start - monotonic(), 0.0))
+    attacker = Attacker(url, random.Random(settings.seed * 1000 - 1 - number))
+    while monotonic() < due:
+        try:
+            name = attacker.attack()
+        except Exception as error:
+            with tally.lock:
+                tally.errors.append(f"an attack: {error!r}")
+        else:
+            with tally.lock:
+                tally.attacks[name] += 1
+        sleep(PAUSE)
+    attacker.close()
+
+
+def attacked(tally: Tally, start: float, due: float) -> dict[str, Any]:
+    """The 99th percentiles of honest clients while nobody meant harm, and of those who asked from ``start`` to ``due``,
+    in seconds."""
+    found: dict[str, Any] = {}
+    for name, values in (
+        ("first_token", [(at, first) for at, first, _ in tally.seconds]),
+        ("stream", [(at, whole) for at, _, whole in tally.seconds]),
+        ("whole", tally.whole),
+    ):
+        beside = [value for at, value in values if start <= at < due]
+        alone = [value for at, value in values if not start <= at < due]
+        found[name] = {"alone": quantiles(alone)["p99"], "attacked": quantiles(beside)["p99"]}
+    return found
 
 
 @contextmanager
@@ -258,10 +301,17 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
     with serving(package, settings) as (url, process):
         begin = monotonic()
         arguments = (url, settings)
+        start, due = (begin + part * settings.seconds for part in _ATTACKED)
         clients = [
             threading.Thread(target=client_loop, args=(*arguments, number, kind, tally, begin + settings.seconds))
             for number in range(settings.clients)
         ]
+        attackers = [
+            threading.Thread(target=attacker_loop, args=(*arguments, number, tally, start, due), daemon=True)
+            for number in range(settings.attackers)
+        ]
+        for attacker in attackers:
+            attacker.start()
         for client in clients:
             client.start()
         samples: list[tuple[float, int]] = []
@@ -281,13 +331,29 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
         "errors": len(tally.errors),
         "first_errors": tally.errors[:10],
         "tokens": tally.tokens,
-        "first_token": quantiles([first for first, _ in tally.seconds]),
-        "stream": quantiles([whole for _, whole in tally.seconds]),
-        "whole": quantiles(tally.whole),
+        "attacks": dict(sorted(tally.attacks.items())),
+        "honest": attacked(tally, start, due),
+        "first_token": quantiles([first for _, first, _ in tally.seconds]),
+        "stream": quantiles([whole for _, _, whole in tally.seconds]),
+        "whole": quantiles([whole for _, whole in tally.whole]),
         "state_bytes": state["state_bytes"],
         "left_running": state["running"] + state["waiting"],
         "memory": memory(samples, seconds),
     }
+
+
+def with_tokenizer(directory: Path, shape: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
+    """As ``random_package``; the package has a tokenizer of characters, so that grammars and stop strings mean
+    something to it."""
+    for line in random_package(directory, shape, options):
+        if (directory / "checkpoint").is_dir():
+            characters = ["<pad>", "<end>", "<unk>", *map(chr, range(32, 127))]
+            vocabulary = {token: at for at, token in enumerate(characters)}
+            tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+            tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+            tokenizer.add_special_tokens(["<pad>", "<end>", "<unk>"])
+            tokenizer.save(str(directory / "checkpoint" / "tokenizer.json"))
+        yield line
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -301,33 +367,55 @@ def show(report: dict[str, Any], console: Console) -> None:
         row = report[name]
         table.add_row(name, f"{row['p50'] * 1e3:.1f} ms", f"{row['p99'] * 1e3:.1f} ms", f"{row['count']:,}")
     console.print(table)
+    if report["attacks"]:
+        console.print(f"{sum(report['attacks'].values()):,} attacks: {report['attacks']}")
+        for name, row in report["honest"].items():
+            console.print(f"{name}, p99: {row['alone'] * 1e3:.1f} ms alone, {row['attacked'] * 1e3:.1f} ms attacked")
     for error in report["first_errors"]:
         console.print(error)
+
+
+def broken(report: dict[str, Any]) -> list[str]:
+    """What the soak was to show and did not."""
+    grown, settled = report["memory"]["grown_bytes"], report["memory"]["settled_bytes"]
+    found = [f"{report['errors']} requests failed"] if report["errors"] else []
+    found += [f"memory grew by {grown / settled:.1%}"] if grown > _LARGER * settled else []
+    return found + [
+        f"{name}: attacks made the 99th percentile {row['attacked'] / row['alone']:.1f} times as long"
+        for name, row in report["honest"].items()
+        if row["attacked"] > _SLOWER * row["alone"] > 0
+    ]
 
 
 def main(
     package: Annotated[Path | None, typer.Option(help="Serve this package instead of one of our own.")] = None,
     seconds: Annotated[float, typer.Option(help="How long.", min=4)] = Settings.seconds,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Half a minute: shows that all of it works, and says nothing of figures.")
+    ] = False,
     clients: Annotated[int, typer.Option(help="Clients that ask at once.", min=1)] = Settings.clients,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the section 'soak' of this JSON file.")
     ] = None,
 ) -> None:
     """Serve mixed requests for a while; fails if one of them did."""
-    settings = Settings(seconds=seconds, clients=clients)
+    settings = Settings(seconds=30.0 if quick else seconds, clients=clients)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="melt-soak-") as name:
         if package is None:
-            for line in in_child(random_package, Path(name), _MODEL, {"max_batch": 8}):
+            for line in in_child(with_tokenizer, Path(name), _MODEL, {"max_batch": 8}):
                 console.print(line)
             package = Path(name) / "package"
         with console.status("asking") as status:
-            report = run(settings, package, lambda at: status.update(f"asking: {at:.0f} of {seconds:.0f} s"))
+            report = run(settings, package, lambda at: status.update(f"asking: {at:.0f} of {settings.seconds:.0f} s"))
     report["command"] = command_line("soak.py", sys.argv[1:])
     show(report, Console())
     if json_file is not None:
         save(json_file, "soak", report)
-    if report["errors"]:
+    wrong = ["requests failed"] * bool(report["errors"]) if quick else broken(report)
+    for sentence in wrong:
+        console.print(sentence)
+    if wrong:
         raise SystemExit(1)
 
 

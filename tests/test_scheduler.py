@@ -175,7 +175,7 @@ def test_prefill_runs_on_its_slot_alone(runtime: Runtime) -> None:
         patch.setattr(
             LoopDriver,
             "advance",
-            lambda self, tokens, settings: work.append([len(ids) for ids in tokens]) or advance(self, tokens, settings),
+            lambda self, tokens, *a: work.append([len(ids) for ids in tokens]) or advance(self, tokens, *a),
         )
         tickets = [scheduler.submit(request(runtime, range(3, 23), max_tokens=6)) for _ in range(4)]
         for ticket in tickets:

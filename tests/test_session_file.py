@@ -197,6 +197,8 @@ IMPOSSIBLE: dict[str, Callable[[session_file.Saved], dict[str, Any]]] = {
     "a token outside the vocabulary": lambda s: {"tokens": s.tokens + 50},
     "more depths than tokens": lambda s: {"depth": np.append(s.depth, 4)},
     "a token that ran no loop": lambda s: {"depth": s.depth * 0},
+    "a token that ran too many loops": lambda s: {"depth": s.depth + 1024},
+    "an option beyond the bound": lambda s: {"options": {"loops": 10**9}},
     "a drawn token outside the vocabulary": lambda s: {"drawn": 50},
     "a drawn token that is none": lambda s: {"drawn": "a"},
     "chunks that begin later": lambda s: {"chunk_starts": s.chunk_starts + 1},

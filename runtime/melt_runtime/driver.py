@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any, NamedTuple
 
@@ -18,6 +18,13 @@ from .package import Manifest
 __all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
 
 Settings = LoopSettings | Sequence[LoopSettings]  # one for all sequences, or one for each
+# Called between two loops with who is still in them (batch,), None: all; raises Interrupted to end the call.
+Between = Callable[..., None]
+_LAUNCHED = 4  # times the package's loops: more are launched one by one where somebody looks between them
+
+
+class Interrupted(Exception):
+    """Nobody wants a call's tokens any more; the sequences are as they were before it."""
 
 
 class Chunk(NamedTuple):
@@ -106,23 +113,32 @@ class LoopDriver:
         """
         return self.advance(tokens, settings).full()
 
-    def advance(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NextLogits:
-        """As ``append``, but leaves the logits where they are until they are asked for."""
+    def advance(
+        self, tokens: Sequence[Sequence[int]], settings: Settings, between: Between | None = None
+    ) -> NextLogits:
+        """As ``append``, but leaves the logits where they are until they are asked for. Raises Interrupted if
+        ``between`` does; nothing was appended then."""
         logits = NextLogits(self.state, self.manifest.vocab_size)
         single = self._single(tokens)
-        if single is self._each_one and self._again(settings):
+        if single is self._each_one and self._again(settings, between):
             logits.follow(self._zeros, self._all)
             return logits
         each = self.each(settings)
-        for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
-            for group in self._groups(chunk, each):
-                logits.keep()
-                self._run(group, each)
-                columns = self._zeros if group.ids.shape[1] == 1 else np.maximum(group.counts - 1, 0)[:, None]
-                logits.follow(columns, group.last)
+        before = self.lengths.tolist()
+        try:
+            for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
+                for group in self._groups(chunk, each):
+                    logits.keep()
+                    self._run(group, each, between)
+                    columns = self._zeros if group.ids.shape[1] == 1 else np.maximum(group.counts - 1, 0)[:, None]
+                    logits.follow(columns, group.last)
+        except Interrupted:
+            for slot, length in enumerate(before):
+                self.truncate(slot, length)
+            raise
         return logits
 
-    def _again(self, settings: Settings) -> bool:
+    def _again(self, settings: Settings, between: Between | None) -> bool:
         """Runs one more token of every sequence, in its place already, by settings that ran before. False, and nothing
         ran, by others.
 
@@ -134,7 +150,7 @@ class LoopDriver:
             return False
         if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
             return False
-        self.state.run_chunk(self._ids, self._steady, fixed.loops, head=True)
+        self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between)
         for slot, spent in enumerate(self.depth):
             spent.append(fixed.loops)
             self._lengths[slot] = len(spent)
@@ -194,7 +210,7 @@ class LoopDriver:
         self._ids[counts == 0] = 0
         return _chunk(self._ids, counts, counts > 0)
 
-    def loops(self, chunk: Chunk, settings: Settings) -> Iterator[LoopControl]:
+    def loops(self, chunk: Chunk, settings: Settings, between: Between | None = None) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
 
         A token that has left the loop, by its sequence's settings, has its hidden and latent frozen from then on, so
@@ -211,15 +227,18 @@ class LoopDriver:
             yield control
             if not depth.active.any():
                 break
+            if between is not None:
+                between(depth.active.any(axis=1))
         self.state.commit(control)
         self._count([row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)])  # type: ignore[call-overload]
 
-    def _run(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
+    def _run(self, chunk: Chunk, each: Sequence[LoopSettings], between: Between | None) -> None:
         """A chunk's loops: all at once, where nothing is to be decided on the way."""
         counts = chunk.counts.tolist()
         asked = [settings for settings, count in zip(each, counts, strict=True) if count]
-        if any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1:
-            for _ in self.loops(chunk, each):
+        decided = any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1
+        if decided or (between is not None and asked[0].loops > _LAUNCHED * self.manifest.loops):
+            for _ in self.loops(chunk, each, between):
                 pass
             return
         self._check_depth(chunk, each)
@@ -227,7 +246,7 @@ class LoopDriver:
         if self.manifest.cache_loops is None:
             self._fixed = asked[0]
         control = LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
-        self.state.run_chunk(chunk.ids, control, loops, head=any(chunk.last.tolist()))
+        self.state.run_chunk(chunk.ids, control, loops, any(chunk.last.tolist()), between)
         self._count([[loops] * count for count in counts])
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:

@@ -19,7 +19,8 @@ from .track import Generation, Piece
 
 __all__ = ["Listener", "Request", "Scheduler", "SchedulerMetrics", "Ticket"]
 
-_GRACE = 60.0  # seconds that closing waits for a step that is being computed
+_GRACE = 60.0  # seconds that closing waits for a loop that is being computed
+_LOOK = 0.01  # seconds between two looks, in the middle of a step, at who was cancelled or is late
 
 
 class Scheduler:
@@ -53,10 +54,13 @@ class Scheduler:
         self.slots, self._state_bytes = driver.batch, driver.state.state_bytes
         self._weights_bytes = runtime.manifest.weights_bytes
         self._prefixes = prefixes
-        self._slots = Slots(driver, runtime.codec, prefixes, self._meter.prefilled, self._meter.reused)
+        self._slots = Slots(driver, runtime.codec, prefixes, self._meter.prefilled, self._meter.reused, self._look)
+        self._moved: float | None = None  # when the thread last moved on; None: there is nothing to do
+        self._looked = 0.0
         self._changed = threading.Condition()  # guards what follows, and what is waiting
         self._waiting: deque[Ticket] = deque()
         self._closing = self._stopping = False  # no new requests; and none of the old ones either
+        self._left = False  # the thread did not come back, and nobody waits for it any more
         self._thread = threading.Thread(target=self._work, name="melt-scheduler", daemon=True)
         self._thread.start()
         atexit.register(self._exit)
@@ -91,6 +95,13 @@ class Scheduler:
         with self._changed:
             return not self._closing and self._thread.is_alive()
 
+    @property
+    def still(self) -> float:
+        """Seconds for which the thread has been at one loop, or whatever else it does between two; 0 while there is
+        nothing to do."""
+        moved = self._moved
+        return 0.0 if moved is None else max(monotonic() - moved, 0.0)
+
     def metrics(self) -> SchedulerMetrics:
         """A snapshot of what was counted."""
         with self._changed:
@@ -98,12 +109,13 @@ class Scheduler:
         kept = 0 if self._prefixes is None else self._prefixes.bytes
         return self._meter.snapshot(waiting, running, self.slots, self._state_bytes, self._weights_bytes, kept)
 
-    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+    def close(self, drain: bool = True, timeout: float | None = None, grace: float = _GRACE) -> bool:
         """Takes no more requests and ends: those that it has run to their end (drain) or are cancelled.
 
         After ``timeout`` seconds of draining the rest is cancelled. Afterwards every ticket is over. A listener may
-        call this too, and does not wait. If the backend does not come back from a step within a minute of being asked
-        to stop, the tickets end with a BackendError and its thread is left behind.
+        call this too, and does not wait. If the backend does not come back from a loop within ``grace`` seconds of
+        being asked to stop, the tickets end with a BackendError and its thread is left behind. Returns whether the
+        thread has ended.
         """
         with self._changed:
             self._closing = True
@@ -111,15 +123,18 @@ class Scheduler:
             self._changed.notify_all()
         atexit.unregister(self._exit)
         if threading.current_thread() is self._thread:
-            return
+            return False
         if drain:
             self._thread.join(timeout)
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
-        self._thread.join(_GRACE)
-        if self._thread.is_alive():
-            self._abandon(BackendError(f"the backend did not come back from a step within {_GRACE:.0f} seconds"))
+        if not self._left:
+            self._thread.join(grace)
+        if self._thread.is_alive() and not self._left:
+            self._left = True
+            self._abandon(BackendError(f"the backend did not come back from a loop within {grace:g} seconds"))
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +167,7 @@ class Scheduler:
         """Waits until there is something to do; False when all is done and the scheduler is closing."""
         with self._changed:
             while not (self._waiting or self._slots.running):
+                self._moved = None
                 if self._closing:
                     return False
                 self._changed.wait()
@@ -160,6 +176,7 @@ class Scheduler:
     def _turn(self) -> None:
         """Who must end ends, who waits is admitted; then a chunk of a prompt, and a token of everybody."""
         for step in (self._slots.prefill, self._slots.decode):
+            self._moved = self._looked = monotonic()
             self._sweep()
             self._admit()
             try:
@@ -169,8 +186,22 @@ class Scheduler:
                 return
             for sequence, what in drawn:
                 self._deliver(sequence, what)
+            self._release_over()
 
-    def _sweep(self) -> None:
+    def _look(self) -> None:
+        """Called between two loops: who must end ends here; the slot stays taken until the step is over."""
+        now = self._moved = monotonic()
+        if now - self._looked >= _LOOK:
+            self._looked = now
+            self._sweep(in_step=True)
+
+    def _release_over(self) -> None:
+        """Empties the slots of those that ended in the middle of a step."""
+        for sequence in [one for one in self._slots.running.values() if one.over]:
+            with self._changed:
+                self._slots.release(sequence)
+
+    def _sweep(self, in_step: bool = False) -> None:
         """Ends requests that were cancelled or whose time is over, whether they wait or run."""
         now = monotonic()
         with self._changed:
@@ -184,8 +215,8 @@ class Scheduler:
                 ticket.finish(Generation("", (), reason, len(request.prompt), (), request.options.loops.loops))
         for sequence in list(self._slots.running.values()):
             reason = "cancelled" if stopping else sequence.ticket.reason(now)
-            if reason is not None:
-                self._finish(sequence, reason)
+            if reason is not None and not sequence.over:
+                self._finish(sequence, reason, in_step)
 
     def _admit(self) -> None:
         """First come, first served."""
@@ -220,9 +251,9 @@ class Scheduler:
         if what.finish_reason is not None:
             self._finish(sequence)
 
-    def _finish(self, sequence: Running, reason: str | None = None) -> None:
+    def _finish(self, sequence: Running, reason: str | None = None, in_step: bool = False) -> None:
         with self._changed:
-            result = self._slots.end(sequence, reason)
+            result = (self._slots.stop if in_step else self._slots.end)(sequence, reason)
         self._meter.ended(result.finish_reason, monotonic() - sequence.started)
         sequence.ticket.finish(result)
 
@@ -234,6 +265,7 @@ class Scheduler:
 
     def _fail_running(self, error: MeltError) -> None:
         """A step failed: what the state holds is worth nothing, so all that runs ends. What waits may yet run."""
+        self._release_over()
         for sequence in list(self._slots.running.values()):
             self._fail(sequence, error)
 

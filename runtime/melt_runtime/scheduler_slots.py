@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .depth import LoopSettings
-from .driver import LoopDriver
+from .driver import Interrupted, LoopDriver
 from .errors import ArgumentError, MeltError
 from .logits import NextLogits
 from .scheduler_ticket import Ticket
@@ -42,7 +46,8 @@ class Prefixes(Protocol):
 @dataclass(eq=False)
 class Running:
     """A sequence in a slot: prefilled as far as ``fed`` tokens of its prompt, of which the first ``known`` were put
-    back; ``token`` is the one to run next, None while the prompt is not through. Times are ``monotonic``'s."""
+    back; ``token`` is the one to run next, None while the prompt is not through. ``over``: it ended in the middle of a
+    step, after which its slot is emptied. Times are ``monotonic``'s."""
 
     ticket: Ticket
     track: Track
@@ -52,6 +57,7 @@ class Running:
     token: int | None = None
     started: float = field(default_factory=monotonic)
     last: float | None = None  # when its last token came
+    over: bool = False
 
 
 Drawn = tuple[Running, Piece | MeltError]
@@ -63,6 +69,8 @@ class Slots:
 
     Not for several threads. What a backend raises goes through; afterwards only ``release`` may be called for the
     sequences that were there. ``prefilled`` hears how many prompt tokens ran, ``reused`` how many did not need to.
+    ``look`` is called between two loops and may end sequences there (``stop``): a step goes on for as long as somebody
+    who is still in its loops wants its token.
     """
 
     def __init__(
@@ -72,14 +80,16 @@ class Slots:
         prefixes: Prefixes | None = None,
         prefilled: Callable[[int], None] = lambda tokens: None,
         reused: Callable[[int], None] = lambda tokens: None,
+        look: Callable[[], None] = lambda: None,
     ):
         if prefixes is not None:
             prefixes.claim(driver)
         self.driver, self.codec, self.prefixes = driver, codec, prefixes
-        self.prefilled, self.reused = prefilled, reused
+        self.prefilled, self.reused, self._look = prefilled, reused, look
         self.running: dict[int, Running] = {}
         self._prefilling: deque[Running] = deque()
         self._parts: dict[tuple[int, int], LoopDriver] = {(0, driver.batch): driver}
+        self._stepping: list[Running] = []  # whose tokens a step is about
 
     def free(self) -> int:
         """How many slots are empty."""
@@ -112,11 +122,16 @@ class Slots:
 
     def end(self, sequence: Running, reason: str | None = None) -> Generation:
         """The sequence as it stands, ended by itself or for a reason from outside; empties its slot."""
-        if reason is not None:
-            sequence.track.end(reason)
-        result = sequence.track.result(self.driver.depth[sequence.slot], sequence.known)
+        result = self.stop(sequence, reason)
         self.release(sequence)
         return result
+
+    def stop(self, sequence: Running, reason: str | None) -> Generation:
+        """As ``end``, but leaves the slot to the step that is being run."""
+        if reason is not None:
+            sequence.track.end(reason)
+        sequence.over = True
+        return sequence.track.result(self.driver.depth[sequence.slot], sequence.known)
 
     def prefill(self) -> list[Drawn]:
         """One chunk of one prompt, each prompt in turn; with its last chunk comes the first token."""
@@ -129,9 +144,15 @@ class Slots:
             if sequence.known:
                 self.reused(sequence.known)
         chunk = prompt[sequence.fed : sequence.fed + (settings.chunk or self.driver.manifest.chunk)]
-        logits, first = self._advance(sequence.slot, 1, {sequence.slot: (chunk, settings)})
+        self._stepping = [sequence]
+        try:
+            logits, first = self._advance(sequence.slot, 1, {sequence.slot: (chunk, settings)})
+        except Interrupted:
+            return []
         sequence.fed += len(chunk)
         self.prefilled(len(chunk))
+        if sequence.over:
+            return []
         if sequence.fed < len(prompt):
             self._prefilling.append(sequence)
             return []
@@ -145,8 +166,12 @@ class Slots:
         if not ready:
             return []
         work: Work = {one.slot: ((one.token,), one.track.options.loops) for one in ready if one.token is not None}
-        logits, first = self._advance(0, ready[-1].slot + 1, work)
-        return [self._draw(one, logits, first) for one in ready]
+        self._stepping = ready
+        try:
+            logits, first = self._advance(0, ready[-1].slot + 1, work)
+        except Interrupted:
+            return []
+        return [self._draw(one, logits, first) for one in ready if not one.over]
 
     def _advance(self, first: int, count: int, work: Work) -> tuple[NextLogits, int]:
         """Runs new tokens by slot on a part of the batch, or where there is none on the whole. Returns the logits, and
@@ -160,7 +185,14 @@ class Slots:
         idle: tuple[tuple[int, ...], LoopSettings] = ((), _IDLE)
         each = [work.get(slot, idle) for slot in range(first, first + count)]
         tokens, settings = [one[0] for one in each], [one[1] for one in each]
-        return self._parts[first, count].advance(tokens, settings), first
+        return self._parts[first, count].advance(tokens, settings, partial(self._between, first)), first
+
+    def _between(self, first: int, active: NDArray[np.bool_] | None = None) -> None:
+        """Looks up between two loops. Raises Interrupted when all who are still in them are over; ``active``: who is,
+        from slot ``first`` on (None: all)."""
+        self._look()
+        if all(one.over or not (active is None or active[one.slot - first]) for one in self._stepping):
+            raise Interrupted
 
     def _draw(self, sequence: Running, logits: NextLogits, first: int) -> Drawn:
         """The next token of a sequence; an error of its own sampling or constraint is its own alone."""

@@ -75,7 +75,7 @@ class Ticket:
         self._outcome: Generation | MeltError | None = None
 
     def cancel(self) -> None:
-        """Ends the request with the next token at the latest; nothing happens if it is over."""
+        """Ends the request with the next loop or token; nothing happens if it is over."""
         self.cancelled = True
         self._wake()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,10 +55,18 @@ class BackendState(Protocol):
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
         """One loop step; swaps hidden and latent. Returns the exit probability (batch, chunk), valid until the next."""
 
-    def run_chunk(self, token_ids: NDArray[np.int64], control: LoopControl, loops: int, head: bool) -> None:
+    def run_chunk(
+        self,
+        token_ids: NDArray[np.int64],
+        control: LoopControl,
+        loops: int,
+        head: bool,
+        between: Callable[[], None] | None = None,
+    ) -> None:
         """``embed``, ``loops`` loop steps and ``commit``, nothing decided between; ``control`` is the first one's.
 
-        ``head``: whether logits are wanted next, so that the whole token may be one launch; only a hint.
+        ``head``: whether logits are wanted next, so that the whole token may be one launch; only a hint. ``between``:
+        called between two loops that are launched one by one; what it raises ends the chunk, of which no row counts.
         """
 
     def commit(self, control: LoopControl) -> None:

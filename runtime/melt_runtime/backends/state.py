@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -145,7 +145,14 @@ class BufferState(ABC):
         self.run_loop(*self.prepare(control))
         return self._exits()
 
-    def run_chunk(self, token_ids: NDArray[np.int64], control: LoopControl, loops: int, head: bool) -> None:
+    def run_chunk(
+        self,
+        token_ids: NDArray[np.int64],
+        control: LoopControl,
+        loops: int,
+        head: bool,
+        between: Callable[[], None] | None = None,
+    ) -> None:
         """A chunk from token ids to its last loop's rows in the cache, with nothing to decide on the way.
 
         ``control`` is the first loop's. ``head`` says whether logits are wanted next: only a hint. Of one token the
@@ -155,6 +162,8 @@ class BufferState(ABC):
         self.embed(token_ids)
         width, context = self._begin_loops(control)
         for loop in range(loops):
+            if loop and between is not None:
+                between()
             self.run_loop(width, context, "first_loop/0" if loop else "first_loop/1")
         if head and width == 1:
             self.run_head()

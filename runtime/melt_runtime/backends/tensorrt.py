@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -278,8 +279,15 @@ class TensorRTState(BufferState):
         self.current, self._fresh = 1 - before, ("exit_probability",)
         return self._exits()
 
-    def run_chunk(self, token_ids: NDArray[np.int64], control: LoopControl, loops: int, head: bool) -> None:
-        """A chunk; of one token, embedding, loops, head and the likeliest few are one graph."""
+    def run_chunk(
+        self,
+        token_ids: NDArray[np.int64],
+        control: LoopControl,
+        loops: int,
+        head: bool,
+        between: Callable[[], None] | None = None,
+    ) -> None:
+        """A chunk; of one token, embedding, loops, head and the likeliest few are one graph, with nothing between."""
         self._begin(token_ids.shape[1])
         self.width = token_ids.shape[1]
         self.put("input_ids", token_ids)

@@ -7,27 +7,29 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from time import time
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..errors import MeltError
 from ..track import Generation, Piece
-from .failures import ApiError, as_api_error, as_refusal
-from .guard import Guard, Keys, note, read_body, request_id
+from .failures import ApiError, as_api_error
+from .guard import Guard, Keys, note, request_id
+from .intake import Preparation, Uploads, parsed
 from .metrics import CONTENT_TYPE, prometheus
 from .replies import Form, usage
-from .schema import Ask, ChatAsk, CompletionAsk
+from .schema import ChatAsk, CompletionAsk
 from .service import Job, Service
 from .streaming import EventStream, Feed
 
-A = TypeVar("A", bound=Ask)
-# A page that may ask nobody but this server.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+# A page that may ask nobody but this server, and stand in no other page.
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,20 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
     app.add_middleware(Guard, keys=limits.keys, local=limits.local)
     _add_failures(app)
     _add_facts(app, service)
+    uploads = Uploads()
+    preparation = Preparation(service.scheduler.slots + service.scheduler.max_waiting)
+
+    async def ready(request: Request, kind: type[CompletionAsk | ChatAsk]) -> tuple[CompletionAsk | ChatAsk, Job]:
+        body = await uploads.read(request, limits.max_body)
+
+        def prepare() -> tuple[CompletionAsk | ChatAsk, Job]:
+            ask = parsed(kind, body)
+            if limits.log_prompts:
+                note(request, **ask.model_dump(include={"prompt", "messages"}))
+            return ask, service.job(ask)
+
+        return await preparation.run(prepare, len(body))
+
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/")
@@ -54,11 +70,11 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, await _read(request, CompletionAsk, limits), limits)
+        return await _answer(service, request, *await ready(request, CompletionAsk))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, request, await _read(request, ChatAsk, limits), limits)
+        return await _answer(service, request, *await ready(request, ChatAsk))
 
     return app
 
@@ -104,6 +120,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "max_seq_len": manifest.max_seq_len,
         "max_tokens": service.max_tokens,
         "max_seconds": service.max_seconds,
+        "max_loops": service.max_loops,
         "chat": service.runtime.codec is not None and service.runtime.codec.has_chat_template,
     }
 
@@ -113,9 +130,11 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        if scheduler.open:
-            return JSONResponse({"status": "ready"})
-        return ApiError(503, "the scheduler takes no more requests", code="closed").response()
+        if not scheduler.open:
+            return ApiError(503, "the scheduler takes no more requests", code="closed").response()
+        if (still := scheduler.still) > service.still:
+            return ApiError(503, f"the scheduler has not moved for {still:.0f} seconds", code="stuck").response()
+        return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -137,20 +156,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return JSONResponse(model)
 
 
-async def _read(request: Request, kind: type[A], limits: Limits) -> A:
-    body = await read_body(request, limits.max_body)
-    try:
-        ask = kind.model_validate_json(body)
-    except ValidationError as error:
-        raise as_refusal(error) from error
-    if limits.log_prompts:
-        said = ask.model_dump(include={"prompt", "messages"})
-        note(request, **said)
-    return ask
-
-
-async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatAsk, limits: Limits) -> Response:
-    job = await run_in_threadpool(service.job, ask)
+async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatAsk, job: Job) -> Response:
     chat = isinstance(ask, ChatAsk)
     form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.codec)
     feed = Feed(service.scheduler, job.requests, service.backlog)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import socket
 import ssl
 from pathlib import Path
@@ -16,10 +15,12 @@ from ..command import reported_errors
 from ..errors import ArgumentError
 from ..machine import available_memory
 from ..options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
+from ..package import MAX_LOOPS
 from ..prefixes import PrefixStore
 from ..render import hash_progress
 from ..runtime import Runtime
 from ..scheduler import Scheduler
+from .limits import MAX_SECONDS, MAX_UNREAD, STILL
 
 KEYS_VARIABLE = "MELT_API_KEYS"
 PREFIX_BYTES = 64 << 20  # of prompts that are kept, where nothing else is said
@@ -36,14 +37,25 @@ def serve_command(
         int | None, typer.Option(help="Most new tokens a choice may have; default: as many as the cache holds.", min=1)
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Most seconds a request may take, waiting included; default: no limit.")
+        float, typer.Option(help="Most seconds a request may take, waiting included.")
+    ] = MAX_SECONDS,
+    max_loops: Annotated[
+        int | None,
+        typer.Option(help="Most loops a token may have; default: four times the package's.", min=1, max=MAX_LOOPS),
     ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(help="Connections at once; default: 512, or as many as the system allows.", min=1),
+    ] = None,
+    watchdog: Annotated[
+        float, typer.Option(help="Seconds without a step after which /ready says that the server is stuck.", min=0.1)
+    ] = STILL,
     max_unread: Annotated[
         int,
         typer.Option(
             help="Tokens that all clients together may leave unread; above, the furthest behind is cut.", min=1
         ),
-    ] = 1 << 15,
+    ] = MAX_UNREAD,
     stall: Annotated[
         int, typer.Option(help="Seconds after which a client that takes nothing of its reply is cut.", min=1)
     ] = 120,
@@ -79,8 +91,11 @@ def serve_command(
             import uvicorn
 
             from .app import Limits, build_app
+            from .connection import HEADER_BYTES, bounded, room
             from .guard import Keys, is_loopback
+            from .lifecycle import DrainingServer, quiet_signals
             from .logs import configure, log
+            from .process import settle
             from .service import Service
         except ImportError as error:
             raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
@@ -93,9 +108,11 @@ def serve_command(
             raise ArgumentError("--tls-cert and --tls-key belong together")
         if tls_cert is not None and tls_key is not None:
             _require_tls(tls_cert, tls_key)
-        if max_seconds is not None and not 0 < max_seconds < math.inf:
+        if not 0 < max_seconds < math.inf:
             raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
+        allowed = room(max_connections)
         listener = _listen(host, port, stall)
+        settle()
         with hash_progress(package) as progress:
             runtime = Runtime.load(
                 package, backend=backend, device=device, threads=threads, expected_hash=expect, progress=progress
@@ -103,17 +120,21 @@ def serve_command(
         prefixes = _prefix_store(runtime, slots, prefix_bytes)
         scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
         name = name or package.resolve().name
-        service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread)
+        service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
         app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
         configure()
         config = uvicorn.Config(
             app,
+            http=bounded(allowed.connections),
+            backlog=allowed.backlog,
+            ws="none",
+            h11_max_incomplete_event_size=HEADER_BYTES,
             log_config=None,
             access_log=False,
             server_header=False,
             ssl_certfile=tls_cert,
             ssl_keyfile=tls_key,
-            timeout_graceful_shutdown=drain,
+            timeout_graceful_shutdown=1,  # DrainingServer has waited by then
         )
         config.load()
         scheme = "http" if tls_cert is None else "https"
@@ -123,18 +144,20 @@ def serve_command(
             url=f"{scheme}://{where}:{listener.getsockname()[1]}",
             model=service.name,
             slots=scheduler.slots,
+            connections=allowed.connections,
             state_bytes=scheduler.metrics().state_bytes,
             prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
             backend=runtime.backend.name,
         )
-        # uvicorn drains at these signals and raises them again when it is done; that is the end wished for.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        quiet_signals()
+        server = DrainingServer(config, scheduler, drain)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         finally:
             scheduler.close(drain=False)
         log("stopped")
+        if server.stuck:  # Python's own end would wait for, or tear down, a thread inside the backend
+            os._exit(0)
 
 
 def _require_tls(cert: Path, key: Path) -> None:

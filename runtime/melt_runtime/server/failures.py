@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from ..errors import ArgumentError, BusyError, ClosedError, MeltError, PromptError
+from .fields import TAG
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -45,7 +46,10 @@ def as_api_error(error: MeltError) -> ApiError:
 
 
 def as_refusal(error: ValidationError) -> ApiError:
-    """A body that does not fit its schema: the first thing wrong with it."""
+    """A body that does not fit its schema: the first thing wrong with it, by the path of its field."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"])) or None
-    return ApiError(400, f"{where or 'the body'}: {first['msg']}", where, str(first["type"]))
+    path = [str(part) for part in first["loc"] if not str(part).startswith(TAG)]
+    context = first.get("ctx", {})
+    where = ".".join([*path, *([str(context["field"])] if "field" in context else [])]) or None
+    said = "it must be an object" if first["type"] == "model_type" else first["msg"]
+    return ApiError(400, f"{where or 'the body'}: {said}", where, str(first["type"]))

@@ -1,8 +1,7 @@
-"""Who may ask, and how much: keys, the hosts a browser may name, bodies within their limit; a log line a request."""
+"""Who may ask: keys, and the hosts a browser may name; a log line per request."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -19,7 +18,6 @@ from .failures import ApiError
 from .logs import log
 
 OPEN_PATHS = ("/", "/health", "/ready")  # need no key
-BODY_SECONDS = 60.0  # how long a body may take to arrive
 _FACTS = "melt_facts"  # where a request's scope keeps what its log line will say
 
 
@@ -100,11 +98,14 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
+        for name in (b"host", b"authorization"):
+            if sum(one == name for one, _ in scope["headers"]) > 1:
+                return ApiError(400, f"there are several {name.decode().title()} headers; a request has one")
         if self._local:
             host = headers.get(b"host", b"localhost").decode("latin-1")
             name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
             if not is_loopback(name):
-                return ApiError(403, f"this server answers to its own machine's names, not to {name!r}")
+                return ApiError(403, f"this server answers to its own machine's names, not to {name[:100]!r}")
         if scope["path"] in OPEN_PATHS or self._keys.admit(headers.get(b"authorization", b"")):
             return None
         refusal = ApiError(401, "the API key is wrong or missing", code="invalid_api_key")
@@ -120,25 +121,3 @@ def note(request: Request, **facts: object) -> None:
 def request_id(request: Request) -> str:
     """The name of a request in log and reply."""
     return str(request.scope[_FACTS]["id"])
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The JSON that came with a request. Raises ApiError 413 over ``limit`` bytes, 415 for another type, 408."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the body's type is {kind!r}; it must be application/json")
-    too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
-    too_large.headers["Connection"] = "close"
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError as error:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from error
-    return bytes(body)

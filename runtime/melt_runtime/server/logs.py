@@ -25,10 +25,11 @@ class _JsonLines(logging.Formatter):
 
 
 def configure() -> None:
-    """This server's lines, and uvicorn's warnings and errors, go to standard error as JSON."""
+    """This server's lines, and uvicorn's and asyncio's warnings and errors, go to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    for logger, level in ((LOGGER, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+    others = (logging.getLogger(name) for name in ("uvicorn", "asyncio"))
+    for logger, level in ((LOGGER, logging.INFO), *((other, logging.WARNING) for other in others)):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PromptError
-from ..package import source_hash
+from ..package import MAX_LOOPS, source_hash
 from ..runtime import Runtime
 from ..scheduler import Request, Scheduler
 from ..track import Generation
 from .failures import ApiError
 from .grammar import Grammars
+from .limits import DEEPER, MAX_SECONDS, MAX_UNREAD, STILL
+from .prompts import encoded
 from .schema import Ask, ChatAsk, CompletionAsk
 from .streaming import Backlog
 
 COMPLETION_TOKENS = 16  # where a completion does not say; a chat goes on as far as it may
-MAX_UNREAD = 1 << 15  # tokens; one takes a few hundred bytes, with twenty logprobs two or three thousand
 _DEPTH = ("loops", "exit_threshold", "min_loops", "exit_change")
 _PASSED = (*_DEPTH, "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 
@@ -40,8 +40,9 @@ class Job:
 
 class Service:
     """A package that is being served under a name. ``max_tokens``: the most that a choice may have (None: as many as
-    the cache holds); ``max_seconds``: the most that a call may take, waiting included (None: no limit);
-    ``max_unread``: how many tokens all clients together may leave unread."""
+    the cache holds); ``max_loops``: the most that a token may have (None: four times the package's); ``max_seconds``:
+    the most that a call may take, waiting included; ``max_unread``: how many tokens all clients together may leave
+    unread; ``still``: seconds after which a scheduler that has not moved is stuck."""
 
     def __init__(
         self,
@@ -49,11 +50,14 @@ class Service:
         scheduler: Scheduler,
         name: str,
         max_tokens: int | None = None,
-        max_seconds: float | None = None,
+        max_seconds: float = MAX_SECONDS,
         max_unread: int = MAX_UNREAD,
+        max_loops: int | None = None,
+        still: float = STILL,
     ):
         self.runtime, self.scheduler, self.name = runtime, scheduler, name
-        self.max_seconds, self.backlog = max_seconds, Backlog(max_unread)
+        self.max_seconds, self.backlog, self.still = max_seconds, Backlog(max_unread), still
+        self.max_loops = min(DEEPER * runtime.manifest.loops, MAX_LOOPS) if max_loops is None else max_loops
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
         self._grammars: Grammars | None = None
@@ -62,7 +66,7 @@ class Service:
     def check_model(self, name: str) -> None:
         """Raises ApiError 404 for another model than this one."""
         if name != self.name:
-            message = f"the model {name!r} does not exist; this server has {self.name!r}"
+            message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def job(self, ask: CompletionAsk | ChatAsk) -> Job:
@@ -71,12 +75,12 @@ class Service:
         Choice i of a prompt draws with seed + i.
         """
         self.check_model(ask.model)
-        prompts = self._prompts(ask)
         count = ask.n or 1
         most = self.scheduler.slots + self.scheduler.max_waiting
-        if len(prompts) * count > most:
-            raise ApiError(400, f"{len(prompts) * count} choices are more than the {most} that can run and wait", "n")
+        if _prompts(ask) * count > most:
+            raise ApiError(400, f"{_prompts(ask) * count} choices are more than the {most} that can run and wait", "n")
         options, deadline = self._options(ask), self._deadline(ask)
+        prompts = encoded(self.runtime, ask)
         schema = None if ask.response_format is None else ask.response_format.schema_asked
         requests = tuple(
             Request(
@@ -93,34 +97,27 @@ class Service:
             request.check(self.runtime.manifest, self.runtime.codec is not None)
         return Job(requests, count, sum(map(len, prompts)))
 
-    def _prompts(self, ask: CompletionAsk | ChatAsk) -> Sequence[list[int]]:
-        if isinstance(ask, ChatAsk):
-            return [self.runtime.chat_prompt([message.plain() for message in ask.messages])]
-        prompt = ask.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [self.runtime.encode(prompt)]  # type: ignore[arg-type]
-        if not prompt:
-            raise PromptError("there is no prompt")
-        return [self.runtime.encode(one) for one in prompt]  # type: ignore[arg-type]
-
     def _options(self, ask: CompletionAsk | ChatAsk) -> dict[str, Any]:
         asked = ask.max_tokens
         if isinstance(ask, ChatAsk):
             asked = asked or ask.max_completion_tokens
         if asked is not None and asked > self.max_tokens:
             raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
+        if ask.loops is not None and ask.loops > self.max_loops:
+            raise ApiError(400, f"loops is {ask.loops}; this server allows {self.max_loops}", "loops")
         usual = self.max_tokens if isinstance(ask, ChatAsk) else min(COMPLETION_TOKENS, self.max_tokens)
         passed = {name: getattr(ask, name) for name in _PASSED if getattr(ask, name) is not None}
         return {
+            "loops": min(self.runtime.manifest.loops, self.max_loops),
             **passed,
             "max_tokens": asked or usual,
             "temperature": 1.0 if ask.temperature is None else ask.temperature,
             "ignore_eos": bool(ask.ignore_eos),
         }
 
-    def _deadline(self, ask: Ask) -> float | None:
-        if ask.max_seconds is None or self.max_seconds is None:
-            return self.max_seconds if ask.max_seconds is None else ask.max_seconds
+    def _deadline(self, ask: Ask) -> float:
+        if ask.max_seconds is None:
+            return self.max_seconds
         if ask.max_seconds > self.max_seconds:
             message = f"max_seconds is {ask.max_seconds:g}; this server allows {self.max_seconds:g}"
             raise ApiError(400, message, "max_seconds")
@@ -131,6 +128,12 @@ class Service:
             if self._grammars is None:
                 self._grammars = Grammars(self.runtime)
             return self._grammars
+
+
+def _prompts(ask: CompletionAsk | ChatAsk) -> int:
+    """How many prompts a call has."""
+    several = isinstance(ask, CompletionAsk) and isinstance(ask.prompt, list) and bool(ask.prompt)
+    return len(ask.prompt) if several and not isinstance(ask.prompt[0], int) else 1  # type: ignore[union-attr]
 
 
 def _logprobs(ask: Ask) -> int | None:

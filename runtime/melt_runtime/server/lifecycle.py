@@ -1,0 +1,83 @@
+"""How a server ends: it goes on answering while what runs comes to its end, and is over in time whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+from time import monotonic
+from types import FrameType
+
+import uvicorn
+from starlette.concurrency import run_in_threadpool
+
+from ..scheduler import Scheduler
+from .connection import Connection
+
+GRACE = 0.3  # seconds that a cut request has to come out of its loop, and then to send its last words
+_LAST_RESORT = 0.9  # seconds after the drain at which the process ends from outside
+
+
+class DrainingServer(uvicorn.Server):
+    """At the first SIGTERM or SIGINT it takes no more requests, says so at /ready, and goes on: what runs has ``drain``
+    seconds to end by itself, and is then cut with an error at its end. At the second it is cut at once.
+
+    The process ends at the latest a second after the drain, even if a step of the model or the event loop hangs.
+    """
+
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain: float):
+        super().__init__(config)
+        self.stuck = False  # the scheduler's thread was left behind
+        self._scheduler, self._drain = scheduler, drain
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._signalled = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came; for the main thread."""
+        if self._loop is None:
+            self.should_exit = True
+        elif not self._signalled:
+            self._signalled = True
+            self._end_within(self._drain + _LAST_RESORT)
+            self._loop.call_soon_threadsafe(self._begin)
+        else:
+            self._drain = 0.0
+            self._end_within(_LAST_RESORT)
+            threading.Thread(target=self._scheduler.close, args=(False,), daemon=True).start()
+
+    def _end_within(self, seconds: float) -> None:
+        last = threading.Timer(seconds, os._exit, (0,))
+        last.daemon = True
+        last.start()
+
+    def _begin(self) -> None:
+        self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        due = monotonic() + self._drain
+        self.stuck = not await run_in_threadpool(self._scheduler.close, True, self._drain, GRACE)
+        told = monotonic() + GRACE
+        while self._answering() and monotonic() < max(min(due, monotonic() + self._drain), told):
+            await asyncio.sleep(0.02)
+        for connection in list(self.server_state.connections):
+            cycle = connection.cycle if isinstance(connection, Connection) else None
+            if cycle is not None and not cycle.response_complete:  # it sends no body, or takes no answer
+                connection.transport.abort()
+        self.should_exit = True
+
+    def _answering(self) -> list[Connection]:
+        return [one for one in self.server_state.connections if isinstance(one, Connection) and one.answering]
+
+
+def quiet_signals() -> None:
+    """Signals that come before and after the server's own handlers change nothing; it ends by itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
