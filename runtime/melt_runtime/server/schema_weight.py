@@ -1,0 +1,71 @@
+"""What keeping to a JSON schema would take, before anything is built of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+from ..errors import ArgumentError
+
+MAX_VALUES = 10_000  # objects, lists and scalars of a schema; compiling them takes a second and 60 MB at most
+MAX_MULTIPLE = 65_536  # of multipleOf, without its decimal places: each remainder is a state of about 500 bytes
+_ENUM_SHARE = 5  # so many scalars of an enum cost as much as another value
+_TEXT_SHARE = 64  # characters that cost as much as a value
+_STATE_SHARE = 5  # remainders that cost as much as a value
+_COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if"}
+
+
+def weigh(schema: Any) -> int:
+    """About how many values of a schema, of 2.5 kB each, its grammar costs. Raises ArgumentError for a schema with more
+    than MAX_VALUES values or MAX_MULTIPLE remainders."""
+    values = 0.0
+    multiples: set[int] = set()
+    combined = False
+    for value, of_enum in _values(schema):
+        cost = 1.0
+        if isinstance(value, str):
+            cost += len(value) / _TEXT_SHARE
+        if isinstance(value, dict):
+            cost += sum(map(len, value)) / _TEXT_SHARE
+            combined = combined or not _COMBINING.isdisjoint(value)
+            multiples |= _multiple(value.get("multipleOf"))
+        values += cost / _ENUM_SHARE if of_enum and not isinstance(value, dict | list) else cost
+        if values > MAX_VALUES:
+            raise ArgumentError(
+                f"the JSON schema is too large: it has more than {MAX_VALUES:,} values (each {_TEXT_SHARE} "
+                f"characters count as another, and {_ENUM_SHARE} scalars of an enum as one)"
+            )
+    # Where schemas are combined, one number may have to be a multiple of all of them at once.
+    remainders = max(math.lcm(*multiples) if combined else 0, sum(multiples))
+    if remainders > MAX_MULTIPLE:
+        raise ArgumentError(
+            f"the JSON schema is too large: its multipleOf have {_shown(remainders)} remainders to tell apart, and at "
+            f"most {MAX_MULTIPLE:,} are allowed"
+        )
+    return math.ceil(values + remainders / _STATE_SHARE)
+
+
+def _values(schema: Any) -> Iterator[tuple[Any, bool]]:
+    """Every value of a schema, and whether it is one of an enum."""
+    stack = [(schema, False)]
+    while stack:
+        value, of_enum = stack.pop()
+        yield value, of_enum
+        if isinstance(value, dict):
+            stack += [(part, name == "enum" and isinstance(part, list)) for name, part in value.items()]
+        elif isinstance(value, list):
+            stack += [(part, of_enum) for part in value]
+
+
+def _multiple(value: Any) -> set[int]:
+    """How many remainders a multipleOf has, but for powers of ten."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        return set()
+    digits = Decimal(str(value)).as_tuple().digits
+    return {int("".join(map(str, digits)).rstrip("0"))}
+
+
+def _shown(number: int) -> str:
+    return f"{number:,}" if number < 10**12 else "more than 10^12"
