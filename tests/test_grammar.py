@@ -300,18 +300,22 @@ def test_a_call_of_many_choices_compiles_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_large_schemas_for_many_choices_are_refused() -> None:
     schema = {"enum": [f"value {i}" for i in range(40_000)]}
-    with pytest.raises(ArgumentError, match="too large for 20 choices at once"):
-        grammars(byte_level).constraints(schema, 20)
+    with pytest.raises(ArgumentError, match="too large for 200 choices at once"):
+        grammars(byte_level).constraints(schema, 200)
 
 
 def test_grammars_that_are_alive_are_bounded_and_give_their_share_back() -> None:
     chosen = grammars(byte_level)
     schema = {"enum": [f"value {i}" for i in range(40_000)]}
     alive = []
-    with pytest.raises(BusyError, match="try again"):
-        for _ in range(100):
+    refusal = None
+    while refusal is None and len(alive) < 20:
+        try:
             alive.append(chosen.constraint(schema))
-    assert 5 < len(alive) < 20
+        except BusyError as error:
+            refusal = str(error)
+    assert refusal is not None
+    assert len(alive) > 5
     gone = weakref.ref(alive[0])
     gc.disable()
     try:

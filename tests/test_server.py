@@ -87,6 +87,19 @@ def test_a_text_ends_before_its_stop_string(client: OpenAI, served_runtime: Runt
     assert reply.choices[0].finish_reason == "stop"
 
 
+def test_a_stop_string_may_name_a_special_token(client: OpenAI, served_runtime: Runtime) -> None:
+    asked: Any = {"temperature": 2.0, "seed": 4, "max_tokens": 400}
+    expected = served_runtime.generate("abc", **asked, ignore_eos=True, stop=["~~~~", "<pad>"])
+    assert expected.finish_reason == "stop"
+    assert expected.token_ids[-1] == 0
+    reply = client.completions.create(
+        model="tiny", prompt="abc", **asked, stop=["~~~~", "<pad>"], extra_body=GO_ON
+    ).choices[0]
+    assert (reply.text, reply.finish_reason) == (expected.text, "stop")
+    assert reply.model_extra is not None
+    assert reply.model_extra["token_ids"] == list(expected.token_ids)
+
+
 def test_a_seed_gives_the_same_choices_again_and_each_choice_its_own(client: OpenAI) -> None:
     asked: Any = {"model": "tiny", "prompt": "abc", "n": 3, "seed": 7, "temperature": 1.5, "top_p": 0.9}
     first, second = (
@@ -204,6 +217,17 @@ def test_json_keeps_to_its_schema(client: OpenAI, temperature: float) -> None:
     assert set(answer) == {"right", "digit"}
     assert answer["digit"] in (1, 2, 3)
     assert reply.choices[0].finish_reason == "stop"
+
+
+def test_the_schema_true_allows_any_json(client: OpenAI) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "any", "schema": True}}
+    reply = client.chat.completions.create(
+        model="tiny", messages=HELLO, response_format=wanted, temperature=2.0, seed=5, max_tokens=400, n=4
+    )
+    ended = [choice.message.content or "" for choice in reply.choices if choice.finish_reason == "stop"]
+    assert ended
+    for content in ended:
+        json.loads(content)
 
 
 def test_a_json_object_begins_as_one(client: OpenAI) -> None:

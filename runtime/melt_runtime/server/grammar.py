@@ -24,9 +24,9 @@ Result = TypeVar("Result")
 _NOTHING = "no JSON fits it that the tokenizer can write"
 _BLANKS = r" ?|\n {0,16}"  # bounded, so that no model can go on with blanks for ever
 _MAX_STATES = 20_000  # of the automaton that a call's grammars share; each takes up to 2 kB
-_BASE_WEIGHT = 100  # of any grammar, besides its schema's
+_BASE_WEIGHT = 100  # of any choice's grammar, besides its schema's
+_COPY_SHARE = 20  # a choice's copy of a compiled grammar takes this part of it
 _MAX_WEIGHT = 100_000  # of all grammars that are alive, about 250 MB
-_MAX_COPIES_WEIGHT = 100_000  # of one call
 _HEAVY = 1_000  # a schema of this weight takes a tenth of a second, and its turn
 _MAX_TURNS = 4  # heavy schemas that may wait for theirs
 
@@ -67,9 +67,10 @@ class Grammars:
         grammars of other calls take too much.
         """
         weight = weigh(schema)
-        if weight * count > _MAX_COPIES_WEIGHT:
+        total = weight + count * (_BASE_WEIGHT + weight // _COPY_SHARE)
+        if total > _MAX_WEIGHT:
             raise ArgumentError(f"the JSON schema is too large for {count} choices at once; ask for fewer")
-        share = self._reserve(weight + _BASE_WEIGHT * count)
+        share = self._reserve(total)
         with self._heavy_turn() if weight > _HEAVY else _no_turn():
             matcher = self._compile(schema)
         ends = [i for i in sorted(stop_ids) if i < self._vocabulary.size] or sorted(self._stop_ids)
