@@ -247,6 +247,13 @@ def test_a_schema_that_cannot_be_used_is_refused_with_the_whole_reason(schema: A
     assert len(str(caught.value)) < 500
 
 
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -259,8 +266,13 @@ def test_a_schema_that_cannot_be_used_is_refused_with_the_whole_reason(schema: A
         {"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(6000)}},
         {"type": "string", "pattern": "(a|b)" * 200_000},
         {"const": "a" * 900_000},
+        {"type": "object", "patternProperties": {f"^x{i}$": {"type": "integer"} for i in range(300)}},
+        deep(5000),
     ],
-    ids=["multiple", "decimal", "combined", "many multiples", "enum", "list", "properties", "pattern", "text"],
+    ids=[
+        *("multiple", "decimal", "combined", "many multiples", "enum", "list", "properties", "pattern", "text"),
+        *("patterns for names", "deep"),
+    ],
 )
 def test_a_schema_that_would_take_too_much_is_refused_before_it_is_built(
     schema: Any, monkeypatch: pytest.MonkeyPatch
@@ -278,6 +290,7 @@ def test_a_schema_that_would_take_too_much_is_refused_before_it_is_built(
         {"type": "integer", "multipleOf": 1_000_000},
         {"type": "object", "properties": {f"k{i}": {"type": "integer", "multipleOf": i} for i in (7, 11, 13, 17, 19)}},
         {"enum": [f"value {i}" for i in range(40_000)]},
+        deep(90),
         {"properties": {"multipleOf": {"type": "string"}, "enum": {"type": "integer"}}},
     ],
 )

@@ -13,6 +13,8 @@ MAX_VALUES = 10_000  # objects, lists and scalars of a schema; compiling them ta
 MAX_MULTIPLE = 65_536  # of multipleOf, without its decimal places: each remainder is a state of about 500 bytes
 _ENUM_SHARE = 5  # so many scalars of an enum cost as much as another value
 _TEXT_SHARE = 64  # characters that cost as much as a value
+_PAIR_SHARE = 4  # pairs of patterns for names that cost as much as a value: each is compared with each
+_MAX_DEPTH = 100
 _STATE_SHARE = 5  # remainders that cost as much as a value
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if"}
 
@@ -29,13 +31,15 @@ def weigh(schema: Any) -> int:
             cost += len(value) / _TEXT_SHARE
         if isinstance(value, dict):
             cost += sum(map(len, value)) / _TEXT_SHARE
+            patterns = value.get("patternProperties")
+            cost += len(patterns) ** 2 / _PAIR_SHARE if isinstance(patterns, dict) else 0
             combined = combined or not _COMBINING.isdisjoint(value)
             multiples |= _multiple(value.get("multipleOf"))
         values += cost / _ENUM_SHARE if of_enum and not isinstance(value, dict | list) else cost
         if values > MAX_VALUES:
             raise ArgumentError(
                 f"the JSON schema is too large: it has more than {MAX_VALUES:,} values (each {_TEXT_SHARE} "
-                f"characters count as another, and {_ENUM_SHARE} scalars of an enum as one)"
+                f"characters count as another, {_ENUM_SHARE} scalars of an enum as one, and patternProperties by pairs)"
             )
     # Where schemas are combined, one number may have to be a multiple of all of them at once.
     remainders = max(math.lcm(*multiples) if combined else 0, sum(multiples))
@@ -48,15 +52,17 @@ def weigh(schema: Any) -> int:
 
 
 def _values(schema: Any) -> Iterator[tuple[Any, bool]]:
-    """Every value of a schema, and whether it is one of an enum."""
-    stack = [(schema, False)]
+    """Every value of a schema, and whether it is one of an enum. Raises ArgumentError for one that is too deep."""
+    stack = [(schema, False, 0)]
     while stack:
-        value, of_enum = stack.pop()
+        value, of_enum, depth = stack.pop()
         yield value, of_enum
+        if depth > _MAX_DEPTH:
+            raise ArgumentError(f"the JSON schema is too large: it is nested more than {_MAX_DEPTH} deep")
         if isinstance(value, dict):
-            stack += [(part, name == "enum" and isinstance(part, list)) for name, part in value.items()]
+            stack += [(part, name == "enum" and isinstance(part, list), depth + 1) for name, part in value.items()]
         elif isinstance(value, list):
-            stack += [(part, of_enum) for part in value]
+            stack += [(part, of_enum, depth + 1) for part in value]
 
 
 def _multiple(value: Any) -> set[int]:
