@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from melt_runtime import Runtime
 from openai import NotFoundError, OpenAI
@@ -233,6 +234,24 @@ def test_the_schema_true_allows_any_json(client: OpenAI) -> None:
 def test_a_json_object_begins_as_one(client: OpenAI) -> None:
     reply = client.chat.completions.create(messages=HELLO, **GREEDY, response_format={"type": "json_object"})
     assert (reply.choices[0].message.content or "").lstrip().startswith("{")
+
+
+def test_schemas_that_ask_for_much_leave_no_memory_behind(server: Server) -> None:
+    def ask(schema: Any, count: int) -> int:
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        body = {"model": "tiny", "prompt": "abc", "n": count, "max_tokens": 4, "response_format": wanted}
+        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=WAIT).status_code
+
+    process = psutil.Process(server.process.pid)
+    assert ask(SCHEMA, 1) == 200
+    before = process.memory_info().rss
+    for _ in range(3):
+        assert ask({"type": "integer", "multipleOf": 988_027}, 20) == 400
+        assert ask({"enum": [f"value {number}" for number in range(60_000)]}, 20) == 400
+        assert ask({"type": "integer", "multipleOf": 65_521}, 20) == 200
+        assert ask({"enum": [f"value {number}" for number in range(40_000)]}, 20) == 200
+    assert process.memory_info().rss - before < 250 << 20
+    assert ask(SCHEMA, 1) == 200
 
 
 # Looking in
