@@ -237,6 +237,8 @@ def test_rows_without_a_token_and_special_tokens_are_never_allowed() -> None:
         ({"$ref": "#/nowhere"}, "nowhere"),
         ({"$ref": "#"}, "no JSON fits it"),
         ({"type": "integer", "minimum": 3, "maximum": 1}, "the JSON schema"),
+        ({"type": "integer", "minimum": 10**5000}, "cannot be used"),
+        ({"const": "\ud800"}, "cannot be used"),
         (False, "no JSON fits false"),
     ],
 )
@@ -267,11 +269,13 @@ def deep(levels: int) -> dict[str, Any]:
         {"type": "string", "pattern": "(a|b)" * 200_000},
         {"const": "a" * 900_000},
         {"type": "object", "patternProperties": {f"^x{i}$": {"type": "integer"} for i in range(300)}},
+        {"allOf": [{"multipleOf": 10**16 + number} for number in range(4000)]},
+        {"multipleOf": 10**5000},
         deep(5000),
     ],
     ids=[
         *("multiple", "decimal", "combined", "many multiples", "enum", "list", "properties", "pattern", "text"),
-        *("patterns for names", "deep"),
+        *("patterns for names", "many combined", "digits", "deep"),
     ],
 )
 def test_a_schema_that_would_take_too_much_is_refused_before_it_is_built(

@@ -86,7 +86,7 @@ class Grammars:
         asked: dict[str, Any] = {} if schema is True else schema
         options = asked.get("x-guidance")
         blanks = {"whitespace_pattern": _BLANKS, **(options if isinstance(options, dict) else {})}
-        text = json.dumps({**asked, "x-guidance": blanks})
+        text = _guarded(lambda: json.dumps({**asked, "x-guidance": blanks}))
         # Without no_forcing, llguidance would have our tokenizer spell text that can only be one, and allow that alone.
         lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'
         make = self._library.LLMatcher
@@ -212,7 +212,7 @@ def _no_turn() -> Iterator[None]:
 
 
 def _guarded(call: Callable[[], Result]) -> Result:
-    """What llguidance answers. Raises ArgumentError for all that it raises; a panic of Rust is no Exception."""
+    """What a call of a library gives. Raises ArgumentError for all that it raises; a panic of Rust is no Exception."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):

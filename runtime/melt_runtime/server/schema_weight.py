@@ -16,6 +16,7 @@ _TEXT_SHARE = 64  # characters that cost as much as a value
 _PAIR_SHARE = 4  # pairs of patterns for names that cost as much as a value: each is compared with each
 _MAX_DEPTH = 100
 _STATE_SHARE = 5  # remainders that cost as much as a value
+_LARGEST = 10**30  # multipleOf that is looked at in decimal
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if"}
 
 
@@ -41,14 +42,21 @@ def weigh(schema: Any) -> int:
                 f"the JSON schema is too large: it has more than {MAX_VALUES:,} values (each {_TEXT_SHARE} "
                 f"characters count as another, {_ENUM_SHARE} scalars of an enum as one, and patternProperties by pairs)"
             )
-    # Where schemas are combined, one number may have to be a multiple of all of them at once.
-    remainders = max(math.lcm(*multiples) if combined else 0, sum(multiples))
-    if remainders > MAX_MULTIPLE:
+    return math.ceil(values + _remainders(multiples, combined) / _STATE_SHARE)
+
+
+def _remainders(multiples: set[int], combined: bool) -> int:
+    """How many remainders there are to tell apart. combined: one number may have to be a multiple of all at once."""
+    count, together = sum(multiples), 1
+    for multiple in multiples if combined else ():
+        together = math.lcm(together, multiple)
+        if together > MAX_MULTIPLE:
+            break
+    if max(count, together) > MAX_MULTIPLE:
         raise ArgumentError(
-            f"the JSON schema is too large: its multipleOf have {_shown(remainders)} remainders to tell apart, and at "
-            f"most {MAX_MULTIPLE:,} are allowed"
+            f"the JSON schema is too large: its multipleOf have more than {MAX_MULTIPLE:,} remainders to tell apart"
         )
-    return math.ceil(values + remainders / _STATE_SHARE)
+    return max(count, together)
 
 
 def _values(schema: Any) -> Iterator[tuple[Any, bool]]:
@@ -69,9 +77,7 @@ def _multiple(value: Any) -> set[int]:
     """How many remainders a multipleOf has, but for powers of ten."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         return set()
+    if value > _LARGEST:
+        return {MAX_MULTIPLE + 1}
     digits = Decimal(str(value)).as_tuple().digits
     return {int("".join(map(str, digits)).rstrip("0"))}
-
-
-def _shown(number: int) -> str:
-    return f"{number:,}" if number < 10**12 else "more than 10^12"
