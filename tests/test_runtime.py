@@ -89,6 +89,33 @@ def test_a_stop_id_ends_the_sequence_and_is_not_shown(runtime: Runtime) -> None:
     assert len(stopped.text) == at
 
 
+@pytest.mark.parametrize("stop", ["<pad>", ["no such text", "<pad>"]])
+def test_a_stop_string_that_names_a_special_token_stops_there(runtime: Runtime, stop: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 200, "temperature": 5.0, "seed": 2, "ignore_eos": True}
+    free = runtime.generate("abc", **options)
+    assert free.finish_reason == "length"
+    ends = free.token_ids.index(0)
+    stopped = runtime.generate("abc", **options, stop=stop)
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: ends + 1], "stop")
+    assert stopped.text == free.text[: len(stopped.text)]
+    assert "".join(runtime.stream("abc", **options, stop=stop)) == stopped.text
+    session = runtime.session(**options)
+    session.append("abc")
+    assert session.generate(stop=stop).token_ids == stopped.token_ids
+
+
+def test_a_special_token_within_a_stop_string_counts(runtime: Runtime) -> None:
+    assert runtime.codec is not None
+    options: dict[str, Any] = {"max_tokens": 200, "temperature": 5.0, "seed": 2, "ignore_eos": True}
+    free = runtime.generate("abc", **options)
+    at = free.token_ids.index(0)
+    around = [runtime.codec.decode([free.token_ids[at + step]], skip_special_tokens=False) for step in (-1, 1)]
+    stopped = runtime.generate("abc", **options, stop="<pad>".join(around))
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: at + 2]
+    assert stopped.text == runtime.codec.decode(free.token_ids[: at - 1])
+
+
 @pytest.mark.parametrize("kind", [list, tuple, set, np.array, range, np.int64], ids=lambda kind: kind.__name__)
 def test_stop_ids_may_be_any_collection_of_whole_numbers_and_of_numpys(runtime: Runtime, kind: Any) -> None:
     given = {range: lambda ids: range(ids[0], ids[1] + 1), np.int64: lambda ids: np.int64(ids[0])}.get(kind, kind)(

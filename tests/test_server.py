@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from melt_runtime import Runtime
 from openai import NotFoundError, OpenAI
@@ -85,6 +86,19 @@ def test_a_text_ends_before_its_stop_string(client: OpenAI, served_runtime: Runt
     )
     assert reply.choices[0].text == text[: text.index(ending)]
     assert reply.choices[0].finish_reason == "stop"
+
+
+def test_a_stop_string_may_name_a_special_token(client: OpenAI, served_runtime: Runtime) -> None:
+    asked: Any = {"temperature": 2.0, "seed": 4, "max_tokens": 400}
+    expected = served_runtime.generate("abc", **asked, ignore_eos=True, stop=["~~~~", "<pad>"])
+    assert expected.finish_reason == "stop"
+    assert expected.token_ids[-1] == 0
+    reply = client.completions.create(
+        model="tiny", prompt="abc", **asked, stop=["~~~~", "<pad>"], extra_body=GO_ON
+    ).choices[0]
+    assert (reply.text, reply.finish_reason) == (expected.text, "stop")
+    assert reply.model_extra is not None
+    assert reply.model_extra["token_ids"] == list(expected.token_ids)
 
 
 def test_a_seed_gives_the_same_choices_again_and_each_choice_its_own(client: OpenAI) -> None:
@@ -206,9 +220,38 @@ def test_json_keeps_to_its_schema(client: OpenAI, temperature: float) -> None:
     assert reply.choices[0].finish_reason == "stop"
 
 
+def test_the_schema_true_allows_any_json(client: OpenAI) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "any", "schema": True}}
+    reply = client.chat.completions.create(
+        model="tiny", messages=HELLO, response_format=wanted, temperature=2.0, seed=5, max_tokens=400, n=4
+    )
+    ended = [choice.message.content or "" for choice in reply.choices if choice.finish_reason == "stop"]
+    assert ended
+    for content in ended:
+        json.loads(content)
+
+
 def test_a_json_object_begins_as_one(client: OpenAI) -> None:
     reply = client.chat.completions.create(messages=HELLO, **GREEDY, response_format={"type": "json_object"})
     assert (reply.choices[0].message.content or "").lstrip().startswith("{")
+
+
+def test_schemas_that_ask_for_much_leave_no_memory_behind(server: Server) -> None:
+    def ask(schema: Any, count: int) -> int:
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        body = {"model": "tiny", "prompt": "abc", "n": count, "max_tokens": 4, "response_format": wanted}
+        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=WAIT).status_code
+
+    process = psutil.Process(server.process.pid)
+    assert ask(SCHEMA, 1) == 200
+    before = process.memory_info().rss
+    for _ in range(3):
+        assert ask({"type": "integer", "multipleOf": 988_027}, 20) == 400
+        assert ask({"enum": [f"value {number}" for number in range(60_000)]}, 20) == 400
+        assert ask({"type": "integer", "multipleOf": 65_521}, 20) == 200
+        assert ask({"enum": [f"value {number}" for number in range(40_000)]}, 20) == 200
+    assert process.memory_info().rss - before < 250 << 20
+    assert ask(SCHEMA, 1) == 200
 
 
 # Looking in

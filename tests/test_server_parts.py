@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
-from melt_runtime import ArgumentError, Runtime, Scheduler
+from melt_runtime import ArgumentError, Generation, Request, Runtime, Scheduler
 from melt_runtime.scheduler_metrics import OUTCOMES, Histogram, SchedulerMetrics
 from melt_runtime.server.grammar import Grammars
 from melt_runtime.server.guard import Keys
 from melt_runtime.server.metrics import prometheus
+from melt_runtime.server.streaming import Backlog, Feed
+from serving import eventually
 
 
 def test_buckets_are_cumulative_and_depths_counted_together_have_no_bound() -> None:
@@ -61,6 +66,30 @@ def test_only_tokens_that_the_schema_allows_may_come(tiny_package: Path) -> None
     allowed = {codec.decode([i]) for i in constraint.mask([]).nonzero()[0].tolist()}
     assert set("0123456789") <= allowed
     assert not allowed & set("abcxyz")
+
+
+def test_grammars_are_gone_with_their_call_before_any_collection(tiny_package: Path) -> None:
+    runtime = Runtime.load(tiny_package)
+    constraints = Grammars(runtime).constraints({"type": "integer"}, 6)
+    alive = [weakref.ref(one) for one in constraints]
+    prompt, options = tuple(runtime.encode("abc")), runtime.options(max_tokens=4)
+    requests = [Request(prompt, options, constraint=one) for one in constraints]
+    del constraints
+
+    async def read(scheduler: Scheduler, requests: list[Request]) -> int:
+        feed = Feed(scheduler, requests, Backlog(1000))
+        ends = [event async for _, event in feed if isinstance(event, Generation)]
+        feed.close()
+        return len(ends)
+
+    gc.disable()
+    try:
+        with Scheduler(runtime, 2) as scheduler:
+            assert asyncio.run(read(scheduler, requests)) == 6
+            requests.clear()
+            eventually(lambda: not any(one() for one in alive))
+    finally:
+        gc.enable()
 
 
 def test_a_scheduler_says_whether_it_takes_requests(tiny_package: Path) -> None:

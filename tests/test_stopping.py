@@ -139,3 +139,76 @@ def test_less_than_a_stop_string_is_ever_held_back(stop: list[str], pieces: list
             return
         shown, pushed = shown + len(text), pushed + len(piece)
         assert pushed - shown <= max(map(len, stop), default=1) - 1
+
+
+def test_too_many_stop_strings_are_refused() -> None:
+    assert len(stop_strings([str(i) for i in range(256)])) == 256
+    with pytest.raises(ArgumentError, match="There are 95,000 stop strings; at most 256"):
+        stop_strings([str(i) for i in range(95_000)])
+
+
+def test_stop_strings_that_are_too_long_together_are_refused() -> None:
+    assert stop_strings("x" * 8192)
+    for value in ("x" * 8193, ["x" * 4096, "y" * 4097]):
+        with pytest.raises(ArgumentError, match="8,193 characters together; at most 8,192"):
+            StopMatcher(stop_strings(value))
+
+
+@pytest.mark.parametrize("value", [b"ab", {"a": 1}, len, 3])
+def test_stop_strings_that_are_no_texts_are_named(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"stop must be text or a list of texts, not {type(value).__name__}"):
+        stop_strings(value)
+
+
+def test_a_character_costs_one_step_however_many_stop_strings_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = StopMatcher(["a" * length + "b" for length in range(1, 100)])
+    steps = 0
+    step = type(matcher._automaton).step
+
+    def counted(automaton: Any, state: int, symbol: Any) -> int:
+        nonlocal steps
+        steps += 1
+        return step(automaton, state, symbol)
+
+    monkeypatch.setattr(type(matcher._automaton), "step", counted)
+    for _ in range(1000):
+        matcher.push("a")
+    assert steps == 1000
+    assert matcher.push("b") == ("", "a" * 99 + "b")
+
+
+SPECIAL = {"<|end|>": 7, "<|end|>!": 8, "<s>": 9}
+
+
+def test_a_stop_string_that_names_a_special_token_ends_the_text_there() -> None:
+    matcher = StopMatcher(["<|end|>"], SPECIAL)
+    assert matcher.push("ab") == ("ab", None)
+    assert matcher.push_special(9) == ("", None)
+    assert matcher.push("c") == ("c", None)
+    assert matcher.push_special(7) == ("", "")
+    assert matcher.push("d") == ("", "")
+
+
+def test_a_special_token_may_be_part_of_a_stop_string() -> None:
+    matcher = StopMatcher(["x<|end|>\n"], SPECIAL)
+    assert matcher.push("ax") == ("a", None)
+    assert matcher.push_special(7) == ("", None)
+    assert matcher.push("b") == ("xb", None)
+    assert matcher.push("x") == ("", None)
+    assert matcher.push_special(7) == ("", None)
+    assert matcher.push("\nc") == ("", "x\n")
+
+
+def test_a_special_token_spelled_in_plain_characters_stops_too() -> None:
+    assert StopMatcher(["<|end|>"], SPECIAL).push("a<|end|>b") == ("a", "<|end|>")
+
+
+def test_the_longest_special_token_is_meant() -> None:
+    assert StopMatcher(["<|end|>!"], SPECIAL).special == {8}
+
+
+def test_special_tokens_that_no_stop_string_names_do_not_part_the_text() -> None:
+    matcher = StopMatcher(["ab", "<s>"], SPECIAL)
+    assert matcher.push("a") == ("", None)
+    assert matcher.push_special(7) == ("", None)
+    assert matcher.push("b") == ("", "ab")

@@ -231,6 +231,20 @@ def test_after_flush_a_new_text_begins() -> None:
     assert "".join(map(decoder.push, ids)) + decoder.flush() == first == "a b"
 
 
+@every_tokenizer
+@relaxed
+@given(text=st.text(valid, max_size=20))
+def test_a_text_that_is_settled_between_words_goes_on_as_one(make: Any, text: str) -> None:
+    codec = TextCodec(make())
+    decoder, found, ids = StreamDecoder(codec), "", []
+    for word in ("one ", text, " two", "."):
+        for token_id in codec.encode(word, add_special_tokens=False):
+            ids.append(token_id)
+            found += decoder.push(token_id)
+        found += decoder.settle()
+    assert found + decoder.flush() == codec.decode(ids)
+
+
 class CountingCodec(TextCodec):
     """Remembers how many ids each decode() was asked for."""
 

@@ -114,8 +114,9 @@ class Ticket:
         if self.done:
             return
         self._pieces.put(piece)
-        if self._listener is not None:
-            self._listener(piece)
+        listener = self._listener
+        if listener is not None:
+            listener(piece)
 
     def finish(self, result: Generation) -> None:
         """The request is over, its listener gets the generation; cut short, ``result`` raises."""
@@ -135,9 +136,11 @@ class Ticket:
             if self._outcome is not None:
                 return
             self._outcome = outcome
+        # A listener may hold the ticket: let go of it, so that both, and what the request may say, go at once.
+        listener, self._listener = self._listener, None
         try:
-            if self._listener is not None and event is not None:
-                self._listener(event)
+            if listener is not None and event is not None:
+                listener(event)
         except Exception:  # its request is over: nothing is left that it could end
             pass
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,8 +18,8 @@ from tokenizers import Tokenizer
 
 from .checked import brief, read_object, read_text
 from .errors import ArgumentError, PackageError, PromptError
+from .token_bytes import TokenBytes
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest vocabularies of today
 
@@ -60,8 +59,8 @@ class TextCodec:
         self.eos_token = eos_token
         self._template = None if chat_template is None else _compile(chat_template)
         added = tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._byte_tokens = _byte_tokens(tokenizer)
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.token_bytes = TokenBytes(tokenizer)
 
     @classmethod
     def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
@@ -154,9 +153,10 @@ class TextCodec:
         except OverflowError as error:
             raise PromptError(f"Token ids must be from 0 to 4,294,967,295, not {token_id}.") from error
 
-    def is_byte(self, token_id: int) -> bool:
-        """Whether this is a byte-fallback token such as <0xE4>, one byte of a character."""
-        return token_id in self._byte_tokens
+    def special_tokens_in(self, texts: Sequence[str]) -> dict[str, int]:
+        """The special tokens whose text occurs in one of some texts: text -> id."""
+        joined = "\0".join(texts)
+        return {text: token_id for token_id, text in self._special.items() if text and text in joined}
 
 
 class StreamDecoder:
@@ -184,7 +184,7 @@ class StreamDecoder:
         if not self._codec.shows(token_id, self._skip):
             return ""
         self._window.append(token_id)
-        if self._codec.is_byte(token_id):
+        if self._codec.token_bytes.is_byte(token_id):
             return ""
         text = self._codec.decode(self._window, self._skip)
         end = _certain(text)
@@ -194,6 +194,13 @@ class StreamDecoder:
             self._window = self._window[-self._CONTEXT :]
             self._shown = _certain(self._codec.decode(self._window, self._skip))
         return piece
+
+    def settle(self) -> str:
+        """The rest of the text so far, as ``flush`` gives it; but the next push goes on with the same text."""
+        text = self._codec.decode(self._window, self._skip)
+        rest = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return rest
 
     def flush(self) -> str:
         """The rest of the text, an incomplete character as decode() gives it; the next push begins a new text."""
@@ -205,13 +212,6 @@ class StreamDecoder:
 def _certain(text: str) -> int:
     """How many characters no later token can change: all but a U+FFFD at the end, maybe a character in the making."""
     return len(text) - text.endswith(_INCOMPLETE)
-
-
-def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that the decoder takes for single bytes; none unless it has a ByteFallback step."""
-    if tokenizer.decoder is None or b'"ByteFallback"' not in tokenizer.decoder.__getstate__():
-        return frozenset()
-    return frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
 
 
 def _token_text(config: Mapping[str, Any], name: str) -> str | None:

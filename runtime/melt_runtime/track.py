@@ -121,7 +121,7 @@ class Track:
         self.prompt_tokens = len(prompt)
         self.sampler = Sampler(options.sampling, stream=slot if stream is None else stream)
         self.decoder = StreamDecoder(codec) if codec is not None else None
-        self.matcher = StopMatcher(options.stop)
+        self.matcher = StopMatcher(options.stop, None if codec is None else codec.special_tokens_in(options.stop))
         self.text: list[str] = []
         self.finish_reason: str | None = None
         self._streamed = streamed or bool(options.stop)  # stop strings are looked for in every token's text
@@ -158,14 +158,10 @@ class Track:
             self._unread.append(token)
         if not self._streamed and self.finish_reason is None:
             return ""
-        text = self._read(self.decoder)
+        shown = self._read(self.decoder)
         if self.finish_reason is not None:
-            text += self.decoder.flush()
-        shown, found = self.matcher.push(text)
-        if found is None and self.finish_reason is not None:
-            shown += self.matcher.flush()
-            found = self.matcher.found
-        if found is not None:
+            shown += self._rest(self.decoder)
+        if self.matcher.found is not None:
             self.finish_reason = "stop"
         self.text.append(shown)
         return shown
@@ -174,13 +170,24 @@ class Track:
         """Ends the sequence before it would have ended itself; text that was held back is part of it now."""
         self.finish_reason = reason
         if self.decoder is not None and self.matcher.found is None:
-            shown, _ = self.matcher.push(self._read(self.decoder) + self.decoder.flush())
-            self.text.append(shown + self.matcher.flush())
+            self.text.append(self._read(self.decoder) + self._rest(self.decoder))
 
     def _read(self, decoder: StreamDecoder) -> str:
-        """The text of what was drawn since the last time."""
+        """What may be shown of the tokens that were drawn since the last time."""
         unread, self._unread = self._unread, []
-        return "".join(map(decoder.push, unread))
+        if not self.matcher.special:
+            return self.matcher.push("".join(map(decoder.push, unread)))[0]
+        shown = []
+        for token in unread:
+            if token in self.matcher.special:
+                shown += [self.matcher.push(decoder.settle())[0], self.matcher.push_special(token)[0]]
+            else:
+                shown.append(self.matcher.push(decoder.push(token))[0])
+        return "".join(shown)
+
+    def _rest(self, decoder: StreamDecoder) -> str:
+        """What may be shown of the text that was held back, at its end."""
+        return self.matcher.push(decoder.flush())[0] + self.matcher.flush()
 
     def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
         """The finished sequence."""

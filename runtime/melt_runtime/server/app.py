@@ -20,7 +20,7 @@ from .failures import ApiError, as_api_error
 from .guard import Guard, Keys, note, request_id
 from .intake import Preparation, Uploads, parsed
 from .metrics import CONTENT_TYPE, prometheus
-from .replies import Form, usage
+from .replies import Form, StreamedChoice, usage
 from .schema import ChatAsk, CompletionAsk
 from .service import Job, Service
 from .streaming import EventStream, Feed
@@ -181,8 +181,7 @@ async def _stream(
     request: Request, form: Form, feed: Feed, job: Job, counted: bool, tell: Callable[[Any], Awaitable[None]]
 ) -> None:
     """Tells a client each token as it comes; an error that ends the stream early is told instead of [DONE]."""
-    offsets = [0] * len(job.requests)
-    first = [True] * len(job.requests)
+    choices = [StreamedChoice(form, index) for index in range(len(job.requests))]
     last: dict[int, Piece] = {}  # told with the end, which follows at once
     pieces: list[Piece] = []
     ends: dict[int, Generation] = {}
@@ -194,12 +193,10 @@ async def _stream(
                 if event.finish_reason is not None:
                     last[index] = event
                     continue
-                part = form.part(index, event, offsets[index], first[index])
-                offsets[index] += len(event.text)
+                part = choices[index].part(event)
             else:
                 ends[index] = _ended(event)
-                part = form.part(index, last.get(index), offsets[index], first[index], ends[index])
-            first[index] = False
+                part = choices[index].part(last.get(index), ends[index])
             await tell(form.frame([part], part=True, **blank))
     except (MeltError, ApiError) as error:
         note(request, error=str(error))

@@ -3,13 +3,17 @@ end ``saved``, the share of all loops, its prompt's too, that leaving early save
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any
 
 from ..text import TextCodec
-from ..track import Generation, Piece
+from ..token_bytes import Offsets
+from ..track import Generation, Logprobs, Piece
+
+Entry = dict[str, Any]  # the logprobs of one token
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,27 @@ class Form:
         """A finished choice."""
         text = end.text
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._choice(index, said, pieces, 0, end)
+        logprobs = _Logprobs(self)
+        return self.choice(index, said, pieces, [*logprobs.add(pieces), *logprobs.rest()], end)
 
-    def part(
-        self, index: int, piece: Piece | None, offset: int, first: bool, end: Generation | None = None
+    def choice(
+        self,
+        index: int,
+        said: dict[str, Any],
+        pieces: Sequence[Piece],
+        entries: Sequence[Entry],
+        end: Generation | None,
     ) -> dict[str, Any]:
-        """A choice's next token, ``offset`` characters into its text. ``end``: it is the last; without a token there is
-        only what was held back of the text."""
-        text = piece.text if piece is not None else end.text[offset:] if end is not None else ""
-        role = {"role": "assistant"} if first else {}
-        said: dict[str, Any] = {"delta": {**role, "content": text}} if self.chat else {"text": text}
-        return self._choice(index, said, [] if piece is None else [piece], offset, end)
-
-    def _choice(
-        self, index: int, said: dict[str, Any], pieces: Sequence[Piece], offset: int, end: Generation | None
-    ) -> dict[str, Any]:
+        """A choice, or a part of one. ``said``: its text; ``entries``: its logprobs; ``end``: if this is its end."""
+        logprobs: dict[str, Any] | None = None
+        if entries and self.chat:
+            logprobs = {"content": list(entries), "refusal": None}
+        elif entries:
+            logprobs = {name: [entry[name] for entry in entries] for name in entries[0]}
         return {
             "index": index,
             **said,
-            "logprobs": self._logprobs(pieces, offset),
+            "logprobs": logprobs,
             "finish_reason": None if end is None else _reason(end),
             "depth": [piece.depth for piece in pieces],
             "token_ids": [piece.token_id for piece in pieces],
@@ -65,38 +71,97 @@ class Form:
             **({"deadline": True} if end is not None and end.finish_reason == "deadline" else {}),
         }
 
-    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any] | None:
-        found = [(piece, piece.logprobs) for piece in pieces if piece.logprobs is not None]
-        if not found:
-            return None
-        if self.chat:
-            content = [
-                {
-                    **self._entry(piece.token_id, logprobs.token),
-                    "top_logprobs": [self._entry(*one) for one in logprobs.top],
-                }
-                for piece, logprobs in found
-            ]
-            return {"content": content, "refusal": None}
-        offsets = []
-        for piece, _ in found:
-            offsets.append(offset)
-            offset += len(piece.text)
+    def chat_entry(self, token: int, logprobs: Logprobs) -> Entry:
+        """A token of a chat with its logprobs."""
+        top = [self._entry(*one) for one in logprobs.top]
+        return {**self._entry(token, logprobs.token), "top_logprobs": top}
+
+    def completion_entry(self, token: int, logprobs: Logprobs, offset: int) -> Entry:
+        """What a token of a completion adds to each of the lists."""
+        top: dict[str, float] = {}
+        for one, value in logprobs.top:  # of two tokens with the same text the likelier keeps it
+            text = self._text(one)
+            top[f"token_id:{one}" if text in top else text] = value
         return {
-            "tokens": [self._text(piece.token_id) for piece, _ in found],
-            "token_logprobs": [logprobs.token for _, logprobs in found],
-            "top_logprobs": [{self._text(i): value for i, value in logprobs.top} for _, logprobs in found],
-            "text_offset": offsets,
+            "tokens": self._text(token),
+            "token_logprobs": logprobs.token,
+            "top_logprobs": top,
+            "text_offset": offset,
         }
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def _entry(self, token: int, logprob: float) -> Entry:
+        return {"token": self._text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
+
+    def _bytes(self, token: int) -> bytes:
+        return b"" if self.codec is None else self.codec.token_bytes.of(token)
 
     def _text(self, token: int) -> str:
-        """A token on its own; the number of one that has no text."""
-        shown = "" if self.codec is None else self.codec.decode([token], skip_special_tokens=False)
-        return shown or f"token_id:{token}"
+        """A token on its own: "bytes:\\xf0\\x9f" where its bytes are no text, "token_id:7" where it has none."""
+        own = self._bytes(token)
+        if not own:
+            return f"token_id:{token}"
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+class StreamedChoice:
+    """A choice of a stream, told part by part."""
+
+    def __init__(self, form: Form, index: int):
+        self._form, self._index = form, index
+        self._logprobs = _Logprobs(form)
+        self._told = 0  # characters of its text
+        self._first = True
+
+    def part(self, piece: Piece | None, end: Generation | None = None) -> dict[str, Any]:
+        """Its next token. ``end``: it is the last; without a token there is only what was held back of the text."""
+        text = piece.text if piece is not None else end.text[self._told :] if end is not None else ""
+        role = {"role": "assistant"} if self._first else {}
+        said: dict[str, Any] = {"delta": {**role, "content": text}} if self._form.chat else {"text": text}
+        pieces = [] if piece is None else [piece]
+        entries = self._logprobs.add(pieces)
+        if end is not None:
+            entries += self._logprobs.rest()
+        self._told += len(text)
+        self._first = False
+        return self._form.choice(self._index, said, pieces, entries, end)
+
+
+class _Logprobs:
+    """The logprobs of one choice, token by token. The entry of a completion comes once the token's offset in the text
+    is known, which is at once but for byte-fallback tokens."""
+
+    def __init__(self, form: Form):
+        self._form = form
+        self._offsets = None if form.codec is None else Offsets(form.codec.token_bytes)
+        self._waiting: deque[tuple[int, Logprobs]] = deque()
+
+    def add(self, pieces: Iterable[Piece]) -> list[Entry]:
+        """The next tokens; returns the entries that are complete."""
+        found: list[Entry] = []
+        for piece in pieces:
+            if piece.logprobs is None:
+                continue
+            if self._form.chat:
+                found.append(self._form.chat_entry(piece.token_id, piece.logprobs))
+                continue
+            self._waiting.append((piece.token_id, piece.logprobs))
+            found += self._known(self._place(piece.token_id))
+        return found
+
+    def rest(self) -> list[Entry]:
+        """The entries that are left at the end."""
+        return [] if self._offsets is None else self._known(self._offsets.flush())
+
+    def _place(self, token: int) -> list[int]:
+        if self._offsets is None or self._form.codec is None:
+            return [0]
+        return self._offsets.push(token, self._form.codec.shows(token, skip_special_tokens=True))
+
+    def _known(self, offsets: Iterable[int]) -> list[Entry]:
+        return [self._form.completion_entry(*self._waiting.popleft(), offset) for offset in offsets]
 
 
 def _reason(end: Generation) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..package import MAX_LOOPS, source_hash
 from ..runtime import Runtime
 from ..scheduler import Request, Scheduler
-from ..track import Generation
+from ..track import Constraint, Generation
 from .failures import ApiError
 from .grammar import Grammars
 from .limits import DEEPER, MAX_SECONDS, MAX_UNREAD, STILL
@@ -80,22 +80,19 @@ class Service:
         if _prompts(ask) * count > most:
             raise ApiError(400, f"{_prompts(ask) * count} choices are more than the {most} that can run and wait", "n")
         options, deadline = self._options(ask), self._deadline(ask)
+        seeds = [None if ask.seed is None else ask.seed + number for number in range(count)]
+        chosen = [self.runtime.options(**options, seed=seed) for seed in seeds]
         prompts = encoded(self.runtime, ask)
-        schema = None if ask.response_format is None else ask.response_format.schema_asked
-        requests = tuple(
-            Request(
-                tuple(prompt),
-                self.runtime.options(**options, seed=None if ask.seed is None else ask.seed + number),
-                deadline,
-                logprobs=_logprobs(ask),
-                constraint=None if schema is None else self._grammar().constraint(schema),
-            )
-            for prompt in prompts
-            for number in range(count)
-        )
+        requests = [Request(tuple(prompt), one, deadline, _logprobs(ask)) for prompt in prompts for one in chosen]
         for request in requests[::count]:
             request.check(self.runtime.manifest, self.runtime.codec is not None)
-        return Job(requests, count, sum(map(len, prompts)))
+        constraints = self._constraints(ask, len(requests), chosen[0].stop_ids)
+        pairs = zip(requests, constraints, strict=True)
+        return Job(
+            tuple(replace(request, constraint=constraint) for request, constraint in pairs),
+            count,
+            sum(map(len, prompts)),
+        )
 
     def _options(self, ask: CompletionAsk | ChatAsk) -> dict[str, Any]:
         asked = ask.max_tokens
@@ -123,11 +120,15 @@ class Service:
             raise ApiError(400, message, "max_seconds")
         return ask.max_seconds
 
-    def _grammar(self) -> Grammars:
+    def _constraints(self, ask: Ask, count: int, stop_ids: Collection[int]) -> Sequence[Constraint | None]:
+        """What each choice of a call may say."""
+        schema = None if ask.response_format is None else ask.response_format.schema_asked
+        if schema is None:
+            return [None] * count
         with self._lock:
             if self._grammars is None:
                 self._grammars = Grammars(self.runtime)
-            return self._grammars
+        return self._grammars.constraints(schema, count, stop_ids)
 
 
 def _prompts(ask: CompletionAsk | ChatAsk) -> int:
