@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from typing import Any
 
 from .errors import ArgumentError
 
 
-def stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
     """The stop strings as a tuple: a plain str is one of them, None is none.
 
     Raises ArgumentError for an empty stop string and for one that is not a str.
     """
     if value is None:
         return ()
+    if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
+        raise ArgumentError(f"stop must be a text or a list of texts, not of type {type(value).__name__}")
     strings = (value,) if isinstance(value, str) else tuple(value)
     for string in strings:
         if not isinstance(string, str):
@@ -85,3 +89,22 @@ class StopMatcher:
             if any(len(stop) > len(tail) and stop.startswith(tail) for stop in self._stop):
                 return start
         return len(text)
+
+
+def stop_tokens(value: int | Iterable[int] | None) -> frozenset[int]:
+    """The ids of stop tokens: one, or any collection of them, an array or a tensor too.
+
+    Raises ArgumentError for what is no whole number.
+    """
+    if value is None:
+        return frozenset()
+    try:
+        if isinstance(value, bytes | bytearray | memoryview | Mapping):
+            raise TypeError("neither a number nor a collection of numbers")
+        several = isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
+        ids: list[Any] = [*value] if several else [value]  # type: ignore[misc]
+        if any(isinstance(one, bool) for one in ids):
+            raise TypeError("True and False are no numbers")
+        return frozenset(index(one) for one in ids)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"stop_ids is {value!r}; it must be whole numbers (token ids)") from error
