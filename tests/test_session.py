@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(runtime: Runtime) -> N
             session.append(MORE, loops=0)
     assert session.tokens == before
     session.append([4] * session.room)
-    assert (session.room, session.generate().finish_reason, session.room) == (0, "length", -1)
+    assert (session.room, session.generate().finish_reason, session.room) == (0, "length", 0)
     with pytest.raises(PromptError, match="do not fit"):
         session.generate()
 

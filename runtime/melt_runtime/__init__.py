@@ -14,6 +14,8 @@ from .errors import (
     ClosedError,
     DeadlineError,
     MeltError,
+    MeltWarning,
+    OvertakenError,
     PackageError,
     PromptError,
     SessionError,
@@ -22,6 +24,7 @@ from .generation import Generator
 from .memory import Memory
 from .package import Manifest, Package
 from .prefixes import PrefixStore
+from .request_options import GenerateOptions
 from .runtime import Runtime
 from .sampling import Sampler, SamplingParams
 from .scheduler import Request, Scheduler, SchedulerMetrics, Ticket
@@ -36,6 +39,7 @@ __all__ = [
     "ClosedError",
     "Constraint",
     "DeadlineError",
+    "GenerateOptions",
     "Generation",
     "GenerationOptions",
     "Generator",
@@ -44,7 +48,9 @@ __all__ = [
     "LoopSettings",
     "Manifest",
     "MeltError",
+    "MeltWarning",
     "Memory",
+    "OvertakenError",
     "Package",
     "PackageError",
     "Piece",

@@ -123,7 +123,9 @@ def generate(
         runtime = _load(package, backend, device, threads, expect)
         prompt_ids = _prompt_ids(runtime, text, ids, chat)
         driver = runtime.driver()
-        generator = Generator(driver, [prompt_ids], runtime.options(**request), runtime.codec)
+        options = runtime.options(**request)
+        runtime.warn(options)
+        generator = Generator(driver, [prompt_ids], options, runtime.codec)
         started = perf_counter()
         arrivals = _stream(generator, ids=ids, silent=as_json)
         result = generator.results()[0]

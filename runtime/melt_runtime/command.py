@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import typer
 
 from .checked import printable
-from .errors import MeltError
+from .errors import MeltError, MeltWarning
 
 INTERRUPTED = 130
 
@@ -47,9 +48,13 @@ def _end(number: int, frame: object) -> NoReturn:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turns what a command raises into its exit: 2 after one line for an error, 130 after Ctrl-C, quiet for a pipe."""
+    """Turns what a command raises into its exit: 2 after one line for an error, 130 after Ctrl-C, quiet for a pipe.
+    A MeltWarning is one line on standard error."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", MeltWarning)
+            warnings.showwarning = _show(warnings.showwarning)
+            yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:
@@ -62,6 +67,18 @@ def reported_errors() -> Iterator[None]:
             raise
         print(f"melt-run: {one_line(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _show(others: Callable[..., None]) -> Callable[..., None]:
+    """How a warning is shown; ``others``: of other categories."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, MeltWarning):
+            print(f"Warning: {message}", file=sys.stderr, flush=True)
+        else:
+            others(message, category, *where)
+
+    return show
 
 
 def one_line(error: BaseException) -> str:

@@ -40,8 +40,9 @@ class Conversation:
     def think(self, loops: int) -> None:
         """Most loops a token from now on. Raises ArgumentError."""
         options = {**self.session.options, "loops": loops}
-        self.session.runtime.options(**options)
+        request = self.session.runtime.options(**options)
         self.session.options = options
+        self.session.runtime.warn(request)
 
     def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """The answer to a message, as it comes. ``stopped`` is asked after every chunk and token; what was said by then

@@ -67,6 +67,16 @@ def whole_number(name: str, value: object) -> None:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1")
 
 
+def depth_warnings(manifest: Manifest, loops: int) -> tuple[str, ...]:
+    """What to say of more loops than the model was trained for; nothing of others."""
+    configured = manifest.model.get("total_ut_steps")
+    trained = max(manifest.loops, configured if isinstance(configured, int) else 0)
+    if loops <= trained:
+        return ()
+    known = "1 loop" if trained == 1 else f"{trained} loops"
+    return (f"loops is {loops}, but the model was trained for {known} per token: its answers may make no sense",)
+
+
 class Depth:
     """A chunk's tokens on their way through the loops, each by its sequence's settings.
 

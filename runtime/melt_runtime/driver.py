@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +40,8 @@ class LoopDriver:
     """Sequences whose tokens lie in the cache. All memory is allocated when it opens and never grows.
 
     ``lengths`` (batch,) counts each sequence's tokens in the cache; ``depth`` holds, a sequence, the loops spent on
-    each of its tokens. ``whole``: the driver of which this is a part, from its sequence ``first`` on.
+    each of its tokens. ``whole``: the driver of which this is a part, from its sequence ``first`` on. Not for several
+    threads: give each a driver of its own.
     """
 
     def __init__(self, state: BackendState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
@@ -50,6 +50,7 @@ class LoopDriver:
         own = slice(first, first + self.batch)
         self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
         self.depth: list[list[int]] = [[] for _ in range(self.batch)] if whole is None else whole.depth[own]
+        self.moves = 0  # how often tokens came or went: a caller sees whether another one used the driver meanwhile
         # Of a token each, where every microsecond counts.
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
@@ -66,6 +67,7 @@ class LoopDriver:
 
     def clear(self, slot: int) -> None:
         """Forgets the tokens of one sequence."""
+        self.moves += 1
         self.lengths[slot] = 0
         self.depth[slot].clear()
 
@@ -77,6 +79,7 @@ class LoopDriver:
         """Forgets the tokens of one sequence behind its first ``length``."""
         if not 0 <= length <= self.lengths[slot]:
             raise ArgumentError(f"length is {length}; it must lie between 0 and the {self.lengths[slot]} in the cache")
+        self.moves += 1
         self.lengths[slot] = length
         del self.depth[slot][length:]
 
@@ -91,6 +94,7 @@ class LoopDriver:
             raise ArgumentError(f"{len(depth)} tokens do not fit behind {start} in a cache of {self.capacity}")
         if depth:
             self.state.write_rows(slot, start, rows)
+        self.moves += 1
         self.lengths[slot] = start + len(depth)
         self.depth[slot].extend(depth)
 
@@ -151,6 +155,7 @@ class LoopDriver:
         if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
             return False
         self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between)
+        self.moves += 1
         for slot, spent in enumerate(self.depth):
             spent.append(fixed.loops)
             self._lengths[slot] = len(spent)
@@ -196,7 +201,9 @@ class LoopDriver:
                 if not len(new):
                     idle += 1
                     continue
-                token = index(new[0])
+                if type(new) not in (list, tuple) or type(new[0]) is not int:
+                    return None  # perhaps ids all the same; ``check`` finds out
+                token = new[0]
                 if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(self.depth[slot]) >= self.capacity:
                     return None
                 self._ids[slot, 0] = token
@@ -265,6 +272,7 @@ class LoopDriver:
 
     def _count(self, spent: Sequence[Sequence[int]]) -> None:
         """A chunk's tokens lie in the cache; ``spent``, a sequence: the loops that each of them had."""
+        self.moves += 1
         for slot, loops in enumerate(spent):
             self.depth[slot].extend(loops)
             self.lengths[slot] = len(self.depth[slot])
@@ -290,20 +298,23 @@ class LoopDriver:
         """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
         if len(tokens) != self.batch:
             raise PromptError(f"the batch has {self.batch} sequences, tokens were given for {len(tokens)}")
-        try:
-            arrays = [np.asarray(ids).reshape(-1) for ids in tokens]
-        except (TypeError, ValueError) as error:
-            raise PromptError("token ids must be whole numbers inside the vocabulary") from error
-        for slot, array in enumerate(arrays):
-            room = self.room(slot)
-            if len(array) > room:
-                raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {self.capacity}")
-            if len(array) and array.dtype.kind not in "iu":
-                raise PromptError("token ids must be whole numbers inside the vocabulary")
-            wrong = array[(array < 0) | (array >= self.manifest.vocab_size)]
-            if len(wrong):
-                raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {self.manifest.vocab_size}")
-        return [array.astype(np.int64, copy=False) for array in arrays]
+        return [checked_ids(ids, self.room(slot), self.manifest) for slot, ids in enumerate(tokens)]
+
+
+def checked_ids(ids: Sequence[int], room: int, manifest: Manifest) -> NDArray[np.int64]:
+    """Token ids as an array. Raises PromptError if one is out of range or they are more than ``room``."""
+    try:
+        array = np.asarray(ids).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise PromptError("token ids must be whole numbers inside the vocabulary") from error
+    if len(array) > room:
+        raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {manifest.max_seq_len}")
+    if len(array) and array.dtype.kind not in "iu":
+        raise PromptError("token ids must be whole numbers inside the vocabulary")
+    wrong = array[(array < 0) | (array >= manifest.vocab_size)]
+    if len(wrong):
+        raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {manifest.vocab_size}")
+    return array.astype(np.int64, copy=False)
 
 
 def _chunk(ids: NDArray[np.int64], counts: NDArray[np.int64], last: NDArray[np.bool_]) -> Chunk:

@@ -12,6 +12,10 @@ class MeltError(Exception):
     """Base of all errors the runtime raises on purpose. The message is one clear sentence."""
 
 
+class MeltWarning(UserWarning):
+    """What was asked for runs, and the answers may disappoint."""
+
+
 class PackageError(MeltError):
     """A package is missing something, was changed, or was made for another version."""
 
@@ -22,6 +26,10 @@ class BackendError(MeltError):
 
 class ArgumentError(MeltError, ValueError):
     """An argument makes no sense: loops below 1, a temperature below 0, an unknown option."""
+
+
+class OvertakenError(ArgumentError):
+    """A stream cannot go on: another call has moved its session on, or has taken its state. Begin another."""
 
 
 class PromptError(MeltError, ValueError):

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import operator
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from .backends import Backend, open_backend
 from .checked import FieldError, optional, read_object
+from .depth import depth_warnings
 from .driver import LoopDriver, LoopSettings
-from .errors import ArgumentError, PackageError, PromptError
-from .generation import Generator
+from .errors import ArgumentError, MeltWarning, PackageError, PromptError
+from .generation import Generator, check_request
 from .manifest import STOP_IDS
 from .memory import Memory, memory
 from .package import Manifest, Package
+from .prompts import Array, Prompt, separate, token_ids
+from .request_options import GenerateOptions, plain_options
 from .sampling import SamplingParams
 from .session import Session
-from .stopping import stop_strings
+from .states import States
+from .stopping import stop_strings, stop_tokens
 from .text import TextCodec
-from .track import Generation, GenerationOptions
+from .track import Generation, GenerationOptions, Piece
 
 if TYPE_CHECKING:
     from .scheduler_slots import Prefixes
-
-Prompt = str | Sequence[int]
 
 
 class Runtime:
@@ -35,15 +39,20 @@ class Runtime:
         for piece in runtime.stream("Once upon a time", max_tokens=64):
             print(piece, end="")
 
-    ``generate`` and ``stream`` reuse one set of state buffers, allocated at their first call, so a Runtime answers
-    one call at a time; open a ``driver`` each for more. Raises errors of the MeltError family only.
+    For any number of threads: each call gives what it gives alone. Calls of ``generate`` wait for each other. They and
+    ``stream`` reuse one set of state buffers, allocated at the first call; a stream that is read while another call
+    has them has a set of its own until it ends. Where there is no memory for that, the call takes the buffers of the
+    stream that was read longest ago, which raises OvertakenError when it is read again. Raises errors of the MeltError
+    family only.
     """
 
     def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
         self.package, self.backend, self.codec = package, backend, codec
         self.backend_reason = backend_reason  # why this backend, in a sentence
         self.stop_ids = stop_ids_of(package)
-        self._driver: LoopDriver | None = None
+        self._states = States(self.driver)
+        self._generating = threading.RLock()
+        self._warned: set[str] = set()
 
     @classmethod
     def load(
@@ -84,7 +93,7 @@ class Runtime:
         """A loop driver with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
         return LoopDriver(self.backend.open_state(batch), self.manifest)
 
-    def session(self, *, prefixes: Prefixes | None = None, **options: Any) -> Session:
+    def session(self, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]) -> Session:
         """A conversation with state of its own. ``options``, as of ``generate``, hold for all its calls; ``prefixes``:
         beginnings of prompts that need not run again. Raises ArgumentError, BackendError."""
         return Session(self, prefixes=prefixes, **options)
@@ -108,10 +117,7 @@ class Runtime:
             if self.codec is None:
                 raise PromptError("the package has no tokenizer; give the prompt as token ids")
             return self.codec.encode(prompt)
-        ids = list(prompt)
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise PromptError("a prompt is a string or a list of whole numbers (token ids)")
-        return ids
+        return token_ids(prompt)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation in the package's chat template. Raises ArgumentError, PromptError."""
@@ -120,45 +126,80 @@ class Runtime:
         return self.codec.encode(self.codec.render_chat(messages), add_special_tokens=False)
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> Generation: ...
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+        self, prompt: str, **options: Unpack[GenerateOptions]
+    ) -> Generation: ...
     @overload
-    def generate(self, prompt: Sequence[int], **options: Any) -> Generation: ...
+    def generate(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> Generation: ...
     @overload
-    def generate(self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Generation]: ...
-    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
-        """Continues a prompt, or each of a list of prompts; a prompt is a string or a list of token ids.
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+    ) -> list[Generation]: ...
+    @overload
+    def generate(self, prompt: Array, **options: Unpack[GenerateOptions]) -> Any: ...
+    def generate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Generation | list[Generation]:
+        """Continues a prompt, or each of a list of prompts; a prompt is a string or token ids: a list, a NumPy array
+        or a tensor, of which two axes are several prompts.
 
         Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
         min_loops=1, exit_change=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None,
         stop=None (a string or several), stop_ids=None, ignore_eos=False; LoopSettings and SamplingParams say what
         they mean. Prompts of different lengths run together, at most the package's max_batch
-        at a time; each gives what it gives alone. Raises PromptError, ArgumentError.
+        at a time; each gives what it gives alone. Raises PromptError, ArgumentError, BackendError.
         """
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        prompts = [self.encode(p) for p in ([prompt] if single else prompt)]
-        if not prompts:
-            raise PromptError("there is no prompt")
+        given, single = separate(prompt)
+        prompts = [self.encode(one) for one in given]
         request = self.options(**options)
+        check_request(
+            prompts, [self.manifest.max_seq_len] * len(prompts), self.manifest, request, self.codec is not None
+        )
+        self.warn(request)
         results: list[Generation] = []
-        for start in range(0, len(prompts), self.manifest.max_batch):
-            group = prompts[start : start + self.manifest.max_batch]
-            generator = Generator(self._fresh_driver(len(group)), group, request, self.codec, streamed=False)
-            for _ in generator:
-                pass
-            results += generator.results()
+        with self._generating:
+            for start in range(0, len(prompts), self.manifest.max_batch):
+                results += self._together(prompts[start : start + self.manifest.max_batch], request)
         return results[0] if single else results
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+    def _together(self, prompts: list[list[int]], request: GenerationOptions) -> list[Generation]:
+        with self._states.lease(len(prompts)) as lease, lease.step() as driver:
+            generator = Generator(driver, prompts, request, self.codec, streamed=False)
+            for _ in generator:
+                pass
+            return generator.results()
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continues one prompt and yields text as it comes: whole characters, never part of a stop string.
 
         Options as in ``generate``. The prompt is checked at the call, not at the first piece.
         """
         if self.codec is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
-        generator = Generator(self._fresh_driver(1), [self.encode(prompt)], self.options(**options), self.codec)
-        return (piece.text for piece in generator if piece.text)
+        ids, request = self.encode(prompt), self.options(**options)
+        check_request([ids], [self.manifest.max_seq_len], self.manifest, request, self.codec is not None)
+        self.warn(request)
+        return self._texts(ids, request)
 
-    def options(
+    def _texts(self, ids: list[int], request: GenerationOptions) -> Iterator[str]:
+        def begin(driver: LoopDriver) -> Iterator[Piece]:
+            return iter(Generator(driver, [ids], request, self.codec))
+
+        with self._states.lease(1) as lease:
+            for piece in lease.steps(begin):
+                if piece.text:
+                    yield piece.text
+
+    def warn(self, request: GenerationOptions) -> None:
+        """Tells through ``warnings`` (MeltWarning) why a request's answers may disappoint, each sentence once."""
+        for sentence in request.warnings:
+            if sentence not in self._warned:
+                self._warned.add(sentence)
+                warnings.warn(sentence, MeltWarning, stacklevel=_callers_level())
+
+    def options(self, **options: Unpack[GenerateOptions]) -> GenerationOptions:
+        """A request's options with the package's defaults filled in. Raises ArgumentError, for unknown names too."""
+        return self._options(**plain_options(options))
+
+    def _options(
         self,
         *,
         max_tokens: int = 256,
@@ -167,15 +208,13 @@ class Runtime:
         chunk: int | None = None,
         min_loops: int = 1,
         exit_change: float = 0.0,
-        stop: str | Sequence[str] | None = None,
+        stop: str | Iterable[str] | None = None,
         stop_ids: int | Iterable[int] | None = None,
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> GenerationOptions:
-        """A request's options with the package's defaults filled in. Raises ArgumentError for unknown names."""
-        unknown = sorted(set(sampling) - set(SamplingParams.__dataclass_fields__))
-        if unknown:
-            raise ArgumentError(f"unknown option {unknown[0]!r}")
+        if not isinstance(ignore_eos, bool):
+            raise ArgumentError(f"ignore_eos is {ignore_eos!r}; it must be True or False")
         depth = LoopSettings(
             self.manifest.loops if loops is None else loops,
             self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
@@ -184,25 +223,17 @@ class Runtime:
             exit_change,
         )
         depth.check(self.manifest)
-        ids = _token_ids(stop_ids) | (set() if ignore_eos else self.stop_ids)
-        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), frozenset(ids))
-
-    def _fresh_driver(self, batch: int) -> LoopDriver:
-        if self._driver is None or self._driver.batch != batch:
-            self._driver = None  # frees the old state before the new one is allocated
-            self._driver = self.driver(batch)
-        self._driver.reset()
-        return self._driver
+        ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)
+        said = depth_warnings(self.manifest, depth.loops)
+        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), ids, said)
 
 
-def _token_ids(given: int | Iterable[int] | None) -> set[int]:
-    """One id, or any collection of them, NumPy's too. Raises ArgumentError for what is no whole number."""
-    if given is None:
-        return set()
-    try:
-        return {operator.index(one) for one in (given if isinstance(given, Iterable) else [given])}
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"stop_ids is {given!r}; it must be whole numbers (token ids)") from error
+def _callers_level() -> int:
+    """How many frames above ``warn`` the first line is that is not this package's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def codec_of(package: Package) -> TextCodec | None:

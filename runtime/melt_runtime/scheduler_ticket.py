@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from time import monotonic
 
-from .errors import ArgumentError, CancelledError, DeadlineError, MeltError, PromptError
+from .errors import ArgumentError, CancelledError, DeadlineError, MeltError
+from .generation import check_request
 from .package import Manifest
-from .stopping import stop_strings
+from .prompts import token_ids
 from .track import Constraint, Generation, GenerationOptions, Piece
 
 Listener = Callable[[Piece | Generation | MeltError], None]
@@ -19,7 +20,7 @@ Listener = Callable[[Piece | Generation | MeltError], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue.
+    """A prompt to continue, as token ids. Raises PromptError for what are none.
 
     ``deadline``: seconds from its submission by which it must be over; ``logprobs``: how many of the likeliest tokens
     each piece names (0: the drawn token's logprob alone; None: nothing); ``constraint``: what may be drawn, an object
@@ -32,21 +33,14 @@ class Request:
     logprobs: int | None = None
     constraint: Constraint | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(token_ids(self.prompt)))
+
     def check(self, manifest: Manifest, tokenizer: bool) -> None:
         """Raises PromptError or ArgumentError for what this package cannot run. tokenizer: whether there is one."""
-        if not len(self.prompt):
-            raise PromptError("the prompt is empty; give at least one token")
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in self.prompt):
-            raise PromptError("a prompt must be whole numbers (token ids)")
-        if len(self.prompt) > manifest.max_seq_len:
-            raise PromptError(f"{len(self.prompt)} tokens do not fit: the cache has room for {manifest.max_seq_len}")
-        wrong = next((i for i in self.prompt if not 0 <= i < manifest.vocab_size), None)
-        if wrong is not None:
-            raise PromptError(f"token id {wrong} is outside the vocabulary of {manifest.vocab_size}")
         if not isinstance(self.options, GenerationOptions):
             raise ArgumentError("a request's options must be GenerationOptions, as Runtime.options makes them")
-        if stop_strings(self.options.stop) and not tokenizer:
-            raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
+        check_request([self.prompt], [manifest.max_seq_len], manifest, self.options, tokenizer)
         self.options.loops.check(manifest)
         limit = self.deadline
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):

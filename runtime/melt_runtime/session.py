@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .driver import LoopSettings
-from .errors import ArgumentError, PromptError
+from .errors import ArgumentError, OvertakenError, PromptError
 from .logits import NextLogits
 from .sampling import Sampler, SamplingParams
 from .track import Generation, GenerationOptions, Piece, Track
 
 if TYPE_CHECKING:
-    from .runtime import Prompt, Runtime
+    from .prompts import Prompt
+    from .request_options import GenerateOptions
+    from .runtime import Runtime
     from .scheduler_slots import Prefixes
     from .session_file import Saved
     from .text import Message
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_turn(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """A method that waits until no other thread is inside the session."""
+
+    @wraps(method)
+    def waiting(self: Session, *arguments: P.args, **options: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *arguments, **options)
+
+    return waiting
 
 
 class Session:
@@ -35,12 +54,16 @@ class Session:
     What ``append`` is given begins a chunk; each token that was drawn is a chunk by itself. The last one drawn is part
     of the conversation before it has run: the next call runs it. After an error of the backend the session holds the
     chunks that ran whole. ``messages``: what was said, for who keeps a chat (None: nobody does); it goes into the file
-    and into branches, and changes nothing else. Not for several threads. Raises errors of the MeltError family only.
+    and into branches, and changes nothing else. Calls from several threads wait for each other. Raises errors of the
+    MeltError family only.
     """
 
-    def __init__(self, runtime: Runtime, *, prefixes: Prefixes | None = None, **options: Any):
+    def __init__(self, runtime: Runtime, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]):
         request = runtime.options(**options)
-        self.runtime, self.prefixes, self.options = runtime, prefixes, options
+        runtime.warn(request)
+        self._lock = threading.RLock()
+        self.runtime, self.prefixes = runtime, prefixes
+        self.options: dict[str, Any] = {**options}
         self.messages: tuple[Message, ...] | None = None
         self.sampler = Sampler(request.sampling)
         self.driver = runtime.driver(1)
@@ -56,16 +79,19 @@ class Session:
         return len(self.tokens)
 
     @property
+    @in_turn
     def tokens(self) -> tuple[int, ...]:
         """All token ids: what was appended and what was drawn."""
         return (*self._ids, *self._waiting())
 
     @property
+    @in_turn
     def depth(self) -> tuple[int, ...]:
         """Loops spent on each token that has run: all, but perhaps the last."""
         return tuple(self.driver.depth[0])
 
     @property
+    @in_turn
     def chunks(self) -> tuple[int, ...]:
         """Where each chunk of the tokens that have run begins."""
         return tuple(start for start, _ in self._chunks)
@@ -73,9 +99,11 @@ class Session:
     @property
     def room(self) -> int:
         """How many more tokens fit."""
-        return self.driver.capacity - len(self)
+        # The last token of a full session was drawn and can never run.
+        return max(self.driver.capacity - len(self), 0)
 
-    def append(self, prompt: Prompt, **options: Any) -> None:
+    @in_turn
+    def append(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> None:
         """Runs new tokens behind those that are there, in chunks. Only a first text gets what the tokenizer puts around
         one, such as BOS. Raises PromptError, before anything changes, if they are none or do not fit; ArgumentError."""
         ids = self._encode(prompt)
@@ -90,7 +118,8 @@ class Session:
         if prefixes is not None:
             prefixes.keep(self.driver, 0, ids, settings)
 
-    def generate(self, **options: Any) -> Generation:
+    @in_turn
+    def generate(self, **options: Unpack[GenerateOptions]) -> Generation:
         """Continues the conversation. Its ``prompt_tokens`` are all that there were before.
 
         Raises PromptError, ArgumentError."""
@@ -99,23 +128,26 @@ class Session:
             pass
         return track.result(self.driver.depth[0])
 
-    def stream(self, **options: Any) -> Iterator[str]:
+    def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continues the conversation and yields text as it comes. What was drawn stays, wherever the caller stops; once
-        the session has moved on, the stream raises ArgumentError."""
+        another call has moved the session on, the stream raises OvertakenError."""
         if self.runtime.codec is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
         return (piece.text for piece in self.pieces(**options) if piece.text)
 
-    def pieces(self, **options: Any) -> Iterator[Piece]:
+    @in_turn
+    def pieces(self, **options: Unpack[GenerateOptions]) -> Iterator[Piece]:
         """As ``stream``, but a piece for every token, whether or not it has text yet."""
         return self._pieces(self._track(options), self._turn)
 
-    def logits(self, **options: Any) -> NDArray[np.float32]:
+    @in_turn
+    def logits(self, **options: Unpack[GenerateOptions]) -> NDArray[np.float32]:
         """The logits after the last token (vocab,), which runs if it has not. Raises PromptError, ArgumentError."""
         settings = self._request(options).loops
         self._turn = object()
         return self._ready(settings).row(0).copy()
 
+    @in_turn
     def fork(self) -> Session:
         """A second session that stands where this one does, its random stream too; afterwards they share nothing.
         Raises BackendError where there is no memory for it."""
@@ -125,12 +157,14 @@ class Session:
         made.messages = self.messages
         return made
 
+    @in_turn
     def rewind(self, count: int) -> None:
         """Drops the last ``count`` tokens. Raises ArgumentError for more than there are."""
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(self):
             raise ArgumentError(f"count is {count!r}; it must lie between 0 and the {len(self)} tokens of the session")
         self.truncate(len(self) - count)
 
+    @in_turn
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` tokens and their rows, and how they were chunked. The random stream goes on.
 
@@ -145,6 +179,7 @@ class Session:
         self._drawn = self._logits = None
         self._cut(min(length, len(self._ids)))
 
+    @in_turn
     def reset(self) -> None:
         """Forgets all tokens, even where a call was torn off in its middle, as KeyboardInterrupt does. The random
         stream goes on."""
@@ -152,6 +187,7 @@ class Session:
         self.driver.reset()
         self._ids, self._chunks, self._drawn, self._logits = [], [], None, None
 
+    @in_turn
     def save(self, path: Path | str) -> None:
         """Writes all of it to a file, whole or not at all; the caches as far as they are used. Raises SessionError,
         ArgumentError for options that cannot be written."""
@@ -186,6 +222,7 @@ class Session:
         made.restore(saved)
         return made
 
+    @in_turn
     def restore(self, saved: Saved) -> None:
         """Becomes the session that ``session_file.read`` gave, in the memory that this one has. Raises BackendError,
         and then it is empty."""
@@ -219,10 +256,12 @@ class Session:
             return self.runtime.codec.encode(prompt, add_special_tokens=False)
         return self.runtime.encode(prompt)
 
-    def _request(self, options: dict[str, Any]) -> GenerationOptions:
-        return self.runtime.options(**{**self.options, **options})
+    def _request(self, options: GenerateOptions) -> GenerationOptions:
+        request = self.runtime.options(**{**self.options, **options})
+        self.runtime.warn(request)
+        return request
 
-    def _track(self, options: dict[str, Any], *, streamed: bool = True) -> Track:
+    def _track(self, options: GenerateOptions, *, streamed: bool = True) -> Track:
         """A call's request, checked; from now on no other stream may go on."""
         request = self._request(options)
         if request.stop and self.runtime.codec is None:
@@ -238,11 +277,12 @@ class Session:
 
     def _pieces(self, track: Track, turn: object) -> Iterator[Piece]:
         while track.finish_reason is None:
-            if self._turn is not turn:
-                raise ArgumentError("the session moved on while this stream was open; begin another")
-            logits = self._ready(track.options.loops)
-            piece = track.draw(logits, self.driver.room(0), self.driver.depth[0][-1])
-            self._drawn, self._logits = piece.token_id, None
+            with self._lock:
+                if self._turn is not turn:
+                    raise OvertakenError("the session moved on while this stream was open; begin another")
+                logits = self._ready(track.options.loops)
+                piece = track.draw(logits, self.driver.room(0), self.driver.depth[0][-1])
+                self._drawn, self._logits = piece.token_id, None
             yield piece
 
     def _ready(self, settings: LoopSettings) -> NextLogits:

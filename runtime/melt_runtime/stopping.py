@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from typing import Any
 
 from .errors import ArgumentError
 
@@ -14,7 +16,7 @@ MAX_STOP_CHARACTERS = 8192  # of all together; the matcher takes about 250 bytes
 Symbol = str | int  # a character, or the id of a special token, whose text is never shown
 
 
-def stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
     """The stop strings as a tuple: a plain str is one of them, None is none.
 
     Raises ArgumentError for an empty stop string, for what is not text, and for more than MAX_STOP_STRINGS strings or
@@ -22,7 +24,7 @@ def stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     if value is None:
         return ()
-    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
+    if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
         raise ArgumentError(f"stop must be text or a list of texts, not {type(value).__name__}.")
     strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_STOP_STRINGS:
@@ -171,3 +173,22 @@ def _symbols(string: str, special: Mapping[str, int]) -> tuple[Symbol, ...]:
 
 def _text(symbols: Iterable[Symbol]) -> str:
     return "".join(symbol for symbol in symbols if isinstance(symbol, str))
+
+
+def stop_tokens(value: int | Iterable[int] | None) -> frozenset[int]:
+    """The ids of stop tokens: one, or any collection of them, an array or a tensor too.
+
+    Raises ArgumentError for what is no whole number.
+    """
+    if value is None:
+        return frozenset()
+    try:
+        if isinstance(value, bytes | bytearray | memoryview | Mapping):
+            raise TypeError("neither a number nor a collection of numbers")
+        several = isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
+        ids: list[Any] = [*value] if several else [value]  # type: ignore[misc]
+        if any(isinstance(one, bool) for one in ids):
+            raise TypeError("True and False are no numbers")
+        return frozenset(index(one) for one in ids)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"stop_ids is {value!r}; it must be whole numbers (token ids)") from error

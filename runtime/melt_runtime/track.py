@@ -13,7 +13,7 @@ from .depth import LoopSettings, whole_number
 from .errors import ArgumentError
 from .logits import NextLogits
 from .sampling import Sampler, SamplingParams, largest
-from .stopping import StopMatcher
+from .stopping import StopMatcher, stop_strings, stop_tokens
 from .text import StreamDecoder, TextCodec
 
 Result = TypeVar("Result")
@@ -28,11 +28,12 @@ class GenerationOptions:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    warnings: tuple[str, ...] = field(default=(), compare=False)  # what the reply should say of the request
 
     def __post_init__(self) -> None:
         whole_number("max_tokens", self.max_tokens)
-        if not all(isinstance(i, int) for i in self.stop_ids):
-            raise ArgumentError("stop_ids must be whole numbers (token ids)")
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        object.__setattr__(self, "stop_ids", stop_tokens(self.stop_ids))
 
 
 class Constraint(Protocol):
@@ -53,7 +54,8 @@ class Generation:
     """A finished sequence. ``finish_reason``: "stop" (a stop id or string), "length" (max_tokens, or the cache is
     full), and from a scheduler also "cancelled" and "deadline". ``depth``: loops spent on each token that went through
     the model, the prompt's included; ``loops``: the most that one could have had; ``cached_tokens``: how many of the
-    prompt's a scheduler put back from what ran before, which changes nothing else and is not compared."""
+    prompt's a scheduler put back from what ran before, which changes nothing else and is not compared; ``warnings``:
+    why the answer may disappoint, a sentence each."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -62,6 +64,7 @@ class Generation:
     depth: tuple[int, ...]
     loops: int
     cached_tokens: int = field(default=0, compare=False)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def saved(self) -> float:
@@ -194,7 +197,16 @@ class Track:
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
         text, loops = "".join(self.text), self.options.loops.loops
-        return Generation(text, tokens, self.finish_reason, self.prompt_tokens, tuple(depth), loops, cached_tokens)
+        return Generation(
+            text,
+            tokens,
+            self.finish_reason,
+            self.prompt_tokens,
+            tuple(depth),
+            loops,
+            cached_tokens,
+            self.options.warnings,
+        )
 
 
 def _asked(method: Callable[[Any], Result], argument: Any) -> Result:

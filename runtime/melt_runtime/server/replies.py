@@ -1,5 +1,6 @@
 """Replies in OpenAI's shapes. Each choice also has ``depth``, the loops behind each token, and ``token_ids``; at its
-end ``saved``, the share of all loops, its prompt's too, that leaving early saved, and ``deadline`` if time was over."""
+end ``saved``, the share of all loops, its prompt's too, that leaving early saved, ``warnings`` if there are any, and
+``deadline`` if time was over."""
 
 from __future__ import annotations
 
@@ -68,6 +69,7 @@ class Form:
             "depth": [piece.depth for piece in pieces],
             "token_ids": [piece.token_id for piece in pieces],
             **({} if end is None else {"saved": end.saved}),
+            **({"warnings": list(end.warnings)} if end is not None and end.warnings else {}),
             **({"deadline": True} if end is not None and end.finish_reason == "deadline" else {}),
         }
 
