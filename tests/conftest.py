@@ -14,7 +14,8 @@ from melt_runtime import Runtime
 from processes import let_ctrl_c_through
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from melt_export.export import ExportOptions, building
+from melt_export.export import building
+from melt_export.options import ExportOptions
 
 if TYPE_CHECKING:
     from serving import Server

@@ -17,11 +17,11 @@ import torch
 import yaml
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.checkpoint import load_model
-from melt_models.training.config import ConfigError, RunConfig, StageConfig, read_run
+from melt_models.training.config import RunConfig, StageConfig, read_run
+from melt_models.training.errors import ConfigError, SnapshotError, TrainingDivergedError
 from melt_models.training.objectives import TeacherObjective
-from melt_models.training.snapshots import SnapshotError
 from melt_models.training.stages import run
-from melt_models.training.trainer import TrainingDivergedError, make_optimizers
+from melt_models.training.trainer import make_optimizers
 from processes import LIMIT, started
 
 TEACHER = {"steps": 12, "batch_size": 8, "learning_rate": 0.003, "warmup_steps": 2, "save_every": 4}
