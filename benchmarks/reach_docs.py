@@ -104,11 +104,20 @@ def _decode(section: Row, settings: Row) -> str:
         f"the LoopLM: {ratio:g} times as many at {settings['loops']} loops.\n\n"
         + alone
         + "![Tokens a second against the tokens in the cache.](decode.png)\n\n"
-        "The same checkpoint in PyTorch, operator by operator, on the same threads:\n\n"
+        f"The same checkpoint in PyTorch, operator by operator{_threads(section)}:\n\n"
         + table(
             ["PyTorch", "tokens in the cache", "against", "PyTorch, a loop, ms", "a loop, ms", "times as long"], eager
         )
     )
+
+
+def _threads(section: Row) -> str:
+    """With how many threads each rival ran, where that was tried."""
+    if "threads" not in section:
+        return ", on the same threads"
+    names = {name: name.replace("eager", "PyTorch") if "eager" in name else _label(name) for name in section["threads"]}
+    found = (f"{names[name]}: {one['threads']}" for name, one in section["threads"].items())
+    return f", each with the number of threads that serves it best ({', '.join(found)})"
 
 
 def _buffer(section: Row, settings: Row) -> str:
@@ -158,29 +167,55 @@ def _long(section: Row, settings: Row) -> str:
     )
 
 
+def _rival(name: str) -> tuple[str, str]:
+    """ "melt, 2 threads" -> its name in a table and its threads."""
+    rival, _, threads = name.partition(", ")
+    return "MELT, one loop" if rival == "melt" else rival, threads.partition(" ")[0] or "default"
+
+
 def _smollm2(section: Row, settings: Row) -> str:
     if not section.get("turns"):
         return f"### SmolLM2-135M\n\nNot measured: {section['skipped']}.\n"
-    rows = []
+    rows, best = [], []
     for context, found in section["turns"].items():
+        fastest: dict[str, tuple[float, str]] = {}
         for name, one in found.items():
+            rival, threads = _rival(name)
+            seconds = one["token_s"]["median"]
+            fastest[rival] = min(fastest.get(rival, (seconds, threads)), (seconds, threads))
             rows.append(
                 [
-                    "MELT, one loop" if name == "melt" else name,
+                    rival,
+                    threads,
                     context,
                     middle(one["token_s"], 1e-3),
-                    f"{1 / one['token_s']['median']:.1f}",
+                    f"{1 / seconds:.1f}",
                     middle(one["time_against_first"]),
                     f"{settings['prompt'] / one['prefill_s']['median']:.0f}",
                 ]
             )
+        each = (f"{rival} {1 / seconds:.1f} tokens/s ({threads})" for rival, (seconds, threads) in fastest.items())
+        best.append(f"- {context} tokens in the cache: {', '.join(each)}\n")
     overhead = max(row["overhead_share"]["median"] for row in section["bench"]["results"])
     skipped = "".join(f"\n{name} was left out: {reason}.\n" for name, reason in section.get("skipped", {}).items())
-    head = ["", "tokens in the cache", "a token, ms", "tokens/s", "time against MELT", "prefill, tokens/s"]
+    head = [
+        "",
+        "threads",
+        "tokens in the cache",
+        "a token, ms",
+        "tokens/s",
+        "time against the first",
+        "prefill, tokens/s",
+    ]
+    given, each = "", ""
+    if "genai" in section:
+        given, each = f" (`{section['genai']['builder']}`)", ", each with every number of threads"
     return (
         "### SmolLM2-135M\n\nReal weights as a MELT at one loop, against onnxruntime-genai on its own builder's int4 "
-        f"export of the same weights; a prompt of {settings['prompt']} tokens.\n\n"
+        f"export{given} of the same weights{each}; a prompt of {settings['prompt']} tokens.\n\n"
         + table(head, rows)
+        + "\nEach with the number of threads (in brackets) that serves it best:\n\n"
+        + "".join(best)
         + f"\nWhat is not spent in the graphs is {overhead:.1%} of a token at most.\n"
         + skipped
     )

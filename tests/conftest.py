@@ -11,13 +11,16 @@ import pytest
 import torch
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_runtime import Runtime
+from processes import let_ctrl_c_through
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from melt_export.export import ExportOptions, building
+from melt_export.export import building
+from melt_export.options import ExportOptions
 
 if TYPE_CHECKING:
     from serving import Server
 
+let_ctrl_c_through()
 torch.set_num_threads(1)
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?0123456789:"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime import bench as module
-from melt_runtime.bench import Driver, Sweep, bench, loop_bytes, overhead, spread
+from melt_runtime.bench import Stopwatch, Sweep, bench, loop_bytes, overhead, spread
 from melt_runtime.cli import app
 from melt_runtime.machine import ReadBandwidth
 from melt_runtime.package import Package
@@ -51,13 +52,13 @@ def test_a_sweep_runs_every_combination_of_every_package(tiny_package: Path, loo
 
 def test_packages_take_turns(tiny_package: Path, looplm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     visits: list[str] = []
-    decode = Driver.decode
+    decode = Stopwatch.decode
 
-    def noted(self: Driver, context: int, loops: int, tokens: int) -> tuple[float, float]:
-        visits.append(self.manifest.model["model_type"])
+    def noted(self: Stopwatch, context: int, loops: int, tokens: int) -> tuple[float, float]:
+        visits.append(self.driver.manifest.model["model_type"])
         return decode(self, context, loops, tokens)
 
-    monkeypatch.setattr(Driver, "decode", noted)
+    monkeypatch.setattr(Stopwatch, "decode", noted)
     monkeypatch.setattr(module, "peak_memory", lambda *_: {"loaded_bytes": None, "peak_bytes": None})
     report = bench([tiny_package, looplm], Sweep(**QUICK))  # type: ignore[arg-type]
     assert visits == ["melt", "ouro"] * 3  # two rounds, and one before that does not count
@@ -83,13 +84,37 @@ def test_bytes_a_loop_are_weights_rows_and_state(tiny_package: Path, looplm: Pat
 
 def test_measuring_runs_the_same_loops_as_generating(tiny_package: Path) -> None:
     runtime = Runtime.load(tiny_package)
-    loop_driver = runtime.driver()
-    driver = Driver(loop_driver.state, runtime.manifest)
-    driver.prefill(10, 8, 3)
+    driver = runtime.driver()
+    Stopwatch(driver).prefill(10, 8, 3)
     expected = runtime.driver()
     expected.append([[0] * 10], LoopSettings(3))
     rows = (0, slice(None), slice(10))
-    assert (loop_driver.state.read("key_cache.1", rows) == expected.state.read("key_cache.1", rows)).all()
+    assert (driver.state.read("key_cache.1", rows) == expected.state.read("key_cache.1", rows)).all()
+
+
+def test_tokens_are_timed_on_the_road_that_generation_takes(
+    tiny_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole token in one call, which a backend may run as one graph."""
+    runtime, calls = Runtime.load(tiny_package), list[tuple[object, ...]]()
+    kind = type(runtime.driver().state)
+    run_chunk, loop = kind.run_chunk, kind.loop
+
+    def chunk_noted(self: Any, ids: Any, control: Any, loops: int, head: bool) -> None:
+        calls.append(("chunk", ids.shape, control.lengths.tolist(), loops, head))
+        run_chunk(self, ids, control, loops, head)
+
+    def loop_noted(self: Any, control: Any) -> Any:
+        calls.append(("loop", control))
+        return loop(self, control)
+
+    monkeypatch.setattr(kind, "run_chunk", chunk_noted)
+    monkeypatch.setattr(kind, "loop", loop_noted)
+    runtime.generate([0] * 10, max_tokens=4, ignore_eos=True, loops=3)
+    generated, calls[:] = calls[-3:], []  # the prompt's chunks come first
+    Stopwatch(runtime.driver()).decode(10, 3, 2)
+    assert calls[:3] == generated == [("chunk", (1, 1), [10 + at], 3, True) for at in range(3)]
+    assert calls[3:] == [("chunk", (1, 1), [10], 3, False)] * 3  # loops alone
 
 
 def test_overhead_is_a_share_and_leaves_the_runtime_as_it_was(tiny_package: Path) -> None:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 
-from melt_export.quantize import WeightOptions, stored_values
+from melt_export.options import WeightOptions
+from melt_export.quantize import stored_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import contest
@@ -31,6 +32,20 @@ def test_a_package_and_pytorch_take_turns(tiny_package: Path, tiny_checkpoint: P
     assert found["eager bf16"]["token_s"]["median"] > 0
     assert found["melt"]["prefill_s"]["median"] > 0
     assert found["eager bf16"]["peak_bytes"]["median"] > 0
+
+
+def test_every_number_of_threads_is_tried_and_the_fastest_kept(tiny_package: Path) -> None:
+    tried: list[int] = []
+
+    def rival(threads: int) -> Contestant:
+        tried.append(threads)
+        return Contestant("melt", contest.package, tiny_package, threads, 2, 20, 1, 0)
+
+    found = contest.best_threads(rival, (1, 2), 2)
+    assert tried == [1, 2]
+    assert found["token_s"][str(found["threads"])] == min(found["token_s"].values())
+    assert contest.best_threads(rival, (3,), 2) == {"threads": 3, "token_s": {}}
+    assert tried == [1, 2]  # where there is no choice, nothing is tried
 
 
 def test_a_contestant_that_fails_says_why(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from melt_models.atomic import TargetExistsError, new_directory
 from melt_models.checkpoint import load_model, read_config
 from melt_models.convert import COMPANIONS, convert
 from melt_models.convert_cli import main
+from processes import LIMIT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -354,7 +355,7 @@ with new_directory(Path(sys.argv[2]), force=True) as build:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     module = Path(atomic.__file__).parent  # alone, without the package's slow imports
-    process = subprocess.run([sys.executable, "-c", script, module, old], check=False)
+    process = subprocess.run([sys.executable, "-c", script, module, old], check=False, timeout=LIMIT)
     assert process.returncode == -signal.SIGKILL
     assert contents(old) == {"old.txt": b"old"}
     with new_directory(old, force=True) as build:

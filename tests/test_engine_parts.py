@@ -30,6 +30,7 @@ from melt_runtime.errors import ArgumentError
 from melt_runtime.files import FileSpec, file_hash
 from melt_runtime.package import GRAPHS, Manifest, manifest_hash, source_hash
 from onnx import TensorProto, helper
+from processes import LIMIT
 
 NAME = "tensorrt-rtx-fp32"
 
@@ -369,4 +370,5 @@ def test_options_that_make_no_sense_are_refused() -> None:
 
 def test_engines_are_built_without_torch_or_onnx() -> None:
     code = "import sys, melt_runtime.engines.build; print({'torch', 'onnx', 'onnxruntime'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT)
+    assert done.stdout == "set()\n"

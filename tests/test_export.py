@@ -28,14 +28,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from melt_export import export
 from melt_export.errors import ExportError, ParityError
-from melt_export.export import ExportOptions, building, sizes
+from melt_export.export import building, sizes
 from melt_export.hollow import without_memory
+from melt_export.options import ExportOptions
 from melt_export.pack import packed_name
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
-from melt_export.export import ExportOptions, building
+from melt_export.export import building
+from melt_export.options import ExportOptions
 
 def progress(step, total, done):
     if step == "writing weights":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,17 +20,19 @@ import torch
 from conftest import TINY, MakeCheckpoint, MakePackage
 from melt_models import LoopLMConfig, LoopLMForCausalLM
 from melt_runtime.package import Package, file_hash
+from processes import LIMIT, started
 from safetensors.torch import load_file, save_file
 
 # Runs each command in a process of its own that has imported everything already, which takes longer than most commands.
 SERVER = """
-import json, os, resource, sys, traceback
-from melt_export import cli
+import json, os, resource, signal, sys, traceback
+from melt_export import cli, export, quality, verify
 
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if not child:
+        signal.alarm(300)
         for number, path in ((1, job["stdout"]), (2, job["stderr"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
         os.environ.update(job["environment"])
@@ -314,14 +315,12 @@ def test_a_full_disk_leaves_the_old_package(run: Commands, checkpoint: Path, pac
 
 def test_a_terminated_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     command = [installed("melt-export"), *map(str, export(checkpoint, tmp_path / "package")[1:])]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".package.partial-*/tokenizer.json")):  # it has begun
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
+    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".package.partial-*/tokenizer.json")):  # it has begun
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 143
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from melt_runtime import Runtime
 from melt_runtime.backends.survey import devices
+from processes import LIMIT
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -74,7 +75,9 @@ class TestAWholeRun:
 
 @pytest.mark.skipif(bool(devices()), reason="there is an NVIDIA device here")
 def test_without_a_device_it_says_so_in_one_sentence_and_exits_with_2() -> None:
-    done = subprocess.run([sys.executable, "-m", "melt_export.gpu_check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "melt_export.gpu_check"], capture_output=True, text=True, timeout=LIMIT
+    )
     assert done.returncode == 2
     assert done.stderr == "gpu_check: there is no NVIDIA driver with a device here, so there is no GPU to check\n"
     assert done.stdout == ""

@@ -14,7 +14,8 @@ from melt_runtime.describe import describe
 from melt_runtime.package import Manifest, Package
 
 from melt_export.errors import ExportError
-from melt_export.export import ExportOptions, building
+from melt_export.export import building
+from melt_export.options import ExportOptions
 from melt_export.verify import verify
 
 LOOPS = 4

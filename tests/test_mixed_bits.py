@@ -16,9 +16,9 @@ from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCaus
 
 from melt_export.blocks import Blocks, Grid, gptq, round_to_nearest, rounding_error
 from melt_export.errors import ExportError
-from melt_export.export import ExportOptions, building
+from melt_export.export import building
+from melt_export.options import ExportOptions, WeightOptions
 from melt_export.parity import Limits
-from melt_export.quantize import WeightOptions
 from melt_export.sensitivity import most_sensitive, sensitivities
 from melt_export.verify import verify
 

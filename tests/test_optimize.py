@@ -14,9 +14,9 @@ from melt_runtime import Runtime
 
 import melt_export.export as road
 from melt_export.errors import ExportError
-from melt_export.export import ExportOptions, build_package
+from melt_export.export import build_package
 from melt_export.optimize import optimize
-from melt_export.quantize import WeightOptions
+from melt_export.options import ExportOptions, WeightOptions
 
 
 def kinds(path: Path) -> Counter[str]:

@@ -21,10 +21,10 @@ from melt_runtime.package import Package
 from melt_export.blocks import Blocks, Grid, gptq, round_to_nearest
 from melt_export.calibrate import calibration_tokens, hessians
 from melt_export.errors import ExportError
-from melt_export.export import ExportOptions, building
+from melt_export.export import building
+from melt_export.options import ExportOptions, WeightOptions
 from melt_export.pack import part_names
 from melt_export.parity import Limits, Quality
-from melt_export.quantize import WeightOptions
 from melt_export.verify import verify
 
 

@@ -15,12 +15,11 @@ from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.package import Package
 
 from melt_export.answers import read_problems
-from melt_export.cache import CacheOptions, calibrated
+from melt_export.cache import calibrated
 from melt_export.cache_numbers import CacheNumbers, rounded
 from melt_export.errors import ExportError
-from melt_export.export import ExportOptions
+from melt_export.options import CacheOptions, ExportOptions, WeightOptions
 from melt_export.parity import Limits
-from melt_export.quantize import WeightOptions
 from melt_export.verify import verify
 
 

@@ -58,6 +58,30 @@ def test_the_document_and_its_pictures_show_every_section(report: dict[str, Any]
     assert {path.name for path in tmp_path.iterdir()} == {"decode.png", "memory.png"}
 
 
+@pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
+def test_rivals_are_tried_with_all_sensible_numbers_of_threads(most: int, counts: tuple[int, ...]) -> None:
+    assert reach.Settings(threads=most).thread_counts == counts
+
+
+def test_the_document_shows_every_number_of_threads_and_each_rivals_best(report: dict[str, Any]) -> None:
+    def sample(token_ms: float) -> dict[str, Any]:
+        one = {"low": token_ms / 1e3, "median": token_ms / 1e3, "high": token_ms / 1e3}
+        return {"token_s": one, "prefill_s": one, "time_against_first": one}
+
+    turns = {
+        "melt, 2 threads": sample(8),
+        "onnxruntime-genai, 2 threads": sample(5),
+        "melt, 1 thread": sample(9),
+        "onnxruntime-genai, 1 thread": sample(8),
+    }
+    bench = {"results": [{"overhead_share": {"median": 0.02}}]}
+    section = {"turns": {"10": turns}, "bench": bench, "genai": {"builder": "-p int4 -e cpu"}}
+    text = reach_docs.part({**report, "smollm2": section})
+    assert "| onnxruntime-genai | 2 | 10 | 5.00 (5.00 to 5.00) | 200.0 |" in text
+    assert "MELT, one loop 125.0 tokens/s (2), onnxruntime-genai 200.0 tokens/s (2)" in text
+    assert "`-p int4 -e cpu`" in text
+
+
 def test_a_rival_that_is_not_there_is_left_out_with_the_reason(report: dict[str, Any]) -> None:
     text = reach_docs.part({**report, "smollm2": {"skipped": "gguf is not installed"}})
     assert "Not measured: gguf is not installed." in text

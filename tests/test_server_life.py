@@ -147,7 +147,7 @@ def test_with_a_certificate_it_speaks_https(served_package: Path, tmp_path: Path
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
-    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    subprocess.run([*command.split(), *names], check=True, capture_output=True, timeout=WAIT)
     with Server(served_package, "--tls-cert", certificate, "--tls-key", key) as server:
         assert server.url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(certificate))

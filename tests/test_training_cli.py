@@ -14,6 +14,7 @@ import pytest
 import yaml
 from melt_models.checkpoint import load_model
 from melt_models.training.cli import app
+from processes import LIMIT, started
 from typer.testing import CliRunner
 
 TEACHER = {"steps": 4, "batch_size": 4, "save_every": 2}
@@ -120,12 +121,12 @@ def test_ctrl_c_ends_with_exit_code_130_and_resume_goes_on(tmp_path: Path) -> No
     file = write(tmp_path, teacher={**TEACHER, "steps": 100000, "save_every": 5})
     command = [sys.executable, "-m", "melt_models.training.cli", "teacher", "--config", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     record = tmp_path / "out" / "metrics" / "teacher.jsonl"
-    while process.poll() is None and not (record.is_file() and record.read_bytes().count(b"\n") >= 6):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    with started(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None and not (record.is_file() and record.read_bytes().count(b"\n") >= 6):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 130, errors
     assert errors == "melt-train: stopped; the same command with --resume goes on from the last snapshot\n"
     assert list((tmp_path / "out" / "state" / "teacher").glob("step-*"))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from melt_models.training.config import ConfigError, RunConfig, Stage, StageConfig, read_run
+from melt_models.training.config import RunConfig, Stage, StageConfig, read_run
+from melt_models.training.errors import ConfigError
 from melt_models.training.objectives import DistillOptions
 from melt_models.training.trainer import make_accelerator, rate_at
 

@@ -17,11 +17,12 @@ import torch
 import yaml
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.checkpoint import load_model
-from melt_models.training.config import ConfigError, RunConfig, StageConfig, read_run
+from melt_models.training.config import RunConfig, StageConfig, read_run
+from melt_models.training.errors import ConfigError, SnapshotError, TrainingDivergedError
 from melt_models.training.objectives import TeacherObjective
-from melt_models.training.snapshots import SnapshotError
 from melt_models.training.stages import run
-from melt_models.training.trainer import TrainingDivergedError, make_optimizers
+from melt_models.training.trainer import make_optimizers
+from processes import LIMIT, started
 
 TEACHER = {"steps": 12, "batch_size": 8, "learning_rate": 0.003, "warmup_steps": 2, "save_every": 4}
 PHASE = {"steps": 6, "batch_size": 8, "learning_rate": 0.001, "warmup_steps": 2, "save_every": 2}
@@ -147,12 +148,12 @@ def test_metrics_name_the_loss_its_parts_the_rates_and_what_was_seen(whole: Path
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path: Path, whole: Path) -> None:
     file = write(tmp_path)
     output, command = tmp_path / "out", [sys.executable, "-m", "melt_models.training.cli", "all", "--config", str(file)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     record = output / "metrics" / "teacher.jsonl"
-    while process.poll() is None and not (record.is_file() and record.read_bytes().count(b"\n") >= 6):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with started(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (record.is_file() and record.read_bytes().count(b"\n") >= 6):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(LIMIT) == -signal.SIGKILL
     assert not (output / "phase2").exists()
     config = read_run(file)
     run(config, config.stages(), resume=True)

@@ -1,7 +1,7 @@
 """How fast packages run here, rivals in turn with each other, so that a noisy machine disturbs all alike.
 
-Time is measured around the calls of a backend's state, so it is what the loop driver waits for. A cache is filled by
-declaring it full: what the rows hold changes no time.
+The road is that of generation, through the loop driver to the next token: where a backend runs a whole token as one
+graph, that graph is timed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from .backends import BackendState, LoopControl
-from .driver import whole_number
+from .backends import LoopControl
+from .driver import LoopDriver, LoopSettings, whole_number
 from .engines.onnx_file import initializer_bytes, read_operators
 from .errors import ArgumentError, BackendError
 from .machine import ReadBandwidth, physical_cores
 from .package import Manifest, Package, size_of
 from .progress import Step, no_progress
 from .runtime import Runtime
+from .sampling import Sampler, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Point:
 
 @dataclass
 class Samples:
-    """Seconds, one entry a visit (``loop``: a loop step, the median of a visit's tokens)."""
+    """Seconds, one entry a visit: the median of its tokens, and of their loops."""
 
     token: list[float] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
@@ -107,41 +108,54 @@ def loop_bytes(package: Package, context: int, batch: int = 1, loops: int | None
     }
 
 
-class Driver:
-    """Runs chunks on a package's state as the loop driver does, and takes the time."""
+class Stopwatch:
+    """Times what generation runs: the loop driver's chunks, and the likeliest token after them."""
 
-    def __init__(self, state: BackendState, manifest: Manifest):
-        self.state, self.manifest = state, manifest
-
-    def chunk(self, width: int, context: int, loops: int, *, head: bool) -> tuple[float, list[float]]:
-        """Seconds of ``width`` tokens a sequence after ``context`` others, and of each loop step."""
-        batch = self.state.batch
-        ids = np.zeros((batch, width), np.int64)
-        lengths, counts = np.full(batch, context, np.int64), np.full(batch, width, np.int64)
-        active = np.ones((batch, width), np.bool_)
-        steps = []
-        started = perf_counter()
-        self.state.embed(ids)
-        for loop in range(loops):
-            control = LoopControl(np.full(batch, loop == 0), active, lengths, counts)
-            before = perf_counter()
-            self.state.loop(control)
-            steps.append(perf_counter() - before)
-        self.state.commit(control)
-        if head:
-            self.state.logits(counts[:, None] - 1).argmax(-1)
-        return perf_counter() - started, steps
+    def __init__(self, driver: LoopDriver):
+        self.driver, self._greedy = driver, Sampler(SamplingParams())
 
     def decode(self, context: int, loops: int, tokens: int) -> tuple[float, float]:
-        """Median seconds of a token and of a loop step (the mean of a token's loops), over ``tokens`` tokens after one
-        that does not count."""
-        runs = [self.chunk(1, context, loops, head=True) for _ in range(tokens + 1)][1:]
-        return float(np.median([total for total, _ in runs])), float(np.median([np.mean(steps) for _, steps in runs]))
+        """Median seconds of a token, over ``tokens`` tokens behind ``context`` others and one that does not count; and
+        of a loop, which is a token without its head over the number of its loops."""
+        driver, settings = self.driver, LoopSettings(loops)
+        self._declare(context, loops)
+        times, new = [], [[0]] * driver.batch
+        for _ in range(tokens + 1):
+            if not driver.room(0):
+                self._declare(context, loops)
+            started = perf_counter()
+            new = self._next(new, settings)
+            times.append(perf_counter() - started)
+        return float(np.median(times[1:])), self._loop(context, loops, tokens)
 
     def prefill(self, prompt: int, chunk: int, loops: int) -> float:
-        """Seconds from a prompt of ``prompt`` tokens to its logits."""
-        starts = range(0, prompt, chunk)
-        return sum(self.chunk(min(chunk, prompt - at), at, loops, head=at == starts[-1])[0] for at in starts)
+        """Seconds from a prompt of ``prompt`` tokens to the token after it."""
+        self.driver.reset()
+        started = perf_counter()
+        self._next([[0] * prompt] * self.driver.batch, LoopSettings(loops, chunk=chunk))
+        return perf_counter() - started
+
+    def _next(self, new: list[list[int]], settings: LoopSettings) -> list[list[int]]:
+        logits = self.driver.advance(new, settings)
+        return [[logits.sample(slot, self._greedy, ())] for slot in range(self.driver.batch)]
+
+    def _loop(self, context: int, loops: int, tokens: int) -> float:
+        batch, state = self.driver.batch, self.driver.state
+        one, each = np.ones((batch, 1), np.bool_), np.ones(batch, np.int64)
+        control = LoopControl(one[:, 0], one, np.full(batch, context, np.int64), each)
+        times = []
+        for _ in range(tokens + 1):
+            started = perf_counter()
+            state.run_chunk(np.zeros((batch, 1), np.int64), control, loops, head=False)
+            times.append((perf_counter() - started) / loops)
+        return float(np.median(times[1:]))
+
+    def _declare(self, context: int, loops: int) -> None:
+        """Says that the cache holds so many tokens: what its rows hold changes no time."""
+        for slot in range(self.driver.batch):
+            self.driver.clear(slot)
+            self.driver.depth[slot].extend([loops] * context)
+            self.driver.lengths[slot] = context
 
 
 class _Timed:
@@ -254,20 +268,20 @@ def _with_threads(
     samples = {(at, point): Samples() for at in range(len(packages)) for point in points}
     shares: list[list[float]] = [[] for _ in packages]
     for batch in sweep.batches:  # one batch's state at a time
-        drivers = [Driver(runtime.driver(batch).state, runtime.manifest) for runtime in runtimes]
+        watches = [Stopwatch(runtime.driver(batch)) for runtime in runtimes]
         own = [point for point in points if point.batch == batch]
         for turn in range(sweep.rounds + 1):  # the first does not count
             for point in own:
-                for at, driver in enumerate(drivers):
+                for at, watch in enumerate(watches):
                     rate = bandwidth.measure()
-                    found = _visit(driver, point, sweep, prefill=point.context == sweep.contexts[0])
+                    found = _visit(watch, point, sweep, prefill=point.context == sweep.contexts[0])
                     if turn:
                         kept = samples[at, point]
                         kept.bandwidth.append(rate)
                         for list_, value in zip((kept.token, kept.loop, kept.prefill), found, strict=True):
                             list_ += [] if value is None else [value]
                 progress(f"in turn, {label}", len(points) * (sweep.rounds + 1), 1)
-        del drivers  # before the next batch's state is allocated
+        del watches  # before the next batch's state is allocated
     for at, runtime in enumerate(runtimes):
         runs = [overhead(runtime, loops=sweep.loops[0] if sweep.loops else None) for _ in range(min(sweep.rounds, 3))]
         shares[at] = [share for share in runs if share is not None]
@@ -285,11 +299,11 @@ def _with_threads(
     )
 
 
-def _visit(driver: Driver, point: Point, sweep: Sweep, *, prefill: bool) -> tuple[float, float, float | None]:
-    loops = point.loops or driver.manifest.loops
-    chunk = point.chunk or driver.manifest.chunk
-    token, loop = driver.decode(point.context, loops, sweep.tokens)
-    return token, loop, driver.prefill(sweep.prompt, chunk, loops) if prefill and sweep.prompt else None
+def _visit(watch: Stopwatch, point: Point, sweep: Sweep, *, prefill: bool) -> tuple[float, float, float | None]:
+    loops = point.loops or watch.driver.manifest.loops
+    chunk = point.chunk or watch.driver.manifest.chunk
+    token, loop = watch.decode(point.context, loops, sweep.tokens)
+    return token, loop, watch.prefill(sweep.prompt, chunk, loops) if prefill and sweep.prompt else None
 
 
 def _row(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 
-from .bench import Driver
+from .bench import Stopwatch
 from .machine import resident
 from .runtime import Runtime
 
@@ -18,11 +18,10 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     runtime = Runtime.load(order["package"], threads=order["threads"], check_hashes=False)
     loaded = resident("VmRSS")
-    state = runtime.driver(order["batch"]).state
-    driver = Driver(state, runtime.manifest)
+    watch = Stopwatch(runtime.driver(order["batch"]))
     longest = runtime.manifest.max_seq_len
-    for position in {*range(min(_TOKENS, longest)), longest - 1}:
-        driver.chunk(1, position, order["loops"], head=True)
+    watch.decode(0, order["loops"], _TOKENS)
+    watch.decode(longest - 1, order["loops"], 1)
     print(json.dumps({"loaded_bytes": loaded, "peak_bytes": resident("VmHWM")}))
 
 
