@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 FUZZ_MINUTES ?= 60
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-chat test lint fuzz bench bench-smollm2 bench-state bench-serving experiments clean
+.PHONY: help demo demo-chat test lint docs fuzz bench bench-smollm2 bench-state bench-serving experiments clean
 
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
 	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
 	@echo "make test       lint, types and all tests"
 	@echo "make fuzz       an hour of broken manifests, tokenizers, sessions and graphs: all must be taken or refused"
+	@echo "make docs       the pages of docs/ and the API reference as a site in build/site; a warning is an error"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (about an hour on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
 	@echo "make bench-smollm2  of these the comparison with onnxruntime-genai alone (ten minutes)"
@@ -51,6 +52,9 @@ test: lint
 fuzz: $(VENV)/.dev
 	test -f build/addition/manifest.json || $(MAKE) demo
 	PYTHONPATH=tests $(BIN)/python -m fuzz build/addition --minutes $(FUZZ_MINUTES)
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/site
 
 experiments: $(VENV)/.dev
 	$(BIN)/python benchmarks/experiments/run.py

@@ -19,7 +19,7 @@ from melt_runtime import (
 )
 
 every_backend = test_parts.runtime
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"
 PROMPT = list(range(3, 22))  # two chunks of 8 and one of 3
 MORE = [30, 31, 32, 33]
 SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_k": 20, "seed": 7}

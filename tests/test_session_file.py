@@ -29,7 +29,7 @@ from test_session import MORE, PROMPT, WAYS, opened
 
 every_backend = test_parts.runtime
 runtime = test_session.runtime
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_beside(
 
 
 def test_the_readmes_example_runs(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text(encoding="utf-8").split("## Sessions\n")[1].split("\n## ")[0]
+    section = PAGE.read_text(encoding="utf-8").split("## Sessions\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
