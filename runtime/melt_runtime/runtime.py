@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """A package, loaded.
+    """A package, loaded::
 
         runtime = Runtime.load("package")
         print(runtime.generate("2+2=", loops=4).text)

@@ -24,7 +24,7 @@ _LOOK = 0.01  # seconds between two looks, in the middle of a step, at who was c
 
 
 class Scheduler:
-    """Runs requests over fixed slots that share one state; all memory is allocated when it opens.
+    """Runs requests over fixed slots that share one state; all memory is allocated when it opens::
 
         with Scheduler(runtime) as scheduler:
             ticket = scheduler.submit(Request(tuple(runtime.encode("2+2=")), runtime.options()))
