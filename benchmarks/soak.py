@@ -301,6 +301,9 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
     with serving(package, settings) as (url, process):
         begin = monotonic()
         arguments = (url, settings)
+        # A first grammar, of an honest client, loads the library that compiles them.
+        first = {"model": "soak", "prompt": [5], "response_format": {"type": "json_object"}}
+        httpx.post(f"{url}/v1/completions", json=first, timeout=_WAIT)
         start, due = (begin + part * settings.seconds for part in _ATTACKED)
         clients = [
             threading.Thread(target=client_loop, args=(*arguments, number, kind, tally, begin + settings.seconds))

@@ -44,12 +44,12 @@ class Limits:
 
 def build_app(service: Service, limits: Limits) -> FastAPI:
     """The application around a service, which it closes at its end."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=_lifespan(service))
+    uploads = Uploads()
+    preparation = Preparation(service.scheduler.slots + service.scheduler.max_waiting)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=_lifespan(service, preparation))
     app.add_middleware(Guard, keys=limits.keys, local=limits.local)
     _add_failures(app)
     _add_facts(app, service)
-    uploads = Uploads()
-    preparation = Preparation(service.scheduler.slots + service.scheduler.max_waiting)
 
     async def ready(request: Request, kind: type[CompletionAsk | ChatAsk]) -> tuple[CompletionAsk | ChatAsk, Job]:
         body = await uploads.read(request, limits.max_body)
@@ -79,10 +79,11 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
     return app
 
 
-def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
+def _lifespan(service: Service, preparation: Preparation) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        preparation.close()
         await run_in_threadpool(service.scheduler.close, drain=False)
 
     return lifespan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TypeVar
 
 from fastapi import Request
@@ -22,7 +23,7 @@ R = TypeVar("R")
 BODY_SECONDS = 60.0  # how long a body may take to arrive
 MAX_UPLOADS = 64 << 20  # bytes of bodies that have not arrived whole, all together
 _AT_ONCE = 2  # calls that are prepared at once
-_LARGE = 1 << 16  # bytes of a body after which memory is given back
+_LARGE = 1 << 16  # bytes of a body that waits for others of its size, and after which memory is given back
 
 
 class Uploads:
@@ -72,12 +73,12 @@ class Uploads:
 
 
 class Preparation:
-    """Where calls are made ready to run, off the event loop: two at once, so that the scheduler's thread always has its
-    turn, and ``most`` that wait for theirs. Raises BusyError for one more."""
+    """Where calls are made ready to run, off the event loop: two at once, of which one may be large, so that small ones
+    and the scheduler's thread always have their turn; ``most`` may wait for theirs. Raises BusyError for one more."""
 
     def __init__(self, most: int):
         self.most, self._waiting = most, 0
-        self._threads = ThreadPoolExecutor(_AT_ONCE, "melt-prepare")
+        self._threads, self._large = ThreadPoolExecutor(_AT_ONCE, "melt-prepare"), asyncio.Lock()
 
     async def run(self, work: Callable[[], R], size: int = 0) -> R:
         """What ``work`` gives. size: bytes of what it works on."""
@@ -85,7 +86,8 @@ class Preparation:
             raise BusyError(f"{self._waiting} calls wait to be prepared; try again in a second", 1.0)
         self._waiting += 1
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, _refused, work)
+            async with self._large if size > _LARGE else nullcontext():
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, _refused, work)
             if isinstance(found, Exception):
                 raise found
             return found
