@@ -12,6 +12,7 @@ import torch
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_runtime import Runtime
 from processes import let_ctrl_c_through
+from sharing import made_once, shared_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from melt_export.export import building
@@ -59,54 +60,55 @@ def write_tokenizer(directory: Path, alphabet: str = ALPHABET) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """A function of config fields (and ``tokenizer=True``) -> a random MELT checkpoint, made once for equal fields."""
-    made: dict[str, Path] = {}
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where everything lies that all processes of a run use and none changes."""
+    return shared_folder(tmp_path_factory)
 
-    def make(*, tokenizer: bool = False, **fields: object) -> Path:
-        key = repr((tokenizer, sorted(fields.items())))
-        if key not in made:
-            directory = tmp_path_factory.mktemp("checkpoint")
+
+@pytest.fixture(scope="session")
+def make_checkpoint(shared: Path) -> MakeCheckpoint:
+    """A function of config fields -> a random MELT checkpoint, made once for equal fields.
+
+    ``tokenizer``: whether it has the usual one; ``alphabet``: or one of these characters.
+    """
+
+    def make(*, tokenizer: bool = False, alphabet: str = "", **fields: object) -> Path:
+        def build(directory: Path) -> None:
             torch.manual_seed(0)
             MeltForCausalLM(MeltConfig(**{**TINY, **fields})).save_pretrained(directory)
-            if tokenizer:
-                write_tokenizer(directory)
-            made[key] = directory
-        return made[key]
+            if tokenizer or alphabet:
+                write_tokenizer(directory, alphabet or ALPHABET)
+
+        return made_once(shared, "checkpoint", repr((tokenizer, alphabet, sorted(fields.items()))), build)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_looplm(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+def make_looplm(shared: Path) -> MakeCheckpoint:
     """A function of config fields -> a random LoopLM (Ouro) checkpoint, made once for equal fields."""
-    made: dict[str, Path] = {}
 
     def make(**fields: object) -> Path:
-        key = repr(sorted(fields.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("looplm")
+        def build(directory: Path) -> None:
             shape = {name: value for name, value in TINY.items() if name != "chunk_size"}
             torch.manual_seed(0)
-            LoopLMForCausalLM(LoopLMConfig(**{**shape, **fields})).save_pretrained(made[key])
-        return made[key]
+            LoopLMForCausalLM(LoopLMConfig(**{**shape, **fields})).save_pretrained(directory)
+
+        return made_once(shared, "looplm", repr(sorted(fields.items())), build)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_package(tmp_path_factory: pytest.TempPathFactory) -> MakePackage:
+def make_package(shared: Path) -> MakePackage:
     """A function of a checkpoint and export options -> a package, made once for equal arguments. Do not change it."""
-    made: dict[str, Path] = {}
 
     def make(checkpoint: Path, **options: object) -> Path:
-        key = repr((checkpoint, sorted(options.items())))
-        if key not in made:
-            output = tmp_path_factory.mktemp("package") / "package"
-            with building(checkpoint, output, ExportOptions(**options)):  # type: ignore[arg-type]
+        def build(directory: Path) -> None:
+            with building(checkpoint, directory / "package", ExportOptions(**options)):  # type: ignore[arg-type]
                 pass
-            made[key] = output
-        return made[key]
+
+        return made_once(shared, "packages", repr((checkpoint, sorted(options.items()))), build) / "package"
 
     return make
 
@@ -130,14 +132,10 @@ def tiny_package_without_tokenizer(make_package: MakePackage, make_checkpoint: M
 
 
 @pytest.fixture(scope="session")
-def served_package(
-    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def served_package(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> Path:
     """A small model that can say every printable character, with room for long streams, at most four at once."""
-    made = make_checkpoint(vocab_size=104, max_position_embeddings=8192)
-    checkpoint = Path(shutil.copytree(made, tmp_path_factory.mktemp("served") / "checkpoint"))
-    write_tokenizer(checkpoint, "\n" + "".join(map(chr, range(32, 127))))
-    return make_package(checkpoint, max_batch=4)
+    alphabet = "\n" + "".join(map(chr, range(32, 127)))
+    return make_package(make_checkpoint(vocab_size=104, max_position_embeddings=8192, alphabet=alphabet), max_batch=4)
 
 
 @pytest.fixture(scope="session")

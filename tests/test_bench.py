@@ -100,9 +100,9 @@ def test_tokens_are_timed_on_the_road_that_generation_takes(
     kind = type(runtime.driver().state)
     run_chunk, loop = kind.run_chunk, kind.loop
 
-    def chunk_noted(self: Any, ids: Any, control: Any, loops: int, head: bool) -> None:
+    def chunk_noted(self: Any, ids: Any, control: Any, loops: int, head: bool, *rest: Any) -> None:
         calls.append(("chunk", ids.shape, control.lengths.tolist(), loops, head))
-        run_chunk(self, ids, control, loops, head)
+        run_chunk(self, ids, control, loops, head, *rest)
 
     def loop_noted(self: Any, control: Any) -> Any:
         calls.append(("loop", control))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import signal
 import subprocess
 import sys
@@ -44,17 +45,14 @@ def test_a_process_is_killed_at_its_limit_and_at_the_end_of_its_block() -> None:
 
 
 def test_every_process_of_the_tests_has_a_limit() -> None:
-    waits, unlimited = {"run": "subprocess", "check_output": "subprocess", "communicate": "", "wait": ""}, []
+    unlimited = []
     for file in sorted(TESTS.glob("*.py")):
-        if file.name == "test_gpu.py":  # its waits are a device's
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-                continue
-            module = waits.get(node.func.attr)
-            if module is None or (module and ast.unparse(node.func.value) != module):
-                continue
-            named = {keyword.arg for keyword in node.keywords}
-            if not (named & {"timeout", None} or (not module and node.args)):
-                unlimited.append(f"{file.name}:{node.lineno}: {ast.unparse(node.func)}")
+        calls = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+        for call in calls:
+            name = ast.unparse(call.func)
+            of_a_process = name.endswith(".communicate") or re.search(r"(process|program|server|child)\.wait$", name)
+            if name in ("subprocess.run", "subprocess.check_output") or of_a_process:
+                named = {keyword.arg for keyword in call.keywords}
+                if not (named & {"timeout", None} or (of_a_process and call.args)):
+                    unlimited.append(f"{file.name}:{call.lineno}: {name}")
     assert not unlimited
