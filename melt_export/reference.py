@@ -68,7 +68,7 @@ def open_reference(checkpoint: Path, device: str = "cpu", package: Path | None =
     package: a quantized one; the model then computes with the weights that are stored there, and with what its caches
     would keep.
     """
-    model, numbers = load_model(checkpoint), None
+    model, numbers = load_model(checkpoint, as_stored=True), None
     if package is not None:
         opened = Package.open(package, check_hashes=False)
         numbers = CacheNumbers.of(opened)

@@ -131,6 +131,52 @@ def test_the_dtype_of_the_source_is_kept(tmp_path: Path) -> None:
     assert {weight.dtype for weight in load_model(tmp_path / "melt").parameters()} == {torch.bfloat16}
 
 
+def test_every_tensor_keeps_its_type_and_nothing_finite_becomes_infinite(tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    path, norm = tmp_path / "llama" / "model.safetensors", "model.layers.0.input_layernorm.weight"
+    tensors = {name: value if name == norm else value.half() for name, value in load_file(path).items()}
+    tensors[norm][:2] = torch.tensor([70000.0, 1 + 2**-20])
+    save_file(tensors, path, metadata={"format": "pt"})
+    convert(tmp_path / "llama", tmp_path / "melt")
+    written = load_file(tmp_path / "melt" / "model.safetensors")
+    for name, value in tensors.items():
+        assert written[name].dtype == value.dtype, name
+        assert torch.equal(written[name], value), name
+    # and whoever casts to the type that the config names loses nothing, transformers among them
+    assert json.loads((tmp_path / "melt" / "config.json").read_text())["dtype"] == "float32"
+    model = MeltForCausalLM.from_pretrained(tmp_path / "melt", dtype="auto")
+    assert model.state_dict()[norm][:2].tolist() == [70000.0, 1 + 2**-20]
+
+
+def test_derived_buffers_of_the_source_are_left_behind(tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "model.safetensors"
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(path), name: torch.ones(8)}, path, metadata={"format": "pt"})
+    convert(tmp_path / "llama", tmp_path / "melt")
+    assert name not in load_file(tmp_path / "melt" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size 2147483647"),
+        ({"hidden_size": 2**62}, "hidden_size is 4611686018427387904"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ],
+    ids=str,
+)
+def test_a_source_that_asks_for_more_than_it_holds_is_refused_at_once(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(CheckpointError, match=words):
+        convert(tmp_path / "llama", tmp_path / "melt")
+
+
 @pytest.mark.parametrize("rope", [None, LLAMA3], ids=["rope", "llama3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,16 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from .aggregation import GATE_BIAS_INIT
 from .atomic import new_directory
-from .checkpoint import CONFIG_ERRORS, Weights, check_names, expected_shapes, hollow_model, innermost, read_config
+from .checkpoint import (
+    CONFIG_ERRORS,
+    Weights,
+    check_names,
+    check_sizes,
+    expected_shapes,
+    hollow_model,
+    innermost,
+    read_config,
+)
 from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
 from .errors import UnsupportedConfigError
 
@@ -62,11 +73,13 @@ def melt_config(
 
 
 def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
-    """All tensors of a MELT: the source's own, and the parts it lacks freshly initialised, in the source's dtype.
+    """All tensors of a MELT: the source's own, as they are, and the parts it lacks freshly initialised, in the
+    embedding's dtype.
 
     The latent gate starts with zero weights and a bias of -2, so z = 0.12: close to the last loop's own keys and
     values, which a LoopLM's projections were trained for. Raises CheckpointError.
     """
+    check_sizes(config, weights)
     expected = expected_shapes(hollow_model(config))
     fresh = {name for name in expected if any(f".{part}." in name for part in config.untrained)}
     check_names(
@@ -76,7 +89,7 @@ def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
     state = {}
     for name, shape in expected.items():
         if name not in fresh:
-            state[name] = weights.tensor(name).to(dtype)
+            state[name] = weights.tensor(name)
         elif name.endswith("latent_gate.bias"):
             state[name] = torch.full(shape, GATE_BIAS_INIT, dtype=dtype)
         elif name.endswith("early_exit_gate.bias"):
@@ -101,7 +114,10 @@ def convert(
 
 
 def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) -> None:
-    """Writes config.json and the tensors as (sharded) safetensors, without another copy in memory."""
+    """Writes config.json and the tensors as (sharded) safetensors, without another copy in memory.
+
+    Every tensor keeps its type; the config names one that holds the values of all, for whoever casts to it.
+    """
     model = hollow_model(config)
     if config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
@@ -109,3 +125,8 @@ def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) ->
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.save_pretrained(directory)
+    path = directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    dtype = str(reduce(torch.promote_types, {value.dtype for value in state.values()})).removeprefix("torch.")
+    if content["dtype"] != dtype:
+        path.write_text(json.dumps({**content, "dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
