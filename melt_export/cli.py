@@ -296,10 +296,14 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
 
 def _parity_table(report: ParityReport) -> Table:
     loops = range(1, report.loops + 1)
-    table = Table("relative error", *(f"loop {loop}" for loop in loops))
-    found = {(s.quantity, s.loop): s.relative for s in report.states}
+    table = Table("relative error" + (" to float64" if any(s.own for s in report.states) else ""), *(f"loop {loop}" for loop in loops))
+    found = {(s.quantity, s.loop): s for s in report.states}
     for quantity in dict.fromkeys(s.quantity for s in report.states):
-        table.add_row(quantity, *(f"{found.get((quantity, loop), float('nan')):.1e}" for loop in loops))
+        errors = [found.get((quantity, loop)) for loop in loops]
+        table.add_row(quantity, *("" if error is None else f"{error.relative:.1e}" for error in errors))
+        if any(error is not None and error.own for error in errors):
+            shown = ("" if error is None else f"{error.own:.1e}" for error in errors)
+            table.add_row("  of PyTorch's float32", *shown)
     return table
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-from melt_models.checkpoint import read_config
+from melt_models.checkpoint import Weights, read_config
 from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.files import working_directory
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
@@ -18,16 +19,23 @@ from melt_runtime.progress import no_progress
 
 from .answers import checkpoint_accuracy, package_accuracy, read_problems
 from .cache_numbers import CacheNumbers
+from .distances import Distances, OwnError, common_prefix
 from .errors import ParityError
-from .parity import Accuracy, GenerationResult, Limits, ParityReport, StateErrors, common_prefix, tolerance_of
+from .parity import Accuracy, GenerationResult, Limits, ParityReport, StateError, tolerance_of
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
+from .quantize import EMBEDDING
 from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
 from .twin import float32_twin, wide_twin
+from .wide_products import FLOAT32, FLOAT64, ORDERS, Arithmetic
 
 _LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
 _TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
 _DECODE_STEPS = 2
 _LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
+
+
+# Of each prompt its chunks, of each chunk its loops.
+Traces: TypeAlias = list[list[list[LoopTrace]]]
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,16 @@ class _Case:
 
     prompts: list[list[int]]
     chunk: int
-    reference: list[list[list[LoopTrace]]]
     tokens: list[list[int]]
+
+    def traces(self, reference: Reference, loops: int, arithmetic: Arithmetic) -> Traces:
+        """What PyTorch makes of each prompt alone: its chunks, then single tokens."""
+        found = []
+        for prompt, more in zip(self.prompts, self.tokens, strict=True):
+            pieces = [prompt[at : at + self.chunk] for at in range(0, len(prompt), self.chunk)]
+            pieces += [[token] for token in more]
+            found.append(reference.traces(pieces, loops, arithmetic=arithmetic)[0])
+        return found
 
 
 @dataclass(frozen=True)
@@ -52,13 +68,15 @@ class _GreedyRun:
 
 @dataclass(frozen=True)
 class Expected:
-    """All that PyTorch has to say: traced cases, exit depths of a prompt at a threshold, greedy runs."""
+    """All that PyTorch has to say: traced cases and how far its own float32 is off them, exit depths of a prompt at a
+    threshold (None: of a token that rounding may tip), greedy runs."""
 
-    cases: list[_Case]
+    cases: list[tuple[_Case, Traces]]
+    own: OwnError
     prompt: list[int]
     chunk: int
     threshold: float | None
-    depths: list[int]
+    depths: list[int | None]
     runs: list[_GreedyRun]
 
 
@@ -119,6 +137,7 @@ def verify(
         low_memory = large and manifest.precision == "fp16"
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
+        _compare_embeddings(runtime, checkpoint, report)
     if held is not None:
         limits = limits_of(manifest) if limits is None else limits
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
@@ -148,22 +167,30 @@ def expected_of(
     computes. Raises CheckpointError.
     """
     progress("PyTorch: loop by loop", 0, 0)
-    reference, rng = (
-        open_reference(checkpoint, device, package if manifest.quantized else None),
-        np.random.default_rng(seed),
-    )
+    reference = open_reference(checkpoint, device, package if manifest.quantized else None)
+    rng = np.random.default_rng(seed)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
-    cases = [
-        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
-        _case(reference, manifest, rng, [4], 1),
+    drawn = [
+        _case(manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
+        _case(manifest, rng, [4], 1),
     ]
-    prompt = cases[0].prompts[0]
-    threshold, depths = None, []
+    # Half precision is held to what it may cost; float32 to what is right.
+    truth = FLOAT64 if manifest.precision == "fp32" else FLOAT32
+    cases = [(case, case.traces(reference, manifest.loops, truth)) for case in drawn]
+    own = OwnError()
+    if truth is FLOAT64:
+        progress("PyTorch: its own rounding", 0, 0)
+        own = _own_error(reference, cases, manifest.loops)
+    prompt = drawn[0].prompts[0]
+    threshold: float | None = None
+    depths: list[int | None] = []
     if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
-        threshold = _splitting_threshold(cases[0].reference[0])
+        threshold = _splitting_threshold(cases[0][1][0])
         pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
-        depths = reference.traces(pieces, manifest.loops, threshold)[1]
+        traces, spent = reference.traces(pieces, manifest.loops, threshold, truth)
+        clear = _decided([loops[: manifest.loops - 1] for loops in traces], threshold, _exit_slack(own, manifest))
+        depths = [depth if decided else None for depth, decided in zip(spent, clear or [True] * len(spent), strict=True)]
 
     runs = []
     lengths = ((3 * manifest.chunk // 2, manifest.chunk), (7, manifest.chunk), (1, manifest.chunk), (9, 1))
@@ -172,21 +199,22 @@ def expected_of(
         greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
         runs.append(_GreedyRun(ids, size, *greedy))
         progress("PyTorch: greedy tokens", len(lengths), 1)
-    return Expected(cases, prompt, chunk, threshold, depths, runs)
+    return Expected(cases, own, prompt, chunk, threshold, depths, runs)
 
 
 def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress: Progress = no_progress) -> None:
     """The package's side of a comparison, and what differs, into the report. Raises BackendError."""
-    errors, numbers = StateErrors(), CacheNumbers.of(runtime.package)
-    for case in expected.cases:
-        _compare_case(runtime, case, report.loops, errors, numbers)
-    errors.into(report)
+    errors, numbers = Distances(expected.own.tie), CacheNumbers.of(runtime.package)
+    for case, traces in expected.cases:
+        _compare_case(runtime, case, traces, report.loops, errors, numbers)
+    report.take(errors, expected.own)
 
     if expected.threshold is not None:
         driver = runtime.driver(1)
         driver.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
-        report.exit_threshold, report.exit_tokens = expected.threshold, len(expected.depths)
-        report.exit_same_depth = sum(a == b for a, b in zip(driver.depth[0], expected.depths, strict=True))
+        decided = [pair for pair in zip(driver.depth[0], expected.depths, strict=True) if pair[1] is not None]
+        report.exit_threshold, report.exit_tokens = expected.threshold, len(decided)
+        report.exit_same_depth = sum(got == depth for got, depth in decided)
 
     for run in expected.runs:
         got = runtime.generate(
@@ -222,20 +250,50 @@ def _same_model(manifest: Manifest, checkpoint: Path) -> None:
             )
 
 
-def _case(
-    reference: Reference, manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int
-) -> _Case:
-    """Random prompts, and what PyTorch makes of each alone: its chunks, then single tokens."""
-    prompts, traces, steps = [], [], []
+def _case(manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int) -> _Case:
+    """Random prompts and decoding steps."""
+    prompts, steps = [], []
     for length in lengths:
         length = max(1, min(length, manifest.max_seq_len - _DECODE_STEPS))
-        prompt = rng.integers(0, manifest.vocab_size, length).tolist()
-        more = rng.integers(0, manifest.vocab_size, _DECODE_STEPS if manifest.max_seq_len > length + 1 else 0).tolist()
-        pieces = [prompt[at : at + chunk] for at in range(0, length, chunk)] + [[token] for token in more]
-        prompts.append(prompt)
-        steps.append(more)
-        traces.append(reference.traces(pieces, manifest.loops)[0])
-    return _Case(prompts, chunk, traces, steps)
+        prompts.append(rng.integers(0, manifest.vocab_size, length).tolist())
+        more = _DECODE_STEPS if manifest.max_seq_len > length + 1 else 0
+        steps.append(rng.integers(0, manifest.vocab_size, more).tolist())
+    return _Case(prompts, chunk, steps)
+
+
+def _own_error(reference: Reference, cases: list[tuple[_Case, Traces]], loops: int) -> OwnError:
+    """How far PyTorch's float32 is off these traces, in several orders of summation."""
+    draws = []
+    for arithmetic in ORDERS:
+        found = Distances()
+        for case, traces in cases:
+            for sequences in zip(case.traces(reference, loops, arithmetic), traces, strict=True):
+                for chunks in zip(*sequences, strict=True):
+                    for pair in zip(*chunks, strict=True):
+                        found.compare_trace(*pair)
+        draws.append(found)
+    return OwnError.of(draws)
+
+
+def _exit_slack(own: OwnError, manifest: Manifest) -> float:
+    """How far a package's probability of having left may be from PyTorch's, over all loops."""
+    least = tolerance_of(manifest).relative
+    return sum(own.limit(("exit probability", loop, None), least) for loop in range(1, manifest.loops + 1))
+
+
+def _decided(chunks: list[list[LoopTrace]], threshold: float, slack: float) -> list[bool]:
+    """Of each token whether its probability of having left stays further than ``slack`` from the threshold.
+
+    chunks: the loops at whose ends a token may leave; without any, nothing is returned."""
+    found: list[bool] = []
+    for loops in filter(None, chunks):
+        remaining = np.ones_like(loops[0].exit_probability)
+        clear = np.ones(remaining.shape, bool)
+        for trace in loops:
+            remaining = remaining * (1 - trace.exit_probability)
+            clear &= np.abs(1 - remaining - threshold) > slack
+        found += clear.tolist()
+    return found
 
 
 def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
@@ -252,7 +310,9 @@ def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
     return float((middle[gap] + middle[gap + 1]) / 2)
 
 
-def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors, numbers: CacheNumbers | None) -> None:
+def _compare_case(
+    runtime: Runtime, case: _Case, traces: Traces, loops: int, errors: Distances, numbers: CacheNumbers | None
+) -> None:
     """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
     driver = runtime.driver(len(case.prompts))
     settings = LoopSettings(loops, chunk=case.chunk)
@@ -263,36 +323,48 @@ def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors
             for loop, _ in enumerate(driver.loops(chunk, settings)):
                 for slot, count in enumerate(chunk.counts):
                     if count:
-                        expected = case.reference[slot][position[slot]][loop]
-                        _compare_loop(driver, slot, int(count), expected, errors, numbers)
+                        got = _trace(driver, slot, int(count), loop + 1, numbers)
+                        errors.compare_trace(got, traces[slot][position[slot]][loop])
             for slot, count in enumerate(chunk.counts):
                 position[slot] += int(count > 0)
 
 
-def _compare_loop(
-    driver: LoopDriver,
-    slot: int,
-    count: int,
-    expected: LoopTrace,
-    errors: StateErrors,
-    numbers: CacheNumbers | None,
-) -> None:
-    """Compares one sequence's part of the chunk that just ran a loop, its rows still open."""
-    state, loop = driver.state, expected.loop
-    errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
-    if expected.latent is not None:
-        errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
-    exits = state.exit_probability()[slot, :count]
-    errors.compare("exit probability", loop, exits, expected.exit_probability, scale=1.0)
+def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheNumbers | None) -> LoopTrace:
+    """One sequence's part of the chunk that just ran a loop, its rows still open."""
+    state = driver.state
+    latent = None
+    if driver.manifest.cache_loops is None:
+        latent = state.read("latent", (slice(None), slot, slice(count)))
     caches = [s for s in driver.manifest.states if s.kind != "swap"]
-    for part, rows in (("key", expected.keys), ("value", expected.values)):
+    rows = []
+    for part in ("key", "value"):
         stored = np.stack([_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)])
-        errors.compare(f"{part} rows", loop, stored if numbers is None else numbers.widened(part, stored), rows)
+        rows.append(stored if numbers is None else numbers.widened(part, stored))
     columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
-    logits = state.logits(columns)[slot]
-    errors.compare("logits", loop, logits, expected.logits)
-    errors.compare_logits(logits, expected.logits)
+    return LoopTrace(
+        loop,
+        state.read("hidden", (slot, slice(count))),
+        latent,
+        state.exit_probability()[slot, :count],
+        *rows,
+        state.logits(columns)[slot],
+    )
+
+
+def _compare_embeddings(runtime: Runtime, checkpoint: Path, report: ParityReport) -> None:
+    """Looks up every token of the vocabulary: the prompts hold few of them. Raises CheckpointError."""
+    manifest, table = runtime.manifest, Weights(checkpoint).tensor(EMBEDDING)
+    state, worst = runtime.driver(1).state, 0.0
+    for at in range(0, manifest.vocab_size, manifest.chunk):
+        rows = table[at : at + manifest.chunk]
+        rows = rows.half().float() if manifest.weights else rows.float()
+        state.embed(np.arange(at, at + len(rows))[None])
+        got = state.read("hidden", (0, slice(len(rows)))).astype(np.float32)
+        scale = np.maximum(np.abs(rows.numpy()).max(-1), 1e-30)
+        error = float((np.abs(got - rows.numpy()).max(-1) / scale).max())
+        worst = max(worst, error if np.isfinite(error) else float("inf"))
+    report.states.append(StateError("embedding", 1, worst, report.tolerance.relative))
 
 
 def _open_rows(driver: LoopDriver, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:

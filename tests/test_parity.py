@@ -107,6 +107,7 @@ def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, pack
     assert written["kl_mean"] == report.kl_mean
     assert written["tolerance"]["relative"] == 1e-4
     assert {s["quantity"] for s in written["states"]} == {
+        "embedding",
         "hidden",
         "latent",
         "exit probability",

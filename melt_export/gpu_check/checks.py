@@ -36,7 +36,7 @@ def parity(runtime: Runtime, subject: Subject, row: Row) -> list[Result]:
     greedy = [failure for failure in failures if failure.startswith("greedy")]
     rest = [failure for failure in failures if failure not in greedy]
     detail = (
-        f"worst relative error {report.worst:.1e} (limit {tolerance.relative:.0e}) over {report.loops} loops, "
+        f"worst relative error {report.error()} over {report.loops} loops, "
         f"KL {report.kl_mean:.1e}, exit depths {report.exit_same_depth}/{report.exit_tokens}"
     )
     same, count = sum(run.same for run in report.generations), sum(run.tokens for run in report.generations)

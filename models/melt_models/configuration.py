@@ -34,7 +34,7 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Sizes and places are 32-bit numbers in the graphs' operators.
 MOST = 2**31 - 1
 # A request, a package and a session have the same bound: each loop costs a run of all layers.
-MOST_LOOPS = 1024
+MOST_LOOPS = 4096
 
 
 def check_fields(values: Mapping[str, object]) -> None:
@@ -50,7 +50,8 @@ def check_fields(values: Mapping[str, object]) -> None:
         value = values.get(field)
         several = field == "eos_token_id" and isinstance(value, list)
         ids = value if several else [] if value is None else [value]
-        if not all(_is_whole(one) and abs(one) <= MOST for one in ids):  # type: ignore[union-attr]
+        least = 0 if field == "eos_token_id" else -1  # pad_token_id -1 is written for "none"
+        if not all(_is_whole(one) and least <= one <= MOST for one in ids):  # type: ignore[union-attr]
             whole = "a token id or a list of them" if field == "eos_token_id" else "a token id"
             raise ValueError(f"{field} is {shown(value)}; it must be {whole}")
 
