@@ -296,7 +296,10 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
 
 def _parity_table(report: ParityReport) -> Table:
     loops = range(1, report.loops + 1)
-    table = Table("relative error" + (" to float64" if any(s.own for s in report.states) else ""), *(f"loop {loop}" for loop in loops))
+    table = Table(
+        "relative error" + (" to float64" if any(s.own for s in report.states) else ""),
+        *(f"loop {loop}" for loop in loops),
+    )
     found = {(s.quantity, s.loop): s for s in report.states}
     for quantity in dict.fromkeys(s.quantity for s in report.states):
         errors = [found.get((quantity, loop)) for loop in loops]

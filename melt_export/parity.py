@@ -62,14 +62,27 @@ class StateError:
 
 @dataclass
 class GenerationResult:
-    """One greedy run: ``same`` tokens agree before the first difference; ``margin`` is the reference's lead of the
-    best logit over the next where they part (0 where they do not). Runs may part at a tie."""
+    """One greedy run: ``same`` tokens agree before the first difference; ``margin`` is how far the reference's best
+    logit stands above that of the package's token, ``got``, where they part. They may part at a tie: where rounding,
+    measured there, can move the two by more than ``tie``'s half each."""
 
     prompt_tokens: int
     chunk: int
     tokens: int
     same: int
     margin: float = 0.0
+    got: int | None = None
+    tie: float = 0.0
+
+    @property
+    def parted(self) -> bool:
+        """Whether the tokens differ from some place on."""
+        return self.same < self.tokens
+
+    @property
+    def excused(self) -> bool:
+        """Whether they part where either token is right."""
+        return self.parted and self.margin <= self.tie
 
 
 @dataclass(frozen=True)
@@ -142,8 +155,7 @@ class Quality:
 @dataclass
 class ParityReport:
     """Everything that was compared. ``arithmetic`` says what ran the package; ``quality`` is of quantized ones;
-    ``own_kl`` is the KL divergence of PyTorch's float32 from its float64, and ``tie`` how close two logits must be for
-    such rounding to swap them."""
+    ``own_kl`` is the KL divergence of PyTorch's float32 from its float64."""
 
     precision: str
     dialect: str
@@ -152,7 +164,6 @@ class ParityReport:
     tolerance: Tolerance
     states: list[StateError] = field(default_factory=list)
     own_kl: float = 0.0
-    tie: float = 0.0
     logit_positions: int = 0
     kl_mean: float = 0.0
     kl_max: float = 0.0
@@ -180,7 +191,7 @@ class ParityReport:
         self.logit_positions = len(found.kl)
         self.kl_mean, self.kl_max = float(np.mean(found.kl)), float(np.max(found.kl))
         self.top1 = float(np.mean(found.agree))
-        self.own_kl, self.tie = own.kl, own.tie
+        self.own_kl = own.kl
 
     @property
     def closest(self) -> StateError:
@@ -218,7 +229,7 @@ class ParityReport:
             found.append(f"the best token agrees at {self.top1:.1%} of positions, the limit is {limit.top1:.1%}")
         if limit.same_tokens:
             for run in self.generations:
-                if run.same < run.tokens and not run.margin <= self.tie:
+                if run.parted and not run.excused:
                     found.append(
                         f"greedy generation (chunk {run.chunk}) parts at token {run.same + 1} of {run.tokens}, "
                         f"where the best logit led by {run.margin:.1e}"
@@ -235,8 +246,8 @@ class ParityReport:
         """One line for a person."""
         same = sum(run.same for run in self.generations)
         tokens = sum(run.tokens for run in self.generations)
-        parted = sum(run.same < run.tokens and run.margin <= self.tie for run in self.generations)
-        ties = f" ({parted} of {len(self.generations)} runs part at a tie)" if parted and self.tie else ""
+        parted = sum(run.excused for run in self.generations)
+        ties = f" ({parted} of {len(self.generations)} runs part at a tie)" if parted else ""
         return (
             f"worst relative error {self.error()}, KL {self.kl_mean:.1e}, "
             f"top-1 {self.top1:.1%}, greedy tokens {same}/{tokens} the same{ties}"
@@ -253,5 +264,4 @@ class ParityReport:
         """Writes parity.json into a package, whole or not at all. Raises OSError."""
         content = {"passed": self.passed, "failures": self.failures(), **asdict(self)}
         with new_file(directory / PARITY) as made:
-            made.write_text(json.dumps(content, indent=2) + "
-", encoding="utf-8")
+            made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

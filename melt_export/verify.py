@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from melt_models.checkpoint import Weights, read_config
@@ -19,65 +17,16 @@ from melt_runtime.progress import no_progress
 
 from .answers import checkpoint_accuracy, package_accuracy, read_problems
 from .cache_numbers import CacheNumbers
-from .distances import Distances, OwnError, common_prefix
+from .distances import Distances, common_prefix
 from .errors import ParityError
+from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, weigh_partings
 from .parity import Accuracy, GenerationResult, Limits, ParityReport, StateError, tolerance_of
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
 from .quantize import EMBEDDING
-from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
+from .reference import LOGIT_COLUMNS, LoopTrace, open_reference
 from .twin import float32_twin, wide_twin
-from .wide_products import FLOAT32, FLOAT64, ORDERS, Arithmetic
 
 _LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
-_TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
-_DECODE_STEPS = 2
-_LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
-
-
-# Of each prompt its chunks, of each chunk its loops.
-Traces: TypeAlias = list[list[list[LoopTrace]]]
-
-
-@dataclass(frozen=True)
-class _Case:
-    """Prompts that run together in the package and alone in PyTorch, then a few decoding steps."""
-
-    prompts: list[list[int]]
-    chunk: int
-    tokens: list[list[int]]
-
-    def traces(self, reference: Reference, loops: int, arithmetic: Arithmetic) -> Traces:
-        """What PyTorch makes of each prompt alone: its chunks, then single tokens."""
-        found = []
-        for prompt, more in zip(self.prompts, self.tokens, strict=True):
-            pieces = [prompt[at : at + self.chunk] for at in range(0, len(prompt), self.chunk)]
-            pieces += [[token] for token in more]
-            found.append(reference.traces(pieces, loops, arithmetic=arithmetic)[0])
-        return found
-
-
-@dataclass(frozen=True)
-class _GreedyRun:
-    """A prompt, its prefill chunk, PyTorch's greedy tokens and the lead of each one's logit over the next."""
-
-    prompt: list[int]
-    chunk: int
-    tokens: list[int]
-    margins: list[float]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """All that PyTorch has to say: traced cases and how far its own float32 is off them, exit depths of a prompt at a
-    threshold (None: of a token that rounding may tip), greedy runs."""
-
-    cases: list[tuple[_Case, Traces]]
-    own: OwnError
-    prompt: list[int]
-    chunk: int
-    threshold: float | None
-    depths: list[int | None]
-    runs: list[_GreedyRun]
 
 
 def verify(
@@ -110,7 +59,7 @@ def verify(
     problems = None if eval_answers is None else read_problems(eval_answers, opened)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     manifest.check_depth(manifest.loops, 1.0)
-    large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
+    large = sum(spec.bytes for spec in manifest.files.values()) > LARGE_BYTES
     held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS) if manifest.quantized else None
     tokens = (16 if large else 256) if tokens is None else tokens
     expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
@@ -138,6 +87,10 @@ def verify(
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
         _compare_embeddings(runtime, checkpoint, report)
+        del runtime
+    weigh_partings(
+        report, expected, lambda: open_reference(checkpoint, package=package if manifest.quantized else None)
+    )
     if held is not None:
         limits = limits_of(manifest) if limits is None else limits
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
@@ -149,57 +102,6 @@ def verify(
     report.libraries = installed_versions(_LIBRARIES)
     report.write(package)
     return report
-
-
-def expected_of(
-    checkpoint: Path,
-    manifest: Manifest,
-    tokens: int,
-    *,
-    package: Path | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress = no_progress,
-) -> Expected:
-    """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
-
-    tokens: greedy tokens a prompt; package: whose stored numbers count where it is quantized; device: where PyTorch
-    computes. Raises CheckpointError.
-    """
-    progress("PyTorch: loop by loop", 0, 0)
-    reference = open_reference(checkpoint, device, package if manifest.quantized else None)
-    rng = np.random.default_rng(seed)
-    chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
-    batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
-    drawn = [
-        _case(manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
-        _case(manifest, rng, [4], 1),
-    ]
-    # Half precision is held to what it may cost; float32 to what is right.
-    truth = FLOAT64 if manifest.precision == "fp32" else FLOAT32
-    cases = [(case, case.traces(reference, manifest.loops, truth)) for case in drawn]
-    own = OwnError()
-    if truth is FLOAT64:
-        progress("PyTorch: its own rounding", 0, 0)
-        own = _own_error(reference, cases, manifest.loops)
-    prompt = drawn[0].prompts[0]
-    threshold: float | None = None
-    depths: list[int | None] = []
-    if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
-        threshold = _splitting_threshold(cases[0][1][0])
-        pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
-        traces, spent = reference.traces(pieces, manifest.loops, threshold, truth)
-        clear = _decided([loops[: manifest.loops - 1] for loops in traces], threshold, _exit_slack(own, manifest))
-        depths = [depth if decided else None for depth, decided in zip(spent, clear or [True] * len(spent), strict=True)]
-
-    runs = []
-    lengths = ((3 * manifest.chunk // 2, manifest.chunk), (7, manifest.chunk), (1, manifest.chunk), (9, 1))
-    for length, size in lengths:
-        ids = rng.integers(0, manifest.vocab_size, max(1, min(length, room // 2))).tolist()
-        greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
-        runs.append(_GreedyRun(ids, size, *greedy))
-        progress("PyTorch: greedy tokens", len(lengths), 1)
-    return Expected(cases, own, prompt, chunk, threshold, depths, runs)
 
 
 def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress: Progress = no_progress) -> None:
@@ -226,8 +128,8 @@ def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress
             chunk=run.chunk,
         ).token_ids
         same = common_prefix(got, run.tokens)
-        margin = run.margins[same] if same < len(run.tokens) else 0.0
-        report.generations.append(GenerationResult(len(run.prompt), run.chunk, len(run.tokens), same, margin))
+        margin, token = (run.margins[same], got[same]) if same < len(run.tokens) else (0.0, None)
+        report.generations.append(GenerationResult(len(run.prompt), run.chunk, len(run.tokens), same, margin, token))
         progress("package: greedy tokens", len(expected.runs), 1)
 
 
@@ -250,74 +152,14 @@ def _same_model(manifest: Manifest, checkpoint: Path) -> None:
             )
 
 
-def _case(manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int) -> _Case:
-    """Random prompts and decoding steps."""
-    prompts, steps = [], []
-    for length in lengths:
-        length = max(1, min(length, manifest.max_seq_len - _DECODE_STEPS))
-        prompts.append(rng.integers(0, manifest.vocab_size, length).tolist())
-        more = _DECODE_STEPS if manifest.max_seq_len > length + 1 else 0
-        steps.append(rng.integers(0, manifest.vocab_size, more).tolist())
-    return _Case(prompts, chunk, steps)
-
-
-def _own_error(reference: Reference, cases: list[tuple[_Case, Traces]], loops: int) -> OwnError:
-    """How far PyTorch's float32 is off these traces, in several orders of summation."""
-    draws = []
-    for arithmetic in ORDERS:
-        found = Distances()
-        for case, traces in cases:
-            for sequences in zip(case.traces(reference, loops, arithmetic), traces, strict=True):
-                for chunks in zip(*sequences, strict=True):
-                    for pair in zip(*chunks, strict=True):
-                        found.compare_trace(*pair)
-        draws.append(found)
-    return OwnError.of(draws)
-
-
-def _exit_slack(own: OwnError, manifest: Manifest) -> float:
-    """How far a package's probability of having left may be from PyTorch's, over all loops."""
-    least = tolerance_of(manifest).relative
-    return sum(own.limit(("exit probability", loop, None), least) for loop in range(1, manifest.loops + 1))
-
-
-def _decided(chunks: list[list[LoopTrace]], threshold: float, slack: float) -> list[bool]:
-    """Of each token whether its probability of having left stays further than ``slack`` from the threshold.
-
-    chunks: the loops at whose ends a token may leave; without any, nothing is returned."""
-    found: list[bool] = []
-    for loops in filter(None, chunks):
-        remaining = np.ones_like(loops[0].exit_probability)
-        clear = np.ones(remaining.shape, bool)
-        for trace in loops:
-            remaining = remaining * (1 - trace.exit_probability)
-            clear &= np.abs(1 - remaining - threshold) > slack
-        found += clear.tolist()
-    return found
-
-
-def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
-    """A threshold at which about half of the tokens leave early, in the middle of a gap: rounding cannot tip it."""
-    reached = []
-    for loops in chunks:
-        remaining = np.ones_like(loops[0].exit_probability)
-        for trace in loops[:-1]:
-            remaining = remaining * (1 - trace.exit_probability)
-            reached += (1 - remaining).tolist()
-    values = np.unique(np.array([0.0, *reached, 1.0]))
-    middle = values[len(values) // 4 : max(len(values) * 3 // 4, len(values) // 4 + 2)]
-    gap = int(np.argmax(np.diff(middle)))
-    return float((middle[gap] + middle[gap + 1]) / 2)
-
-
 def _compare_case(
-    runtime: Runtime, case: _Case, traces: Traces, loops: int, errors: Distances, numbers: CacheNumbers | None
+    runtime: Runtime, case: Case, traces: Traces, loops: int, errors: Distances, numbers: CacheNumbers | None
 ) -> None:
     """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
     driver = runtime.driver(len(case.prompts))
     settings = LoopSettings(loops, chunk=case.chunk)
     position = [0] * driver.batch
-    steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(_DECODE_STEPS)]
+    steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(DECODE_STEPS)]
     for tokens in (case.prompts, *steps):
         for chunk in driver.chunks(tokens, case.chunk):
             for loop, _ in enumerate(driver.loops(chunk, settings)):
@@ -336,10 +178,11 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheN
     if driver.manifest.cache_loops is None:
         latent = state.read("latent", (slice(None), slot, slice(count)))
     caches = [s for s in driver.manifest.states if s.kind != "swap"]
-    rows = []
-    for part in ("key", "value"):
+
+    def rows(part: str) -> np.ndarray:
         stored = np.stack([_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)])
-        rows.append(stored if numbers is None else numbers.widened(part, stored))
+        return stored if numbers is None else numbers.widened(part, stored)
+
     columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
     return LoopTrace(
@@ -347,7 +190,8 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheN
         state.read("hidden", (slot, slice(count))),
         latent,
         state.exit_probability()[slot, :count],
-        *rows,
+        rows("key"),
+        rows("value"),
         state.logits(columns)[slot],
     )
 

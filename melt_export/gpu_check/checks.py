@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from melt_runtime import LoopSettings, Runtime
 
+from ..expected import weigh_partings
 from ..parity import TOLERANCES, ParityReport
+from ..reference import open_reference
 from ..verify import compare
 from .machine import Machine
 from .report import FAILED, PASSED, Result
@@ -32,6 +34,7 @@ def parity(runtime: Runtime, subject: Subject, row: Row) -> list[Result]:
     tolerance = TOLERANCES[manifest.precision]
     report = ParityReport(manifest.precision, manifest.dialect, manifest.loops, runtime.backend.name, tolerance)
     compare(runtime, subject.expected, report)
+    weigh_partings(report, subject.expected, lambda: open_reference(subject.checkpoint))
     failures = report.failures()
     greedy = [failure for failure in failures if failure.startswith("greedy")]
     rest = [failure for failure in failures if failure not in greedy]

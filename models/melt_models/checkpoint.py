@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -105,7 +106,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
 def _fields(kind: type[PreTrainedConfig]) -> set[str]:
     """The fields of a class of configurations, without those that every model of transformers has."""
     own = [base for base in kind.__mro__ if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig]
-    named = {name for base in own for name in base.__dict__.get("__annotations__", {})}
+    named = {name for base in own for name in inspect.get_annotations(base)}
     return named & {field.name for field in fields(kind)}
 
 

@@ -41,17 +41,17 @@ def check_fields(values: Mapping[str, object]) -> None:
     """Refuses counts and token ids of a wrong type or size, of any kind of config, before anything is computed with
     them. A field that is absent is left to its default. Raises ValueError naming the field."""
     for field in COUNTS:
-        value, most = values.get(field, 1), MOST_LOOPS if field == "total_ut_steps" else MOST
+        value: Any = values.get(field, 1)
+        most = MOST_LOOPS if field == "total_ut_steps" else MOST
         if value is None and field in _OPTIONAL_COUNTS:
             continue
-        if not (_is_whole(value) and 1 <= value <= most):  # type: ignore[operator]
+        if not (_is_whole(value) and 1 <= value <= most):
             raise ValueError(f"{field} is {shown(value)}; it must be a whole number from 1 to {most}")
     for field in _TOKEN_IDS:
         value = values.get(field)
-        several = field == "eos_token_id" and isinstance(value, list)
-        ids = value if several else [] if value is None else [value]
+        ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
         least = 0 if field == "eos_token_id" else -1  # pad_token_id -1 is written for "none"
-        if not all(_is_whole(one) and least <= one <= MOST for one in ids):  # type: ignore[union-attr]
+        if not all(_is_whole(one) and least <= one <= MOST for one in ids):
             whole = "a token id or a list of them" if field == "eos_token_id" else "a token id"
             raise ValueError(f"{field} is {shown(value)}; it must be {whole}")
 
