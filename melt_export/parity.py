@@ -112,7 +112,9 @@ class Quality:
 
     ``kl``: mean KL(checkpoint || package) of the next token's distribution, in nats; ``top1``: share of positions with
     the same best token; the perplexities are None for random tokens, which nothing predicts; ``accuracy``: of a task's
-    answers, where it was asked for.
+    answers, where it was asked for. All of it is of the arithmetic that the package runs: ``activations`` ("int8" or
+    "float") are what its quantized weights are multiplied with, None without any; ``float_kl`` is what ``kl`` would be
+    with float ones, so that the rest is what rounding activations costs.
     """
 
     text: str
@@ -123,6 +125,8 @@ class Quality:
     checkpoint_perplexity: float | None
     limits: Limits
     accuracy: Accuracy | None = None
+    activations: str | None = None
+    float_kl: float | None = None
 
     @property
     def perplexity_change(self) -> float | None:
@@ -144,8 +148,12 @@ class Quality:
         """One line for a person."""
         change = self.perplexity_change
         grown = "" if change is None else f", perplexity {self.perplexity:.2f} ({change:+.2f}%)"
+        how = {"int8": " with 8-bit activations", "float": " with float activations"}.get(self.activations or "", "")
+        if self.float_kl is not None:
+            how += f" ({self.float_kl:.1e} with float ones: --activations float)"
         line = (
-            f"KL {self.kl:.1e}, top-1 {self.top1:.1%}{grown} against fp32, on {self.positions} positions of {self.text}"
+            f"KL {self.kl:.1e}{how}, top-1 {self.top1:.1%}{grown} against fp32, "
+            f"on {self.positions} positions of {self.text}"
         )
         if self.accuracy is not None:
             line += f"; {self.accuracy.summary()}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from melt_models.checkpoint import Weights, read_config
 from melt_runtime import LoopDriver, LoopSettings, Runtime
+from melt_runtime.describe import activations_of
 from melt_runtime.files import working_directory
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
@@ -67,6 +68,7 @@ def verify(
         progress("PyTorch: held-out text", 0, 0)
         unquantized = reference_logits(checkpoint, held, manifest)
         right = None if problems is None else checkpoint_accuracy(checkpoint, opened, problems, progress)
+    activations, float_kl = activations_of(manifest), None
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", tolerance_of(manifest)
     )
@@ -76,9 +78,14 @@ def verify(
             progress("widening bf16 to fp32", 0, 0)
             report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
             write_twin = float32_twin
-        elif manifest.weights:
-            report.arithmetic = "ONNX Runtime, CPU, products with the stored numbers"
+        elif activations == "int8":
+            report.arithmetic = (
+                "ONNX Runtime, CPU, quantized weights multiplied with float activations; the package itself multiplies "
+                "them with 8-bit activations, which the quality is of"
+            )
             write_twin = wide_twin
+        elif activations == "float":
+            report.arithmetic = "ONNX Runtime, CPU, as shipped: quantized weights multiplied with float activations"
         if write_twin is not None:
             directory = stack.enter_context(working_directory(package.parent, ".melt-twin-"))
             write_twin(package, directory)
@@ -87,14 +94,17 @@ def verify(
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
         _compare_embeddings(runtime, checkpoint, report)
+        limits = limits_of(manifest) if limits is None else limits
+        if held is not None and activations == "int8":
+            float_kl = measure(runtime, held, unquantized, manifest.loops, limits, progress).kl
         del runtime
     weigh_partings(
         report, expected, lambda: open_reference(checkpoint, package=package if manifest.quantized else None)
     )
     if held is not None:
-        limits = limits_of(manifest) if limits is None else limits
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
-        report.quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
+        quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
+        report.quality = replace(quality, activations=activations, float_kl=float_kl)
         if problems is not None and right is not None:
             accuracy = Accuracy(len(problems), package_accuracy(runtime, problems, progress), right)
             report.quality = replace(report.quality, accuracy=accuracy)

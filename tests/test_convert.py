@@ -301,6 +301,14 @@ def test_the_command_says_what_is_untrained(
     assert (config.total_ut_steps, config.chunk_size) == (2, 7)
 
 
+def test_the_command_says_that_one_loop_reads_no_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(tmp_path / "llama")
+    assert run(monkeypatch, tmp_path / "llama", tmp_path / "melt") == 0
+    assert "1 loop; untrained, never read in one loop: latent_gate, early_exit_gate" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [
