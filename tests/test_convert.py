@@ -217,12 +217,45 @@ def test_a_converted_llamas_exit_gate_never_opens(tmp_path: Path) -> None:
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
     ouro(tmp_path / "ouro")
     for name in (*COMPANIONS, "notes.txt", "modeling_ouro.py"):
-        (tmp_path / "ouro" / name).write_text(f"content of {name}")
+        (tmp_path / "ouro" / name).write_text(json.dumps({"content": name}))
     convert(tmp_path / "ouro", tmp_path / "melt")
     written = contents(tmp_path / "melt")
     assert set(written) == {"config.json", "model.safetensors", *COMPANIONS}
     for name in COMPANIONS:
-        assert written[name].decode() == f"content of {name}"
+        assert json.loads(written[name]) == {"content": name}
+
+
+WORDS: dict[str, Any] = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 49}, "unk_token": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("generation_config.json", "{", "cannot be read as JSON"),
+        ("generation_config.json", "[2]", "holds a JSON list"),
+        ("generation_config.json", '{"eos_token_id": "<end>"}', "eos_token_id is '<end>'; it must be a token id or a"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\]"),
+        ("generation_config.json", '{"pad_token_id": {}}', "pad_token_id is {}"),
+        ("tokenizer_config.json", "no JSON", "cannot be read as JSON"),
+        ("tokenizer.json", json.dumps({**WORDS, "added_tokens": [{"id": 50, "content": "<c>"}]}), "ids up to 50, the"),
+        ("tokenizer.json", json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]] * 60}}), "ids up to 59, the"),
+    ],
+)
+def test_a_companion_that_no_package_could_use_is_refused(name: str, content: str, words: str, tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    (tmp_path / "ouro" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        convert(tmp_path / "ouro", tmp_path / "melt")
+    assert str(tmp_path / "ouro" / name) in str(caught.value)
+    assert not (tmp_path / "melt").exists()
+
+
+def test_a_tokenizer_with_too_many_tokens_is_refused_with_a_way_on(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    content = {**WORDS, "added_tokens": [{"id": 50, "content": "<c>"}, {"id": 51, "content": "<d>"}]}
+    (tmp_path / "ouro" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"rows for 50.* resize_token_embeddings\(52\)"):
+        convert(tmp_path / "ouro", tmp_path / "melt")
 
 
 def test_written_files_are_as_readable_as_any_other(tmp_path: Path) -> None:

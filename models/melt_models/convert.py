@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from .checkpoint import (
     hollow_model,
     innermost,
     read_config,
+    read_json,
 )
-from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
-from .errors import UnsupportedConfigError
+from .configuration import LoopedConfig, LoopLMConfig, MeltConfig, check_fields
+from .errors import CheckpointError, UnsupportedConfigError
 
 # Files that travel with a checkpoint unchanged.
 COMPANIONS = (
@@ -35,6 +37,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
+_SPECIAL = ("pad", "bos", "eos")
 # exp(-30): a token never leaves at a gate that nobody trained.
 _CLOSED_EXIT_BIAS = -30.0
 
@@ -104,6 +108,7 @@ def convert(
 ) -> MeltConfig:
     """Writes the MELT starting checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
     config = melt_config(read_config(source), loops=loops, chunk_size=chunk_size)
+    check_companions(source, config.vocab_size)
     weights = Weights(source)
     with new_directory(output, force=force) as build:
         save_state(config, melt_state(config, weights), build)
@@ -111,6 +116,43 @@ def convert(
             if (source / name).is_file():
                 shutil.copyfile(source / name, build / name)
     return config
+
+
+def check_companions(directory: Path, rows: int) -> None:
+    """Looks at the files that travel with a checkpoint. ``rows``: of its embedding.
+
+    Raises CheckpointError for what is no JSON, for stop ids that are none, and for a tokenizer with more tokens than
+    there are rows.
+    """
+    found = {name: read_json(directory / name) for name in COMPANIONS if _is_json(directory / name)}
+    try:
+        check_fields({f"{part}_token_id": found.get(_GENERATION, {}).get(f"{part}_token_id") for part in _SPECIAL})
+    except ValueError as error:
+        raise CheckpointError(f"{directory / _GENERATION}: {error}") from error
+    most = max(_token_ids(found.get(TOKENIZER, {})), default=-1)
+    if most >= rows:
+        raise CheckpointError(
+            f"{directory / TOKENIZER} has token ids up to {most:,}, the model rows for {rows:,}: they do not belong "
+            f"together, or tokens were added; then let transformers give the model rows for them, with "
+            f"resize_token_embeddings({most + 1}), and save both"
+        )
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix == ".json" and path.is_file()
+
+
+def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[int]:
+    """The ids that a tokenizer.json gives, whatever the kind of its model."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        yield len(vocab) - 1
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(added if isinstance(added, list) else ())]
+    for one in ids:
+        value = one.get("id") if isinstance(one, dict) else one
+        if isinstance(value, int):
+            yield value
 
 
 def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) -> None:
