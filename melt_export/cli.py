@@ -13,6 +13,7 @@ from melt_models.atomic import TargetExistsError, check_target
 from melt_models.directory import check_directory
 from melt_models.errors import CheckpointError
 from melt_runtime.command import run_app
+from melt_runtime.describe import arithmetic_of, unread_parts
 from melt_runtime.engine_cli import CapabilityOption, Flavour, Weights, built_line
 from melt_runtime.engines.build import EngineOptions, build_engine, check_options
 from melt_runtime.engines.library import open_library
@@ -22,12 +23,13 @@ from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 from rich.table import Table
 
-from .options import BITS, BLOCKS, METHODS, CacheOptions, ExportOptions, WeightOptions
+from .options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, ExportOptions, WeightOptions
 
 if TYPE_CHECKING:
     from .parity import ParityReport
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
+ActivationKind = StrEnum("ActivationKind", {name: name for name in ACTIVATIONS})  # type: ignore[misc]
 Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
 StoredWeights = StrEnum("StoredWeights", {name: name for name in BITS})  # type: ignore[misc]
 DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
@@ -123,6 +125,13 @@ def export(
         bool,
         typer.Option("--asymmetric", help="With int4: blocks that say which number means zero; better, and slower."),
     ] = False,
+    activations: Annotated[
+        ActivationKind | None,
+        typer.Option(
+            help="What quantized products multiply with on the CPU: int8, rounded in blocks, which is fast; float, as "
+            "they are, which is closer to the checkpoint. Default: int8."
+        ),
+    ] = None,
     engine: Annotated[
         Flavour | None,
         typer.Option(help="Build an engine into the package afterwards; melt-run build-engine has more options."),
@@ -145,9 +154,11 @@ def export(
     loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
-    if weights is None and (keep or int8 or block != 32 or method or int8_share is not None or asymmetric):
+    chosen_how = (keep, int8, method, asymmetric, activations)
+    if weights is None and (any(chosen_how) or block != 32 or int8_share is not None):
         raise ArgumentError(
-            "--block, --method, --keep, --int8, --int8-share and --asymmetric are of quantized weights: name --weights"
+            "--block, --method, --keep, --int8, --int8-share, --asymmetric and --activations are of quantized weights: "
+            "name --weights"
         )
     if weights is None and cache is None and (calibration or eval_text or eval_answers):
         raise ArgumentError(
@@ -158,7 +169,15 @@ def export(
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
         read = calibration if chosen == "gptq" or cache is None else None
         how = {"keep": kept, "int8": wide, "int8_share": int8_share, "asymmetric": asymmetric}
-        stored = WeightOptions(str(weights), block, method=chosen, calibration=read, **how)  # type: ignore[arg-type]
+        with_what = str(activations or "int8")
+        stored = WeightOptions(
+            str(weights),
+            block,
+            method=chosen,
+            calibration=read,
+            activations=with_what,
+            **how,  # type: ignore[arg-type]
+        )
     rows = None if cache is None else CacheOptions(str(cache), calibration)
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, rows)
     if weights is not None and engine_weights is not None:
@@ -258,6 +277,7 @@ def verify_command(
     _TEXT.print(_parity_table(report))
     if report.quality is not None:
         _TEXT.print(f"quality: {report.quality.summary()}")
+    _TEXT.print(f"compared: {report.arithmetic}")
     _TEXT.print(f"{'passed' if report.passed else 'FAILED'}: {report.summary()}")
     for failure in report.failures():
         print(f"melt-verify: {failure}", file=sys.stderr)
@@ -279,6 +299,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
         raised = len(manifest.weights.get("raised", ()))
         line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
         table.add_row("products", f"{line}, {raised} more in int8" if raised else line)
+        table.add_row("arithmetic", arithmetic_of(manifest))
+
     if manifest.cache:
         table.add_row("cache", "{kind}, a scale a channel".format(**manifest.cache))
     depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"
@@ -287,8 +309,12 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     )
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
     if manifest.untrained:
-        table.add_row("untrained", f"{', '.join(manifest.untrained)}: initialised by a conversion, never trained")
+        unread = set(manifest.untrained) <= set(unread_parts(manifest.model, manifest.loops))
+        how_read = "never read in one loop" if unread else "initialised by a conversion, never trained"
+        table.add_row("untrained", f"{', '.join(manifest.untrained)}: {how_read}")
     table.add_row("parity", "not verified" if report is None else report.summary())
+    if report is not None and manifest.weights:
+        table.add_row("parity is of", report.arithmetic)
     if report is not None and report.quality is not None:
         table.add_row("quality", report.quality.summary())
     _TEXT.print(table)
@@ -296,10 +322,17 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
 
 def _parity_table(report: ParityReport) -> Table:
     loops = range(1, report.loops + 1)
-    table = Table("relative error", *(f"loop {loop}" for loop in loops))
-    found = {(s.quantity, s.loop): s.relative for s in report.states}
+    table = Table(
+        "relative error" + (" to float64" if any(s.own for s in report.states) else ""),
+        *(f"loop {loop}" for loop in loops),
+    )
+    found = {(s.quantity, s.loop): s for s in report.states}
     for quantity in dict.fromkeys(s.quantity for s in report.states):
-        table.add_row(quantity, *(f"{found.get((quantity, loop), float('nan')):.1e}" for loop in loops))
+        errors = [found.get((quantity, loop)) for loop in loops]
+        table.add_row(quantity, *("" if error is None else f"{error.relative:.1e}" for error in errors))
+        if any(error is not None and error.own for error in errors):
+            shown = ("" if error is None else f"{error.own:.1e}" for error in errors)
+            table.add_row("  of PyTorch's float32", *shown)
     return table
 
 

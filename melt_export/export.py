@@ -17,7 +17,7 @@ from melt_models import LoopLMConfig, MeltConfig
 from melt_models.atomic import new_directory
 from melt_models.checkpoint import open_checkpoint
 from melt_models.configuration import LoopedConfig
-from melt_models.convert import COMPANIONS
+from melt_models.convert import COMPANIONS, TOKENIZER, check_companions
 from melt_runtime.backends.choice import too_old
 from melt_runtime.backends.survey import onnxruntime_version
 from melt_runtime.errors import PackageError
@@ -178,16 +178,17 @@ def sizes(chunk_size: int, positions: int, options: ExportOptions) -> tuple[int,
 
 
 def copy_companions(checkpoint: Path, directory: Path, vocab_size: int) -> None:
-    """Copies the tokenizer and what belongs to it. Raises ExportError if its vocabulary is not the model's."""
+    """Copies the tokenizer and what belongs to it. Raises CheckpointError for what ``check_companions`` refuses,
+    ExportError for what no runtime can read."""
+    check_companions(checkpoint, vocab_size)
     copied = [name for name in COMPANIONS if (checkpoint / name).is_file()]
+    if TOKENIZER in copied:
+        try:
+            TextCodec.load(checkpoint)
+        except PackageError as error:
+            raise ExportError(str(error).removesuffix("; export the package again.")) from error
     for name in copied:
         shutil.copyfile(checkpoint / name, directory / name)
-    if "tokenizer.json" in copied:
-        tokens = TextCodec.load(directory).vocab_size
-        if tokens > vocab_size:
-            raise ExportError(
-                f"the tokenizer has {tokens} tokens, the model only {vocab_size}: they do not belong together"
-            )
 
 
 def _save_graph(name: str, graph: TracedGraph, directory: Path) -> GraphSpec:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BITS = {"int4": 4, "int8": 8}
 METHODS = ("rtn", "gptq")
 BLOCKS = (16, 32, 64, 128)
+# What ONNX Runtime's CPU kernels multiply quantized weights with.
+ACTIVATIONS = ("int8", "float")
 _USUAL_SHARE = 0.1
 
 
@@ -29,7 +31,9 @@ class WeightOptions:
     with them what is packed beside them; ``int8_share``: by which share the loop's products may grow so that those that
     suffer most from 4 bits have 8 (None: 0.1, where they are measured and not named by ``int8``); ``method``: "rtn"
     (rounded to nearest) or "gptq" (calibrated on ``calibration``, a UTF-8 text; None: Python's documentation);
-    ``asymmetric``: whether blocks of 4 bits say which number means zero. Raises ExportError."""
+    ``asymmetric``: whether blocks of 4 bits say which number means zero; ``activations``: what the weights are
+    multiplied with on the CPU: "int8", rounded in blocks, which is fast, or "float", as they are. Raises ExportError.
+    """
 
     kind: str
     block: int = 32
@@ -40,10 +44,13 @@ class WeightOptions:
     calibration: Path | None = None
     int8_share: float | None = None
     asymmetric: bool = False
+    activations: str = "int8"
 
     def __post_init__(self) -> None:
         if self.kind not in BITS or self.head not in BITS:
             raise ExportError(f"weights {self.kind!r} are not one of {', '.join(BITS)}")
+        if self.activations not in ACTIVATIONS:
+            raise ExportError(f"activations {self.activations!r} are not one of {', '.join(ACTIVATIONS)}")
         if self.method not in METHODS:
             raise ExportError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         if self.calibration is not None and self.method != "gptq":
@@ -83,6 +90,7 @@ class WeightOptions:
             "int8": list(self.int8),
             "int8_share": self.share,
             "asymmetric": self.asymmetric,
+            "activations": self.activations,
             "calibration": self.calibration.name if self.calibration else None,
         }
 

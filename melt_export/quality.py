@@ -16,7 +16,8 @@ from melt_runtime.package import Manifest
 from melt_runtime.progress import Step, no_progress
 from numpy.typing import NDArray
 
-from .parity import Limits, Quality, agreement, log_softmax
+from .distances import agreement, log_softmax
+from .parity import Limits, Quality
 from .reference import open_reference
 from .texts import encode_text
 

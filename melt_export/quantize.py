@@ -176,7 +176,8 @@ def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype
         stored["zeros"] = _Stored(ir.DataType.UINT8, (product.outputs, -(-count * bits // 8)), Blocks.packed_zeros)
     operands = product.values(graph, grid, stored)
     attributes = {"K": product.inputs, "N": product.outputs, "bits": bits, "block_size": block}
-    attributes[ACCURACY] = _INT8_ACTIVATIONS
+    if product.options.activations == "int8":
+        attributes[ACCURACY] = _INT8_ACTIVATIONS
     path = str(node.name).removesuffix("/MatMul").removesuffix("MatMul")
     made = ir.node(
         MATMUL_NBITS, [node.inputs[0], *operands], attributes, domain="com.microsoft", name=f"{path}/MatMulNBits"

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from .cache_numbers import CacheNumbers
 from .quantize import dequantized
-from .wide_products import WideProducts
+from .wide_products import FLOAT32, Arithmetic, WideProducts
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
@@ -42,8 +42,8 @@ class LoopTrace:
 
 
 @contextmanager
-def _computing() -> Iterator[None]:
-    with torch.inference_mode(), WideProducts():
+def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
+    with torch.inference_mode(), WideProducts(arithmetic):
         yield
 
 
@@ -51,9 +51,10 @@ class Reference(Protocol):
     """A checkpoint as PyTorch computes it, one sequence at a time."""
 
     def traces(
-        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
+        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
+        """Runs chunks of one sequence one after the other: every chunk's loops (as float32, whatever the arithmetic),
+        and each token's depth."""
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
         """Logits (tokens, vocab), float32, of a sequence of its own; every token runs all loops."""
@@ -68,7 +69,7 @@ def open_reference(checkpoint: Path, device: str = "cpu", package: Path | None =
     package: a quantized one; the model then computes with the weights that are stored there, and with what its caches
     would keep.
     """
-    model, numbers = load_model(checkpoint), None
+    model, numbers = load_model(checkpoint, as_stored=True), None
     if package is not None:
         opened = Package.open(package, check_hashes=False)
         numbers = CacheNumbers.of(opened)
@@ -88,13 +89,13 @@ class MeltReference:
         return MeltCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
-        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
+        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
         """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
         cache = self._cache()
         traces: list[list[LoopTrace]] = []
         depths: list[int] = []
-        with _computing():
+        with _computing(arithmetic):
             for ids in pieces:
                 valid = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
                 hidden = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
@@ -172,12 +173,12 @@ class LoopLMReference:
         return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
-        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0
+        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
         """As ``Reference``; every token runs all loops, whatever the threshold."""
         cache, traces = self._cache(), []
         layers = self.config.num_hidden_layers
-        with _computing():
+        with _computing(arithmetic):
             for ids in pieces:
                 seen = cache.get_seq_length() + len(ids)
                 mask = causal_mask(torch.ones(1, seen, dtype=torch.bool, device=self.device), len(ids))

@@ -28,7 +28,7 @@ def sensitivities(
     An estimate to compare products by: half of the squared gradient of a text's loss along errors that are as large as
     rounding makes them and lie anyhow, over all tokens and loops. Raises CheckpointError.
     """
-    model: nn.Module = load_model(checkpoint).requires_grad_(False)
+    model: nn.Module = load_model(checkpoint, as_stored=True).requires_grad_(False)
     found = dict.fromkeys(_products(model), 0.0)
     handles = [module.register_forward_hook(_watch(name, found)) for name, module in _products(model).items()]
     chosen = [ids[:_TOKENS] for ids in sequences[::_SHARE] if len(ids) > 1]

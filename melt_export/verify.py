@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from melt_models.checkpoint import read_config
+from melt_models.checkpoint import Weights, read_config
 from melt_runtime import LoopDriver, LoopSettings, Runtime
+from melt_runtime.describe import activations_of
 from melt_runtime.files import working_directory
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package import Manifest, Package, StateSpec, manifest_hash
@@ -18,48 +18,16 @@ from melt_runtime.progress import no_progress
 
 from .answers import checkpoint_accuracy, package_accuracy, read_problems
 from .cache_numbers import CacheNumbers
+from .distances import Distances, common_prefix
 from .errors import ParityError
-from .parity import Accuracy, GenerationResult, Limits, ParityReport, StateErrors, common_prefix, tolerance_of
+from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, weigh_partings
+from .parity import Accuracy, GenerationResult, Limits, ParityReport, StateError, tolerance_of
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
-from .reference import LOGIT_COLUMNS, LoopTrace, Reference, open_reference
+from .quantize import EMBEDDING
+from .reference import LOGIT_COLUMNS, LoopTrace, open_reference
 from .twin import float32_twin, wide_twin
 
 _LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
-_TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
-_DECODE_STEPS = 2
-_LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
-
-
-@dataclass(frozen=True)
-class _Case:
-    """Prompts that run together in the package and alone in PyTorch, then a few decoding steps."""
-
-    prompts: list[list[int]]
-    chunk: int
-    reference: list[list[list[LoopTrace]]]
-    tokens: list[list[int]]
-
-
-@dataclass(frozen=True)
-class _GreedyRun:
-    """A prompt, its prefill chunk, PyTorch's greedy tokens and the lead of each one's logit over the next."""
-
-    prompt: list[int]
-    chunk: int
-    tokens: list[int]
-    margins: list[float]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """All that PyTorch has to say: traced cases, exit depths of a prompt at a threshold, greedy runs."""
-
-    cases: list[_Case]
-    prompt: list[int]
-    chunk: int
-    threshold: float | None
-    depths: list[int]
-    runs: list[_GreedyRun]
 
 
 def verify(
@@ -92,7 +60,7 @@ def verify(
     problems = None if eval_answers is None else read_problems(eval_answers, opened)
     manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
     manifest.check_depth(manifest.loops, 1.0)
-    large = sum(spec.bytes for spec in manifest.files.values()) > _LARGE_BYTES
+    large = sum(spec.bytes for spec in manifest.files.values()) > LARGE_BYTES
     held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS) if manifest.quantized else None
     tokens = (16 if large else 256) if tokens is None else tokens
     expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
@@ -100,6 +68,7 @@ def verify(
         progress("PyTorch: held-out text", 0, 0)
         unquantized = reference_logits(checkpoint, held, manifest)
         right = None if problems is None else checkpoint_accuracy(checkpoint, opened, problems, progress)
+    activations, float_kl = activations_of(manifest), None
     report = ParityReport(
         manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", tolerance_of(manifest)
     )
@@ -109,9 +78,14 @@ def verify(
             progress("widening bf16 to fp32", 0, 0)
             report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
             write_twin = float32_twin
-        elif manifest.weights:
-            report.arithmetic = "ONNX Runtime, CPU, products with the stored numbers"
+        elif activations == "int8":
+            report.arithmetic = (
+                "ONNX Runtime, CPU, quantized weights multiplied with float activations; the package itself multiplies "
+                "them with 8-bit activations, which the quality is of"
+            )
             write_twin = wide_twin
+        elif activations == "float":
+            report.arithmetic = "ONNX Runtime, CPU, as shipped: quantized weights multiplied with float activations"
         if write_twin is not None:
             directory = stack.enter_context(working_directory(package.parent, ".melt-twin-"))
             write_twin(package, directory)
@@ -119,10 +93,18 @@ def verify(
         low_memory = large and manifest.precision == "fp16"
         runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
-    if held is not None:
+        _compare_embeddings(runtime, checkpoint, report)
         limits = limits_of(manifest) if limits is None else limits
+        if held is not None and activations == "int8":
+            float_kl = measure(runtime, held, unquantized, manifest.loops, limits, progress).kl
+        del runtime
+    weigh_partings(
+        report, expected, lambda: open_reference(checkpoint, package=package if manifest.quantized else None)
+    )
+    if held is not None:
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
-        report.quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
+        quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
+        report.quality = replace(quality, activations=activations, float_kl=float_kl)
         if problems is not None and right is not None:
             accuracy = Accuracy(len(problems), package_accuracy(runtime, problems, progress), right)
             report.quality = replace(report.quality, accuracy=accuracy)
@@ -132,61 +114,19 @@ def verify(
     return report
 
 
-def expected_of(
-    checkpoint: Path,
-    manifest: Manifest,
-    tokens: int,
-    *,
-    package: Path | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress = no_progress,
-) -> Expected:
-    """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
-
-    tokens: greedy tokens a prompt; package: whose stored numbers count where it is quantized; device: where PyTorch
-    computes. Raises CheckpointError.
-    """
-    progress("PyTorch: loop by loop", 0, 0)
-    reference, rng = (
-        open_reference(checkpoint, device, package if manifest.quantized else None),
-        np.random.default_rng(seed),
-    )
-    chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
-    batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < _LARGE_BYTES else 2)
-    cases = [
-        _case(reference, manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
-        _case(reference, manifest, rng, [4], 1),
-    ]
-    prompt = cases[0].prompts[0]
-    threshold, depths = None, []
-    if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
-        threshold = _splitting_threshold(cases[0].reference[0])
-        pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
-        depths = reference.traces(pieces, manifest.loops, threshold)[1]
-
-    runs = []
-    lengths = ((3 * manifest.chunk // 2, manifest.chunk), (7, manifest.chunk), (1, manifest.chunk), (9, 1))
-    for length, size in lengths:
-        ids = rng.integers(0, manifest.vocab_size, max(1, min(length, room // 2))).tolist()
-        greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
-        runs.append(_GreedyRun(ids, size, *greedy))
-        progress("PyTorch: greedy tokens", len(lengths), 1)
-    return Expected(cases, prompt, chunk, threshold, depths, runs)
-
-
 def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress: Progress = no_progress) -> None:
     """The package's side of a comparison, and what differs, into the report. Raises BackendError."""
-    errors, numbers = StateErrors(), CacheNumbers.of(runtime.package)
-    for case in expected.cases:
-        _compare_case(runtime, case, report.loops, errors, numbers)
-    errors.into(report)
+    errors, numbers = Distances(expected.own.tie), CacheNumbers.of(runtime.package)
+    for case, traces in expected.cases:
+        _compare_case(runtime, case, traces, report.loops, errors, numbers)
+    report.take(errors, expected.own)
 
     if expected.threshold is not None:
         driver = runtime.driver(1)
         driver.append([expected.prompt], LoopSettings(report.loops, expected.threshold, expected.chunk))
-        report.exit_threshold, report.exit_tokens = expected.threshold, len(expected.depths)
-        report.exit_same_depth = sum(a == b for a, b in zip(driver.depth[0], expected.depths, strict=True))
+        decided = [pair for pair in zip(driver.depth[0], expected.depths, strict=True) if pair[1] is not None]
+        report.exit_threshold, report.exit_tokens = expected.threshold, len(decided)
+        report.exit_same_depth = sum(got == depth for got, depth in decided)
 
     for run in expected.runs:
         got = runtime.generate(
@@ -198,8 +138,8 @@ def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress
             chunk=run.chunk,
         ).token_ids
         same = common_prefix(got, run.tokens)
-        margin = run.margins[same] if same < len(run.tokens) else 0.0
-        report.generations.append(GenerationResult(len(run.prompt), run.chunk, len(run.tokens), same, margin))
+        margin, token = (run.margins[same], got[same]) if same < len(run.tokens) else (0.0, None)
+        report.generations.append(GenerationResult(len(run.prompt), run.chunk, len(run.tokens), same, margin, token))
         progress("package: greedy tokens", len(expected.runs), 1)
 
 
@@ -222,77 +162,63 @@ def _same_model(manifest: Manifest, checkpoint: Path) -> None:
             )
 
 
-def _case(
-    reference: Reference, manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int
-) -> _Case:
-    """Random prompts, and what PyTorch makes of each alone: its chunks, then single tokens."""
-    prompts, traces, steps = [], [], []
-    for length in lengths:
-        length = max(1, min(length, manifest.max_seq_len - _DECODE_STEPS))
-        prompt = rng.integers(0, manifest.vocab_size, length).tolist()
-        more = rng.integers(0, manifest.vocab_size, _DECODE_STEPS if manifest.max_seq_len > length + 1 else 0).tolist()
-        pieces = [prompt[at : at + chunk] for at in range(0, length, chunk)] + [[token] for token in more]
-        prompts.append(prompt)
-        steps.append(more)
-        traces.append(reference.traces(pieces, manifest.loops)[0])
-    return _Case(prompts, chunk, traces, steps)
-
-
-def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
-    """A threshold at which about half of the tokens leave early, in the middle of a gap: rounding cannot tip it."""
-    reached = []
-    for loops in chunks:
-        remaining = np.ones_like(loops[0].exit_probability)
-        for trace in loops[:-1]:
-            remaining = remaining * (1 - trace.exit_probability)
-            reached += (1 - remaining).tolist()
-    values = np.unique(np.array([0.0, *reached, 1.0]))
-    middle = values[len(values) // 4 : max(len(values) * 3 // 4, len(values) // 4 + 2)]
-    gap = int(np.argmax(np.diff(middle)))
-    return float((middle[gap] + middle[gap + 1]) / 2)
-
-
-def _compare_case(runtime: Runtime, case: _Case, loops: int, errors: StateErrors, numbers: CacheNumbers | None) -> None:
+def _compare_case(
+    runtime: Runtime, case: Case, traces: Traces, loops: int, errors: Distances, numbers: CacheNumbers | None
+) -> None:
     """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
     driver = runtime.driver(len(case.prompts))
     settings = LoopSettings(loops, chunk=case.chunk)
     position = [0] * driver.batch
-    steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(_DECODE_STEPS)]
+    steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(DECODE_STEPS)]
     for tokens in (case.prompts, *steps):
         for chunk in driver.chunks(tokens, case.chunk):
             for loop, _ in enumerate(driver.loops(chunk, settings)):
                 for slot, count in enumerate(chunk.counts):
                     if count:
-                        expected = case.reference[slot][position[slot]][loop]
-                        _compare_loop(driver, slot, int(count), expected, errors, numbers)
+                        got = _trace(driver, slot, int(count), loop + 1, numbers)
+                        errors.compare_trace(got, traces[slot][position[slot]][loop])
             for slot, count in enumerate(chunk.counts):
                 position[slot] += int(count > 0)
 
 
-def _compare_loop(
-    driver: LoopDriver,
-    slot: int,
-    count: int,
-    expected: LoopTrace,
-    errors: StateErrors,
-    numbers: CacheNumbers | None,
-) -> None:
-    """Compares one sequence's part of the chunk that just ran a loop, its rows still open."""
-    state, loop = driver.state, expected.loop
-    errors.compare("hidden", loop, state.read("hidden", (slot, slice(count))), expected.hidden)
-    if expected.latent is not None:
-        errors.compare("latent", loop, state.read("latent", (slice(None), slot, slice(count))), expected.latent)
-    exits = state.exit_probability()[slot, :count]
-    errors.compare("exit probability", loop, exits, expected.exit_probability, scale=1.0)
+def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheNumbers | None) -> LoopTrace:
+    """One sequence's part of the chunk that just ran a loop, its rows still open."""
+    state = driver.state
+    latent = None
+    if driver.manifest.cache_loops is None:
+        latent = state.read("latent", (slice(None), slot, slice(count)))
     caches = [s for s in driver.manifest.states if s.kind != "swap"]
-    for part, rows in (("key", expected.keys), ("value", expected.values)):
+
+    def rows(part: str) -> np.ndarray:
         stored = np.stack([_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)])
-        errors.compare(f"{part} rows", loop, stored if numbers is None else numbers.widened(part, stored), rows)
+        return stored if numbers is None else numbers.widened(part, stored)
+
     columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
-    logits = state.logits(columns)[slot]
-    errors.compare("logits", loop, logits, expected.logits)
-    errors.compare_logits(logits, expected.logits)
+    return LoopTrace(
+        loop,
+        state.read("hidden", (slot, slice(count))),
+        latent,
+        state.exit_probability()[slot, :count],
+        rows("key"),
+        rows("value"),
+        state.logits(columns)[slot],
+    )
+
+
+def _compare_embeddings(runtime: Runtime, checkpoint: Path, report: ParityReport) -> None:
+    """Looks up every token of the vocabulary: the prompts hold few of them. Raises CheckpointError."""
+    manifest, table = runtime.manifest, Weights(checkpoint).tensor(EMBEDDING)
+    state, worst = runtime.driver(1).state, 0.0
+    for at in range(0, manifest.vocab_size, manifest.chunk):
+        rows = table[at : at + manifest.chunk]
+        rows = rows.half().float() if manifest.weights else rows.float()
+        state.embed(np.arange(at, at + len(rows))[None])
+        got = state.read("hidden", (0, slice(len(rows)))).astype(np.float32)
+        scale = np.maximum(np.abs(rows.numpy()).max(-1), 1e-30)
+        error = float((np.abs(got - rows.numpy()).max(-1) / scale).max())
+        worst = max(worst, error if np.isfinite(error) else float("inf"))
+    report.states.append(StateError("embedding", 1, worst, report.tolerance.relative))
 
 
 def _open_rows(driver: LoopDriver, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:

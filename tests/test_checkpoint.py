@@ -16,7 +16,7 @@ from melt_models import (
     MeltForCausalLM,
     UnsupportedConfigError,
 )
-from melt_models.checkpoint import Weights, load_model, read_config
+from melt_models.checkpoint import _DERIVED, _MASK, Weights, load_model, read_config
 from melt_models.layers import rotary_tables
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -259,6 +259,18 @@ BAD_CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"early_exit_step": 3}, ("early_exit_step is 3", "total_ut_steps is 3")),
     ({"model_type": "melt", "chunk_size": 0}, ("chunk_size is 0",)),
     ({"model_type": "melt", "latent_init": "ones"}, ("latent_init 'ones'",)),
+    ({"model_type": "melt", "ema_weight": 1e400}, ("ema_weight is inf",)),
+    ({"hidden_size": True}, ("hidden_size is True",)),
+    ({"total_ut_steps": 10**9}, ("total_ut_steps is 1000000000", "4096")),
+    ({"max_position_embeddings": 2**31}, ("max_position_embeddings is 2147483648",)),
+    ({"pad_token_id": "<pad>"}, ("pad_token_id is '<pad>'",)),
+    ({"pad_token_id": [0]}, ("pad_token_id is [0]",)),
+    ({"eos_token_id": ["x"]}, ("eos_token_id is ['x']",)),
+    ({"eos_token_id": {"id": 1}}, ("eos_token_id is {'id': 1}",)),
+    ({"eos_token_id": 2**62}, ("eos_token_id is 4611686018427387904",)),
+    ({"hidden_act": "x" * 5000}, ("hidden_act 'xxx", "...")),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, ("low_freq_factor",)),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-320}}, ("rotary embedding",)),
 ]
 
 
@@ -268,6 +280,118 @@ def test_a_config_that_cannot_be_built_is_refused(
 ) -> None:
     change_config(checkpoint, **fields)
     refused(checkpoint, "config.json", *words, config=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, ("1000000000 layers", "only 27 tensors")),
+        ({"num_hidden_layers": 2**31 - 1}, ("2147483647 layers",)),
+        ({"vocab_size": 2**31 - 1}, ("vocab_size 2147483647, hidden_size 64", "137,438,953,408 values")),
+        ({"hidden_size": 2**30}, ("hidden_size 1073741824",)),
+        ({"intermediate_size": 10**6}, ("intermediate_size 1000000",)),
+        ({"head_dim": 2**20}, ("head_dim 1048576",)),
+        ({"num_attention_heads": 2**20}, ("num_attention_heads 1048576",)),
+    ],
+    ids=str,
+)
+def test_sizes_are_weighed_against_the_tensors_before_a_model_is_built(
+    fields: dict[str, Any], words: tuple[str, ...], checkpoint: Path
+) -> None:
+    change_config(checkpoint, **fields)
+    refused(checkpoint, "config.json asks for", *words)
+
+
+@pytest.mark.parametrize("field", ["num_labels", "_attn_implementation", "dtype", "text_config", "auto_map", "seed"])
+@pytest.mark.parametrize("value", [10**9, "flash_attention_2", [], {"a": 1}], ids=str)
+def test_what_a_config_says_to_other_libraries_changes_nothing(field: str, value: object, checkpoint: Path) -> None:
+    model = load_model(checkpoint)
+    change_config(checkpoint, **{field: value})
+    same(checkpoint, model)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model_type": "melt", "ema_weight": 1%s}' % ("0" * 400), "whole number of 401 digits"),
+        ('{"model_type": "melt", "vocab_size": 1%s}' % ("0" * 5000), "whole number of 5001 digits"),
+        (f'{{"model_type": "melt", "a": {"[" * 100_000}1{"]" * 100_000}}}', "recursion"),
+        (f'{{"model_type": "melt", "a": "{"x" * (1 << 26)}"}}', "no JSON file of a checkpoint is that large"),
+    ],
+    ids=["400 digits", "5000 digits", "deep", "large"],
+)
+def test_json_beyond_any_bound_is_refused(text: str, words: str, checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text(text)
+    refused(checkpoint, "config.json", words)
+
+
+def test_a_whole_number_of_hundreds_of_digits_is_refused_in_python_too() -> None:
+    with pytest.raises(Exception, match="ema_weight is a whole number of more than 40 digits"):
+        MeltConfig(ema_weight=10**400)
+
+
+def test_names_from_a_checkpoint_cannot_command_a_terminal(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.update({"\x1b[2Jgone\n": torch.zeros(2)}))
+    refused(checkpoint, "unexpected", r"\x1b[2Jgone\n")
+
+
+DERIVED = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    "model.rotary_emb.original_inv_freq": torch.ones(8),
+    "model.rotary_emb.cos_cached": torch.ones(4, 8),
+    "freqs_cis": torch.ones(4, 8, dtype=torch.float64),
+    "model.causal_mask": torch.ones(4, 4, dtype=torch.bool),
+    "model.layers.1.self_attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+    "model.layers.1.self_attn.masked_bias": torch.tensor(-1e9),
+    "model.embeddings.position_ids": torch.arange(4)[None],
+}
+
+
+def test_tables_and_masks_that_follow_from_the_config_are_dropped(checkpoint: Path) -> None:
+    model = load_model(checkpoint)
+    change_tensors(checkpoint, lambda t: t.update(DERIVED))
+    same(checkpoint, model)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.bias"])
+def test_a_bias_is_no_derived_buffer(name: str, checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.update({name: torch.zeros(64)}))
+    refused(checkpoint, "unexpected", name)
+
+
+def test_no_tensor_of_a_model_is_taken_for_a_derived_one() -> None:
+    names = {name for kind in MODELS for name in small_model(kind).state_dict()}
+    assert not [name for name in names if _DERIVED.search(name) or _MASK.search(name)]
+
+
+NORM = "model.norm.weight"
+
+
+def change_types(directory: Path) -> None:
+    """Half-precision weights beside a norm in float32 that holds what half precision cannot."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        norm = tensors[NORM].clone()
+        norm[:2] = torch.tensor([70000.0, 1 + 2**-20])
+        tensors.update({name: value.half() for name, value in tensors.items()})
+        tensors[NORM] = norm
+
+    change_tensors(directory, change)
+
+
+def test_tensors_of_different_types_load_as_one_that_holds_them_all(checkpoint: Path) -> None:
+    change_types(checkpoint)
+    model = load_model(checkpoint)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert model.model.norm.weight[:2].tolist() == [70000.0, 1 + 2**-20]
+    kept = load_model(checkpoint, as_stored=True)
+    assert {weight.dtype for weight in kept.parameters()} == {torch.float16, torch.float32}
+
+
+def test_values_beyond_the_range_of_a_type_that_is_asked_for_are_refused(checkpoint: Path) -> None:
+    change_types(checkpoint)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values beyond the range of float16"):
+        load_model(checkpoint, torch.float16)
 
 
 @pytest.mark.parametrize(

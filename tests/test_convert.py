@@ -131,6 +131,52 @@ def test_the_dtype_of_the_source_is_kept(tmp_path: Path) -> None:
     assert {weight.dtype for weight in load_model(tmp_path / "melt").parameters()} == {torch.bfloat16}
 
 
+def test_every_tensor_keeps_its_type_and_nothing_finite_becomes_infinite(tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    path, norm = tmp_path / "llama" / "model.safetensors", "model.layers.0.input_layernorm.weight"
+    tensors = {name: value if name == norm else value.half() for name, value in load_file(path).items()}
+    tensors[norm][:2] = torch.tensor([70000.0, 1 + 2**-20])
+    save_file(tensors, path, metadata={"format": "pt"})
+    convert(tmp_path / "llama", tmp_path / "melt")
+    written = load_file(tmp_path / "melt" / "model.safetensors")
+    for name, value in tensors.items():
+        assert written[name].dtype == value.dtype, name
+        assert torch.equal(written[name], value), name
+    # and whoever casts to the type that the config names loses nothing, transformers among them
+    assert json.loads((tmp_path / "melt" / "config.json").read_text())["dtype"] == "float32"
+    model = MeltForCausalLM.from_pretrained(tmp_path / "melt", dtype="auto")
+    assert model.state_dict()[norm][:2].tolist() == [70000.0, 1 + 2**-20]
+
+
+def test_derived_buffers_of_the_source_are_left_behind(tmp_path: Path) -> None:
+    llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "model.safetensors"
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(path), name: torch.ones(8)}, path, metadata={"format": "pt"})
+    convert(tmp_path / "llama", tmp_path / "melt")
+    assert name not in load_file(tmp_path / "melt" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size 2147483647"),
+        ({"hidden_size": 2**62}, "hidden_size is 4611686018427387904"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ],
+    ids=str,
+)
+def test_a_source_that_asks_for_more_than_it_holds_is_refused_at_once(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(CheckpointError, match=words):
+        convert(tmp_path / "llama", tmp_path / "melt")
+
+
 @pytest.mark.parametrize("rope", [None, LLAMA3], ids=["rope", "llama3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -171,12 +217,45 @@ def test_a_converted_llamas_exit_gate_never_opens(tmp_path: Path) -> None:
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
     ouro(tmp_path / "ouro")
     for name in (*COMPANIONS, "notes.txt", "modeling_ouro.py"):
-        (tmp_path / "ouro" / name).write_text(f"content of {name}")
+        (tmp_path / "ouro" / name).write_text(json.dumps({"content": name}))
     convert(tmp_path / "ouro", tmp_path / "melt")
     written = contents(tmp_path / "melt")
     assert set(written) == {"config.json", "model.safetensors", *COMPANIONS}
     for name in COMPANIONS:
-        assert written[name].decode() == f"content of {name}"
+        assert json.loads(written[name]) == {"content": name}
+
+
+WORDS: dict[str, Any] = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 49}, "unk_token": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("generation_config.json", "{", "cannot be read as JSON"),
+        ("generation_config.json", "[2]", "holds a JSON list"),
+        ("generation_config.json", '{"eos_token_id": "<end>"}', "eos_token_id is '<end>'; it must be a token id or a"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\]"),
+        ("generation_config.json", '{"pad_token_id": {}}', "pad_token_id is {}"),
+        ("tokenizer_config.json", "no JSON", "cannot be read as JSON"),
+        ("tokenizer.json", json.dumps({**WORDS, "added_tokens": [{"id": 50, "content": "<c>"}]}), "ids up to 50, the"),
+        ("tokenizer.json", json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]] * 60}}), "ids up to 59, the"),
+    ],
+)
+def test_a_companion_that_no_package_could_use_is_refused(name: str, content: str, words: str, tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    (tmp_path / "ouro" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        convert(tmp_path / "ouro", tmp_path / "melt")
+    assert str(tmp_path / "ouro" / name) in str(caught.value)
+    assert not (tmp_path / "melt").exists()
+
+
+def test_a_tokenizer_with_too_many_tokens_is_refused_with_a_way_on(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    content = {**WORDS, "added_tokens": [{"id": 50, "content": "<c>"}, {"id": 51, "content": "<d>"}]}
+    (tmp_path / "ouro" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"rows for 50.* resize_token_embeddings\(52\)"):
+        convert(tmp_path / "ouro", tmp_path / "melt")
 
 
 def test_written_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
@@ -253,6 +332,14 @@ def test_the_command_says_what_is_untrained(
     assert "2 layers, 2 loops; untrained: latent_gate, early_exit_gate" in capsys.readouterr().out
     config = read_config(tmp_path / "melt")
     assert (config.total_ut_steps, config.chunk_size) == (2, 7)
+
+
+def test_the_command_says_that_one_loop_reads_no_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(tmp_path / "llama")
+    assert run(monkeypatch, tmp_path / "llama", tmp_path / "melt") == 0
+    assert "1 loop; untrained, never read in one loop: latent_gate, early_exit_gate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

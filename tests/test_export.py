@@ -264,8 +264,33 @@ def test_a_weight_beyond_fp16_is_named_with_a_way_out(checkpoint: Path, tmp_path
 
 def test_a_tokenizer_of_another_model_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tokenizer=True, vocab_size=40)
-    message = refusal(ExportError, checkpoint, tmp_path / "package")
-    assert "tokenizer has 45 tokens, the model only 40" in message
+    message = refusal(CheckpointError, checkpoint, tmp_path / "package")
+    assert "token ids up to 44, the model rows for 40: they do not belong together" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": {"id": 1}}', '{"eos_token_id": -1}'])
+def test_a_broken_generation_config_is_refused_before_anything_is_traced(
+    checkpoint: Path, tmp_path: Path, content: str
+) -> None:
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    (broken / "generation_config.json").write_text(content)
+    assert str(broken / "generation_config.json") in refusal(CheckpointError, broken, tmp_path / "package")
+
+
+def test_an_absurd_number_of_loops_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    absurd = Path(shutil.copytree(checkpoint, tmp_path / "absurd"))
+    config = json.loads((absurd / "config.json").read_text())
+    (absurd / "config.json").write_text(json.dumps({**config, "total_ut_steps": 10**9}))
+    assert "total_ut_steps is 1000000000" in refusal(CheckpointError, absurd, tmp_path / "package")
+
+
+def test_a_tokenizer_over_which_the_library_panics_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    content = json.loads((broken / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+    (broken / "tokenizer.json").write_text(json.dumps(content))
+    message = refusal(ExportError, broken, tmp_path / "package")
+    assert f"{broken / 'tokenizer.json'} is not a valid tokenizer (Precompiled" in message
 
 
 def test_more_tokens_than_the_checkpoint_has_positions_are_refused(checkpoint: Path, tmp_path: Path) -> None:

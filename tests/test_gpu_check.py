@@ -16,13 +16,13 @@ from processes import LIMIT
 from rich.console import Console
 from typer.testing import CliRunner
 
+from melt_export.expected import expected_of
 from melt_export.gpu_check import checks, timing
 from melt_export.gpu_check.__main__ import app
 from melt_export.gpu_check.machine import HostMachine, described
 from melt_export.gpu_check.report import FAILED, MEASURED, NOT_RUN, PASSED, Report, Result
 from melt_export.gpu_check.subjects import Subject
 from melt_export.gpu_check.targets import NotHere, Target, ready, targets
-from melt_export.verify import expected_of
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from melt_runtime.backends.survey import devices, onnxruntime_version
 from melt_runtime.package import DIALECTS, Package
 from typer.testing import CliRunner
 
+from melt_export.expected import expected_of
 from melt_export.gpu_check.__main__ import app
 from melt_export.parity import TOLERANCES, ParityReport
-from melt_export.verify import compare, expected_of
+from melt_export.verify import compare
 
 pytestmark = [
     pytest.mark.gpu,

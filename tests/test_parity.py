@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from melt_export.distances import MULTIPLE
 from melt_export.errors import ParityError
+from melt_export.parity import TOLERANCES, GenerationResult, ParityReport, StateError
 from melt_export.verify import require_parity, verify
 
 DIALECTS = ("onnxruntime", "standard", "portable")
@@ -100,6 +106,111 @@ def test_a_changed_weight_is_found(tiny_checkpoint: Path, package_copy: Path) ->
         require_parity(report)
 
 
+LAST = "model.layers.1"
+FIXED_LIMIT = 1e-4  # of a model that makes little of rounding
+
+
+def add(name: str, value: float) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors[name].view(-1)[3:4].add_(value)  # type: ignore[func-returns-value]
+
+
+def scale(name: str, factor: float) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors[name].view(-1)[3:4].mul_(factor)  # type: ignore[func-returns-value]
+
+
+def swap_rows(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name][[3, 4]] = tensors[name][[4, 3]].clone()
+
+    return change
+
+
+PLANTED = {
+    "one number of a gate's bias": add(f"{LAST}.latent_gate.bias", 0.1),
+    "one number of a norm": scale(f"{LAST}.post_attention_layernorm.weight", 1.05),
+    "one number of the last norm": scale("model.norm.weight", 1.05),
+    "two rows of the values' product": swap_rows(f"{LAST}.self_attn.v_proj.weight"),
+    "two rows of the last product": swap_rows(f"{LAST}.mlp.down_proj.weight"),
+    "two rows of the head": swap_rows("lm_head.weight"),
+    "two rows of the embedding": swap_rows("model.embed_tokens.weight"),
+}
+
+
+@pytest.fixture(scope="module", params=["ordinary", "sensitive"])
+def faithful(
+    request: pytest.FixtureRequest,
+    make_checkpoint: MakeCheckpoint,
+    make_package: MakePackage,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path, bool]:
+    """A checkpoint and a right package of it that a test may write a report into; whether the model makes much of
+    rounding: large activations over many loops."""
+    sensitive = request.param == "sensitive"
+    checkpoint = make_checkpoint(initializer_range=0.2, total_ut_steps=16) if sensitive else make_checkpoint()
+    package = shutil.copytree(make_package(checkpoint), tmp_path_factory.mktemp("faithful") / "package")
+    return checkpoint, Path(package), sensitive
+
+
+def test_a_right_package_passes_however_much_its_model_makes_of_rounding(faithful: tuple[Path, Path, bool]) -> None:
+    checkpoint, package, sensitive = faithful
+    report = verify(package, checkpoint, tokens=24)
+    assert report.failures() == []
+    assert (max(state.relative for state in report.states) > FIXED_LIMIT) == sensitive
+    assert all(state.limit <= max(FIXED_LIMIT, MULTIPLE * state.own) for state in report.states)
+    assert f"(limit {report.closest.limit:.0e}; PyTorch's own float32 is {report.closest.own:.0e}" in report.summary()
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_one_wrong_number_or_swapped_row_is_found_in_any_model(
+    faithful: tuple[Path, Path, bool], tmp_path: Path, fault: str
+) -> None:
+    checkpoint, package, _ = faithful
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    PLANTED[fault](tensors)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    report = verify(package, other, tokens=1)
+    assert not report.passed
+    assert report.closest.relative > 3 * report.closest.limit
+
+
+def test_a_swapped_row_of_the_embedding_is_found_though_no_prompt_holds_its_token(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(vocab_size=2000, num_hidden_layers=1, total_ut_steps=1)
+    package = shutil.copytree(make_package(checkpoint), tmp_path / "package")
+    assert verify(package, checkpoint, tokens=1).passed
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    swap_rows("model.embed_tokens.weight")(tensors)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    (failure,) = verify(package, other, tokens=1).failures()
+    assert failure.startswith("embedding of loop 1 differs by 1.")
+
+
+def report_of(**fields: Any) -> ParityReport:
+    return ParityReport("fp32", "onnxruntime", 4, "", TOLERANCES["fp32"], **fields)
+
+
+def test_a_limit_that_proves_nothing_is_told_from_a_wrong_package() -> None:
+    (failure,) = report_of(states=[StateError("latent", 2, relative=0.05, limit=0.4, own=0.05)]).failures()
+    assert (
+        failure
+        == "nothing can be told from latent of loop 2: PyTorch's own float32 differs by 5.0e-02 from its float64"
+    )
+    # every weight has its effect in two loops: what later ones make of rounding proves nothing and disproves nothing
+    assert report_of(states=[StateError("latent", 4, relative=0.05, limit=0.4, own=0.05)]).passed
+
+
+def test_runs_may_part_only_where_rounding_can_swap_two_tokens() -> None:
+    parted = {"prompt_tokens": 3, "chunk": 8, "tokens": 10, "same": 4, "tie": 1e-3}
+    report = report_of(generations=[GenerationResult(**parted, margin=1e-4)])
+    assert report.failures() == []
+    assert "4/10 the same (1 of 1 runs part at a tie)" in report.summary()
+    report = report_of(generations=[GenerationResult(**parted, margin=1e-2)])
+    assert "parts at token 5 of 10, where the best logit led by 1.0e-02" in report.failures()[0]
+
+
 def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, package_copy: Path) -> None:
     report = verify(package_copy, tiny_checkpoint, tokens=4)
     written = json.loads((package_copy / "parity.json").read_text())
@@ -107,6 +218,7 @@ def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, pack
     assert written["kl_mean"] == report.kl_mean
     assert written["tolerance"]["relative"] == 1e-4
     assert {s["quantity"] for s in written["states"]} == {
+        "embedding",
         "hidden",
         "latent",
         "exit probability",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_models.checkpoint import read_config
 from melt_runtime import Runtime
+from melt_runtime.describe import activations_of, arithmetic_of
 from melt_runtime.package import Package
 
 from melt_export.blocks import Blocks, Grid, gptq, round_to_nearest
@@ -101,7 +102,7 @@ def export(checkpoint: Path, output: Path, weights: WeightOptions | None, **opti
     "options",
     [
         WeightOptions("int8"),
-        WeightOptions("int4", method="rtn", block=16),
+        WeightOptions("int4", method="rtn", block=16, activations="float"),
         WeightOptions("int4", int8=("*.down_proj.weight", "*.v_proj.weight")),
     ],
 )
@@ -115,7 +116,23 @@ def test_a_package_computes_with_its_numbers(
     assert report.quality is not None
     assert report.quality.kl > 0
     assert json.loads((package / "parity.json").read_text())["quality"]["text"] == "random tokens"
-    assert Package.open(package).manifest.weights["method"] == options.method
+    manifest = Package.open(package).manifest
+    assert manifest.weights["method"] == options.method
+    assert manifest.weights["activations"] == report.quality.activations == options.activations
+    written = json.loads((package / "parity.json").read_text())
+    if options.activations == "float":
+        assert "as shipped" in written["arithmetic"]
+        assert written["quality"]["float_kl"] is None
+        assert "int4 weights are multiplied on the CPU with float activations" in arithmetic_of(manifest)
+        assert "with float activations," in report.quality.summary()
+    else:
+        # What is compared is not what is shipped: the report says so, and what the difference costs.
+        assert "the package itself multiplies them with 8-bit activations" in written["arithmetic"]
+        quality = written["quality"]
+        assert 0 < quality["float_kl"] != quality["kl"]
+        assert quality["float_kl"] < quality["kl"] or options.kind == "int4"  # there the weights' own error is larger
+        assert "weights are multiplied on the CPU with 8-bit activations" in arithmetic_of(manifest)
+        assert f"with 8-bit activations ({report.quality.float_kl:.1e} with float ones" in report.quality.summary()
 
 
 def test_fewer_bits_take_less_and_cost_more(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -234,7 +251,7 @@ def test_a_quantized_package_generates_alike_alone_and_in_a_batch(checkpoints: d
 def test_a_standard_package_computes_with_its_numbers(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, precision: str
 ) -> None:
-    options = WeightOptions("int4", int8=("*.v_proj.weight",))
+    options = WeightOptions("int4", int8=("*.v_proj.weight",), activations="float" if precision == "fp32" else "int8")
     package = export(checkpoints[name], tmp_path / "package", options, dialect="standard", precision=precision)
     nodes = onnx.load(package / "loop_step.onnx", load_external_data=False).graph.node
     stored = [node for node in nodes if node.op_type == "DequantizeLinear"]
@@ -243,6 +260,19 @@ def test_a_standard_package_computes_with_its_numbers(
     assert report.passed, report.failures()
     assert report.quality is not None
     assert report.quality.kl > 0
+
+
+def test_activations_that_are_none_are_refused() -> None:
+    with pytest.raises(ExportError, match="activations 'int4' are not one of int8, float"):
+        WeightOptions("int4", activations="int4")
+
+
+def test_a_package_of_before_has_activations_in_8_bits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    package = export(checkpoints["melt"], tmp_path / "package", WeightOptions("int8", method="rtn"))
+    content = json.loads((package / "manifest.json").read_text())
+    del content["weights"]["activations"]
+    (package / "manifest.json").write_text(json.dumps(content))
+    assert activations_of(Package.open(package).manifest) == "int8"
 
 
 def test_what_blocks_do_not_fit_has_eight_bits(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from melt_runtime import Package, Runtime
 from melt_runtime.cli import app
-from melt_runtime.describe import describe
+from melt_runtime.describe import describe, untrained_warnings
 from melt_runtime.text import TextCodec
 from typer.testing import CliRunner, Result
 
@@ -285,6 +287,21 @@ class TestInspect:
         assert "the latent gate is untrained: answers will be poor until it is trained" in shown
         assert "the early exit gate is untrained" in shown
         assert len(json.loads(run("inspect", copy, "--json").stdout)["warnings"]) == 2
+
+    def test_a_gate_that_one_loop_does_not_read_is_no_warning(self, copy: Path) -> None:
+        edit_manifest(copy, untrained=["latent_gate", "early_exit_gate"], loops=1)
+        assert "untrained" not in run("inspect", copy).stdout
+        assert json.loads(run("inspect", copy, "--json").stdout)["warnings"] == []
+        manifest = Package.open(copy).manifest
+        assert len(untrained_warnings(manifest, loops=3)) == 2
+        started_at_zero = replace(manifest, model={**manifest.model, "latent_init": "zeros"})
+        assert untrained_warnings(started_at_zero) == (
+            "the latent gate is untrained: answers will be poor until it is trained",
+        )
+
+    def test_what_it_computes_in(self, copy: Path) -> None:
+        assert json.loads(run("inspect", copy, "--json").stdout)["arithmetic"] == "fp32"
+        assert re.search(r"arithmetic +fp32", run("inspect", copy).stdout)
 
     def test_parity(self, copy: Path) -> None:
         path = copy / "parity.json"

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from melt_runtime import LoopSettings, Runtime
 
+from ..expected import weigh_partings
 from ..parity import TOLERANCES, ParityReport
+from ..reference import open_reference
 from ..verify import compare
 from .machine import Machine
 from .report import FAILED, PASSED, Result
@@ -32,11 +34,12 @@ def parity(runtime: Runtime, subject: Subject, row: Row) -> list[Result]:
     tolerance = TOLERANCES[manifest.precision]
     report = ParityReport(manifest.precision, manifest.dialect, manifest.loops, runtime.backend.name, tolerance)
     compare(runtime, subject.expected, report)
+    weigh_partings(report, subject.expected, lambda: open_reference(subject.checkpoint))
     failures = report.failures()
     greedy = [failure for failure in failures if failure.startswith("greedy")]
     rest = [failure for failure in failures if failure not in greedy]
     detail = (
-        f"worst relative error {report.worst:.1e} (limit {tolerance.relative:.0e}) over {report.loops} loops, "
+        f"worst relative error {report.error()} over {report.loops} loops, "
         f"KL {report.kl_mean:.1e}, exit depths {report.exit_same_depth}/{report.exit_tokens}"
     )
     same, count = sum(run.same for run in report.generations), sum(run.tokens for run in report.generations)

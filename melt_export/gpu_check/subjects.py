@@ -12,9 +12,9 @@ from melt_models import MeltConfig
 from melt_runtime.package import Manifest, Package
 from melt_runtime.progress import Step
 
+from ..expected import Expected, expected_of
 from ..export import ExportOptions, building
 from ..random_checkpoint import SHAPES, make
-from ..verify import Expected, expected_of
 from ..weights import external_bytes
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
-from .configuration import LoopLMConfig, MeltConfig
+from .configuration import LoopLMConfig, MeltConfig, check_fields
 from .directory import check_directory
-from .errors import CheckpointError, UnsupportedConfigError
+from .errors import CheckpointError, UnsupportedConfigError, shown
+from .layers import rotary_tables
 from .looplm import LoopLMForCausalLM
 from .melt import MeltForCausalLM
 
@@ -24,20 +29,58 @@ WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 CONFIGS: dict[str, type[PreTrainedConfig]] = {"ouro": LoopLMConfig, "melt": MeltConfig, "llama": LlamaConfig}
 LoopedModel: TypeAlias = LoopLMForCausalLM | MeltForCausalLM
 MODELS: dict[str, Any] = {"ouro": LoopLMForCausalLM, "melt": MeltForCausalLM}
-# What building a configuration from untrusted values can raise.
-CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError)
+# What building a configuration, or a model without memory, from untrusted values can raise.
+CONFIG_ERRORS = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+)
+# What a config may say beside its class's own fields: the rotary embedding, and what is refused by name. Anything else
+# is another library's: transformers would act on some of it (one label each for ``num_labels``).
+_BESIDES = {
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "sliding_window",
+    "use_sliding_window",
+    "quantization_config",
+}
+_MOST_JSON_BYTES = 1 << 26  # an index of some hundred thousand tensors
+# Tensors that are computed from the config, which older checkpoints hold all the same: rotary tables and masks.
+_DERIVED = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|(original_)?inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached"
+    r"|((causal|attention|attn)_)?mask|masked_bias|position_ids)$"
+)
+_MASK = re.compile(r"(^|\.)(self_)?att(n|ention)\.bias$")  # of GPT-2's kind, where it has four dimensions
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        size = path.stat().st_size
+        if size > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes; no JSON file of a checkpoint is that large")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def _whole(digits: str) -> int:
+    """A whole number of a JSON file. Raises ValueError for one of more digits than anybody means."""
+    if len(digits) > 40:  # transformers writes "no limit" as a number of 31
+        raise ValueError(f"{digits[:20]}... is a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -48,14 +91,23 @@ def read_config(directory: Path) -> PreTrainedConfig:
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIGS:
         raise UnsupportedConfigError(
-            f"{path} has model_type {model_type!r}; supported are {', '.join(repr(name) for name in CONFIGS)}"
+            f"{path} has model_type {shown(model_type)}; supported are {', '.join(repr(name) for name in CONFIGS)}"
         )
+    read = _fields(CONFIGS[model_type]) | _BESIDES
     try:
-        config = CONFIGS[model_type].from_dict(content)
+        check_fields(content)
+        config = CONFIGS[model_type].from_dict({name: value for name, value in content.items() if name in read})
         config.validate()
     except CONFIG_ERRORS as error:
         raise UnsupportedConfigError(f"{path}: {innermost(error)}") from error
     return config
+
+
+def _fields(kind: type[PreTrainedConfig]) -> set[str]:
+    """The fields of a class of configurations, without those that every model of transformers has."""
+    own = [base for base in kind.__mro__ if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig]
+    named = {name for base in own for name in inspect.get_annotations(base)}
+    return named & {field.name for field in fields(kind)}
 
 
 def innermost(error: BaseException) -> str:
@@ -95,15 +147,31 @@ class Weights(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor itself, memory-mapped. Raises CheckpointError if it holds NaN or Inf."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest type that holds all values of all tensors."""
+        widest = torch.float16 if self._tensors else torch.float32
+        kinds = {stored.dtype for stored in self._tensors.values()}
+        return kinds.pop() if len(kinds) == 1 else reduce(torch.promote_types, kinds, widest)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor itself, memory-mapped, or its values in another type.
+
+        Raises CheckpointError if it holds NaN or Inf, or values that the other type cannot.
+        """
         stored = self._tensors[name]
         with safe_open(stored.file, framework="pt") as handle:
             value = handle.get_tensor(name)
         # A sum is finite only if every element is, except for overflow: then look at each.
         if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
             raise CheckpointError(f"{stored.file.name}: tensor {name} holds NaN or Inf")
-        return value
+        if dtype is None or dtype == stored.dtype:
+            return value
+        cast = value.to(dtype)
+        if torch.promote_types(dtype, stored.dtype) != dtype and not torch.isfinite(cast).all():
+            short = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{stored.file.name}: tensor {name} has values beyond the range of {short}")
+        return cast
 
     def _files(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -135,12 +203,14 @@ class Weights(Mapping[str, StoredTensor]):
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     piece = handle.get_slice(name)
-                    kind = piece.get_dtype()
+                    kind, shape = piece.get_dtype(), tuple(piece.get_shape())
+                    if _DERIVED.search(name) or (_MASK.search(name) and len(shape) == 4):
+                        continue
                     if kind not in WEIGHT_DTYPES:
                         raise CheckpointError(f"{file.name}: tensor {name} is {kind}; supported are F32, F16 and BF16")
                     if name in self._tensors:
                         raise CheckpointError(f"tensor {name} is in {self._tensors[name].file.name} and {file.name}")
-                    self._tensors[name] = StoredTensor(file, tuple(piece.get_shape()), WEIGHT_DTYPES[kind])
+                    self._tensors[name] = StoredTensor(file, shape, WEIGHT_DTYPES[kind])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is not a readable safetensors file, perhaps truncated: {error}") from error
 
@@ -164,14 +234,52 @@ def check_names(weights: Weights, expected: Mapping[str, tuple[int, ...]], *, ti
         raise CheckpointError(f"the config ties the embeddings, but {_HEAD} differs from {_EMBEDDING}")
 
 
-def hollow_model(config: PreTrainedConfig) -> LoopedModel:
-    """The model of a config with no memory behind its weights, in evaluation mode."""
+def check_sizes(config: PreTrainedConfig, weights: Weights) -> None:
+    """Weighs what a config asks for against the tensors that are there, before a model is built: a small checkpoint
+    may ask for any number of layers. Then computes the rotary embedding once. Raises CheckpointError."""
+    path = weights.directory / "config.json"
+    if config.num_hidden_layers > len(weights):
+        raise CheckpointError(
+            f"{path} asks for {config.num_hidden_layers} layers; the checkpoint has only {len(weights)} tensors"
+        )
+    stored = sum(math.prod(tensor.shape) for tensor in weights.values())
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    for sizes in (
+        {"vocab_size": config.vocab_size},
+        {"intermediate_size": config.intermediate_size},
+        {"num_attention_heads": config.num_attention_heads, "head_dim": config.head_dim},
+        {"num_key_value_heads": kv_heads, "head_dim": config.head_dim},
+    ):
+        asked = math.prod(sizes.values()) * config.hidden_size
+        if asked > stored:
+            named = ", ".join(f"{name} {size}" for name, size in {**sizes, "hidden_size": config.hidden_size}.items())
+            raise CheckpointError(
+                f"{path} asks for a tensor of {asked:,} values ({named}); all of the checkpoint's hold {stored:,}"
+            )
+    try:
+        tables = rotary_tables(config, torch.tensor([config.max_position_embeddings - 1]))  # type: ignore[arg-type]
+    except CONFIG_ERRORS as error:
+        raise UnsupportedConfigError(f"{path}: the rotary embedding cannot be computed: {innermost(error)}") from error
+    if not all(torch.isfinite(table).all() for table in tables):
+        raise UnsupportedConfigError(f"{path}: the rotary embedding is not finite at the last position")
+
+
+def check_looped(config: PreTrainedConfig) -> None:
+    """Raises UnsupportedConfigError for a config that only melt-convert reads."""
     if config.model_type not in MODELS:
         raise UnsupportedConfigError(
             f"model_type {config.model_type!r} is not a looped model; run melt-convert on the checkpoint first"
         )
-    with torch.device("meta"):
-        return MODELS[config.model_type](config).eval()
+
+
+def hollow_model(config: PreTrainedConfig) -> LoopedModel:
+    """The model of a config with no memory behind its weights, in evaluation mode. Raises UnsupportedConfigError."""
+    check_looped(config)
+    try:
+        with torch.device("meta"):
+            return MODELS[config.model_type](config).eval()
+    except CONFIG_ERRORS as error:
+        raise UnsupportedConfigError(f"no model can be built from the config: {innermost(error)}") from error
 
 
 def expected_shapes(model: LoopedModel) -> dict[str, tuple[int, ...]]:
@@ -183,20 +291,24 @@ def expected_shapes(model: LoopedModel) -> dict[str, tuple[int, ...]]:
 def open_checkpoint(directory: Path) -> tuple[LoopedModel, Weights]:
     """A hollow model and the checked names and shapes of its weights. Raises CheckpointError."""
     config = read_config(directory)
-    model = hollow_model(config)
+    check_looped(config)
     weights = Weights(directory)
+    check_sizes(config, weights)
+    model = hollow_model(config)
     check_names(weights, expected_shapes(model), tied=config.tie_word_embeddings)
     return model, weights
 
 
-def load_model(directory: Path | str, dtype: torch.dtype | None = None) -> LoopedModel:
+def load_model(directory: Path | str, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> LoopedModel:
     """A LoopLM or MELT from a checkpoint directory, in evaluation mode.
 
-    ``dtype`` None keeps the stored one (then the weights stay memory-mapped). Raises CheckpointError.
+    ``dtype`` None: the narrowest that holds all values of all tensors (where they have one type, the weights stay
+    memory-mapped). ``as_stored``: every tensor keeps its own type, for products that widen them (``WideProducts``).
+    Raises CheckpointError.
     """
     model, weights = open_checkpoint(Path(directory))
-    dtype = dtype or weights[_EMBEDDING].dtype
-    state = {name: weights.tensor(name).to(dtype) for name in expected_shapes(model)}
+    dtype = None if as_stored else dtype or weights.dtype
+    state = {name: weights.tensor(name, dtype) for name in expected_shapes(model)}
     if model.config.tie_word_embeddings:
         state[_HEAD] = state[_EMBEDDING]
     model.load_state_dict(state, strict=True, assign=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .errors import shown
 
 # RoPE variants whose tables do not depend on how long the sequence has grown.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORM_LAYOUTS = ("sandwich", "pre")
 LATENT_INITS = ("first_input", "zeros")
 AGGREGATIONS = ("gate", "scalar_gate", "mean", "ema", "last")
-_COUNTS = (
+COUNTS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -23,7 +27,37 @@ _COUNTS = (
     "head_dim",
     "max_position_embeddings",
     "total_ut_steps",
+    "chunk_size",
 )
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+# Sizes and places are 32-bit numbers in the graphs' operators.
+MOST = 2**31 - 1
+# A request, a package and a session have the same bound: each loop costs a run of all layers.
+MOST_LOOPS = 4096
+
+
+def check_fields(values: Mapping[str, object]) -> None:
+    """Refuses counts and token ids of a wrong type or size, of any kind of config, before anything is computed with
+    them. A field that is absent is left to its default. Raises ValueError naming the field."""
+    for field in COUNTS:
+        value: Any = values.get(field, 1)
+        most = MOST_LOOPS if field == "total_ut_steps" else MOST
+        if value is None and field in _OPTIONAL_COUNTS:
+            continue
+        if not (_is_whole(value) and 1 <= value <= most):
+            raise ValueError(f"{field} is {shown(value)}; it must be a whole number from 1 to {most}")
+    for field in _TOKEN_IDS:
+        value = values.get(field)
+        ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
+        least = 0 if field == "eos_token_id" else -1  # pad_token_id -1 is written for "none"
+        if not all(_is_whole(one) and least <= one <= MOST for one in ids):
+            whole = "a token id or a list of them" if field == "eos_token_id" else "a token id"
+            raise ValueError(f"{field} is {shown(value)}; it must be {whole}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @strict
@@ -67,17 +101,14 @@ class LoopedConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         for name, rope in (("rope_parameters", self.rope_parameters), ("rope_scaling", kwargs.get("rope_scaling"))):
             if not isinstance(rope, dict | None):
-                raise ValueError(f"{name} is {rope!r}; it must be an object")
+                raise ValueError(f"{name} is {shown(rope)}; it must be an object")
         # The checkpoint's own RoPE keys, before transformers folds them into rope_parameters.
         kwargs.setdefault("rope_theta", self.default_theta)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Refuses what cannot be built. Raises ValueError with one clear sentence."""
-        for field in _COUNTS:
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; a looped model needs a whole number from 1")
+        check_fields({field: getattr(self, field) for field in (*COUNTS, *_TOKEN_IDS) if hasattr(self, field)})
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -86,9 +117,9 @@ class LoopedConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
         if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported; only 'silu' is")
+            raise ValueError(f"hidden_act {shown(self.hidden_act)} is not supported; only 'silu' is")
         if self.norm_layout not in NORM_LAYOUTS:
-            raise ValueError(f"norm_layout {self.norm_layout!r} is not one of {', '.join(NORM_LAYOUTS)}")
+            raise ValueError(f"norm_layout {shown(self.norm_layout)} is not one of {', '.join(NORM_LAYOUTS)}")
         _number("rms_norm_eps", self.rms_norm_eps, above=0.0)
         _number("early_exit_threshold", self.early_exit_threshold)
         if not 0 <= self.early_exit_threshold <= 1:
@@ -116,9 +147,10 @@ class LoopedConfig(PreTrainedConfig):
 def _number(name: str, value: object, above: float = -math.inf) -> None:
     """Raises ValueError unless ``value`` is a finite number greater than ``above``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= above:  # type: ignore[arg-type, operator]
+    # Not isfinite: it cannot take a whole number of hundreds of digits.
+    if not number or value <= above or not abs(value) <= sys.float_info.max:  # type: ignore[operator, arg-type]
         more = f" above {above:g}" if math.isfinite(above) else ""
-        raise ValueError(f"{name} is {value!r}; it must be a finite number{more}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a finite number{more}")
 
 
 @strict
@@ -157,12 +189,10 @@ class MeltConfig(LoopedConfig):
 
     def validate_architecture(self) -> None:
         super().validate_architecture()
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size is {self.chunk_size}; it must be 1 or more")
         if self.latent_init not in LATENT_INITS:
-            raise ValueError(f"latent_init {self.latent_init!r} is not one of {', '.join(LATENT_INITS)}")
+            raise ValueError(f"latent_init {shown(self.latent_init)} is not one of {', '.join(LATENT_INITS)}")
         if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation {self.aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
+            raise ValueError(f"aggregation {shown(self.aggregation)} is not one of {', '.join(AGGREGATIONS)}")
         _number("ema_weight", self.ema_weight, above=0.0)
         if self.ema_weight > 1:
             raise ValueError(f"ema_weight is {self.ema_weight!r}; it must be above 0 and at most 1")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,19 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from .aggregation import GATE_BIAS_INIT
 from .atomic import new_directory
-from .checkpoint import CONFIG_ERRORS, Weights, check_names, expected_shapes, hollow_model, innermost, read_config
-from .configuration import LoopedConfig, LoopLMConfig, MeltConfig
-from .errors import UnsupportedConfigError
+from .checkpoint import (
+    CONFIG_ERRORS,
+    Weights,
+    check_names,
+    check_sizes,
+    expected_shapes,
+    hollow_model,
+    innermost,
+    read_config,
+    read_json,
+)
+from .configuration import LoopedConfig, LoopLMConfig, MeltConfig, check_fields
+from .errors import CheckpointError, UnsupportedConfigError
 
 # Files that travel with a checkpoint unchanged.
 COMPANIONS = (
@@ -24,6 +37,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
+_SPECIAL = ("pad", "bos", "eos")
 # exp(-30): a token never leaves at a gate that nobody trained.
 _CLOSED_EXIT_BIAS = -30.0
 
@@ -62,11 +77,13 @@ def melt_config(
 
 
 def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
-    """All tensors of a MELT: the source's own, and the parts it lacks freshly initialised, in the source's dtype.
+    """All tensors of a MELT: the source's own, as they are, and the parts it lacks freshly initialised, in the
+    embedding's dtype.
 
     The latent gate starts with zero weights and a bias of -2, so z = 0.12: close to the last loop's own keys and
     values, which a LoopLM's projections were trained for. Raises CheckpointError.
     """
+    check_sizes(config, weights)
     expected = expected_shapes(hollow_model(config))
     fresh = {name for name in expected if any(f".{part}." in name for part in config.untrained)}
     check_names(
@@ -76,7 +93,7 @@ def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
     state = {}
     for name, shape in expected.items():
         if name not in fresh:
-            state[name] = weights.tensor(name).to(dtype)
+            state[name] = weights.tensor(name)
         elif name.endswith("latent_gate.bias"):
             state[name] = torch.full(shape, GATE_BIAS_INIT, dtype=dtype)
         elif name.endswith("early_exit_gate.bias"):
@@ -91,6 +108,7 @@ def convert(
 ) -> MeltConfig:
     """Writes the MELT starting checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
     config = melt_config(read_config(source), loops=loops, chunk_size=chunk_size)
+    check_companions(source, config.vocab_size)
     weights = Weights(source)
     with new_directory(output, force=force) as build:
         save_state(config, melt_state(config, weights), build)
@@ -100,8 +118,48 @@ def convert(
     return config
 
 
+def check_companions(directory: Path, rows: int) -> None:
+    """Looks at the files that travel with a checkpoint. ``rows``: of its embedding.
+
+    Raises CheckpointError for what is no JSON, for stop ids that are none, and for a tokenizer with more tokens than
+    there are rows.
+    """
+    found = {name: read_json(directory / name) for name in COMPANIONS if _is_json(directory / name)}
+    try:
+        check_fields({f"{part}_token_id": found.get(_GENERATION, {}).get(f"{part}_token_id") for part in _SPECIAL})
+    except ValueError as error:
+        raise CheckpointError(f"{directory / _GENERATION}: {error}") from error
+    most = max(_token_ids(found.get(TOKENIZER, {})), default=-1)
+    if most >= rows:
+        raise CheckpointError(
+            f"{directory / TOKENIZER} has token ids up to {most:,}, the model rows for {rows:,}: they do not belong "
+            f"together, or tokens were added; then let transformers give the model rows for them, with "
+            f"resize_token_embeddings({most + 1}), and save both"
+        )
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix == ".json" and path.is_file()
+
+
+def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[int]:
+    """The ids that a tokenizer.json gives, whatever the kind of its model."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        yield len(vocab) - 1
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(added if isinstance(added, list) else ())]
+    for one in ids:
+        value = one.get("id") if isinstance(one, dict) else one
+        if isinstance(value, int):
+            yield value
+
+
 def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) -> None:
-    """Writes config.json and the tensors as (sharded) safetensors, without another copy in memory."""
+    """Writes config.json and the tensors as (sharded) safetensors, without another copy in memory.
+
+    Every tensor keeps its type; the config names one that holds the values of all, for whoever casts to it.
+    """
     model = hollow_model(config)
     if config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
@@ -109,3 +167,8 @@ def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) ->
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.save_pretrained(directory)
+    path = directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    dtype = str(reduce(torch.promote_types, {value.dtype for value in state.values()})).removeprefix("torch.")
+    if content["dtype"] != dtype:
+        path.write_text(json.dumps({**content, "dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -36,8 +36,10 @@ def command(
     except (CheckpointError, TargetExistsError, OSError) as error:
         print(f"melt-convert: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    print(f"{output}: MELT, {config.num_hidden_layers} layers, {config.total_ut_steps} loops; ", end="")
-    print(f"untrained: {', '.join(config.untrained)}")
+    deep = "1 loop" if config.total_ut_steps == 1 else f"{config.total_ut_steps} loops"
+    print(f"{output}: MELT, {config.num_hidden_layers} layers, {deep}; ", end="")
+    unread = ", never read in one loop" if config.total_ut_steps == 1 else ""
+    print(f"untrained{unread}: {', '.join(config.untrained)}")
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class Chat:
         if interactive:
             with suppress(ImportError):  # line editing and what was typed before, where the platform has it
                 import readline  # noqa: F401
-            for warning in untrained_warnings(self.conversation.session.runtime.manifest.untrained):
+            for warning in untrained_warnings(self.conversation.session.runtime.manifest):
                 notice(f"Warning: {warning}")
             notice(f"{self._loops()}; /help lists the commands")
         while True:

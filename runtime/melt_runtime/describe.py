@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from .checked import FieldError, flag, listed, printable, read_object
 from .engines.spec import EngineSpec
 from .errors import ArgumentError, PackageError
 from .files import within
-from .package import PARITY, Package
+from .package import PARITY, Manifest, Package
 from .runtime import codec_of
 
 # What the loops column of the comparison with a LoopLM shows.
@@ -106,6 +107,7 @@ class PackageFacts:
     format_version: int
     dialect: str
     precision: str
+    arithmetic: str
     model_type: str | None
     layers: int | None
     hidden_size: int | None
@@ -155,6 +157,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         format_version=manifest.format_version,
         dialect=manifest.dialect,
         precision=manifest.precision,
+        arithmetic=arithmetic_of(manifest),
         model_type=model.get("model_type"),
         layers=model.get("num_hidden_layers"),
         hidden_size=model.get("hidden_size"),
@@ -169,7 +172,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         tokenizer=codec is not None,
         chat_template=codec is not None and codec.has_chat_template,
         untrained=manifest.untrained,
-        warnings=untrained_warnings(manifest.untrained),
+        warnings=untrained_warnings(manifest),
         parity=_parity(package),
         graphs=tuple(
             GraphFacts(
@@ -192,9 +195,35 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
     )
 
 
-def untrained_warnings(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """One sentence for each part of a model that was initialised and never trained."""
-    return tuple(_UNTRAINED.get(part, f"the part {part!r} is untrained") for part in parts)
+def arithmetic_of(manifest: Manifest) -> str:
+    """What a package computes in, for people."""
+    if not manifest.weights:
+        return manifest.precision
+    products = f"{manifest.precision}; {manifest.weights.get('kind')} weights are multiplied on the CPU with"
+    return f"{products} {'float' if activations_of(manifest) == 'float' else '8-bit'} activations"
+
+
+def activations_of(manifest: Manifest) -> str | None:
+    """What quantized weights are multiplied with by ONNX Runtime on the CPU: "int8" or "float"; None without any."""
+    return str(manifest.weights.get("activations", "int8")) if manifest.weights else None
+
+
+def untrained_warnings(manifest: Manifest, loops: int | None = None) -> tuple[str, ...]:
+    """One sentence for each part of a model that was initialised, never trained, and is read in so many loops (None:
+    as many as the package runs)."""
+    unread = unread_parts(manifest.model, manifest.loops if loops is None else loops)
+    return tuple(
+        _UNTRAINED.get(part, f"the part {part!r} is untrained") for part in manifest.untrained if part not in unread
+    )
+
+
+def unread_parts(model: Mapping[str, Any], loops: int) -> tuple[str, ...]:
+    """The gates of a configuration that no answer depends on in so many loops: in one loop no token can leave before
+    its last, and a latent that starts at its input stays there, whatever a gate says."""
+    if loops > 1:
+        return ()
+    starts_at_input = model.get("latent_init", "first_input") == "first_input"
+    return ("early_exit_gate", "latent_gate") if starts_at_input else ("early_exit_gate",)
 
 
 def _files(package: Package) -> tuple[FileFacts, ...]:

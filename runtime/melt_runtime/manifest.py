@@ -230,6 +230,7 @@ _WEIGHTS = partly(
         "raised": _PATTERNS,
         "int8_share": number(0, 1),
         "asymmetric": flag,
+        "activations": one_of("int8", "float"),
         "calibration": optional(_NAME),
     }
 )

@@ -132,6 +132,7 @@ def _summary(facts: PackageFacts) -> Panel:
         "model": f"{shape}, {_known(facts.kv_heads)} key/value heads, vocabulary {facts.vocab_size:,}",
         "loops": f"{facts.loops} a token, exit threshold {facts.exit_threshold:g} ({early})",
         "graphs": f"{facts.dialect} dialect, {facts.precision}",
+        "arithmetic": facts.arithmetic,
         "limits": f"{facts.max_seq_len:,} tokens, batch {facts.max_batch}, chunk {facts.chunk}",
         "prompts": text,
         "parity": "not verified (no parity.json)" if facts.parity is None else facts.parity.verdict,

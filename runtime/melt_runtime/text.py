@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from .checked import brief, read_object, read_text
 from .errors import ArgumentError, PackageError, PromptError
 from .token_bytes import TokenBytes
+from .tokenizer_file import tokenizer_of
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest vocabularies of today
@@ -78,10 +79,8 @@ class TextCodec:
         if path is None:
             raise PackageError(f"The package has no tokenizer.json in {directory}; export it again.")
         try:
-            tokenizer = Tokenizer.from_str(read_text(path, MOST_TOKENIZER_BYTES))
-        except PackageError:
-            raise
-        except Exception as error:  # the library raises plain Exception
+            tokenizer = tokenizer_of(read_text(path, MOST_TOKENIZER_BYTES))
+        except ValueError as error:
             raise PackageError(
                 f"{path} is not a valid tokenizer ({brief(error)}); export the package again."
             ) from error

@@ -103,6 +103,9 @@ class OnnxRuntimeBackend(Sessions):
             options.enable_mem_pattern = options.enable_cpu_mem_arena = False
             options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED  # widens a weight just before its use
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.package.manifest.weights.get("activations") == "float":
+            # Else ONNX Runtime makes one product of a DequantizeLinear and a MatMul that rounds activations to 8 bits.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         return self.load(graph, options, ["CPUExecutionProvider"])
