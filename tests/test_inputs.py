@@ -1,4 +1,4 @@
-"""What ``generate``, ``stream``, sessions and the scheduler take as prompts and options, and what they refuse by name."""
+"""What ``generate``, ``stream``, sessions and the scheduler take as prompts and options, and what they refuse."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_what_is_no_stop_string_is_refused_by_name(runtime: Runtime, take: Take,
 @every_way
 @pytest.mark.parametrize("ids", [b"ab", {5: 6}, len, "ab", True, [True], [None], torch.tensor([1.5])], ids=str)
 def test_what_are_no_stop_ids_is_refused_by_name(runtime: Runtime, take: Take, ids: Any) -> None:
-    with pytest.raises(ArgumentError, match="stop_ids is .* must be whole numbers"):
+    with pytest.raises(ArgumentError, match=r"stop_ids is .* must be whole numbers"):
         take(runtime, IDS, stop_ids=ids)
 
 
@@ -200,7 +200,7 @@ def test_numpys_numbers_are_numbers(runtime: Runtime, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["false", 0, None])
 def test_ignore_eos_is_true_or_false(runtime: Runtime, value: Any) -> None:
-    with pytest.raises(ArgumentError, match="ignore_eos is .* True or False"):
+    with pytest.raises(ArgumentError, match=r"ignore_eos is .* True or False"):
         runtime.options(ignore_eos=value)
 
 
@@ -232,7 +232,7 @@ def test_an_unknown_option_suggests_the_one_that_is_meant(runtime: Runtime, name
 
 
 def test_an_option_like_no_other_is_told_all_there_are(runtime: Runtime) -> None:
-    with pytest.raises(ArgumentError, match="unknown option 'zzz'; the options are max_tokens, loops, .*ignore_eos"):
+    with pytest.raises(ArgumentError, match=r"unknown option 'zzz'; the options are max_tokens, loops, .*ignore_eos"):
         runtime.generate(IDS, zzz=1)  # type: ignore[call-overload]
 
 
