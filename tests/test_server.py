@@ -51,6 +51,17 @@ def test_a_prompt_may_be_token_ids_and_there_may_be_several(client: OpenAI, serv
     assert client.completions.create(prompt=prompts[0], **GREEDY, extra_body=GO_ON).choices[0].text == expected[0].text
 
 
+def test_more_loops_than_the_model_was_trained_for_are_told_in_the_reply(client: OpenAI) -> None:
+    asked: Any = {"prompt": "abc", **GREEDY, "extra_body": {**GO_ON, "loops": 9}}
+    (told,) = client.completions.create(**asked).choices[0].model_extra["warnings"]  # type: ignore[index]
+    assert told.startswith("loops is 9, but the model was trained for 4 loops per token")
+    *before, last = (chunk.choices[0].model_extra or {} for chunk in client.completions.create(**asked, stream=True))
+    assert last["warnings"] == [told]
+    assert not any("warnings" in one for one in before)
+    usual = client.completions.create(prompt="abc", **GREEDY, extra_body=GO_ON)
+    assert "warnings" not in (usual.choices[0].model_extra or {})
+
+
 def test_a_chat_is_what_the_runtime_gives(client: OpenAI, served_runtime: Runtime) -> None:
     reply = client.chat.completions.create(messages=HELLO, **GREEDY, extra_body=GO_ON)
     expected = served_runtime.generate(served_runtime.chat_prompt(HELLO), max_tokens=12, ignore_eos=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
@@ -61,7 +61,8 @@ _ALIASES = {
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with NumPy's numbers as Python's. Raises ArgumentError for an unknown name, and suggests one."""
+    """The options as values that may be kept: NumPy's numbers as Python's, iterators as lists. Raises ArgumentError for
+    an unknown name, and suggests one."""
     names = GenerateOptions.__annotations__
     for name in options:
         if name not in names:
@@ -69,4 +70,10 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
             known = _ALIASES.get(name) or (_ALIASES.get(near[0], near[0]) if near else None)
             help = f"did you mean {known!r}?" if known else f"the options are {', '.join(names)}"
             raise ArgumentError(f"unknown option {name!r}; {help}")
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, Iterator) else value

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from .driver import LoopSettings
 from .errors import ArgumentError, OvertakenError, PromptError
 from .logits import NextLogits
+from .request_options import GenerateOptions, plain_options
 from .sampling import Sampler, SamplingParams
 from .track import Generation, GenerationOptions, Piece, Track
 
 if TYPE_CHECKING:
     from .prompts import Prompt
-    from .request_options import GenerateOptions
     from .runtime import Runtime
     from .scheduler_slots import Prefixes
     from .session_file import Saved
@@ -59,11 +59,11 @@ class Session:
     """
 
     def __init__(self, runtime: Runtime, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]):
-        request = runtime.options(**options)
+        self.options = plain_options(options)
+        request = runtime.options(**self.options)
         runtime.warn(request)
         self._lock = threading.RLock()
         self.runtime, self.prefixes = runtime, prefixes
-        self.options: dict[str, Any] = {**options}
         self.messages: tuple[Message, ...] | None = None
         self.sampler = Sampler(request.sampling)
         self.driver = runtime.driver(1)

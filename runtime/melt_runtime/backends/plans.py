@@ -106,12 +106,13 @@ class Plan:
 
     def context(self, profile: int, stream: Stream, scratch: int) -> PlanContext:
         """A context for a profile, with scratch memory at an address. Raises BackendError."""
-        self.library.messages.clear()
-        context = self.engine.create_execution_context(self._config)
-        if context is None or not context.set_optimization_profile_async(profile, stream.handle):
-            raise BackendError(
-                f"{self.library.title} cannot make a context for {self.graph}: {self.library.messages.reason()}"
-            )
+        with self.library.lock:
+            self.library.messages.clear()
+            context = self.engine.create_execution_context(self._config)
+            if context is None or not context.set_optimization_profile_async(profile, stream.handle):
+                raise BackendError(
+                    f"{self.library.title} cannot make a context for {self.graph}: {self.library.messages.reason()}"
+                )
         context.set_device_memory(scratch, self.scratch_bytes)
         stream.synchronize()
         return PlanContext(self, context)
@@ -152,6 +153,10 @@ class PlanContext:
 
     def run(self, bound: Bound, stream: Stream) -> None:
         """Puts a run on the stream. Raises BackendError with the library's own words."""
+        with self.plan.library.lock:
+            self._run(bound, stream)
+
+    def _run(self, bound: Bound, stream: Stream) -> None:
         messages = self.plan.library.messages
         messages.clear()
         if self._shapes != bound.shapes:

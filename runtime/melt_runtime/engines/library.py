@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, field
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 from ..errors import ArgumentError, BackendError
@@ -40,6 +41,7 @@ class Library:
         self.title = _TITLES[flavour]
         self.version = str(module.__version__)
         self.messages = Messages()
+        self.lock = RLock()  # held by who calls it and then reads the messages; states of several threads share both
         self.logger = self._make_logger()
 
     def _make_logger(self) -> Any:
