@@ -89,7 +89,6 @@ class Slots:
         self.running: dict[int, Running] = {}
         self._prefilling: deque[Running] = deque()
         self._parts: dict[tuple[int, int], LoopDriver] = {(0, driver.batch): driver}
-        self._stepping: list[Running] = []  # whose tokens a step is about
 
     def free(self) -> int:
         """How many slots are empty."""
@@ -144,9 +143,8 @@ class Slots:
             if sequence.known:
                 self.reused(sequence.known)
         chunk = prompt[sequence.fed : sequence.fed + (settings.chunk or self.driver.manifest.chunk)]
-        self._stepping = [sequence]
         try:
-            logits, first = self._advance(sequence.slot, 1, {sequence.slot: (chunk, settings)})
+            logits, first = self._advance(sequence.slot, 1, {sequence.slot: (chunk, settings)}, [sequence])
         except Interrupted:
             return []
         sequence.fed += len(chunk)
@@ -166,16 +164,16 @@ class Slots:
         if not ready:
             return []
         work: Work = {one.slot: ((one.token,), one.track.options.loops) for one in ready if one.token is not None}
-        self._stepping = ready
         try:
-            logits, first = self._advance(0, ready[-1].slot + 1, work)
+            logits, first = self._advance(0, ready[-1].slot + 1, work, ready)
         except Interrupted:
             return []
         return [self._draw(one, logits, first) for one in ready if not one.over]
 
-    def _advance(self, first: int, count: int, work: Work) -> tuple[NextLogits, int]:
+    def _advance(self, first: int, count: int, work: Work, whose: Sequence[Running]) -> tuple[NextLogits, int]:
         """Runs new tokens by slot on a part of the batch, or where there is none on the whole. Returns the logits, and
-        which slot the first row of them is."""
+        which slot the first row of them is. ``whose``: the sequences whose tokens they are. Raises Interrupted when
+        all of them are over."""
         if (first, count) not in self._parts:
             part = self.driver.part(first, count)
             if part is None:
@@ -185,13 +183,13 @@ class Slots:
         idle: tuple[tuple[int, ...], LoopSettings] = ((), _IDLE)
         each = [work.get(slot, idle) for slot in range(first, first + count)]
         tokens, settings = [one[0] for one in each], [one[1] for one in each]
-        return self._parts[first, count].advance(tokens, settings, partial(self._between, first)), first
+        return self._parts[first, count].advance(tokens, settings, partial(self._between, first, whose)), first
 
-    def _between(self, first: int, active: NDArray[np.bool_] | None = None) -> None:
+    def _between(self, first: int, whose: Sequence[Running], active: NDArray[np.bool_] | None = None) -> None:
         """Looks up between two loops. Raises Interrupted when all who are still in them are over; ``active``: who is,
         from slot ``first`` on (None: all)."""
         self._look()
-        if all(one.over or not (active is None or active[one.slot - first]) for one in self._stepping):
+        if all(one.over or not (active is None or active[one.slot - first]) for one in whose):
             raise Interrupted
 
     def _draw(self, sequence: Running, logits: NextLogits, first: int) -> Drawn:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..stopping import MAX_STOP_CHARACTERS
+
 MOST = (1 << 31) - 1  # of any count or id
-MAX_STOPS, MAX_STOP_LENGTH = 256, 8192  # stop strings of a request, and characters of one
 TAG = "~"  # begins the name of a branch of a union, which is no part of a field's path
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,7 +22,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=1024)]
 Tokens = Annotated[list[Token], Field(fail_fast=True)]
-Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class Strict(BaseModel):

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
+from ..stopping import MAX_STOP_STRINGS
 from .fields import (
-    MAX_STOPS,
     Count,
     Name,
     Number,
@@ -84,7 +84,7 @@ class Ask(Strict):
     stop: Annotated[
         Annotated[None, Tag("~none")]
         | Annotated[Stop, Tag("~text")]
-        | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), Tag("~texts")],
+        | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("~texts")],
         by_kind({type(None): "~none", str: "~text", list: "~texts"}, "stop is text or a list of texts"),
     ] = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
