@@ -22,7 +22,7 @@ def pairs(vocab: list[str], merge: object, prefix: str | None) -> str:
     return text({"type": "BPE", "vocab": numbers, "merges": [merge], "continuing_subword_prefix": prefix})
 
 
-# The library panics over the first seven, and over the eighth it ends the process.
+# The library panics over the first, and over half a character it ends the process.
 BROKEN = {
     "charsmap": text(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
     "a merged token that is not there": pairs(["a", "b"], ["a", "b"], None),

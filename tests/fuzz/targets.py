@@ -10,13 +10,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from melt_runtime import MeltError, Package, Runtime, session_file
 from melt_runtime.describe import describe
 from melt_runtime.engines.onnx_file import external_data, initializer_bytes, read_operators
 from melt_runtime.render import print_facts
 from melt_runtime.runtime import codec_of, stop_ids_of
+from melt_runtime.tokenizer_file import tokenizer_of
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -196,6 +197,74 @@ class GraphTarget:
         initializer_bytes(self.path)
 
 
+class CheckpointTarget:
+    """config.json of a checkpoint, of every kind: read and weighed, and its model built without memory."""
+
+    mutate = mutations.json_documents
+    refused: ClassVar[tuple[type[BaseException], ...]]
+
+    def __init__(self, package: Path):
+        from melt_models import CheckpointError, LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
+        from melt_models.checkpoint import Weights, open_checkpoint, read_config
+        from melt_models.convert import melt_config, melt_state
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        type(self).refused = (CheckpointError,)
+        sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+        self.places = {}
+        for model in (
+            MeltForCausalLM(MeltConfig(**sizes, chunk_size=8)),
+            LoopLMForCausalLM(LoopLMConfig(**sizes, total_ut_steps=3)),
+            LlamaForCausalLM(LlamaConfig(**sizes)),
+        ):
+            self.places[model.config.model_type] = package.parent / model.config.model_type
+            model.save_pretrained(self.places[model.config.model_type])
+
+        def convert(directory: Path) -> None:
+            melt_state(melt_config(read_config(directory)), Weights(directory))
+
+        self.open, self.convert = open_checkpoint, convert
+
+    def seeds(self) -> list[bytes]:
+        return [(place / "config.json").read_bytes() for place in self.places.values()]
+
+    def attempt(self, content: bytes) -> None:
+        kind = next((kind for kind in self.places if f'"model_type": "{kind}"'.encode() in content), "melt")
+        (self.places[kind] / "config.json").write_bytes(content)
+        (self.convert if kind == "llama" else self.open)(self.places[kind])
+
+
+class TokenizerTarget:
+    """tokenizer.json of kinds that the tokenizers library panics over, and ends the process over, where it is wrong."""
+
+    mutate = mutations.json_documents
+    refused = (ValueError,)
+
+    def __init__(self, package: Path):
+        """Nothing to do."""
+
+    def seeds(self) -> list[bytes]:
+        empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+        common = {"version": "1.0", "added_tokens": [], **empty}
+        pairs = {"type": "BPE", "vocab": {"é": 0, "##é": 1, "éé": 2}, "merges": [["é", "##é"]]}
+        pieces = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+        template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+        return [
+            json.dumps({**common, "model": {**pairs, "continuing_subword_prefix": "##"}}).encode(),
+            json.dumps({**common, "model": {**pairs, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}).encode(),
+            json.dumps(
+                {**common, "model": pieces, "post_processor": {**template, "pair": [], "special_tokens": {}}}
+            ).encode(),
+        ]
+
+    def attempt(self, content: bytes) -> None:
+        tokenizer_of(content.decode("utf-8")).encode("a é")
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "manifest": ManifestTarget,
     "text": TextTarget,
@@ -203,6 +272,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "session file": SessionFileTarget,
     "parity": ParityTarget,
     "graph": GraphTarget,
+    "checkpoint": CheckpointTarget,
+    "tokenizer": TokenizerTarget,
 }
 
 
