@@ -144,7 +144,7 @@ def test_tools_have_a_template_of_their_own_where_there_is_one(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["messages", "chat_template", "tokenize", "continue_final_message"])
 def test_what_is_no_variable_cannot_be_given_as_one(name: str) -> None:
-    with pytest.raises((PromptError, TypeError), match=name):
+    with pytest.raises(PromptError, match=name):
         TextCodec(Tokenizer(models.WordLevel(TOKENS)), chat_template="x").render_chat([USER], **{name: "y"})
 
 

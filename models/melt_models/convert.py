@@ -23,6 +23,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "example_prompt.txt",
 )
 # exp(-30): a token never leaves at a gate that nobody trained.
 _CLOSED_EXIT_BIAS = -30.0

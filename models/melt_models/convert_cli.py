@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .atomic import TargetExistsError, check_target
-from .directory import check_directory
+from .directory import check_directory, without_tokenizer
 from .errors import CheckpointError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -38,6 +38,8 @@ def command(
         raise typer.Exit(2) from error
     print(f"{output}: MELT, {config.num_hidden_layers} layers, {config.total_ut_steps} loops; ", end="")
     print(f"untrained: {', '.join(config.untrained)}")
+    if (missing := without_tokenizer(source)) is not None:
+        print(f"melt-convert: {missing}", file=sys.stderr)
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class TextCodec:
             raise PromptError("Token ids must be from 0 to 4,294,967,295.") from error
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The prompt text of a conversation, as transformers renders it; encode it with add_special_tokens=False.
 
