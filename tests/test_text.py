@@ -238,7 +238,7 @@ def test_a_text_that_is_settled_between_words_goes_on_as_one(make: Any, text: st
     codec = TextCodec(make())
     decoder, found, ids = StreamDecoder(codec), "", []
     for word in ("one ", text, " two", "."):
-        for token_id in codec.encode(word, add_special_tokens=False):
+        for token_id in codec.tokenizer.encode(word, add_special_tokens=False).ids:
             ids.append(token_id)
             found += decoder.push(token_id)
         found += decoder.settle()
