@@ -1,13 +1,14 @@
-"""The runtime inside a program of your own: python examples/embed.py PACKAGE PROMPT"""
+"""The runtime inside a program of your own: python examples/embed.py PACKAGE [PROMPT]"""
 
 import sys
 
 from melt_runtime import MeltError, Runtime
 
 
-def main(package: str, prompt: str) -> None:
+def main(package: str, prompt: str | None = None) -> None:
     """Prints what the package says, token by token, then a second answer that thought no deeper than one loop."""
     runtime = Runtime.load(package)
+    prompt = prompt or runtime.example_prompt or "Once upon a time"
     for piece in runtime.stream(prompt, max_tokens=32):
         print(piece, end="", flush=True)
     shallow = runtime.generate(prompt, max_tokens=32, loops=1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melt_runtime import ArgumentError, Runtime
+from melt_runtime.ends import stop_ids_of
 from melt_runtime.package import Package
 from melt_runtime.progress import Step, no_progress
-from melt_runtime.runtime import stop_ids_of
 from melt_runtime.text import TextCodec
 
 from .reference import open_reference

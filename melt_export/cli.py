@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from melt_models.atomic import TargetExistsError, check_target
-from melt_models.directory import check_directory
+from melt_models.directory import check_directory, without_tokenizer
 from melt_models.errors import CheckpointError
 from melt_runtime.command import run_app
 from melt_runtime.describe import arithmetic_of, unread_parts
@@ -205,6 +205,8 @@ def export(
         package = Package.open(output, check_hashes=False)
         built = None if build is None else _build(package, build, step)
     _summary(output, package.manifest, report)
+    if (missing := without_tokenizer(checkpoint)) is not None:
+        print(f"melt-export: {missing}", file=sys.stderr)
     if built:
         _TEXT.print(built)
 

@@ -343,6 +343,33 @@ def test_the_command_says_that_one_loop_reads_no_gate(
 
 
 @pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "has no tokenizer.json, so that prompts and answers will be token ids\n"),
+        (["tokenizer.model"], ".save_pretrained('{source}') of transformers makes it from tokenizer.model\n"),
+        (["vocab.json", "merges.txt"], "makes it from vocab.json\n"),
+        (["tokenizer.json"], ""),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_without_a_tokenizer_is_converted_and_said_to_have_none(
+    files: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "llama"
+    llama(source)
+    for name in files:
+        (source / name).write_text("{}")
+    assert run(monkeypatch, source, tmp_path / "melt") == 0
+    error = capsys.readouterr().err
+    assert error.endswith(said.format(source=source))
+    assert ("melt-convert:" in error) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("source", "target", "words"),
     [
         ("nowhere", "melt", "does not exist"),

@@ -68,6 +68,10 @@ def test_embedding_the_runtime_streams_an_answer_at_two_depths_without_pytorch(a
     assert lines[2].startswith(f"state: {runtime.state_bytes():,} bytes")
 
 
+def test_embedding_the_runtime_needs_no_prompt_where_the_package_carries_one(addition: Path) -> None:
+    assert said(start("embed.py", addition)).splitlines()[0] == ANSWER
+
+
 def test_embedding_the_runtime_takes_twenty_lines_or_so() -> None:
     lines = (EXAMPLES / "embed.py").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if line.strip()]) <= 20

@@ -194,6 +194,10 @@ def test_a_converted_ouro_says_which_part_nobody_trained(converted: tuple[Path, 
     assert Package.open(package).manifest.untrained == ("latent_gate",)
 
 
+def test_an_export_of_a_checkpoint_without_a_tokenizer_says_so(converted: tuple[Path, Result]) -> None:
+    assert "has no tokenizer.json, so that prompts and answers will be token ids" in converted[1].stderr
+
+
 def test_an_export_without_verification_says_so(converted: tuple[Path, Result]) -> None:
     package, result = converted
     assert re.search(r"parity +not verified", result.stdout)

@@ -77,6 +77,10 @@ def test_it_answers_what_is_typed_as_the_runtime_does(page: Visit, package: Path
     assert not page.complaints
 
 
+def test_it_shows_the_packages_example_prompt(page: Visit) -> None:
+    assert page.page.locator("#text").get_attribute("placeholder") == f"For example: {PROBLEM}"
+
+
 def test_each_token_has_the_colour_of_its_loops(page: Visit, package: Path) -> None:
     page.dial("Exit threshold", "ArrowLeft")
     assert page.text("#exit-shown") == "0.99"

@@ -133,7 +133,7 @@ def package(directory: Path, config: Any = None, template: str | None = None) ->
 
 
 def chat(template: str, messages: Any = ({"role": "user", "content": "Hi"},), **options: Any) -> str:
-    codec = TextCodec(byte_level(), bos_token="<s>", eos_token="</s>", chat_template=template)
+    codec = TextCodec(byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, template)
     return codec.render_chat(messages, **options)
 
 
@@ -142,7 +142,7 @@ def chat(template: str, messages: Any = ({"role": "user", "content": "Hi"},), **
 @given(text=st.text(max_size=60))
 def test_streaming_random_text_equals_decoding_it(make: Any, text: str) -> None:
     codec = TextCodec(make())
-    ids = codec.encode(text)
+    ids = codec.tokenizer.encode(text).ids
     assert "".join(stream(codec, ids)) == codec.decode(ids)
 
 
@@ -178,7 +178,7 @@ def test_no_piece_holds_part_of_a_character(make: Any, text: str) -> None:
 @every_tokenizer
 def test_text_that_really_has_replacement_characters_streams_whole(make: Any, text: str) -> None:
     codec = TextCodec(make())
-    ids = codec.encode(text)
+    ids = codec.tokenizer.encode(text).ids
     assert "".join(stream(codec, ids)) == codec.decode(ids)
 
 
@@ -238,7 +238,7 @@ def test_a_text_that_is_settled_between_words_goes_on_as_one(make: Any, text: st
     codec = TextCodec(make())
     decoder, found, ids = StreamDecoder(codec), "", []
     for word in ("one ", text, " two", "."):
-        for token_id in codec.encode(word, add_special_tokens=False):
+        for token_id in codec.tokenizer.encode(word, add_special_tokens=False).ids:
             ids.append(token_id)
             found += decoder.push(token_id)
         found += decoder.settle()
@@ -341,7 +341,7 @@ def test_a_tokenizer_alone_is_enough_but_gives_no_chat(tmp_path: Path) -> None:
 
 def test_tokens_may_be_text_or_dicts(tmp_path: Path) -> None:
     codec = TextCodec.load(package(tmp_path, {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}))
-    assert (codec.bos_token, codec.eos_token) == ("<s>", "</s>")
+    assert codec.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "example_prompt.txt",
 )
 TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
 _SPECIAL = ("pad", "bos", "eos")

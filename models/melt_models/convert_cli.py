@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .atomic import TargetExistsError, check_target
-from .directory import check_directory
+from .directory import check_directory, without_tokenizer
 from .errors import CheckpointError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -40,6 +40,8 @@ def command(
     print(f"{output}: MELT, {config.num_hidden_layers} layers, {deep}; ", end="")
     unread = ", never read in one loop" if config.total_ut_steps == 1 else ""
     print(f"untrained{unread}: {', '.join(config.untrained)}")
+    if (missing := without_tokenizer(source)) is not None:
+        print(f"melt-convert: {missing}", file=sys.stderr)
 
 
 def main() -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
+# Forms of a tokenizer that transformers reads and the tokenizers library does not.
+_OTHER_FORMS = ("tokenizer.model", "vocab.json", "tiktoken.model", "tekken.json")
+
 
 def check_directory(directory: Path) -> None:
     """Raises CheckpointError for what is not a directory with a config.json."""
@@ -15,3 +18,15 @@ def check_directory(directory: Path) -> None:
         raise CheckpointError(f"checkpoint {directory} is a file; give the directory that holds config.json")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json; it is not a Hugging Face checkpoint directory")
+
+
+def without_tokenizer(checkpoint: Path) -> str | None:
+    """A sentence for a checkpoint that has no tokenizer.json, with the way to one if there is one; else None."""
+    if (checkpoint / "tokenizer.json").is_file():
+        return None
+    other = next((name for name in _OTHER_FORMS if (checkpoint / name).is_file()), None)
+    way = ""
+    if other is not None:
+        place = repr(str(checkpoint))
+        way = f"; AutoTokenizer.from_pretrained({place}).save_pretrained({place}) of transformers makes it from {other}"
+    return f"{checkpoint} has no tokenizer.json, so that prompts and answers will be token ids{way}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -32,10 +33,11 @@ class Chat:
     """Answers on standard output, notices on standard error.
 
     session: of a package with a chat template. system: a message that every conversation begins with, or None.
+    variables: what the template is given beside the messages.
     """
 
-    def __init__(self, session: Session, system: str | None = None):
-        self.conversation = Conversation(session, system, notice)
+    def __init__(self, session: Session, system: str | None = None, variables: Mapping[str, Any] | None = None):
+        self.conversation = Conversation(session, system, notice, variables)
 
     def run(self) -> None:
         """Reads messages until the end of input or /quit. Raises MeltError where going on makes no sense."""

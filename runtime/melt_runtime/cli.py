@@ -63,6 +63,10 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely; 1: off.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same draws; default: new ones each time.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help="What the chat template is given beside the messages, as JSON: '{\"enable_thinking\": false}'."),
+]
 
 
 def _version(value: bool) -> None:
@@ -106,6 +110,7 @@ def generate(
     stop: Stop = None,
     ids: Annotated[bool, typer.Option("--ids", help="Prompt and output are comma-separated token ids.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message in a chat.")] = False,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed, loops and state size afterwards.")] = False,
     threads: Threads = None,
@@ -119,9 +124,14 @@ def generate(
         request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
         if ids and chat:
             raise ArgumentError("--ids and --chat exclude each other: a chat is wrapped around text")
+        variables = _variables(chat_template_kwargs)
+        if variables and not chat:
+            raise ArgumentError("--chat-template-kwargs are for a chat; add --chat")
         text = _read_stdin() if prompt == "-" else prompt
         runtime = _load(package, backend, device, threads, expect)
-        prompt_ids = _prompt_ids(runtime, text, ids, chat)
+        prompt_ids = _prompt_ids(runtime, text, ids, variables if chat else None)
+        if chat:
+            request["stop_ids"] = runtime.chat_stop_ids
         driver = runtime.driver()
         options = runtime.options(**request)
         runtime.warn(options)
@@ -141,6 +151,7 @@ def generate(
 def chat(
     package: PackageDirectory,
     system: Annotated[str | None, typer.Option(help="A system message that every conversation begins with.")] = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     max_tokens: MaxTokens = 256,
     loops: Loops = None,
     exit_threshold: ExitThreshold = None,
@@ -163,11 +174,12 @@ def chat(
     with reported_errors():
         depth = _depth(loops, exit_threshold, min_loops, exit_change, chunk)
         request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+        variables = _variables(chat_template_kwargs)
         runtime = _load(package, backend, device, threads, expect)
         if runtime.codec is None or not runtime.codec.has_chat_template:
             lacks = "tokenizer" if runtime.codec is None else "chat template"
             raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
-        Chat(runtime.session(**request), system).run()
+        Chat(runtime.session(**request), system, variables).run()
 
 
 @app.command(epilog=_EPILOG)
@@ -249,7 +261,21 @@ def _read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: bool) -> list[int]:
+def _variables(text: str | None) -> dict[str, Any]:
+    """The variables of --chat-template-kwargs. Raises ArgumentError."""
+    if text is None:
+        return {}
+    try:
+        variables = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"--chat-template-kwargs is not JSON: {error}") from error
+    if not isinstance(variables, dict):
+        raise ArgumentError("--chat-template-kwargs must be a JSON object, such as '{\"enable_thinking\": false}'")
+    return variables
+
+
+def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: dict[str, Any] | None) -> list[int]:
+    """The prompt's token ids. ids: it is written so. chat: it is a message of one; what the template is given."""
     if ids:
         words = text.replace(",", " ").split()
         wrong = next((word for word in words if not re.fullmatch(r"-?[0-9]{1,18}", word)), None)
@@ -258,7 +284,7 @@ def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: bool) -> list[int]
         return [int(word) for word in words]
     if runtime.codec is None:
         raise PromptError("the package has no tokenizer; give the prompt as token ids with --ids")
-    return runtime.chat_prompt([Message("user", text).plain()]) if chat else runtime.encode(text)
+    return runtime.encode(text) if chat is None else runtime.chat_prompt([Message("user", text).plain()], **chat)
 
 
 def _stream(generator: Generator, *, ids: bool, silent: bool) -> list[float]:

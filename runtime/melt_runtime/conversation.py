@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,18 @@ class Conversation:
     session, from the first on, stays in the cache as it ran, at the depth and in the chunks of its time.
 
     session: its runtime has a chat template; its options are those of all answers. system: a first message, or None.
-    notice: is told in a sentence what the user should know.
+    notice: is told in a sentence what the user should know. variables: what the template is given beside the messages,
+    such as ``{"enable_thinking": False}``.
     """
 
-    def __init__(self, session: Session, system: str | None = None, notice: Callable[[str], None] = lambda text: None):
-        self.session, self.notice = session, notice
+    def __init__(
+        self,
+        session: Session,
+        system: str | None = None,
+        notice: Callable[[str], None] = lambda text: None,
+        variables: Mapping[str, Any] | None = None,
+    ):
+        self.session, self.notice, self.variables = session, notice, dict(variables or {})
         self.opening: tuple[Message, ...] = () if system is None else (Message("system", system),)
         self.turns: list[Message] = []  # user and assistant in turn
 
@@ -55,7 +62,7 @@ class Conversation:
         over = False
         try:
             self._run(ids, known, stopped)
-            for piece in () if stopped() else self.session.pieces():
+            for piece in () if stopped() else self.session.pieces(**self._ends()):
                 if piece.text:
                     said.append(piece.text)
                     yield piece.text
@@ -97,6 +104,14 @@ class Conversation:
         self.session.restore(saved)
         self.opening, self.turns = saved.messages[:count], list(turns)
 
+    def _ends(self) -> dict[str, Any]:
+        """The option that ends an answer with its turn, unless the session's options want no end."""
+        options = self.session.options
+        if options.get("ignore_eos"):
+            return {}
+        asked = self.session.runtime.options(**options).stop_ids
+        return {"stop_ids": sorted(asked | self.session.runtime.chat_stop_ids)}
+
     def _known(self, ids: Sequence[int]) -> int:
         """How many of these tokens, from the first on, need not run again."""
         known = _shared(self.session.tokens, ids)
@@ -125,7 +140,7 @@ class Conversation:
         room = min(runtime.options(**self.session.options).max_tokens, capacity // 4)
         for start in range(0, len(self.turns) + 1, 2):
             asked = (*self.opening, *self.turns[start:], message)
-            ids = runtime.chat_prompt([one.plain() for one in asked])
+            ids = runtime.chat_prompt([one.plain() for one in asked], **self.variables)
             if len(ids) + room <= capacity:
                 break
         if len(ids) > capacity:

@@ -9,8 +9,10 @@ from typing import Any
 from .backends.choice import Choice, choices
 from .backends.survey import survey
 from .checked import FieldError, flag, listed, printable, read_object
+from .ends import EndToken, end_tokens
 from .engines.spec import EngineSpec
 from .errors import ArgumentError, PackageError
+from .example import example_prompt
 from .files import within
 from .package import PARITY, Manifest, Package
 from .runtime import codec_of
@@ -121,6 +123,8 @@ class PackageFacts:
     max_batch: int
     tokenizer: bool
     chat_template: bool
+    end_tokens: tuple[EndToken, ...]
+    example_prompt: str | None
     untrained: tuple[str, ...]
     warnings: tuple[str, ...]
     parity: ParityFacts | None
@@ -171,6 +175,8 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         max_batch=manifest.max_batch,
         tokenizer=codec is not None,
         chat_template=codec is not None and codec.has_chat_template,
+        end_tokens=end_tokens(package, codec),
+        example_prompt=example_prompt(package),
         untrained=manifest.untrained,
         warnings=untrained_warnings(manifest),
         parity=_parity(package),

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from .checked import printable
 from .describe import MemoryFacts, PackageFacts, StateFacts
+from .ends import EndToken
 from .engines.spec import EngineSpec
 from .engines.store import devices_of
 from .package import Package
@@ -134,7 +135,8 @@ def _summary(facts: PackageFacts) -> Panel:
         "graphs": f"{facts.dialect} dialect, {facts.precision}",
         "arithmetic": facts.arithmetic,
         "limits": f"{facts.max_seq_len:,} tokens, batch {facts.max_batch}, chunk {facts.chunk}",
-        "prompts": text,
+        "prompts": text if facts.example_prompt is None else f"{text}, for example {facts.example_prompt!r}",
+        "stops at": ", ".join(map(_end_token, facts.end_tokens)) or "no token",
         "parity": "not verified (no parity.json)" if facts.parity is None else facts.parity.verdict,
         "hash": facts.hash,
     }
@@ -145,6 +147,11 @@ def _summary(facts: PackageFacts) -> Panel:
         grid.add_row(label, Text(value))
     title = Text(printable(Path(facts.directory).resolve().name or facts.directory), style="bold")
     return Panel(grid, title=title, title_align="left", expand=False)
+
+
+def _end_token(token: EndToken) -> str:
+    text = "" if token.text is None else f" {token.text!r}"
+    return f"{token.id}{text} ({' and '.join(token.sources)}{'; in chats' if token.chats_only else ''})"
 
 
 def _known(value: int | None) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from .backends import Backend, open_backend
-from .checked import FieldError, optional, read_object
 from .depth import depth_warnings
 from .driver import LoopDriver, LoopSettings
-from .errors import ArgumentError, MeltWarning, PackageError, PromptError
+from .ends import end_tokens
+from .errors import ArgumentError, MeltWarning, PromptError
+from .example import example_prompt
 from .generation import Generator, check_request
-from .manifest import STOP_IDS
 from .memory import Memory, memory
 from .package import Manifest, Package
 from .prompts import Array, Prompt, separate, token_ids
@@ -49,7 +49,9 @@ class Runtime:
     def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
         self.package, self.backend, self.codec = package, backend, codec
         self.backend_reason = backend_reason  # why this backend, in a sentence
-        self.stop_ids = stop_ids_of(package)
+        self.end_tokens = end_tokens(package, codec)
+        self.stop_ids = {token.id for token in self.end_tokens if not token.chats_only}
+        self.chat_stop_ids = {token.id for token in self.end_tokens}  # what else ends an answer in a chat, too
         self._states = States(self.driver)
         self._generating = threading.RLock()
         self._warned: set[str] = set()
@@ -89,6 +91,11 @@ class Runtime:
         """What the package says about itself."""
         return self.package.manifest
 
+    @property
+    def example_prompt(self) -> str | None:
+        """A prompt that the package carries as an example, or None. Raises PackageError."""
+        return example_prompt(self.package)
+
     def driver(self, batch: int = 1) -> LoopDriver:
         """A loop driver with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
         return LoopDriver(self.backend.open_state(batch), self.manifest)
@@ -119,11 +126,13 @@ class Runtime:
             return self.codec.encode(prompt)
         return token_ids(prompt)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the package's chat template. Raises ArgumentError, PromptError."""
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
+        """Token ids of a conversation in the package's chat template, which is given ``variables`` as well, such as
+        ``enable_thinking=False``. ``generate`` ends with the turn if it is given ``stop_ids=runtime.chat_stop_ids``.
+        Raises ArgumentError, PromptError."""
         if self.codec is None:
             raise ArgumentError("the package has no tokenizer, so no chat template")
-        return self.codec.encode(self.codec.render_chat(messages), add_special_tokens=False)
+        return self.codec.encode(self.codec.render_chat(messages, **variables), add_special_tokens=False)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
@@ -241,18 +250,3 @@ def codec_of(package: Package) -> TextCodec | None:
     PackageError."""
     files = package.manifest.files
     return TextCodec.load(package.directory, files) if "tokenizer.json" in files else None
-
-
-def stop_ids_of(package: Package) -> set[int]:
-    """The end-of-text ids of generation_config.json, else of the model's configuration. Raises PackageError."""
-    path, value = package.file("generation_config.json"), None
-    if path is not None:
-        value = read_object(path).get("eos_token_id")
-        try:
-            value = optional(STOP_IDS)(value, "eos_token_id")
-        except FieldError as error:
-            raise PackageError(f"{path}: {error}") from error
-    value = package.manifest.model.get("eos_token_id") if value is None else value
-    if value is None:
-        return set()
-    return {value} if isinstance(value, int) else set(value)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from .checked import brief, read_object, read_text
 from .errors import ArgumentError, PackageError, PromptError
+from .lacking import drops_characters, lacking
+from .templating.template import ChatTemplate
+from .templating.variables import special_tokens, template_variables
 from .token_bytes import TokenBytes
 from .tokenizer_file import tokenizer_of
 
@@ -41,31 +37,33 @@ class TextCodec:
     """The tokenizer of a package and its chat template; `TextCodec.load` reads them from its directory.
 
     tokenizer: any tokenizer of the tokenizers library; its truncation and padding are switched off.
-    bos_token, eos_token: their text, for the chat template. chat_template: Jinja source, or None.
-    Raises PackageError for a chat template that is not valid Jinja.
+    special_tokens: text by name, such as "bos_token", for the chat template. chat_template: Jinja source, or None;
+    tool_template: one to be used where tools are given. Raises PackageError for one that is not valid Jinja.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
         # Both would silently change prompts: the runtime checks lengths itself and pads with its own mask.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self.bos_token = bos_token
-        self.eos_token = eos_token
-        self._template = None if chat_template is None else _compile(chat_template)
+        self.special_tokens = dict(special_tokens or {})
+        self._template = None if chat_template is None else ChatTemplate(chat_template)
+        self._tool_template = self._template if tool_template is None else ChatTemplate(tool_template)
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self.token_bytes = TokenBytes(tokenizer)
+        self._drops_characters = drops_characters(tokenizer)
 
     @classmethod
     def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
-        """Read `tokenizer.json` and, where present, `tokenizer_config.json` and `chat_template.jinja`.
+        """Read `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json` and
+        `chat_template.jinja`.
 
         listed: the files that may be read, as a package's manifest names them; None: all that are there. Raises
         PackageError if tokenizer.json is missing or any of them cannot be read.
@@ -84,10 +82,12 @@ class TextCodec:
             raise PackageError(
                 f"{path} is not a valid tokenizer ({brief(error)}); export the package again."
             ) from error
-        config_path, template_path = there("tokenizer_config.json"), there("chat_template.jinja")
-        config = {} if config_path is None else read_object(config_path)
-        template = _template_source(config) if template_path is None else read_text(template_path)
-        return cls(tokenizer, _token_text(config, "bos_token"), _token_text(config, "eos_token"), template)
+        files = map(there, ("tokenizer_config.json", "special_tokens_map.json"))
+        config, tokens_map = ({} if file is None else read_object(file) for file in files)
+        path = there("chat_template.jinja")
+        templates = _template_sources(config) if path is None else {"default": read_text(path)}
+        tokens = special_tokens(config, tokens_map)
+        return cls(tokenizer, tokens, templates.get("default"), templates.get("tool_use"))
 
     @property
     def vocab_size(self) -> int:
@@ -106,13 +106,22 @@ class TextCodec:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text. add_special_tokens: add what the tokenizer puts around a plain text, such as BOS;
         pass False for a rendered chat, whose template wrote them already. Raises PromptError for text that is not
-        valid Unicode."""
+        valid Unicode, or has a character that the tokenizer has no token for, not even one for unknown ones."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             message = f"The prompt is not valid Unicode at character {error.start}; remove the lone surrogate."
             raise PromptError(message) from error
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            encoded = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            reason: str | None = lacking(self.tokenizer, text) or f"The tokenizer failed: {error}"
+            raise PromptError(f"{reason}.") from error
+        if self._drops_characters and (reason := lacking(self.tokenizer, text)) is not None:
+            raise PromptError(f"{reason}.")
+        return list(encoded.ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids without a token give no text, as a model may have more rows than the tokenizer
@@ -122,26 +131,29 @@ class TextCodec:
         except OverflowError as error:
             raise PromptError("Token ids must be from 0 to 4,294,967,295.") from error
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt text of a conversation; encode it with add_special_tokens=False.
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of a conversation, as transformers renders it; encode it with add_special_tokens=False.
 
-        messages: dicts with the strings "role" and "content". add_generation_prompt: end with the opening of the
-        assistant's turn. Raises ArgumentError if the package has no chat template, PromptError for messages that
-        are malformed or that the template refuses, PackageError if the template itself fails.
+        messages: dicts with the text "role", the "content", and what else the template knows. add_generation_prompt:
+        end with the opening of the assistant's turn. variables: what else the template is given, plain values, such as
+        ``enable_thinking=False`` or ``tools=[...]``.
+
+        Raises ArgumentError if the package has no chat template, PromptError for messages that are malformed or that
+        the template refuses and for variables that it cannot use, PackageError if the template itself fails.
         """
-        if self._template is None:
+        template = self._template if variables.get("tools") is None else self._tool_template
+        if template is None:
             raise ArgumentError("This package has no chat template; pass plain text instead of chat messages.")
+        given = {"add_generation_prompt": add_generation_prompt, **variables}
         try:
-            return self._template.render(
-                messages=_checked(messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "",
-                eos_token=self.eos_token or "",
-            )
-        except PromptError:
-            raise
-        except Exception as error:  # a template is code of the package and can fail in any way
-            raise PackageError(f"The chat template of this package failed: {brief(error)}.") from error
+            return template.render(template_variables(messages, self.special_tokens, given))
+        except PackageError as error:
+            if not variables:
+                raise
+            names = ", ".join(map(repr, variables))
+            raise PromptError(f"The chat template failed where {names} was given: {error}") from error
 
     def shows(self, token_id: int, skip_special_tokens: bool) -> bool:
         """Whether decode() would take any notice of this id."""
@@ -213,72 +225,16 @@ def _certain(text: str) -> int:
     return len(text) - text.endswith(_INCOMPLETE)
 
 
-def _token_text(config: Mapping[str, Any], name: str) -> str | None:
-    token = config.get(name)
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is None or isinstance(token, str):
-        return token
-    raise PackageError(f"{name} in tokenizer_config.json must be text; export the package again.")
-
-
-def _template_source(config: Mapping[str, Any]) -> str | None:
-    """The template in tokenizer_config.json: a string, or the one named "default" of a list of them."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is None or isinstance(template, str):
-        return template
-    raise PackageError("chat_template in tokenizer_config.json must be text or a list; export the package again.")
-
-
-def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The messages as dicts, or PromptError."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise PromptError("Chat messages must be a non-empty list of dicts with a role and a content.")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise PromptError(f"Chat message {number} must be a dict with a role and a content, not {message!r}.")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise PromptError(f"Chat message {number} needs the text {key!r}.")
-    return [dict(message) for message in messages]
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for training; here its content is written as it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise PromptError(f"The chat template refuses these messages: {message}")
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own tojson escapes <, > and & for HTML, which would change the prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise PackageError(f"The chat template is not valid Jinja (line {error.lineno}: {brief(error)}).") from error
+def _template_sources(config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates in tokenizer_config.json by name; a single one is called "default"."""
+    given = config.get("chat_template")
+    entries = given if isinstance(given, list) else [] if given is None else [{"name": "default", "template": given}]
+    if not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in entries
+    ):
+        raise PackageError(
+            "chat_template in tokenizer_config.json must be text, or a list of names and templates; export the "
+            "package again."
+        )
+    return {entry["name"]: entry["template"] for entry in entries}

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Protocol
 
 from melt_runtime import MeltError, Package, Runtime, session_file
 from melt_runtime.describe import describe
+from melt_runtime.ends import stop_ids_of
 from melt_runtime.engines.onnx_file import external_data, initializer_bytes, read_operators
 from melt_runtime.render import print_facts
-from melt_runtime.runtime import codec_of, stop_ids_of
+from melt_runtime.runtime import codec_of
 from melt_runtime.tokenizer_file import tokenizer_of
 from safetensors import safe_open
 from safetensors.numpy import save_file

@@ -123,6 +123,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "max_seconds": service.max_seconds,
         "max_loops": service.max_loops,
         "chat": service.runtime.codec is not None and service.runtime.codec.has_chat_template,
+        "example_prompt": service.runtime.example_prompt,
     }
 
     @app.get("/health")

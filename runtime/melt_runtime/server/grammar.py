@@ -40,11 +40,12 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise ArgumentError("JSON output needs llguidance: pip install 'melt-export[serve]'") from error
-        if runtime.codec is None or not runtime.stop_ids:
+        ends = runtime.stop_ids or runtime.chat_stop_ids
+        if runtime.codec is None or not ends:
             raise ArgumentError("JSON output needs a tokenizer and an end-of-text token, and the package lacks one")
         self._library = llguidance
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_STATES, verbose_errors=False)
-        self._stop_ids = frozenset(i for i in runtime.stop_ids if i < runtime.manifest.vocab_size)
+        self._stop_ids = frozenset(i for i in ends if i < runtime.manifest.vocab_size)
         self._vocabulary = _Vocabulary(runtime.codec, runtime.manifest.vocab_size, self._stop_ids)
         self._tokenizer = self._vocabulary.tokenizer(llguidance)
         self._lock = threading.Lock()

@@ -35,7 +35,8 @@ def _chat(runtime: Runtime, ask: ChatAsk) -> list[int]:
         raise PromptError(f"{len(ask.messages)} messages do not fit: the cache has room for {room} tokens")
     if runtime.codec is None:
         raise ArgumentError("the package has no tokenizer, so no chat template")
-    text = runtime.codec.render_chat([message.plain() for message in ask.messages])
+    variables = ask.chat_template_kwargs or {}
+    text = runtime.codec.render_chat([message.plain() for message in ask.messages], **variables)
     check_length(runtime, text)
     return runtime.codec.encode(text, add_special_tokens=False)
 

@@ -215,6 +215,7 @@ class ChatAsk(Ask):
     """A conversation to go on with."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    chat_template_kwargs: dict[str, Any] | None = None  # what the template is given beside the messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -104,6 +104,8 @@ class Service:
             raise ApiError(400, f"loops is {ask.loops}; this server allows {self.max_loops}", "loops")
         usual = self.max_tokens if isinstance(ask, ChatAsk) else min(COMPLETION_TOKENS, self.max_tokens)
         passed = {name: getattr(ask, name) for name in _PASSED if getattr(ask, name) is not None}
+        if isinstance(ask, ChatAsk) and not ask.ignore_eos:
+            passed["stop_ids"] = self.runtime.chat_stop_ids
         return {
             "loops": min(self.runtime.manifest.loops, self.max_loops),
             **passed,

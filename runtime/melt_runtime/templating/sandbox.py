@@ -1,0 +1,413 @@
+"""Jinja with every step counted: what is in reach of a template, and what it pays for it.
+
+Jinja compiles templates to Python, and folds constants while it does so. Here the syntax tree gets nodes first that
+pay for each block, comparison, text and container; they need the rendering's context, so nothing is folded. Filters,
+tests and calls pay where they are looked up.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes as nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+from jinja2.runtime import Context, Macro
+from jinja2.visitor import NodeTransformer
+from markupsafe import EscapeFormatter, Markup
+
+from ..errors import PromptError
+from .budget import MAX_WHOLE, TooMuch, current, size
+from .costs import (
+    DEEP_TESTS,
+    FILTERS,
+    METHODS,
+    SAFE_METHODS,
+    SEARCHES,
+    SHALLOW_FILTERS,
+    SQUARE_FILTERS,
+    WHOLE_FILTERS,
+    check_spec,
+    printf,
+    width,
+)
+
+MAX_SOURCE = 256 << 10  # characters; the longest templates of today have 30,000
+_MAX_NODES = 12_000  # of a syntax tree; those have 4,000
+_BLOCK = 8  # steps that a block, a call or a test takes beside its own nodes
+_MAX_REFUSAL = 1000  # characters of what a template may say of messages
+# Filters of these names are in the syntax tree alone; no template can spell them.
+_PAID, _READ, _CUT, _MADE, _SHOWN = "(paid)", "(read)", "(cut)", "(made)", "(shown)"
+
+
+class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Renders as transformers' environment for chat templates does, under `budget.current`."""
+
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols], cache_size=0
+        )
+        self.filters["tojson"] = _to_json
+        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: _bounded_test(name, function) for name, function in tests.items()}
+        self.filters |= {_PAID: _paid, _READ: _read, _CUT: _cut, _MADE: _made, _SHOWN: _shown}
+        self.globals.update(
+            raise_exception=_raise_exception,
+            strftime_now=_strftime_now,
+            dict=_Dict(),
+            namespace=_Namespace,
+            lipsum=_lipsum,
+        )
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_metered(source), *args, **kwargs)
+
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+        """The text of a macro's or block's parts."""
+        parts = list(parts)
+        current().room(sum(map(len, parts)))
+        text: str = current().made("".join(parts))
+        return text
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """An operator's result, unless it would be too large."""
+        budget = current()
+        if operator == "%" and isinstance(left, str | bytes):
+            budget.read(left, right)
+            budget.room(printf(left, right))
+        elif operator == "**":
+            _check_power(left, right)
+        elif operator == "*":
+            _check_times(left, right)
+        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            budget.room(_length(left) + _length(right))
+        elif operator == "-":
+            budget.read(left, right)
+        return budget.made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call's result, unless it is of a kind that no template needs, or would be too large."""
+        budget = current()
+        budget.spend(_BLOCK)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(__obj, Macro):
+            return super().call(__context, __obj, *args, **kwargs)
+        if isinstance(owner, str):
+            args = _check_method(owner, __obj.__name__, args, kwargs)
+        elif isinstance(__obj, types.BuiltinFunctionType | types.MethodWrapperType):
+            _check_builtin(owner, __obj.__name__, args)
+        else:
+            budget.read(args)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return result if isinstance(owner, dict) else budget.made(result)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An item; a key that is no text or number is paid for, because it is hashed whole."""
+        if not isinstance(argument, str | int):
+            current().read(argument)
+        return super().getitem(obj, argument)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """As in Jinja, with fields of bounded width."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        text: str = value.__self__
+        mapping = value.__name__ == "format_map"
+        formatter = _MarkupFormatter(self, escape=text.escape) if isinstance(text, Markup) else _Formatter(self)
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            if mapping and (kwargs or len(args) != 1):
+                raise TypeError("format_map() takes exactly one argument")
+            return type(text)(formatter.vformat(text, () if mapping else args, args[0] if mapping else kwargs))
+
+        return bounded
+
+
+class _Formatter(jinja2.sandbox.SandboxedFormatter):
+    """`str.format` with every field paid for."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        if conversion:
+            current().room(2 * current().read(value))
+        return current().made(super().convert_field(value, conversion))
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        check_spec(format_spec)
+        current().room(current().read(value))
+        text: str = current().made(super().format_field(value, format_spec))
+        return text
+
+
+class _MarkupFormatter(_Formatter, EscapeFormatter):
+    """The same for text that is marked as safe HTML."""
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for training; here its content is written as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` for templates: a call and `fromkeys`, and no way to the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As dict.fromkeys."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace without names that Python gives a meaning to; its text does not show what is in it."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"a namespace cannot hold {name[:40]!r}, which begins with an underscore")
+
+
+class _Meter(NodeTransformer):
+    """Puts the nodes that pay into a syntax tree."""
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        # What each block costs is counted before anything is put in.
+        costs = {
+            name: _cost(getattr(node, name))
+            for name in ("body", "else_")
+            if isinstance(getattr(node, name, None), list)
+        }
+        test = _cost([node.test]) if isinstance(node, nodes.For) and node.test is not None else 0
+        node = super().generic_visit(node, *args, **kwargs)
+        for name, cost in costs.items():
+            if name == "body" or getattr(node, name):  # an empty body takes its turns, too
+                getattr(node, name).insert(0, nodes.ExprStmt(_pay(_BLOCK + cost), lineno=node.lineno))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(_pay(_BLOCK + test), node.test, lineno=node.lineno)
+        elif isinstance(node, nodes.Output):
+            node.nodes = [n if isinstance(n, nodes.TemplateData) else _filtered(_SHOWN, n) for n in node.nodes]
+        elif isinstance(node, nodes.Compare):
+            node.expr = _filtered(_READ, node.expr)
+            for operand in node.ops:
+                operand.expr = _filtered(_READ, operand.expr)
+        elif isinstance(node, nodes.Concat):
+            node.nodes = [_filtered(_READ, n) for n in node.nodes]
+            return _filtered(_MADE, node)
+        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+            node.node = _filtered(_CUT, node.node)
+            return _filtered(_MADE, node)
+        elif isinstance(node, nodes.Pair):
+            node.key = _filtered(_READ, node.key)
+        elif isinstance(node, nodes.Dict | nodes.List) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+            return _filtered(_MADE, node)
+        elif isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) > MAX_WHOLE:
+            raise TooMuch("it has a number of more than 64 bits")
+        return node
+
+
+def _metered(template: nodes.Template) -> nodes.Template:
+    if _cost([template], exclude=()) > _MAX_NODES:
+        raise TooMuch(f"it has more than {_MAX_NODES:,} expressions")
+    metered: nodes.Template = _Meter().visit(template)
+    return metered
+
+
+def _cost(block: Iterable[nodes.Node], exclude: tuple[str, ...] = ("body", "else_")) -> int:
+    """How many nodes a block has; as a rule less those of the blocks in it, which pay for themselves."""
+    total, waiting = 0, list(block)
+    while waiting:
+        node = waiting.pop()
+        total += 1
+        paid = () if isinstance(node, nodes.ScopedEvalContextModifier) else exclude
+        waiting.extend(node.iter_child_nodes(exclude=paid))
+    return total
+
+
+def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _pay(cost: int) -> nodes.Expr:
+    return _filtered(_PAID, nodes.Const(cost, lineno=1))
+
+
+@jinja2.pass_context
+def _paid(context: Context, cost: int) -> bool:
+    current().spend(cost)
+    return True
+
+
+@jinja2.pass_context
+def _read(context: Context, value: Any) -> Any:
+    current().room(current().read(value))
+    return value
+
+
+@jinja2.pass_context
+def _cut(context: Context, value: Any) -> Any:
+    current().spend(1 + (len(value) >> 4 if hasattr(value, "__len__") else 0))
+    return value
+
+
+@jinja2.pass_context
+def _made(context: Context, value: Any) -> Any:
+    return current().made(value)
+
+
+@jinja2.pass_context
+def _shown(context: Context, value: Any) -> Any:
+    if not isinstance(value, str):
+        current().room(current().read(value))
+    return value
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that pays: for what it reads, and for what it makes, before it makes it."""
+    passed = getattr(function, "jinja_pass_arg", None) is not None
+    forecast = FILTERS.get(name)
+
+    @functools.wraps(function)
+    def bounded(*given: Any, **kwargs: Any) -> Any:
+        budget = current()
+        first, (value, *args) = given[:passed], given[passed:]
+        if name in WHOLE_FILTERS and not hasattr(value, "__len__"):
+            value = list(_counted(iter(value)))
+        shallow = name in SHALLOW_FILTERS and not isinstance(value, str)
+        budget.spend(_BLOCK)
+        if shallow:
+            if name not in ("default", "d"):
+                budget.read(args, kwargs)
+        else:
+            length = budget.read(value, args, kwargs)
+            if name in SQUARE_FILTERS:
+                budget.spend(length * length >> 12)
+        if forecast is not None:
+            budget.room(forecast(value, *args, **kwargs))
+        result = function(*first, value, *args, **kwargs)
+        if isinstance(result, Iterator):
+            return _counted(result)
+        return result if shallow else budget.made(result)
+
+    return bounded
+
+
+def _bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    passed = getattr(function, "jinja_pass_arg", None) is not None
+
+    @functools.wraps(function)
+    def bounded(*given: Any, **kwargs: Any) -> Any:
+        current().spend(_BLOCK)
+        if name in DEEP_TESTS:
+            current().read(given[passed:], kwargs)
+        return function(*given, **kwargs)
+
+    return bounded
+
+
+def _counted(parts: Iterator[Any]) -> Iterator[Any]:
+    for part in parts:
+        current().spend(_BLOCK)
+        yield current().made(part) if isinstance(part, list) else part
+
+
+def _check_builtin(owner: Any, name: str, args: tuple[Any, ...]) -> None:
+    """Pays for a method of Python's own types; raises TooMuch for those that no template needs."""
+    allowed = next((names for kind, names in SAFE_METHODS.items() if isinstance(owner, kind)), frozenset())
+    if name not in allowed:
+        raise TooMuch(f"it calls {type(owner).__name__}.{name}")
+    current().read(args)
+    if isinstance(owner, list | tuple) and args:
+        current().read(owner)
+
+
+def _check_method(text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Pays for a method of a text; returns its arguments, an iterator among them as a list."""
+    budget = current()
+    if name == "join" and args and not hasattr(args[0], "__len__"):
+        args = (list(_counted(iter(args[0]))), *args[1:])
+    named = {key: value for key, value in kwargs.items() if not key.startswith("_")}
+    budget.read(text, args, named)
+    if name in SEARCHES:
+        budget.spend(len(text) * max((len(one) for one in args if isinstance(one, str)), default=1) >> 10)
+    if name in METHODS:
+        budget.room(METHODS[name](text, *args, **named))
+    return args
+
+
+def _check_power(base: Any, exponent: Any) -> None:
+    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0 and base.bit_length() * exponent > 256:
+        raise TooMuch("it makes a number of more than 64 bits")
+
+
+def _check_times(left: Any, right: Any) -> None:
+    for one, count in ((left, right), (right, left)):
+        if isinstance(one, str | bytes | list | tuple) and isinstance(count, int):
+            current().room(_length(one) * max(count, 0))
+
+
+def _length(value: Any) -> int:
+    """About how many bytes a sequence takes, without what its parts take."""
+    return len(value) if isinstance(value, str | bytes) else 8 * len(value)
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    text = str(message) if size(message) <= _MAX_REFUSAL else f"{str(message)[:_MAX_REFUSAL]}..."
+    raise PromptError(f"The chat template refuses these messages: {text}")
+
+
+def _strftime_now(form: str) -> str:
+    if size(form) > _MAX_REFUSAL:
+        raise TooMuch(f"it asks for a date of more than {_MAX_REFUSAL:,} characters")
+    return datetime.now().strftime(form)
+
+
+def _lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
+    if width(n) * width(max) > 10_000:
+        raise TooMuch("it asks for more than 10,000 words")
+    return jinja2.utils.generate_lorem_ipsum(n, html, min, max)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own tojson escapes <, > and & for HTML, which would change the prompt.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
