@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 from hypothesis import strategies as st
+from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 
 Mutate = Callable[[list[bytes]], st.SearchStrategy[bytes]]
 
@@ -85,6 +86,91 @@ def json_documents(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
         text = text.replace(name, raw)
     content = text.encode()
     return draw(bytes_of([content])) if draw(st.integers(0, 15)) == 15 else content
+
+
+# What expressions of templates are made of; much of it large, or of an unexpected type.
+_VALUES = (
+    "'a'",
+    "''",
+    "1",
+    "-1",
+    "0",
+    "2.5",
+    "none",
+    "true",
+    "10**9",
+    "100000",
+    "messages",
+    "messages[0].content",
+    "x.y",
+    "range(100000)",
+    "range(9)",
+    "('a' * 100000)",
+    "('\\n' * 100000)",
+    "([1] * 100000)",
+    "ns.a",
+    "ns",
+    "loop",
+    "{'k': 1}",
+    "(1, 'b')",
+    "('%s' * 1000)",
+    "'{:>9}'",
+    "'%9d'",
+    "('<b>' | safe)",
+    "(messages | map(attribute='role'))",
+    "m",
+    "self",
+)
+_OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "not in", "and", "or", "is in", "is eq")
+_METHODS = tuple(name for kind in (str, list, dict, int, bytes) for name in dir(kind) if not name.startswith("_"))
+_STATEMENTS = (
+    "{{% set ns.a = {} %}}",
+    "{{{{ {} }}}}",
+    "{{% for m in {} %}}{}{{% endfor %}}",
+    "{{% if {} %}}{}{{% endif %}}",
+    "{{% set ns.a = [ns.a, {}] %}}",
+    "{{% set ns.a = ns.a ~ {} %}}",
+    "{{% for m in {} if {} %}}{{{{ m }}}}{{% endfor %}}",
+    "{{% macro f(m) %}}{}{{% endmacro %}}{{{{ f({}) }}}}",
+    "{{% set v %}}{}{{% endset %}}",
+    "{{% filter upper %}}{}{{% endfilter %}}",
+    "{{% for m in {} recursive %}}{{{{ loop({}) }}}}{{% endfor %}}",
+    "{{% call(m) f({}) %}}{}{{% endcall %}}",
+    "{{% for i in range(60) %}}{{% set ns.a = ns.a + ns.a %}}{{% endfor %}}{}",
+    "{{% generation %}}{}{{% endgeneration %}}",
+)
+
+
+def templates(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
+    """Templates of random statements, and the seeds with some bytes turned."""
+    filters, tests = (st.sampled_from(sorted(table)) for table in (DEFAULT_FILTERS, DEFAULT_TESTS))
+    expressions = st.recursive(
+        st.sampled_from(_VALUES),
+        lambda inner: st.one_of(
+            st.builds("({} {} {})".format, inner, st.sampled_from(_OPERATORS), inner),
+            st.builds("({} | {})".format, inner, filters),
+            st.builds("({} | {}({}))".format, inner, filters, inner),
+            st.builds("({} | {}({}, {}))".format, inner, filters, inner, inner),
+            st.builds("({} | map('{}', {}) | list)".format, inner, filters, inner),
+            st.builds("({} is {})".format, inner, tests),
+            st.builds("{}.{}({})".format, inner, st.sampled_from(_METHODS), inner),
+            st.builds("{}.{}({}, {})".format, inner, st.sampled_from(_METHODS), inner, inner),
+            st.builds("{}[{}:{}]".format, inner, inner, inner),
+            st.builds("{}[{}]".format, inner, inner),
+        ),
+        max_leaves=6,
+    )
+    statements = st.recursive(
+        st.builds("{{{{ {} }}}}".format, expressions),
+        lambda inner: st.builds(
+            lambda form, first, second: form.format(first, second), st.sampled_from(_STATEMENTS), expressions, inner
+        ),
+        max_leaves=4,
+    )
+    made = st.lists(statements, min_size=1, max_size=4).map(
+        lambda parts: ("{% set ns = namespace(a='a') %}" + "".join(parts)).encode()
+    )
+    return st.one_of(made, made, made, bytes_of(seeds))
 
 
 @st.composite

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from chat_styles import STYLES
 from melt_runtime import MeltError, Package, Runtime, session_file
 from melt_runtime.describe import describe
 from melt_runtime.ends import stop_ids_of
 from melt_runtime.engines.onnx_file import external_data, initializer_bytes, read_operators
 from melt_runtime.render import print_facts
 from melt_runtime.runtime import codec_of
+from melt_runtime.templating.template import ChatTemplate
 from melt_runtime.tokenizer_file import tokenizer_of
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -116,6 +118,25 @@ class TextTarget:
         codec.decode(codec.encode("12"))
         if codec.has_chat_template:
             codec.render_chat([{"role": "user", "content": "12"}])
+
+
+class TemplateTarget:
+    """A chat template: compiled, and rendered for a conversation."""
+
+    mutate = mutations.templates
+    refused = (MeltError,)
+
+    def __init__(self, package: Path):
+        pass
+
+    def seeds(self) -> list[bytes]:
+        return [template.encode() for template in STYLES.values()]
+
+    def attempt(self, content: bytes) -> None:
+        template = ChatTemplate(content.decode("utf-8", "replace"))
+        turn = {"role": "user", "content": "hello 12"}
+        messages = [turn, {**turn, "role": "assistant"}, turn]
+        template.render({"messages": messages, "tools": None, "bos_token": "<s>", "eos_token": "</s>"})
 
 
 class SessionTarget:
@@ -269,6 +290,7 @@ class TokenizerTarget:
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "manifest": ManifestTarget,
     "text": TextTarget,
+    "template": TemplateTarget,
     "session": SessionTarget,
     "session file": SessionFileTarget,
     "parity": ParityTarget,

@@ -1,8 +1,7 @@
 """Jinja with every step counted: what is in reach of a template, and what it pays for it.
 
-Jinja compiles templates to Python, and folds constants while it does so. Here the syntax tree gets nodes first that
-pay for each block, comparison, text and container; they need the rendering's context, so nothing is folded. Filters,
-tests and calls pay where they are looked up.
+The syntax tree pays for what it does itself (`metering`); filters, tests, operators and calls pay here, where they are
+looked up.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 from jinja2.runtime import Context, Macro
-from jinja2.visitor import NodeTransformer
 from markupsafe import EscapeFormatter, Markup
 
 from ..errors import PromptError
-from .budget import MAX_WHOLE, TooMuch, current, size
+from .budget import TooMuch, current, size
 from .costs import (
     DEEP_TESTS,
     FILTERS,
@@ -39,13 +37,10 @@ from .costs import (
     printf,
     width,
 )
+from .metering import BLOCK, FILTERS_THAT_PAY, metered
 
 MAX_SOURCE = 256 << 10  # characters; the longest templates of today have 30,000
-_MAX_NODES = 12_000  # of a syntax tree; those have 4,000
-_BLOCK = 8  # steps that a block, a call or a test takes beside its own nodes
 _MAX_REFUSAL = 1000  # characters of what a template may say of messages
-# Filters of these names are in the syntax tree alone; no template can spell them.
-_PAID, _READ, _CUT, _MADE, _SHOWN = "(paid)", "(read)", "(cut)", "(made)", "(shown)"
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -61,7 +56,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
         tests: dict[str, Any] = dict(self.tests)
         self.tests = {name: _bounded_test(name, function) for name, function in tests.items()}
-        self.filters |= {_PAID: _paid, _READ: _read, _CUT: _cut, _MADE: _made, _SHOWN: _shown}
+        self.filters |= FILTERS_THAT_PAY
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -71,7 +66,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        return super()._generate(_metered(source), *args, **kwargs)
+        return super()._generate(metered(source), *args, **kwargs)
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
         """The text of a macro's or block's parts."""
@@ -99,7 +94,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call's result, unless it is of a kind that no template needs, or would be too large."""
         budget = current()
-        budget.spend(_BLOCK)
+        budget.spend(BLOCK)
         owner = getattr(__obj, "__self__", None)
         if isinstance(__obj, Macro):
             return super().call(__context, __obj, *args, **kwargs)
@@ -202,100 +197,6 @@ def _check_name(name: Any) -> None:
         raise jinja2.sandbox.SecurityError(f"a namespace cannot hold {name[:40]!r}, which begins with an underscore")
 
 
-class _Meter(NodeTransformer):
-    """Puts the nodes that pay into a syntax tree."""
-
-    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        # What each block costs is counted before anything is put in.
-        costs = {
-            name: _cost(getattr(node, name))
-            for name in ("body", "else_")
-            if isinstance(getattr(node, name, None), list)
-        }
-        test = _cost([node.test]) if isinstance(node, nodes.For) and node.test is not None else 0
-        node = super().generic_visit(node, *args, **kwargs)
-        for name, cost in costs.items():
-            if name == "body" or getattr(node, name):  # an empty body takes its turns, too
-                getattr(node, name).insert(0, nodes.ExprStmt(_pay(_BLOCK + cost), lineno=node.lineno))
-        if isinstance(node, nodes.For) and node.test is not None:
-            node.test = nodes.And(_pay(_BLOCK + test), node.test, lineno=node.lineno)
-        elif isinstance(node, nodes.Output):
-            node.nodes = [n if isinstance(n, nodes.TemplateData) else _filtered(_SHOWN, n) for n in node.nodes]
-        elif isinstance(node, nodes.Compare):
-            node.expr = _filtered(_READ, node.expr)
-            for operand in node.ops:
-                operand.expr = _filtered(_READ, operand.expr)
-        elif isinstance(node, nodes.Concat):
-            node.nodes = [_filtered(_READ, n) for n in node.nodes]
-            return _filtered(_MADE, node)
-        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-            node.node = _filtered(_CUT, node.node)
-            return _filtered(_MADE, node)
-        elif isinstance(node, nodes.Pair):
-            node.key = _filtered(_READ, node.key)
-        elif isinstance(node, nodes.Dict | nodes.List) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
-            return _filtered(_MADE, node)
-        elif isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) > MAX_WHOLE:
-            raise TooMuch("it has a number of more than 64 bits")
-        return node
-
-
-def _metered(template: nodes.Template) -> nodes.Template:
-    if _cost([template], exclude=()) > _MAX_NODES:
-        raise TooMuch(f"it has more than {_MAX_NODES:,} expressions")
-    metered: nodes.Template = _Meter().visit(template)
-    return metered
-
-
-def _cost(block: Iterable[nodes.Node], exclude: tuple[str, ...] = ("body", "else_")) -> int:
-    """How many nodes a block has; as a rule less those of the blocks in it, which pay for themselves."""
-    total, waiting = 0, list(block)
-    while waiting:
-        node = waiting.pop()
-        total += 1
-        paid = () if isinstance(node, nodes.ScopedEvalContextModifier) else exclude
-        waiting.extend(node.iter_child_nodes(exclude=paid))
-    return total
-
-
-def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-def _pay(cost: int) -> nodes.Expr:
-    return _filtered(_PAID, nodes.Const(cost, lineno=1))
-
-
-@jinja2.pass_context
-def _paid(context: Context, cost: int) -> bool:
-    current().spend(cost)
-    return True
-
-
-@jinja2.pass_context
-def _read(context: Context, value: Any) -> Any:
-    current().room(current().read(value))
-    return value
-
-
-@jinja2.pass_context
-def _cut(context: Context, value: Any) -> Any:
-    current().spend(1 + (len(value) >> 4 if hasattr(value, "__len__") else 0))
-    return value
-
-
-@jinja2.pass_context
-def _made(context: Context, value: Any) -> Any:
-    return current().made(value)
-
-
-@jinja2.pass_context
-def _shown(context: Context, value: Any) -> Any:
-    if not isinstance(value, str):
-        current().room(current().read(value))
-    return value
-
-
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that pays: for what it reads, and for what it makes, before it makes it."""
     passed = getattr(function, "jinja_pass_arg", None) is not None
@@ -308,7 +209,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         if name in WHOLE_FILTERS and not hasattr(value, "__len__"):
             value = list(_counted(iter(value)))
         shallow = name in SHALLOW_FILTERS and not isinstance(value, str)
-        budget.spend(_BLOCK)
+        budget.spend(BLOCK)
         if shallow:
             if name not in ("default", "d"):
                 budget.read(args, kwargs)
@@ -331,7 +232,7 @@ def _bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(function)
     def bounded(*given: Any, **kwargs: Any) -> Any:
-        current().spend(_BLOCK)
+        current().spend(BLOCK)
         if name in DEEP_TESTS:
             current().read(given[passed:], kwargs)
         return function(*given, **kwargs)
@@ -341,7 +242,7 @@ def _bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 def _counted(parts: Iterator[Any]) -> Iterator[Any]:
     for part in parts:
-        current().spend(_BLOCK)
+        current().spend(BLOCK)
         yield current().made(part) if isinstance(part, list) else part
 
 

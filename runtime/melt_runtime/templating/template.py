@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from ..checked import brief
 from ..errors import PackageError, PromptError
 from .budget import budgeted, size
 from .sandbox import MAX_SOURCE, BoundedEnvironment
@@ -54,5 +55,4 @@ def _reason(error: Exception) -> str:
     """An error in a few words."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    text = str(error) or type(error).__name__
-    return text.rstrip(".") if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
+    return brief(error, _MAX_REASON).rstrip(".")
