@@ -1,0 +1,60 @@
+"""Whatever a body holds, it is read or refused in one sentence; nothing else is raised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from melt_runtime.server.failures import ApiError
+from melt_runtime.server.intake import parsed
+from melt_runtime.server.schema import ChatAsk, CompletionAsk
+
+FIELDS = sorted(
+    {*ChatAsk.model_fields, *CompletionAsk.model_fields, "role", "content", "type", "text", "schema", "ünknown"}
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31, 2**63, -(2**63), 10**30, 10**400])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(
+        ["user", "assistant", "tool", "text", "image_url", "json_schema", "none", "auto", "\x00", "~ids"]
+    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5),
+    max_leaves=12,
+)
+BODIES = st.fixed_dictionaries(
+    {"model": st.just("tiny") | VALUES, "prompt": st.just("a") | VALUES, "messages": VALUES},
+    optional={name: VALUES for name in FIELDS if name not in ("model", "prompt", "messages")},
+)
+
+
+def read(kind: type[Any], body: bytes) -> None:
+    try:
+        assert isinstance(parsed(kind, body), kind)
+    except ApiError as error:
+        assert error.status == 400
+        assert "\n" not in str(error).replace("\\n", "")
+        assert len(str(error)) < 1000
+        assert error.response().body
+
+
+@pytest.mark.parametrize("kind", [ChatAsk, CompletionAsk])
+@settings(max_examples=400, deadline=None)
+@given(body=BODIES)
+def test_any_object_is_read_or_refused(kind: type[Any], body: dict[str, Any]) -> None:
+    other = "prompt" if kind is ChatAsk else "messages"
+    text = json.dumps({name: value for name, value in body.items() if name != other})
+    read(kind, text.encode())
+    read(kind, text.encode()[: len(text) // 2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=st.binary(max_size=200))
+def test_any_bytes_are_refused(body: bytes) -> None:
+    read(CompletionAsk, body)
