@@ -309,6 +309,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_row(
         "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"
     )
+    if "tokenizer.json" not in manifest.files:
+        table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
     if manifest.untrained:
         unread = set(manifest.untrained) <= set(unread_parts(manifest.model, manifest.loops))

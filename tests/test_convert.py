@@ -339,7 +339,9 @@ def test_the_command_says_that_one_loop_reads_no_gate(
 ) -> None:
     llama(tmp_path / "llama")
     assert run(monkeypatch, tmp_path / "llama", tmp_path / "melt") == 0
-    assert "1 loop; untrained, never read in one loop: latent_gate, early_exit_gate" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "1 loop; untrained, never read in one loop: latent_gate, early_exit_gate" in said.out
+    assert f"{tmp_path / 'llama'} has no tokenizer.json; a package of it takes token ids only" in said.err
 
 
 @pytest.mark.parametrize(

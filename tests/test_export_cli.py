@@ -191,6 +191,7 @@ def test_a_converted_ouro_says_which_part_nobody_trained(converted: tuple[Path, 
     package, result = converted
     assert result.code == 0, result.stderr
     assert "latent_gate: initialised by a conversion, never trained" in result.stdout
+    assert "token ids only: the checkpoint has no tokenizer.json" in result.stdout
     assert Package.open(package).manifest.untrained == ("latent_gate",)
 
 

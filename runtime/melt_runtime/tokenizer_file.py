@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from .checked import brief
+
 _ONE_AT_A_TIME = threading.Lock()
 # A prefix that is set, or letters that are spelled so that it could hide. Most tokenizers have neither, and are read
 # once.
@@ -39,7 +41,7 @@ def tokenizer_of(text: str) -> Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the library is no Exception
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+            raise ValueError(brief(error)) from error
     return tokenizer
 
 
