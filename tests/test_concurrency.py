@@ -108,21 +108,24 @@ def conversation(runtime: Runtime, prefixes: PrefixStore | None = None, **option
     return [*said, branch.generate().token_ids, session.tokens, session.depth]
 
 
-def jobs_of(runtime: Runtime, scheduler: Scheduler, prefixes: PrefixStore) -> list[Job]:
+def scheduled(runtime: Runtime, scheduler: Scheduler) -> list[Job]:
+    """Requests to a scheduler."""
+    requests = [
+        Request(tuple(PROMPT), runtime.options(**LONG, temperature=0.9, seed=1)),
+        Request(tuple(OTHER), runtime.options(**LONG, loops=2)),
+    ]
+    return [lambda request=request: scheduler.submit(request).result(WAIT) for request in requests]  # type: ignore[misc]
+
+
+def calls_of(runtime: Runtime) -> list[Job]:
     """Calls of every kind, none like another."""
-
-    def scheduled(prompt: list[int], **options: Any) -> Job:
-        request = Request(tuple(prompt), runtime.options(**{**LONG, **options}))
-        return lambda: scheduler.submit(request).result(WAIT)
-
+    prefixes = PrefixStore(1 << 20)
     jobs: list[Job] = [
         lambda: runtime.generate(PROMPT, **LONG),
         lambda: runtime.generate(OTHER, **SAMPLED, exit_threshold=1.0 if runtime.manifest.cache_loops else 0.7),
         lambda: runtime.generate([PROMPT, OTHER, [9]], **SAMPLED),
         lambda: conversation(runtime),
         lambda: conversation(runtime, prefixes, temperature=1.1, seed=3),
-        scheduled(PROMPT, temperature=0.9, seed=1),
-        scheduled(OTHER, loops=2),
     ]
     if runtime.codec is not None:
         jobs += [
@@ -141,9 +144,8 @@ def together(jobs: list[Job], rounds: int) -> list[list[Any]]:
 
 
 def test_calls_of_every_kind_give_together_what_each_gives_alone(runtime: Runtime) -> None:
-    prefixes = PrefixStore(1 << 20)
     with Scheduler(runtime, 3) as scheduler:
-        jobs = jobs_of(runtime, scheduler, prefixes)
+        jobs = calls_of(runtime) + scheduled(runtime, scheduler)
         alone = [job() for job in jobs]
         for one, rounds in zip(alone, together(jobs, 4), strict=True):
             assert rounds == [one] * 4
@@ -151,7 +153,7 @@ def test_calls_of_every_kind_give_together_what_each_gives_alone(runtime: Runtim
 
 def test_calls_of_every_kind_give_together_what_each_gives_alone_on_every_backend(every_backend: Runtime) -> None:
     with Scheduler(every_backend, 3) as scheduler:
-        jobs = jobs_of(every_backend, scheduler, PrefixStore(1 << 20))
+        jobs = calls_of(every_backend) + scheduled(every_backend, scheduler)
         alone = [job() for job in jobs]
         assert [rounds[0] for rounds in together(jobs, 1)] == alone
 

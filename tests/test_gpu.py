@@ -15,6 +15,7 @@ from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.engines.build import EngineOptions, build_engine
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import MeltError
+from test_concurrency import calls_of, together
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19, 20, 21, 22]]
@@ -90,6 +91,13 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(directory: Path
     with captured._states.lease(len(PROMPTS)) as lease:  # the state that has just been used
         assert lease.driver is not None
         assert lease.driver.state.captured()  # type: ignore[attr-defined]
+
+
+def test_calls_of_several_threads_give_what_each_gives_alone(directory: Path) -> None:
+    calls = calls_of(load(directory))
+    alone = [call() for call in calls]
+    for one, rounds in zip(alone, together(calls, 3), strict=True):
+        assert rounds == [one] * 3
 
 
 def test_a_part_of_a_batch_computes_what_the_whole_does(directory: Path) -> None:

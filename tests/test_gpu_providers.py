@@ -12,6 +12,7 @@ from melt_runtime.backends import survey
 from melt_runtime.backends.choice import choices, too_old
 from melt_runtime.backends.survey import devices, onnxruntime_version
 from melt_runtime.package import DIALECTS, Package
+from test_concurrency import calls_of, together
 from typer.testing import CliRunner
 
 from melt_export.expected import expected_of
@@ -65,6 +66,17 @@ def test_state_on_a_device_is_allocated_once_for_any_number_of_loops(
     before = device.memory()[0]
     runtime.generate([3, 4, 5], max_tokens=4, loops=16)
     assert before - device.memory()[0] < 8 << 20
+
+
+@pytest.mark.parametrize("backend", PROVIDERS)
+def test_calls_of_several_threads_give_what_each_gives_alone_on_a_device(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, backend: str
+) -> None:
+    package = package_for(backend, make_checkpoint(), make_package, "standard", "fp32")
+    calls = calls_of(Runtime.load(package, backend=backend))
+    alone = [call() for call in calls]
+    for one, rounds in zip(alone, together(calls, 3), strict=True):
+        assert rounds == [one] * 3
 
 
 def test_gpu_check_passes_on_this_device(tmp_path: Path) -> None:
