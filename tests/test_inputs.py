@@ -151,7 +151,7 @@ NO_STOPS = [b"ab", bytearray(b"a"), {"a": 1}, len, lambda text: True, 5, 1.5, Tr
 
 
 @every_way
-@pytest.mark.parametrize("stop", NO_STOPS, ids=str)
+@pytest.mark.parametrize("stop", NO_STOPS, ids=lambda stop: type(stop).__name__)
 def test_what_is_no_stop_string_is_refused_by_name(runtime: Runtime, take: Take, stop: Any) -> None:
     with pytest.raises(ArgumentError, match=r"(?i)stop.* must be"):
         take(runtime, IDS, stop=stop)
