@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 let_ctrl_c_through()
 torch.set_num_threads(1)
+# pytest listens to loggers that do not propagate, and PyTorch writes a trace of all that it does where someone listens.
+logging.getLogger("torch.__trace").propagate = True
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?0123456789:"
 TINY = {

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
-from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime
+from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime, bench
 from melt_runtime.backends import LoopControl, tensorrt
 from melt_runtime.backends.choice import Facts, choices
 from melt_runtime.backends.plans import Recordings
@@ -418,3 +418,21 @@ def test_bfloat16_bits_become_exactly_their_float32() -> None:
 
     values = np.random.default_rng(0).normal(size=100).astype(ml_dtypes.bfloat16)
     assert np.array_equal(widened(values.view(np.uint16)), values.astype(np.float32))
+
+
+def test_a_measurement_waits_for_what_the_device_computes(
+    directory: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, waiting = load(directory).driver(), list[int]()
+    stream = driver.state.stream  # type: ignore[attr-defined]
+
+    def looked() -> float:
+        waiting.append(len(stream.waiting))
+        return 0.0
+
+    stream.synchronize()
+    monkeypatch.setattr(bench, "perf_counter", looked)
+    bench.Stopwatch(driver).decode(10, 2, 3)
+    bench.Stopwatch(driver).prefill(20, 8, 2)
+    assert waiting
+    assert set(waiting) == {0}
