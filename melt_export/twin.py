@@ -49,7 +49,7 @@ def wide_twin(package: Path, directory: Path) -> None:
         for node in model.graph.all_nodes():
             node.attributes.pop(ACCURACY, None)
         folded = _fold(model.graph)
-        ir.save(model, directory / graph.file, external_data=f"{name}.wide" if folded else None)
+        ir.save(model, directory / graph.file, external_data=f"{name}.wide.data" if folded else None)
     for name in manifest.files:
         if name.endswith(".data"):
             (directory / name).hardlink_to(package / name)
