@@ -34,7 +34,7 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Sizes and places are 32-bit numbers in the graphs' operators.
 MOST = 2**31 - 1
 # A request, a package and a session have the same bound: each loop costs a run of all layers.
-MOST_LOOPS = 4096
+MOST_LOOPS = 1024  # the most that a package may ask for per token
 
 
 def check_fields(values: Mapping[str, object]) -> None:
