@@ -53,7 +53,7 @@ def _meetings(schema: Any) -> float:
     most = meeting(schema)
     if most > MAX_MEETING:
         raise ArgumentError(
-            f"the JSON schema is too large: a text may have to match more than {MAX_MEETING} patterns or formats at once"
+            f"the JSON schema is too large: a text may have to match more than {MAX_MEETING} patterns at once"
         )
     return patterns(schema) / most * 2**most / _MEETING_SHARE if most > 1 else 0.0
 
