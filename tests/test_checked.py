@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from melt_runtime import PackageError
 from melt_runtime.checked import (
     MOST_DEPTH,
@@ -22,12 +24,13 @@ from melt_runtime.checked import (
     parse_json,
     printable,
     read_object,
+    read_text,
     record,
     shown,
     text,
     whole,
 )
-from melt_runtime.command import for_terminal, one_line
+from melt_runtime.command import for_terminal, one_line, reported_errors
 
 
 def nested(depth: int) -> str:
@@ -110,3 +113,20 @@ def test_generated_text_is_shown_on_a_terminal_without_what_it_would_obey_and_wr
     assert for_terminal(said, io.StringIO()) == said
     assert for_terminal(said, Terminal()) == "one\ttwo\n\\x1b]0;title\\x07\\x9b2J 👩\u200d🚀 fin"
     assert printable("a\rb") == "a\\rb"
+
+
+def test_a_small_file_takes_no_buffer_of_all_that_may_be_read(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text("{}")
+    tracemalloc.start()
+    try:
+        assert read_text(tmp_path / "small.json", 256 << 20) == "{}"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_too_little_memory_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reported_errors():
+        raise MemoryError
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == "melt-run: there is not enough memory\n"

@@ -256,6 +256,24 @@ def deep(levels: int) -> dict[str, Any]:
     return schema
 
 
+# Each more that one text has to match doubles what compiling takes: 24 had no end, and gigabytes.
+PATTERNS: list[dict[str, Any]] = [{"type": "string", "pattern": f"foo{number}"} for number in range(24)]
+
+
+def nested(name: str, around: Callable[[Any], Any] | None, anchors: bool = False) -> dict[str, Any]:
+    """Patterns that all hold for one text, each inside the one before by a keyword; None: by references."""
+    if around is None:
+        to = "#{}" if anchors else "#/$defs/{}"
+        defs = {f"d{at}": {**one, name: to.format(f"d{at + 1}")} for at, one in enumerate(PATTERNS)}
+        defs[f"d{len(PATTERNS)}"] = {"type": "string"}
+        named = {key: {"$anchor": key, **one} for key, one in defs.items()} if anchors else defs
+        return {"$defs": named, name: to.format("d0")}
+    inner: dict[str, Any] = {"type": "string"}
+    for one in PATTERNS:
+        inner = {**one, name: around(inner)}
+    return inner
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -272,10 +290,17 @@ def deep(levels: int) -> dict[str, Any]:
         {"allOf": [{"multipleOf": 10**16 + number} for number in range(4000)]},
         {"multipleOf": 10**5000},
         deep(5000),
+        {"allOf": PATTERNS},
+        {"allOf": [{"type": "object", "properties": {"a": one}} for one in PATTERNS]},
+        {"allOf": [{"type": "array", "items": one} for one in PATTERNS]},
+        nested("anyOf", lambda inner: [inner]),
+        nested("$ref", None),
+        nested("$ref", None, anchors=True),
     ],
     ids=[
         *("multiple", "decimal", "combined", "many multiples", "enum", "list", "properties", "pattern", "text"),
         *("patterns for names", "many combined", "digits", "deep"),
+        *("patterns at once", "of a property", "of items", "of choices", "of references", "of anchors"),
     ],
 )
 def test_a_schema_that_would_take_too_much_is_refused_before_it_is_built(
@@ -296,6 +321,11 @@ def test_a_schema_that_would_take_too_much_is_refused_before_it_is_built(
         {"enum": [f"value {i}" for i in range(40_000)]},
         deep(90),
         {"properties": {"multipleOf": {"type": "string"}, "enum": {"type": "integer"}}},
+        {"type": "object", "properties": {f"k{number}": one for number, one in enumerate(PATTERNS)}},
+        {"anyOf": PATTERNS},
+        {"allOf": PATTERNS[:3], "minLength": 1},
+        {"properties": {"pattern": {"type": "string"}, "allOf": {"type": "string"}, "$ref": {"type": "string"}}},
+        {"$defs": {"t": {"properties": {"v": PATTERNS[0], "l": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"},
     ],
 )
 def test_what_is_usual_is_not_too_large(schema: Any) -> None:

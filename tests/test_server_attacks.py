@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 HASTY = """
 from melt_runtime.server import connection, intake
-connection.HEADER_SECONDS, intake.BODY_SECONDS = 1.0, 2.0
+connection.HEADER_SECONDS, intake.BODY_SECONDS, connection.UNTAKEN_SECONDS = 1.0, 2.0, 0.5
 """
 MOST = 16  # connections
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -151,6 +151,43 @@ def test_connections_that_are_all_being_answered_keep_their_place(server: Server
     for raw in streams:
         raw.close()
     eventually(lambda: server.answers("/ready"))
+
+
+def test_connections_that_do_not_take_their_answers_make_room(server: Server) -> None:
+    greedy = []
+    for _ in range(MOST):
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        raw.connect(("127.0.0.1", server.port))
+        raw.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            raw.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)
+        greedy.append(raw)
+    eventually(lambda: server.answers("/ready"))
+    assert answered(server)
+    for raw in greedy:
+        raw.close()
+
+
+def test_a_body_in_many_tiny_chunks_is_refused(server: Server) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "abc", "user": "x" * 20_000}).encode()
+    with connect(server) as raw:
+        raw.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            raw.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        assert not rest(raw).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_in_chunks_is_answered(server: Server) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 2, "user": "x" * 200_000}).encode()
+    pieces = [body[at : at + 64] for at in range(0, len(body), 64)]
+    reply = httpx.post(
+        f"http://127.0.0.1:{server.port}/v1/completions",
+        content=iter(pieces),
+        headers={"Content-Type": "application/json"},
+        timeout=WAIT,
+    )
+    assert reply.status_code == 200
 
 
 def test_with_few_file_descriptors_everybody_is_still_answered(served_package: Path) -> None:

@@ -67,7 +67,10 @@ def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
     """A new directory and a handle that locks it: the lock ends with the process, however that ends."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        handle = os.open(made, os.O_RDONLY)
+        try:
+            handle = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:  # another process swept it already
+            continue
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks: nobody can sweep there either
                 fcntl.flock(handle, fcntl.LOCK_EX)

@@ -6,6 +6,7 @@ A check takes a value and says what is kept of it; it raises FieldError, which n
 from __future__ import annotations
 
 import json
+import os
 import re
 import reprlib
 import unicodedata
@@ -51,7 +52,8 @@ def read_text(path: Path, most: int = MOST_BYTES, error: type[MeltError] = Packa
         if not path.is_file():
             raise error(f"{path} is not an ordinary file")
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            # A buffer of the whole bound would be taken before the first byte is read.
+            content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
         if len(content) > most:
             raise error(f"{path} has more than the {most:,} bytes that are read of such a file")
         return content.decode("utf-8")

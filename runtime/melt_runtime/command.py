@@ -62,6 +62,11 @@ def reported_errors() -> Iterator[None]:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+    except MemoryError:
+        if os.environ.get("MELT_TRACEBACK") == "1":
+            raise
+        print("melt-run: there is not enough memory", file=sys.stderr)
+        raise typer.Exit(2) from None
     except (MeltError, OSError) as error:
         if os.environ.get("MELT_TRACEBACK") == "1":
             raise

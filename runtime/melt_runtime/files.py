@@ -114,7 +114,10 @@ def _claimed(make: Callable[[], str]) -> tuple[Path, int]:
     """What was made and a handle that locks it: the lock ends with the process, however that ends."""
     while True:
         made = Path(make())
-        handle = os.open(made, os.O_RDONLY)
+        try:
+            handle = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:  # another process swept it already
+            continue
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks: nobody can sweep there either
                 fcntl.flock(handle, fcntl.LOCK_EX)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ArgumentError
@@ -16,6 +18,9 @@ from .failures import ApiError
 MAX_CONNECTIONS = 512  # where the system allows as many
 HEADER_BYTES = 64 << 10  # of a request's line and headers
 HEADER_SECONDS = 15.0  # from the connection, or the answer before, to the last byte of the headers
+UNTAKEN_SECONDS = 5.0  # after which an answer that its client does not take may make room for others
+_SMALL = 32  # bytes of a body's piece on average, where it comes in more than _PIECES: each costs a turn of the server
+_PIECES = 1024
 _BACKLOG = 128  # connections that are accepted in one go
 _SPARE_FILES = 24  # that the process may yet open besides connections
 
@@ -63,9 +68,28 @@ def _free_files() -> int | None:
     return None if most == resource.RLIM_INFINITY else most - used - _SPARE_FILES
 
 
+class _Pieces(h11.Connection):
+    """Reads requests, and refuses a body that comes in many tiny chunks."""
+
+    _count = _bytes = 0
+
+    def next_event(self) -> Any:
+        """What came next. Raises h11.RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._count += 1
+            self._bytes += len(event.data)
+            if self._count > _PIECES + self._bytes // _SMALL:
+                raise h11.RemoteProtocolError("the body comes in too many small chunks", error_status_hint=413)
+        elif isinstance(event, h11.Request):
+            self._count = self._bytes = 0
+        return event
+
+
 class Connection(H11Protocol):
     """A connection of HTTP/1.1. At most ``most`` are open: for one more, the one that has kept the server waiting for
-    longest goes, for its headers, its body or its next request; if none does, the new one is answered with 503."""
+    longest goes, for its headers, its body or its next request; else the one that has not taken its answer for longest;
+    if all do, the new one is answered with 503."""
 
     most = MAX_CONNECTIONS
 
@@ -74,6 +98,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._since = monotonic()
         self._late: asyncio.TimerHandle | None = None
+        self._blocked: float | None = None  # since when the client takes nothing of a long answer
+        self.conn = _Pieces(h11.SERVER, HEADER_BYTES)
         self._watch()
         if len(self.connections) > self.most:
             self._make_room()
@@ -94,6 +120,24 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._watch()
+
+    def pause_writing(self) -> None:
+        """The client does not take as much as there is."""
+        super().pause_writing()
+        self._blocked = monotonic()
+
+    def resume_writing(self) -> None:
+        """It took most of it."""
+        super().resume_writing()
+        self._blocked = None
+
+    @property
+    def untaken(self) -> float | None:
+        """Since when an answer lies here that the client does not take; None: none does."""
+        if self._blocked is not None:
+            return self._blocked
+        done = self.cycle is not None and self.cycle.response_complete
+        return self._since if done and self.transport.get_write_buffer_size() > 0 else None
 
     @property
     def answering(self) -> bool:
@@ -117,6 +161,11 @@ class Connection(H11Protocol):
         waiting = [one for one in others if not one.answering]
         if waiting:
             min(waiting, key=lambda one: one._since).transport.abort()
+            return
+        untaken = [(since, one) for one in others if (since := one.untaken) is not None]
+        since, longest = min(untaken, key=lambda one: one[0], default=(math.inf, self))
+        if since < monotonic() - UNTAKEN_SECONDS:
+            longest.transport.abort()
             return
         body = ApiError(503, f"all {self.most} connections are in use; try again in a second", code="busy").response()
         lines = [b"HTTP/1.1 503 Service Unavailable", b"connection: close", b"retry-after: 1"]

@@ -8,12 +8,15 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import ArgumentError
+from .schema_patterns import meeting, patterns
 
 MAX_VALUES = 10_000  # objects, lists and scalars of a schema; compiling them takes a second and 60 MB at most
+MAX_MEETING = 12  # patterns that one text must match at once: with 20 compiling takes seconds, with 24 no end
 MAX_MULTIPLE = 65_536  # of multipleOf, without its decimal places: each remainder is a state of about 500 bytes
 _ENUM_SHARE = 5  # so many scalars of an enum cost as much as another value
 _TEXT_SHARE = 64  # characters that cost as much as a value
 _PAIR_SHARE = 4  # pairs of patterns for names that cost as much as a value: each is compared with each
+_MEETING_SHARE = 20  # sets of patterns that meet that cost as much as a value
 _MAX_DEPTH = 100
 _STATE_SHARE = 5  # remainders that cost as much as a value
 _LARGEST = 10**30  # multipleOf that is looked at in decimal
@@ -22,7 +25,7 @@ _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if"}
 
 def weigh(schema: Any) -> int:
     """About how many values of a schema, of 2.5 kB each, its grammar costs. Raises ArgumentError for a schema with more
-    than MAX_VALUES values or MAX_MULTIPLE remainders."""
+    than MAX_VALUES values, MAX_MULTIPLE remainders or MAX_MEETING patterns for one text."""
     values = 0.0
     multiples: set[int] = set()
     combined = False
@@ -42,7 +45,17 @@ def weigh(schema: Any) -> int:
                 f"the JSON schema is too large: it has more than {MAX_VALUES:,} values (each {_TEXT_SHARE} "
                 f"characters count as another, {_ENUM_SHARE} scalars of an enum as one, and patternProperties by pairs)"
             )
-    return math.ceil(values + _remainders(multiples, combined) / _STATE_SHARE)
+    return math.ceil(values + _remainders(multiples, combined) / _STATE_SHARE + _meetings(schema))
+
+
+def _meetings(schema: Any) -> float:
+    """What the patterns that one text must match at once cost: every set of them may be a state."""
+    most = meeting(schema)
+    if most > MAX_MEETING:
+        raise ArgumentError(
+            f"the JSON schema is too large: a text may have to match more than {MAX_MEETING} patterns at once"
+        )
+    return patterns(schema) / most * 2**most / _MEETING_SHARE if most > 1 else 0.0
 
 
 def _remainders(multiples: set[int], combined: bool) -> int:
