@@ -133,6 +133,17 @@ def test_a_driver_refuses_the_same(runtime: Runtime, wrong: Any) -> None:
         driver.append([wrong], runtime.options().loops)
 
 
+@every_way
+def test_a_tensor_without_values_is_refused(runtime: Runtime, take: Take) -> None:
+    with pytest.raises(PromptError, match="cannot be read"):
+        take(runtime, torch.zeros(2, dtype=torch.long, device="meta"), **LONG)
+
+
+def test_a_request_of_text_is_told_to_encode_it(runtime: Runtime) -> None:
+    with pytest.raises(PromptError, match=r"token ids, and this one is text; give Runtime\.encode"):
+        Request("hello", runtime.options())  # type: ignore[arg-type]
+
+
 def test_a_tokenizers_dict_is_told_what_to_give(runtime: Runtime) -> None:
     with pytest.raises(PromptError, match="of type dict; give its input_ids"):
         runtime.generate({"input_ids": IDS})  # type: ignore[call-overload]
@@ -147,7 +158,10 @@ def test_a_prompt_too_many_is_found_before_the_others_run(runtime: Runtime, monk
 # Options
 
 
-NO_STOPS = [b"ab", bytearray(b"a"), {"a": 1}, len, lambda text: True, 5, 1.5, True, [b"ab"], ["a", None], [5]]
+NO_STOPS = [
+    *(b"ab", bytearray(b"a"), {"a": 1}, len, lambda text: True, 5, 1.5, True, [b"ab"], ["a", None], [5]),
+    *(torch.tensor(2), np.array(2)),
+]
 
 
 @every_way

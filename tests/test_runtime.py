@@ -70,6 +70,12 @@ def test_sequences_of_a_batch_draw_independently(runtime: Runtime) -> None:
     assert a.token_ids != b.token_ids
 
 
+def test_sequences_of_several_batches_draw_independently(runtime: Runtime) -> None:
+    count = 2 * runtime.manifest.max_batch
+    answers = runtime.generate([[5, 6]] * count, max_tokens=20, temperature=2.0, seed=1, ignore_eos=True)
+    assert len({answer.token_ids for answer in answers}) == count
+
+
 def test_a_stop_string_that_straddles_tokens_ends_the_text_before_it(runtime: Runtime) -> None:
     text = runtime.generate("abc", max_tokens=40, ignore_eos=True).text
     stop = text[5:8]

@@ -17,7 +17,8 @@ class Generator:
     """Generates a continuation of every sequence of a batch.
 
     Iterating yields the pieces as they come; ``results`` holds the finished sequences afterwards. Sequences that end
-    sit idle while the others go on. streamed: as of a Track. Raises PromptError for an empty prompt or one that does
+    sit idle while the others go on. streamed: as of a Track. first: which of a seed's random streams the first sequence
+    draws from; the others draw from those after it. Raises PromptError for an empty prompt or one that does
     not fit; OvertakenError when somebody else has used the driver in the meantime.
     """
 
@@ -29,6 +30,7 @@ class Generator:
         codec: TextCodec | None,
         *,
         streamed: bool = True,
+        first: int = 0,
     ):
         self.driver, self.options = driver, options
         self.pending: list[Sequence[int]] = [token_ids(prompt) for prompt in prompts]
@@ -40,7 +42,8 @@ class Generator:
             codec is not None,
         )
         self.tracks = [
-            Track(slot, prompt, options, codec, streamed=streamed) for slot, prompt in enumerate(self.pending)
+            Track(slot, prompt, options, codec, stream=first + slot, streamed=streamed)
+            for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of those that have ended
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .checked import brief
 from .errors import PromptError
 
 _NOT_IDS = (str, bytes, bytearray, memoryview, Mapping, Set)
@@ -44,7 +45,10 @@ def separate(given: Any) -> tuple[list[Any], bool]:
 def _values(given: Any) -> list[Any]:
     """The entries of a list, an array or a tensor."""
     to_list = None if isinstance(given, (*_NOT_IDS, type)) else getattr(given, "tolist", None)
-    values = to_list() if callable(to_list) else given
+    try:
+        values = to_list() if callable(to_list) else given
+    except Exception as error:  # such as a tensor without data
+        raise PromptError(f"the token ids of the prompt cannot be read: {brief(error)}") from error
     if isinstance(values, (*_NOT_IDS, type)) or not isinstance(values, Iterable):
         hint = "; give its input_ids" if isinstance(given, Mapping) and "input_ids" in given else ""
         name = "None" if given is None else f"of type {type(given).__name__}"

@@ -154,7 +154,8 @@ class Runtime:
         min_loops=1, exit_change=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None,
         stop=None (a string or several), stop_ids=None, ignore_eos=False; LoopSettings and SamplingParams say what
         they mean. Prompts of different lengths run together, at most the package's max_batch
-        at a time; each gives what it gives alone. Raises PromptError, ArgumentError, BackendError.
+        at a time; each gives what it gives alone. With a temperature each draws by the seed and its place in the list,
+        so that a prompt given several times has several answers. Raises PromptError, ArgumentError, BackendError.
         """
         given, single = separate(prompt)
         prompts = [self.encode(one) for one in given]
@@ -166,12 +167,12 @@ class Runtime:
         results: list[Generation] = []
         with self._generating:
             for start in range(0, len(prompts), self.manifest.max_batch):
-                results += self._together(prompts[start : start + self.manifest.max_batch], request)
+                results += self._together(prompts[start : start + self.manifest.max_batch], request, start)
         return results[0] if single else results
 
-    def _together(self, prompts: list[list[int]], request: GenerationOptions) -> list[Generation]:
+    def _together(self, prompts: list[list[int]], request: GenerationOptions, first: int) -> list[Generation]:
         with self._states.lease(len(prompts)) as lease, lease.step() as driver:
-            generator = Generator(driver, prompts, request, self.codec, streamed=False)
+            generator = Generator(driver, prompts, request, self.codec, streamed=False, first=first)
             for _ in generator:
                 pass
             return generator.results()

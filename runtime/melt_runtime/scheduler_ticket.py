@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from time import monotonic
 
-from .errors import ArgumentError, CancelledError, DeadlineError, MeltError
+from .errors import ArgumentError, CancelledError, DeadlineError, MeltError, PromptError
 from .generation import check_request
 from .package import Manifest
 from .prompts import token_ids
@@ -34,6 +34,8 @@ class Request:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):
+            raise PromptError("a request's prompt is token ids, and this one is text; give Runtime.encode(prompt)")
         object.__setattr__(self, "prompt", tuple(token_ids(self.prompt)))
 
     def check(self, manifest: Manifest, tokenizer: bool) -> None:

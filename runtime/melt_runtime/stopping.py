@@ -26,6 +26,8 @@ def stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
         return ()
     if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
         raise ArgumentError(f"stop must be text or a list of texts, not {type(value).__name__}.")
+    if getattr(value, "ndim", 1) == 0:  # an array of no axis calls itself iterable
+        raise ArgumentError(f"stop must be text or a list of texts, not {value!r}.")
     strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_STOP_STRINGS:
         raise ArgumentError(f"There are {len(strings):,} stop strings; at most {MAX_STOP_STRINGS} are allowed.")
