@@ -9,9 +9,10 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from melt_models.atomic import TargetExistsError, new_directory
@@ -94,23 +95,35 @@ def test_an_old_directory_that_lies_aside_is_not_swept_while_its_place_is_empty(
         assert not aside.exists()
 
 
-@pytest.mark.parametrize("working_directory", [directory_of_models, directory_of_runtime])
-def test_a_working_directory_that_was_swept_before_it_was_locked_is_made_again(
-    working_directory: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["before it was opened", "before it was locked"])
+@pytest.mark.parametrize(
+    "make", [directory_of_models, directory_of_runtime, lambda parent, prefix: new_file(parent / "x")]
+)
+def test_what_another_process_swept_before_it_was_locked_is_made_again(
+    make: Callable[[Path, str], AbstractContextManager[Path]],
+    moment: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened, swept = os.open, []
 
-    def open_late(path: object, flags: int, *rest: int) -> int:
-        handle = opened(path, flags, *rest)  # type: ignore[arg-type]
-        if not swept and ".x-" in str(path):
-            swept.append(path)
-            os.rmdir(str(path))
+    def sweep(path: Path) -> None:
+        swept.append(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+    def open_late(path: Any, flags: int, *rest: int, **named: Any) -> int:
+        claims = not swept and ".x." in str(path) and not flags & os.O_CREAT
+        if claims and moment == "before it was opened":
+            sweep(Path(path))
+        handle = opened(path, flags, *rest, **named)
+        if claims and moment == "before it was locked":
+            sweep(Path(path))
         return handle
 
     monkeypatch.setattr(os, "open", open_late)
-    with working_directory(tmp_path, ".x-") as made:  # type: ignore[operator]
+    with make(tmp_path, ".x.partial-") as made:
         assert swept
-        assert made.is_dir()
+        assert made.exists()
         assert made != swept[0]
 
 
