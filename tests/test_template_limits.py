@@ -37,6 +37,9 @@ HOSTILE = {
     "indent by text": "{{ ('\n' * 1000000) | indent('a' * 1000000) }}",
     "a width in percent": "{{ '%1000000000d' % 1 }}",
     "a width among the arguments": "{{ '%*d' % (1000000000, 1) }}",
+    "a width after a name with brackets": "{{ '%(a())1000000000d' % {'a()': 1} }}",
+    "names without an end": "{{ ('%(' * 10000000) % {'a': 1} }}",
+    "flags without an end": "{{ ('%' + '0' * 20000000) % 1 }}",
     "a width in the filter": "{{ '%1000000000d' | format(1) }}",
     "a width in format": "{{ '{:1000000000}'.format(1) }}",
     "a width for format": "{{ '{:{}}'.format(1, 1000000000) }}",
@@ -79,6 +82,16 @@ HOSTILE = {
     "separated JSON": f"{{{{ range(100000) | list | tojson(separators=({MILLION}, '')) }}}}",
     "wordwrap": "{{ ('a' * 10000000) | wordwrap(1) }}",
     "striptags": "{{ ('<!--' * 1000000 + '-->') | striptags }}",
+    "filters on filters, never read": "{% set ns = namespace(a=[1]) %}{% for i in range(100000) %}{% set ns.a = ns.a | select %}{% endfor %}",
+    "filters on filters": "{% set ns = namespace(a=[1]) %}{% for i in range(100000) %}{% set ns.a = ns.a | map('string') %}{% endfor %}{{ ns.a | list }}",
+    "filters on filters in lists": "{% set ns = namespace(a=[1]) %}{% for i in range(100000) %}{% set ns.a = [ns.a] | map('first') %}{% endfor %}{{ ns.a | list }}",
+    "a long attribute": "{{ range(100000) | map(attribute='real.' * 100000 ~ 'real') | list }}",
+    "many attributes": "{{ range(100000) | sort(false, false, 'real,' * 100000 ~ 'real') }}",
+    "a range searched": "{% for i in range(100000) %}{{ range(100000).count(1.5) }}{% endfor %}",
+    "arguments of a macro": "{% macro f() %}{% endmacro %}{% for i in range(100000) %}{{ f(*range(100000)) }}{% endfor %}",
+    "title": "{{ ('aa ' * 20000000) | title }}",
+    "wordcount": "{{ ('aa ' * 20000000) | wordcount }}",
+    "words without tags": "{{ ('aa ' * 20000000) | striptags }}",
     "lipsum": "{{ lipsum(n=10**9) }}",
     "a long date": "{{ strftime_now('%Y' * 1000000) }}",
     "many texts by map": "{{ range(100000) | map('string') | map('center', 1000) | join }}",
@@ -131,7 +144,16 @@ def test_a_hostile_template_fails_in_one_sentence(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nested ranges", "lists that are kept", "a tree that doubles, shown", "split", "repetition"]
+    "name",
+    [
+        "nested ranges",
+        "lists that are kept",
+        "a tree that doubles, shown",
+        "split",
+        "repetition",
+        "title",
+        "filters on filters",
+    ],
 )
 def test_a_hostile_template_takes_little_memory(name: str) -> None:
     result = subprocess.run(
@@ -155,6 +177,16 @@ def test_a_long_conversation_is_no_attack() -> None:
             {"role": ("user", "assistant")[i % 2], "content": f"a</think>{'word ' * (size // 5)}"} for i in range(count)
         ]
         assert len(template.render({"messages": messages})) > count * (size - 10)
+
+
+def test_filters_on_filters_are_no_attack_where_people_write_them() -> None:
+    template = ChatTemplate(
+        "{{ messages | selectattr('role', 'equalto', 'user') | rejectattr('hidden') | map(attribute='content.text')"
+        " | select | map('trim') | map('title') | unique | list | join('%') }}{{ '%(a)5s%%%-5s|' | format('b') if x"
+        " else '%(a)5s|%%(' % {'a': 1} }}"
+    )
+    messages = [{"role": "user", "content": {"text": " some words "}}, {"role": "assistant", "content": "x"}]
+    assert template.render({"messages": messages}) == "Some Words    1|%("
 
 
 def test_limits_hold_for_each_rendering_and_not_for_all_together() -> None:

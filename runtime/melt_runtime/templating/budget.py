@@ -16,7 +16,7 @@ _STEPS_PER_CHARACTER = 16
 _BYTES_PER_CHARACTER = 64
 # Where steps are cheap and many, or a single one is dear, processor time is the last bound.
 MAX_SECONDS = 10.0
-_STEPS_PER_LOOK = 1 << 16
+_STEPS_PER_LOOK = 1 << 11
 
 MAX_WHOLE = 1 << 63  # larger whole numbers would make arithmetic, text and hashes as slow as a template likes
 _VALUE = 24  # characters that a number, None or a container takes in text, generously

@@ -22,9 +22,12 @@ def _names(text: str) -> frozenset[str]:
 MAX_WIDTH = 100_000  # of a field, an indentation, or a number's digits
 _LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _SPACES = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+_MAX_ATTRIBUTE = 200  # characters: "a.b.c", or "a,b,c" to sort by
 _PIECE = 80  # bytes of a short string in a list
 _ESCAPED = 6  # characters of one as HTML, JSON or Python write it, at most, but for characters beyond U+FFFF: 12
-_PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]*.", re.DOTALL)
+_BREAKS = "-({[<"  # where the filter title begins a word, too
+# A field: its name's brackets, width and precision. Python's own reader of names counts brackets; here they have none.
+_PERCENT = re.compile(r"%(\()?(?:(?<=\()[^()]{0,200}(\)))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]*(?:.|\Z)", re.DOTALL)
 
 
 def width(value: Any) -> int:
@@ -41,7 +44,10 @@ def printf(form: str | bytes, arguments: Any) -> int:
     total = len(text)
     for found in _PERCENT.finditer(text):
         fields += 1
-        for number in found.groups():
+        opened, closed, *numbers = found.groups()
+        if opened and not closed:
+            raise TooMuch("it formats by a name that is long or has brackets")
+        for number in numbers:
             if number == "*":  # a width among the arguments
                 total += sum(width(one) for one in arguments if isinstance(one, int))
             elif number:
@@ -55,6 +61,12 @@ def check_spec(spec: str) -> None:
     """A format spec such as ">10". Raises TooMuch."""
     for number in re.findall(r"\d+", spec):
         width(int(number[:20]))
+
+
+def check_attribute(*names: Any) -> None:
+    """The attributes that a filter looks up in every item. Raises TooMuch."""
+    if any(isinstance(name, str) and len(name) > _MAX_ATTRIBUTE for name in names):
+        raise TooMuch(f"it asks for an attribute of more than {_MAX_ATTRIBUTE} characters")
 
 
 def _padded(text: Any, to: Any = 80, *rest: Any, **named: Any) -> int:
@@ -191,7 +203,15 @@ def _escaped(value: Any, *rest: Any, **named: Any) -> int:
     return 2 * _ESCAPED * size(value)
 
 
+def _words(text: Any, *rest: Any, **named: Any) -> int:
+    text = str(text)
+    return 2 * len(text) + _PIECE * sum(map(text.count, _SPACES + _BREAKS))
+
+
 FILTERS: dict[str, Forecast] = {
+    "title": _words,
+    "wordcount": _words,
+    "striptags": _words,
     "center": _padded,
     "indent": _indented,
     "replace": _replaced,
@@ -211,6 +231,19 @@ FILTERS: dict[str, Forecast] = {
     "urlencode": _escaped,
     "xmlattr": _escaped,
     "urlize": _escaped,
+}
+# Where the name of an attribute stands among the arguments.
+ATTRIBUTES = {
+    "map": 99,  # only by its name
+    "selectattr": 0,
+    "rejectattr": 0,
+    "groupby": 0,
+    "sum": 0,
+    "join": 1,
+    "unique": 1,
+    "min": 1,
+    "max": 1,
+    "sort": 2,
 }
 # These look at no more than a value's own length, and at its parts as they are asked for.
 SHALLOW_FILTERS = _names(

@@ -25,6 +25,7 @@ from markupsafe import EscapeFormatter, Markup
 from ..errors import PromptError
 from .budget import TooMuch, current, size
 from .costs import (
+    ATTRIBUTES,
     DEEP_TESTS,
     FILTERS,
     METHODS,
@@ -33,6 +34,7 @@ from .costs import (
     SHALLOW_FILTERS,
     SQUARE_FILTERS,
     WHOLE_FILTERS,
+    check_attribute,
     check_spec,
     printf,
     width,
@@ -40,6 +42,7 @@ from .costs import (
 from .metering import BLOCK, FILTERS_THAT_PAY, metered
 
 MAX_SOURCE = 256 << 10  # characters; the longest templates of today have 30,000
+_MAX_LAZY = 50  # filters that each read the one before item by item
 _MAX_REFUSAL = 1000  # characters of what a template may say of messages
 
 
@@ -97,6 +100,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         budget.spend(BLOCK)
         owner = getattr(__obj, "__self__", None)
         if isinstance(__obj, Macro):
+            budget.spend(len(args) + len(kwargs))
             return super().call(__context, __obj, *args, **kwargs)
         if isinstance(owner, str):
             args = _check_method(owner, __obj.__name__, args, kwargs)
@@ -210,6 +214,8 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             value = list(_counted(iter(value)))
         shallow = name in SHALLOW_FILTERS and not isinstance(value, str)
         budget.spend(BLOCK)
+        if name in ATTRIBUTES:
+            check_attribute(*args[ATTRIBUTES[name] :][:1], *(kwargs[key] for key in ("attribute",) if key in kwargs))
         if shallow:
             if name not in ("default", "d"):
                 budget.read(args, kwargs)
@@ -221,7 +227,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             budget.room(forecast(value, *args, **kwargs))
         result = function(*first, value, *args, **kwargs)
         if isinstance(result, Iterator):
-            return _counted(result)
+            return _Lazy(result, value, *args, *kwargs.values())
         return result if shallow else budget.made(result)
 
     return bounded
@@ -240,6 +246,23 @@ def _bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     return bounded
 
 
+class _Lazy:
+    """The items of a filter's result, paid for as they come. Each waits in C for the one that it reads, so a chain of
+    them has an end. ``behind``: what the filter reads."""
+
+    def __init__(self, items: Iterator[Any], *behind: Any) -> None:
+        self.depth = 1 + max((one.depth for one in (items, *behind) if isinstance(one, _Lazy)), default=0)
+        if self.depth > _MAX_LAZY:
+            raise TooMuch(f"it chains more than {_MAX_LAZY} filters")
+        self._items = _counted(items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._items)
+
+
 def _counted(parts: Iterator[Any]) -> Iterator[Any]:
     for part in parts:
         current().spend(BLOCK)
@@ -252,7 +275,7 @@ def _check_builtin(owner: Any, name: str, args: tuple[Any, ...]) -> None:
     if name not in allowed:
         raise TooMuch(f"it calls {type(owner).__name__}.{name}")
     current().read(args)
-    if isinstance(owner, list | tuple) and args:
+    if isinstance(owner, list | tuple | range) and args:
         current().read(owner)
 
 
