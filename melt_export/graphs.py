@@ -152,7 +152,7 @@ def trace_loop_step(
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
     module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
-    traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), min(cache_rows, _TRACE_SIZES["context"]))
+    traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), cache_rows)
     if dialect.fuses:
         if isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
             skip_first_gate(traced.model.graph)
@@ -212,15 +212,17 @@ def _trace(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     fixed: int,
-    context: int = _TRACE_SIZES["context"],
+    cache_rows: int,
 ) -> TracedGraph:
     """Exports a module with named dynamic dimensions.
 
     ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
-    ``context``: how many rows of the caches are seen while tracing, at most as many as they have.
+    ``cache_rows``: how many positions the caches have; a context has at most as many.
     """
-    sizes = {**_TRACE_SIZES, "context": context}
-    named = {name: torch.export.Dim(name) for name in sizes}
+    sizes = {**_TRACE_SIZES, "context": min(cache_rows, _TRACE_SIZES["context"])}
+    # PyTorch 2.11 takes no cache that is sliced to a context without this bound.
+    limits = {"context": {"max": cache_rows}}
+    named = {name: torch.export.Dim(name, **limits.get(name, {})) for name in sizes}
     # One value each, seen in every place: caches of a long sequence would not fit into memory.
     example = tuple(
         torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([sizes.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
