@@ -138,6 +138,15 @@ def test_a_spread_is_median_and_quartiles() -> None:
     assert spread([]) is None
 
 
+def test_without_a_length_the_prompt_is_as_long_as_every_package_allows(
+    tiny_package: Path, make_package: MakePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "peak_memory", lambda *_: {"loaded_bytes": None, "peak_bytes": None})
+    demo = make_package(Path(__file__).parent.parent / "examples" / "addition-melt", max_batch=32)
+    report = bench([tiny_package, demo], Sweep(tokens=1, rounds=1))
+    assert {row["prompt_tokens"] for row in report["results"]} == {64}
+
+
 # Refusals: before anything is loaded
 
 

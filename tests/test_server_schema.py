@@ -118,6 +118,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"role": "user", "content": 5}, "content", "text or a list of parts"),
         ({"role": "user"}, "content", "missing"),
         ({"role": "tool", "content": "a"}, "role", "tools are not supported"),
+        ({"role": "tool", "content": "a", "tool_call_id": "b"}, "role", "nothing speaks in this role"),
         ({"role": "assistant", "content": "a", "tool_calls": [{}]}, "tool_calls", "tools are not supported"),
         ({"role": "user", "content": "a", "colour": "red"}, "colour", "no such field"),
     ],

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -28,19 +28,22 @@ from .progress import Step, no_progress
 from .runtime import Runtime
 from .sampling import Sampler, SamplingParams
 
+_PROMPT = 128  # tokens, where a sweep does not say
+
 
 @dataclass(frozen=True)
 class Sweep:
     """What is run: every combination of these. ``contexts``: tokens in the cache before the ones that are timed;
-    ``loops`` and ``chunks`` empty: each package's own. ``prompt``: tokens of the prompt whose prefill is timed, 0 for
-    none; ``tokens``: decoded a visit; ``rounds``: visits to each combination. Raises ArgumentError."""
+    ``loops`` and ``chunks`` empty: each package's own. ``prompt``: tokens of the prompt whose prefill is timed (0:
+    none; None: 128, or as many as every package holds); ``tokens``: decoded a visit; ``rounds``: visits to each
+    combination. Raises ArgumentError."""
 
     contexts: tuple[int, ...] = (0,)
     loops: tuple[int, ...] = ()
     batches: tuple[int, ...] = (1,)
     chunks: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
-    prompt: int = 128
+    prompt: int | None = None
     tokens: int = 4
     rounds: int = 5
 
@@ -50,7 +53,7 @@ class Sweep:
                 whole_number(name, value)
         for name in ("tokens", "rounds"):
             whole_number(name, getattr(self, name))
-        if min((self.prompt, *self.contexts)) < 0:
+        if min((self.prompt or 0, *self.contexts)) < 0:
             raise ArgumentError("context and prompt must be 0 or more tokens")
         if not self.contexts or not self.batches:
             raise ArgumentError("name at least one context and one batch")
@@ -78,7 +81,7 @@ class Samples:
 
 def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
     """Refuses a sweep that a package cannot run, before anything is loaded. Raises ArgumentError."""
-    longest = max(*(context + 1 for context in sweep.contexts), sweep.prompt)
+    longest = max(*(context + 1 for context in sweep.contexts), sweep.prompt or 0)
     if longest > manifest.max_seq_len:
         raise ArgumentError(f"{name} holds {manifest.max_seq_len} tokens; the sweep needs {longest}")
     if max(sweep.batches) > manifest.max_batch:
@@ -220,6 +223,8 @@ def bench(packages: Sequence[Path], sweep: Sweep, progress: Step = no_progress) 
     """
     opened = [Package.open(path, check_hashes=False) for path in packages]
     names = _names(packages)
+    if sweep.prompt is None:
+        sweep = replace(sweep, prompt=min(_PROMPT, *(package.manifest.max_seq_len for package in opened)))
     for package, name in zip(opened, names, strict=True):
         check(package.manifest, name, sweep)
     report: dict[str, Any] = {"packages": [], "bandwidth": [], "results": []}
@@ -332,7 +337,7 @@ def _row(
         "threads": threads,
         "prompt_tokens": sweep.prompt,
         "first_token_s": spread(prefill),
-        "prefill_tokens_s": spread([point.batch * sweep.prompt / seconds for seconds in prefill]),
+        "prefill_tokens_s": spread([point.batch * (sweep.prompt or 0) / seconds for seconds in prefill]),
         "decode_tokens_s": spread(point.batch / token),
         "token_ms": spread(1e3 * token),
         "loop_ms": spread(1e3 * loop),

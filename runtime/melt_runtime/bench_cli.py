@@ -35,7 +35,12 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Sequences at a time, such as 1,4.")] = "1",
     chunk: Annotated[str, typer.Option(help="Prefill chunks, such as 32,128. Default: each package's.")] = "",
     threads: Annotated[str, typer.Option(help="Threads, such as 1,2. Default: the physical cores.")] = "",
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none.")] = 128,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt whose prefill is timed; 0: none. Default: 128, or what all packages hold."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded at each visit.")] = 4,
     rounds: Annotated[int, typer.Option(help="Visits to each combination, packages in turn.")] = 5,
 ) -> None:

@@ -197,6 +197,7 @@ class Message(Strict):
     annotations: Annotated[None, nothing("annotations are not supported; only [] is possible", [])] = None
     tool_calls: Annotated[None, nothing("tools are not supported; only [] is possible", [])] = None
     function_call: Annotated[None, nothing("tools are not supported; only null is possible")] = None
+    tool_call_id: Annotated[None, nothing("tools are not supported; only null is possible")] = None
 
     @model_validator(mode="after")
     def _said(self) -> Message:
