@@ -251,7 +251,7 @@ class _Lazy:
     them has an end. ``behind``: what the filter reads."""
 
     def __init__(self, items: Iterator[Any], *behind: Any) -> None:
-        self.depth = 1 + max((one.depth for one in (items, *behind) if isinstance(one, _Lazy)), default=0)
+        self.depth: int = 1 + max((one.depth for one in (items, *behind) if isinstance(one, _Lazy)), default=0)
         if self.depth > _MAX_LAZY:
             raise TooMuch(f"it chains more than {_MAX_LAZY} filters")
         self._items = _counted(items)
