@@ -117,7 +117,7 @@ class TextCodec:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            reason: str | None = lacking(self.tokenizer, text) or f"The tokenizer failed: {error}"
+            reason: str | None = lacking(self.tokenizer, text) or f"The tokenizer failed: {brief(error)}"
             raise PromptError(f"{reason}.") from error
         if self._drops_characters and (reason := lacking(self.tokenizer, text)) is not None:
             raise PromptError(f"{reason}.")

@@ -14,10 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .checked import brief
+from .tokenizer_weight import weigh_tokenizer
 
 _ONE_AT_A_TIME = threading.Lock()
-# A prefix that is set, or letters that are spelled so that it could hide. Most tokenizers have neither, and are read
-# once.
+# A prefix that is set, or letters that are spelled so that it could hide; most tokenizers have neither.
 _PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*(?!null|""|\s)|\\u00[2-7]')
 
 
@@ -28,8 +28,10 @@ def tokenizer_of(text: str) -> Tokenizer:
 
     While the library reads, nothing reaches the process's standard error: a panic writes there, whoever catches it.
     """
+    content = _parsed(text)
+    weigh_tokenizer(content)
     if _PREFIX.search(text):
-        _check_merges(text)
+        _check_merges(content)
     with _ONE_AT_A_TIME, _silent():
         try:
             tokenizer = Tokenizer.from_str(text)
@@ -53,13 +55,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_merges(text: str) -> None:
-    """Raises ValueError for a merge whose tokens are not in the vocabulary. The library cuts the prefix off a merge's
-    second token by its length in bytes, whatever it begins with, and ends the process over half a character."""
+def _parsed(text: str) -> Any:
     try:
-        content = json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is too deep") from error
+
+
+def _check_merges(content: Any) -> None:
+    """Raises ValueError for a merge whose tokens are not in the vocabulary. The library cuts the prefix off a merge's
+    second token by its length in bytes, whatever it begins with, and ends the process over half a character."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model.get("merges"):
         return
