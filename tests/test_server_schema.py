@@ -66,6 +66,7 @@ def test_a_completion_may_say_what_asks_for_nothing(server: Server, fields: dict
 def test_the_message_of_a_reply_can_be_sent_back(client: OpenAI) -> None:
     said = client.chat.completions.create(**CHAT).choices[0].message
     whole: Any = {**said.model_dump(), "refusal": None, "audio": None, "annotations": [], "tool_calls": []}
+    whole |= {"reasoning": None, "reasoning_content": None}
     assert set(said.model_dump()) >= {"refusal", "annotations", "audio", "function_call", "tool_calls"}
     expected = None
     for again in ({"role": "assistant", "content": said.content}, said.model_dump(), whole):

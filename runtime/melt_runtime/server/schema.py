@@ -197,6 +197,9 @@ class Message(Strict):
     annotations: Annotated[None, nothing("annotations are not supported; only [] is possible", [])] = None
     tool_calls: Annotated[None, nothing("tools are not supported; only [] is possible", [])] = None
     function_call: Annotated[None, nothing("tools are not supported; only null is possible")] = None
+    # Other servers' names for what a model thought: null where it did not.
+    reasoning: Annotated[None, nothing("reasoning is not supported; only null is possible")] = None
+    reasoning_content: Annotated[None, nothing("reasoning is not supported; only null is possible")] = None
     tool_call_id: Annotated[None, nothing("tools are not supported; only null is possible")] = None
 
     @model_validator(mode="after")
