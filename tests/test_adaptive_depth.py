@@ -179,3 +179,10 @@ def test_a_request_may_set_them(tiny_package: Path) -> None:
     assert set(result.depth) == {3}
     with pytest.raises(ArgumentError, match="min_loops is 5"):
         runtime.generate([5], loops=4, min_loops=5)
+
+
+@pytest.mark.parametrize("name", ["exit_threshold", "exit_change"])
+@pytest.mark.parametrize("value", [True, "0.5", float("nan"), -0.1])
+def test_what_is_no_number_of_its_range_is_refused_as_a_threshold(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} is"):
+        LoopSettings(4, **{name: value})

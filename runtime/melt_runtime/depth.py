@@ -39,9 +39,9 @@ class LoopSettings:
             whole_number("chunk", self.chunk)
         if self.min_loops > self.loops:
             raise ArgumentError(f"min_loops is {self.min_loops}, above the {self.loops} loops that a token may have")
-        if not isinstance(self.exit_threshold, float | int) or not 0.0 <= self.exit_threshold <= 1.0:
+        if not _real(self.exit_threshold) or not 0.0 <= self.exit_threshold <= 1.0:
             raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
-        if not isinstance(self.exit_change, float | int) or not 0.0 <= self.exit_change < math.inf:
+        if not _real(self.exit_change) or not 0.0 <= self.exit_change < math.inf:
             raise ArgumentError(f"exit_change is {self.exit_change!r}; it must be a finite number of at least 0")
 
     @property
@@ -59,6 +59,10 @@ class LoopSettings:
             )
         if self.chunk is not None and self.chunk > manifest.chunk:
             raise ArgumentError(f"chunk is {self.chunk}; this package was exported for at most {manifest.chunk}")
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: object) -> None:
