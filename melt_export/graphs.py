@@ -212,17 +212,17 @@ def _trace(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     fixed: int,
-    cache_rows: int,
+    cache_rows: int | None = None,
 ) -> TracedGraph:
     """Exports a module with named dynamic dimensions.
 
     ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
-    ``cache_rows``: how many positions the caches have; a context has at most as many.
+    ``cache_rows``: how many positions the caches have, if there are any; a context has at most as many.
     """
-    sizes = {**_TRACE_SIZES, "context": min(cache_rows, _TRACE_SIZES["context"])}
+    context = _TRACE_SIZES["context"] if cache_rows is None else min(cache_rows, _TRACE_SIZES["context"])
+    sizes = {**_TRACE_SIZES, "context": context}
     # PyTorch 2.11 takes no cache that is sliced to a context without this bound.
-    limits = {"context": {"max": cache_rows}}
-    named = {name: torch.export.Dim(name, **limits.get(name, {})) for name in sizes}
+    named = {name: torch.export.Dim(name, max=cache_rows if name == "context" else None) for name in sizes}
     # One value each, seen in every place: caches of a long sequence would not fit into memory.
     example = tuple(
         torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([sizes.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
