@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,11 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .checked import brief
-from .tokenizer_weight import weigh_tokenizer
+from .tokenizer_weight import parse_tokenizer
 
 _ONE_AT_A_TIME = threading.Lock()
-# A prefix that is set, or letters that are spelled so that it could hide; most tokenizers have neither.
-_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*(?!null|""|\s)|\\u00[2-7]')
 
 
 def tokenizer_of(text: str) -> Tokenizer:
@@ -28,10 +24,7 @@ def tokenizer_of(text: str) -> Tokenizer:
 
     While the library reads, nothing reaches the process's standard error: a panic writes there, whoever catches it.
     """
-    content = _parsed(text)
-    weigh_tokenizer(content)
-    if _PREFIX.search(text):
-        _check_merges(content)
+    _check_merges(parse_tokenizer(text).get("model"))
     with _ONE_AT_A_TIME, _silent():
         try:
             tokenizer = Tokenizer.from_str(text)
@@ -47,28 +40,13 @@ def tokenizer_of(text: str) -> Tokenizer:
     return tokenizer
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ: readers disagree on which of two counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object names the same thing twice")
-    return found
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except RecursionError as error:
-        raise ValueError("it is too deep") from error
-
-
-def _check_merges(content: Any) -> None:
-    """Raises ValueError for a merge whose tokens are not in the vocabulary. The library cuts the prefix off a merge's
-    second token by its length in bytes, whatever it begins with, and ends the process over half a character."""
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not model.get("merges"):
+def _check_merges(model: Any) -> None:
+    """Raises ValueError for a merge whose tokens are not in the vocabulary, where a prefix is set. The library cuts the
+    prefix off a merge's second token by its length in bytes, whatever it begins with, and ends the process over half a
+    character."""
+    if not isinstance(model, dict) or not model.get("merges") or not model.get("continuing_subword_prefix"):
         return
-    vocab, merges, prefix = model.get("vocab"), model["merges"], model.get("continuing_subword_prefix") or ""
+    vocab, merges, prefix = model.get("vocab"), model["merges"], model["continuing_subword_prefix"]
     if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(prefix, str):
         raise ValueError("the model's vocabulary, merges or prefix are of a wrong type")
     for merge in merges:
