@@ -160,7 +160,9 @@ def _template(pieces: list[Any], ids: dict[str, int]) -> tuple[int, int]:
             continue
         name = _dict(special, "a piece of a template").get("id")
         if not isinstance(name, str) or name not in ids:
-            raise ValueError(f"a template of its post_processor names the token {shown(name)}, which it does not define")
+            raise ValueError(
+                f"a template of its post_processor names the token {shown(name)}, which it does not define"
+            )
         added += ids[name]
     return added, texts
 

@@ -276,7 +276,20 @@ class TokenizerTarget:
         pairs = {"type": "BPE", "vocab": {"é": 0, "##é": 1, "éé": 2}, "merges": [["é", "##é"]]}
         pieces = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
         template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+        swap = {"type": "Replace", "pattern": {"String": "a"}, "content": "é"}
+        first = {"SpecialToken": {"id": "<unk>", "type_id": 0}}
+        parts = {
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "é"}, swap, swap]},
+            "decoder": {"type": "Sequence", "decoders": [swap, {"type": "Fuse"}, swap]},
+            "post_processor": {
+                **template,
+                "single": [first, *template["single"]],
+                "pair": [],
+                "special_tokens": {"<unk>": {"id": "<unk>", "ids": [0, 0], "tokens": ["<unk>", "<unk>"]}},
+            },
+        }
         return [
+            json.dumps({**common, "model": pieces, **parts}).encode(),
             json.dumps({**common, "model": {**pairs, "continuing_subword_prefix": "##"}}).encode(),
             json.dumps({**common, "model": {**pairs, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}).encode(),
             json.dumps(
@@ -287,7 +300,7 @@ class TokenizerTarget:
     def attempt(self, content: bytes) -> None:
         tokenizer = tokenizer_of(content.decode("utf-8"))
         with suppress(Exception):  # a text that cannot be written; a panic is none
-            tokenizer.encode("a é")
+            tokenizer.decode(tokenizer.encode("a é").ids)
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
