@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from melt_runtime.tokenizer_bounds import MOST_VALUES
+from melt_runtime.tokenizer_weight import MOST_VALUES
 from melt_runtime.tokenizer_file import tokenizer_of
 
 WORDS = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1, "b": 2}, "unk_token": "<unk>"}
@@ -89,6 +89,14 @@ BOMBS = {
         text(normalizer=steps("normalizers", *[replace("", "a", "Regex")] * 40)),
         "8,192 times as long",
     ),
+    "a replacement of nothing": (
+        text(normalizer=replace("", "a" * 10_000, "Regex")),
+        "its normalizer, pre_tokenizer and post_processor may make",
+    ),
+    "a step without a type": (
+        text(normalizer={"normalizers": [{"pattern": {"String": "a"}, "content": "a" * 10_000}]}),
+        "its normalizer, pre_tokenizer and post_processor may make",
+    ),
     "prepended megabytes": (
         text(normalizer=steps("normalizers", *[{"type": "Prepend", "prepend": "a" * 60_000}] * 8)),
         "8,192 times as long",
@@ -162,7 +170,7 @@ USUAL = {
         text(
             {"type": "BPE", "vocab": LLAMA, "merges": ["▁ a"], "unk_token": "<unk>", "byte_fallback": True},
             normalizer=steps("normalizers", {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")),
-            post_processor=template(["<s>", "A"]),
+            post_processor=steps("processors", BYTES_AGAIN, template(["<s>", "A"])),
             decoder=steps(
                 "decoders",
                 replace("▁", " "),
@@ -262,61 +270,3 @@ def test_standard_error_is_open_again_afterwards(capfd: pytest.CaptureFixture[st
         tokenizer_of(BROKEN["charsmap"])
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
-
-
-def replaced(pattern: dict[str, str], content: str, times: int = 1, kind: str = "normalizers") -> dict[str, Any]:
-    step = {"type": "Replace", "pattern": pattern, "content": content}
-    return {"type": "Sequence", kind: [step] * times}
-
-
-def template(pieces: int, ids: int) -> dict[str, Any]:
-    token = {"id": "<s>", "ids": [0] * ids, "tokens": ["<unk>"] * ids}
-    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * pieces + [{"Sequence": {"id": "A", "type_id": 0}}]
-    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {"<s>": token}}
-
-
-BOMBS = {
-    "a normalizer that multiplies": (
-        text(normalizer=replaced({"String": "1"}, "1" * 100, 5)),
-        "its normalizer may make",
-    ),
-    "a pattern that matches nothing": (
-        text(normalizer=replaced({"Regex": ""}, "a" * 10_000)),
-        "its normalizer may make",
-    ),
-    "sequences in each other": (
-        text(normalizer={"type": "Sequence", "normalizers": [replaced({"String": "1"}, "1" * 11)] * 2}),
-        "its normalizer may make",
-    ),
-    "texts before the text": (
-        text(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 1_000_000}] * 8}),
-        "its normalizer puts more than 1,024 characters",
-    ),
-    "a decoder that multiplies": (
-        text(decoder=replaced({"String": "8"}, "8" * 100, 5, "decoders")),
-        "its decoder may make",
-    ),
-    "a template of many tokens": (text(post_processor=template(2000, 1)), "its post_processor adds more than 1,024"),
-    "a token of many ids": (text(post_processor=template(2, 1000)), "its post_processor adds more than 1,024"),
-    "a long token": (text({**WORDS, "vocab": {"<unk>": 0, "a" * 100_000: 1}}), "a token of 100,000 characters"),
-}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_what_would_grow_out_of_proportion_is_refused_before_the_library_reads_it(bomb: str) -> None:
-    given, says = BOMBS[bomb]
-    with pytest.raises(ValueError, match=says):
-        tokenizer_of(given)
-
-
-def test_what_the_models_of_today_do_is_no_bomb() -> None:
-    llama = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    decoder = replaced({"String": "▁"}, " ", 1, "decoders")
-    made = tokenizer_of(
-        text(
-            normalizer={"type": "Sequence", "normalizers": [*llama, replaced({"Regex": "\\s+"}, " ")]},
-            decoder=decoder,
-            post_processor={"type": "Sequence", "processors": [template(2, 1)]},
-        )
-    )
-    assert made.encode("a").ids[:2] == [0, 0]
