@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 import pytest
-from melt_runtime.tokenizer_weight import MOST_VALUES
 from melt_runtime.tokenizer_file import tokenizer_of
+from melt_runtime.tokenizer_weight import MOST_VALUES
 
 WORDS = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1, "b": 2}, "unk_token": "<unk>"}
 
