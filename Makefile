@@ -15,7 +15,7 @@ help:
 	@echo "make docs       the pages of docs/ and the API reference as a site in build/site; a warning is an error"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (about an hour on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
-	@echo "make bench-smollm2  of these the comparison with onnxruntime-genai alone (ten minutes)"
+	@echo "make bench-smollm2  of these the comparison with onnxruntime-genai alone (two minutes, once its packages are made)"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
 	@echo "make bench-serving  tokens/s by slots, delay beside a prompt, a soak of ten minutes: rewrites docs/benchmarks.* and docs/serving.md"
 
