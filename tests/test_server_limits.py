@@ -246,7 +246,7 @@ def test_a_client_that_does_not_read_is_cut_before_what_it_left_unread_grows_too
 def test_a_client_that_takes_nothing_for_too_long_is_cut(served_package: Path, served_runtime: Runtime) -> None:
     with Server(served_package, "--stall", 2) as server:
         # So deep that it is not over before its client is cut, however fast the machine is.
-        raw = send(server, {**UNREAD, "loops": 16, "max_tokens": 7000}, "/v1/chat/completions")
+        raw = send(server, {**UNREAD, "loops": 16}, "/v1/chat/completions")
         assert answers(server.client(), served_runtime)
         eventually(lambda: any(line.get("path") == "/v1/chat/completions" for line in server.log()))
         eventually(lambda: cancelled(server) == 1)
