@@ -36,8 +36,6 @@ def command(
     except (CheckpointError, TargetExistsError, OSError) as error:
         print(f"melt-convert: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    if not (output / "tokenizer.json").is_file():
-        print(f"melt-convert: {source} has no tokenizer.json; a package of it takes token ids only", file=sys.stderr)
     deep = "1 loop" if config.total_ut_steps == 1 else f"{config.total_ut_steps} loops"
     print(f"{output}: MELT, {config.num_hidden_layers} layers, {deep}; ", end="")
     unread = ", never read in one loop" if config.total_ut_steps == 1 else ""
