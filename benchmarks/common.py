@@ -68,7 +68,7 @@ def command_line(script: str, arguments: list[str]) -> str:
 def melt_export(checkpoint: Path, output: Path, rows: int, *options: str) -> Path:
     """Has melt-export make a package for one sequence of ``rows`` tokens, unverified. Raises RuntimeError with its
     reason."""
-    command = [sys.executable, "-c", "from melt_export.entry import export; export()"]
+    command = [sys.executable, "-c", "from melt_export.entry_points import export; export()"]
     command += ["--checkpoint", str(checkpoint), "--output", str(output), "--max-seq-len", str(rows)]
     ran = subprocess.run(
         [*command, "--max-batch", "1", "--no-verify", *options], capture_output=True, text=True, check=False

@@ -110,7 +110,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def package(directory: Path, threads: int, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
     """A package as generation runs it."""
     from melt_runtime import Runtime
-    from melt_runtime.bench import Stopwatch
+    from melt_runtime.bench.sweep import Stopwatch
 
     runtime = Runtime.load(directory, threads=threads, check_hashes=False)
     watch = Stopwatch(runtime.driver())

@@ -58,7 +58,7 @@ def export(checkpoint: Path, output: Path, precision: str, rows: int) -> None:
 def build(package: Path, name: str, answer: Connection) -> None:
     """In a child process, which imports no torch: builds one engine and sends a Build."""
     from melt_runtime.engines.build import EngineOptions, build_engine
-    from melt_runtime.package import Package
+    from melt_runtime.package.reader import Package
 
     _, _, weights = name.partition("-")
     opened = Package.open(package, check_hashes=False)

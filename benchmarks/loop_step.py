@@ -29,8 +29,8 @@ import numpy as np
 import typer
 from common import command_line, loaded_machine, resident, save, versions
 from melt_runtime import LoopDriver, LoopSettings, Runtime
-from melt_runtime.generation import Generator
-from melt_runtime.package import DIALECTS, PRECISIONS
+from melt_runtime.decoding.generator import Generator
+from melt_runtime.package.specs import DIALECTS, PRECISIONS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table

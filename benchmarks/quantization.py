@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import typer
 from common import STYLE, command_line, machine, melt_export, save, table, versions
 from melt_runtime import Runtime
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 
-from melt_export.parity import Limits
-from melt_export.quality import held_out, measure, reference_logits
+from melt_export.parity.quality import held_out, measure, reference_logits
+from melt_export.parity.report import Limits
 
 VARIANTS = (
     "--weights int4",

@@ -45,8 +45,8 @@ from common import command_line, loaded_machine, melt_export, plural, save, vers
 from contest import Contestant, take_turns
 from make_checkpoint import SHAPES, make
 from melt_models import LoopLMConfig, MeltConfig
-from melt_runtime.bench import Sweep, bench, peak_memory
-from melt_runtime.package import Package
+from melt_runtime.bench.sweep import Sweep, bench, peak_memory
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 

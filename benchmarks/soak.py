@@ -38,7 +38,7 @@ from attacks import PAUSE, Attacker
 from common import command_line, loaded_machine, random_package, save, versions
 from loop_step import in_child
 from melt_runtime.machine import resident
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -220,7 +220,7 @@ def attacked(tally: Tally, start: float, due: float) -> dict[str, Any]:
 @contextmanager
 def serving(package: Path, settings: Settings) -> Iterator[tuple[str, int]]:
     """A server process: its URL and its process id. Raises RuntimeError with its last words if it does not start."""
-    program = "from melt_runtime.cli import main; main()"
+    program = "from melt_runtime.cli.main import main; main()"
     options = [
         "serve",
         "--prefix-bytes",  # so few that kept beginnings of prompts soon reach their bound

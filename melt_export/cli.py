@@ -12,13 +12,15 @@ import typer
 from melt_models.atomic import TargetExistsError, check_target
 from melt_models.directory import check_directory, without_tokenizer
 from melt_models.errors import CheckpointError
-from melt_runtime.command import run_app
-from melt_runtime.describe import arithmetic_of, unread_parts
-from melt_runtime.engine_cli import CapabilityOption, Flavour, Weights, built_line
+from melt_runtime.cli.build_engine import CapabilityOption, Flavour, Weights, built_line
+from melt_runtime.cli.errors import run_app
+from melt_runtime.cli.inspect import arithmetic_of, unread_parts
 from melt_runtime.engines.build import EngineOptions, build_engine, check_options
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import ArgumentError, MeltError
-from melt_runtime.package import DIALECTS, PRECISIONS, Manifest, Package
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.reader import Package
+from melt_runtime.package.specs import DIALECTS, PRECISIONS
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +28,7 @@ from rich.table import Table
 from .options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, ExportOptions, WeightOptions
 
 if TYPE_CHECKING:
-    from .parity import ParityReport
+    from .parity.report import ParityReport
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
 ActivationKind = StrEnum("ActivationKind", {name: name for name in ACTIVATIONS})  # type: ignore[misc]
@@ -187,7 +189,7 @@ def export(
     check_target(output, force=force)
 
     from .export import building
-    from .verify import require_parity, verify
+    from .parity.verify import require_parity, verify
 
     report = None
     with shown_progress() as step:
@@ -263,8 +265,8 @@ def verify_command(
             )
         check_directory(checkpoint)
 
-        from .quality import limits_of
-        from .verify import verify
+        from .parity.quality import limits_of
+        from .parity.verify import verify
 
         limits = limits_of(manifest, max_kl, max_perplexity_change)
         report = verify(

@@ -18,27 +18,28 @@ from melt_models.atomic import new_directory
 from melt_models.checkpoint import open_checkpoint
 from melt_models.configuration import LoopedConfig
 from melt_models.convert import COMPANIONS, TOKENIZER, check_companions
-from melt_runtime.backends.choice import too_old
-from melt_runtime.backends.survey import onnxruntime_version
+from melt_runtime.backends.choose import too_old
+from melt_runtime.backends.devices import onnxruntime_version
 from melt_runtime.errors import PackageError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
-from melt_runtime.package import MANIFEST, PRECISIONS, FileSpec, GraphSpec, Manifest, file_hash
+from melt_runtime.package.files import FileSpec, file_hash
+from melt_runtime.package.manifest import MANIFEST, Manifest
+from melt_runtime.package.specs import MAX_LOOPS, PRECISIONS, GraphSpec
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
-from melt_runtime.specs import MAX_LOOPS
-from melt_runtime.text import TextCodec
+from melt_runtime.text.tokenizer import TextCodec
 
-from .cache import calibrated, quantize_caches
-from .calibrate import calibration_tokens, hessians
-from .dialects import DIALECTS
 from .errors import ExportError
-from .graphs import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
-from .hollow import without_memory
-from .optimize import optimize
+from .graph.dialects import DIALECTS
+from .graph.external_weights import attach_weights, external_bytes, write_weights
+from .graph.hollow import without_memory
+from .graph.onnxruntime_optimizer import optimize
+from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
 from .options import BITS, ExportOptions
-from .quantize import Statistics, check_patterns, halve_embedding, quantize_products
-from .sensitivity import sensitivities
-from .weights import attach_weights, external_bytes, write_weights
+from .quantization.calibration import calibration_tokens, hessians
+from .quantization.kv_cache import calibrated, quantize_caches
+from .quantization.matmul_weights import Statistics, check_patterns, halve_embedding, quantize_products
+from .quantization.sensitivity import sensitivities
 
 _MAX_DEFAULT_SEQ_LEN = 4096
 _LOOPLM_CHUNK = 128  # a LoopLM computes the same whatever its chunk

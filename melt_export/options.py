@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melt_runtime.checked import MOST_SIZE
-from melt_runtime.package import DIALECTS, PRECISIONS
-from melt_runtime.specs import MAX_BATCH
+from melt_runtime.package.specs import DIALECTS, MAX_BATCH, PRECISIONS
+from melt_runtime.untrusted import MOST_SIZE
 
 from .errors import ExportError
 
 if TYPE_CHECKING:
-    from .blocks import Grid
+    from .quantization.blocks import Grid
 
 BITS = {"int4": 4, "int8": 8}
 METHODS = ("rtn", "gptq")
@@ -75,7 +74,7 @@ class WeightOptions:
 
     def grid(self, bits: int, *, positive: bool = False) -> Grid:
         """How numbers of so many bits are chosen."""
-        from .blocks import Grid
+        from .quantization.blocks import Grid
 
         return Grid(bits, self.block, positive, self.asymmetric and bits == BITS["int4"])
 

@@ -20,12 +20,13 @@ import numpy as np
 import onnxruntime
 from melt_runtime.backends.cuda import host_array
 from melt_runtime.engines.library import Library
-from melt_runtime.engines.shapes import length_buckets, make_profiles
-from melt_runtime.engines.spec import EngineSpec
+from melt_runtime.engines.profiles import length_buckets, make_profiles
 from melt_runtime.engines.store import keep_engine, new_engine
 from melt_runtime.errors import BackendError
-from melt_runtime.files import FileSpec, file_hash
-from melt_runtime.package import GRAPHS, Package, source_hash
+from melt_runtime.package.engine_spec import EngineSpec
+from melt_runtime.package.files import FileSpec, file_hash
+from melt_runtime.package.reader import Package, source_hash
+from melt_runtime.package.specs import GRAPHS
 
 TYPES = {
     "tensor(float)": np.float32,

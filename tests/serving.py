@@ -23,7 +23,7 @@ class Server:
     """A ``melt-run serve`` process on a free port, named "tiny". ``before``: lines of Python that it runs first."""
 
     def __init__(self, package: Path, *options: object, port: int = 0, before: str = "", **environment: str):
-        program = f"{before}\nfrom melt_runtime.cli import main; main()"
+        program = f"{before}\nfrom melt_runtime.cli.main import main; main()"
         arguments = ["serve", package, "--name", "tiny", "--port", port, "--threads", 1, *options]
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],

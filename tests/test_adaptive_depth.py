@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopDriver, LoopSettings, Runtime
-from melt_runtime.cli import app
-from melt_runtime.package import DIALECTS
+from melt_runtime.cli.main import app
+from melt_runtime.package.specs import DIALECTS
 from typer.testing import CliRunner
 
 PROMPTS = [[5, 6, 7, 8], list(range(9, 21)), [30, 31]]

@@ -7,11 +7,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-from melt_runtime.backends.choice import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Facts, choices, explain, ranked
-from melt_runtime.engines.spec import EngineSpec, ProfileSpec
+from melt_runtime.backends.choose import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Facts, choices, explain, ranked
 from melt_runtime.errors import ArgumentError, BackendError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
-from melt_runtime.package import DIALECTS, PRECISIONS
+from melt_runtime.package.engine_spec import EngineSpec, ProfileSpec
+from melt_runtime.package.specs import DIALECTS, PRECISIONS
 
 RTX = EngineSpec(
     flavour="tensorrt-rtx",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from melt_runtime import Runtime, backends
-from melt_runtime.backends import open_backend
-from melt_runtime.backends.choice import NAMES, Facts
-from melt_runtime.backends.survey import devices
-from melt_runtime.cli import app
+from melt_runtime.backends.choose import NAMES, Facts
+from melt_runtime.backends.devices import devices
+from melt_runtime.backends.open import open_backend
+from melt_runtime.cli.main import app
 from melt_runtime.errors import ArgumentError, BackendError
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 from typer.testing import CliRunner
 
 no_gpu = pytest.mark.skipif(bool(devices()), reason="there is an NVIDIA device here")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
-from melt_runtime import bench as module
-from melt_runtime.bench import Stopwatch, Sweep, bench, loop_bytes, overhead, spread
-from melt_runtime.cli import app
+from melt_runtime.bench import sweep as module
+from melt_runtime.bench.sweep import Stopwatch, Sweep, bench, loop_bytes, overhead, spread
+from melt_runtime.cli.main import app
 from melt_runtime.machine import ReadBandwidth
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 from typer.testing import CliRunner
 
 QUICK = {"prompt": 10, "tokens": 1, "rounds": 2, "threads": (1,)}

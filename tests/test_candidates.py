@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from melt_runtime import Sampler, SamplingParams
-from melt_runtime.candidates import Candidates, sample_candidates
 from melt_runtime.errors import ArgumentError
+from melt_runtime.sampling.top_candidates import Candidates, sample_candidates
 
 VOCAB = 400
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import LoopDriver, Package, Piece, Runtime, Session
-from melt_runtime.backends import onnxruntime as backend_module
-from melt_runtime.conversation import Conversation
+from melt_runtime.backends import onnxruntime_cpu as backend_module
+from melt_runtime.session.conversation import Conversation
 from test_run_cli import letters, refused, run
 
 SAMPLED: dict[str, Any] = {"temperature": 1.2, "top_k": 30, "seed": 4}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import test_chat
 from conftest import MakePackage
-from melt_runtime import BackendError, Runtime, SessionError, session_file
-from melt_runtime.conversation import Conversation
+from melt_runtime import BackendError, Runtime, SessionError
+from melt_runtime.session import file as session_file
+from melt_runtime.session.conversation import Conversation
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_chat import SAMPLED, chat_ids, continued, said

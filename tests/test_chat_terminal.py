@@ -14,7 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
-from melt_runtime import Runtime, session_file
+from melt_runtime import Runtime
+from melt_runtime.session import file as session_file
 
 fcntl, termios = (pytest.importorskip(name, reason="needs a pseudo-terminal") for name in ("fcntl", "termios"))
 
@@ -24,14 +25,14 @@ WAIT = 120.0  # seconds after which a test gives up
 PROGRAM = """
 import fcntl, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from melt_runtime.track import Track
+from melt_runtime.decoding.sequence import Track
 draw = Track.draw
 def slowly(track, *arguments):
     if track.prompt_tokens < 30:
         time.sleep(0.1)
     return draw(track, *arguments)
 Track.draw = slowly
-from melt_runtime.cli import main
+from melt_runtime.cli.main import main
 main()
 """
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import typer
 from melt_runtime import PackageError
-from melt_runtime.checked import (
+from melt_runtime.cli.errors import for_terminal, one_line, reported_errors
+from melt_runtime.untrusted import (
     MOST_DEPTH,
     FieldError,
     brief,
@@ -30,7 +31,6 @@ from melt_runtime.checked import (
     text,
     whole,
 )
-from melt_runtime.command import for_terminal, one_line, reported_errors
 
 
 def nested(depth: int) -> str:

@@ -10,16 +10,7 @@ from typing import Any
 
 import pytest
 import test_parts
-from melt_runtime import (
-    BackendError,
-    Generator,
-    LoopDriver,
-    OvertakenError,
-    PrefixStore,
-    Request,
-    Runtime,
-    Scheduler,
-)
+from melt_runtime import BackendError, Generator, LoopDriver, OvertakenError, PrefixStore, Request, Runtime, Scheduler
 
 every_backend = test_parts.runtime
 WAIT = 120.0  # seconds until a test gives up on a thread

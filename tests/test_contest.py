@@ -12,7 +12,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 
 from melt_export.options import WeightOptions
-from melt_export.quantize import stored_values
+from melt_export.quantization.matmul_weights import stored_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import contest

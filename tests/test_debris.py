@@ -18,8 +18,8 @@ import pytest
 from melt_models.atomic import TargetExistsError, new_directory
 from melt_models.atomic import working_directory as directory_of_models
 from melt_runtime.engines.store import new_engine
-from melt_runtime.files import new_file
-from melt_runtime.files import working_directory as directory_of_runtime
+from melt_runtime.package.files import new_file
+from melt_runtime.package.files import working_directory as directory_of_runtime
 
 BUILDERS = {
     "a package": (
@@ -28,7 +28,7 @@ BUILDERS = {
         lambda directory: new_directory(directory / "made"),
     ),
     "a file": (
-        "from melt_runtime.files import new_file as make",
+        "from melt_runtime.package.files import new_file as make",
         "make(Path(sys.argv[1]) / 'made')",
         lambda directory: new_file(directory / "made"),
     ),
@@ -190,7 +190,7 @@ PROGRAM = """
 import os, sys, time, typer
 from pathlib import Path
 from melt_models.atomic import new_directory
-from melt_runtime.command import run_app
+from melt_runtime.cli.errors import run_app
 app = typer.Typer()
 
 @app.command()

@@ -97,7 +97,7 @@ def test_a_chat_says_it_once_for_each_depth(tiny_package: Path) -> None:
 
 
 def test_a_conversation_that_thinks_deeper_is_told(runtime: Runtime) -> None:
-    from melt_runtime.conversation import Conversation
+    from melt_runtime.session.conversation import Conversation
 
     conversation = Conversation(runtime.session(**SHORT))
     with pytest.warns(MeltWarning, match="loops is 9"):

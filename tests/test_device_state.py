@@ -18,7 +18,8 @@ from melt_runtime import LoopSettings, Runtime
 from melt_runtime.backends.device_memory import DeviceBuffers
 from melt_runtime.backends.onnxruntime_cuda import DeviceBackend, in_device_memory, require_states_on_device
 from melt_runtime.errors import BackendError
-from melt_runtime.package import DIALECTS, Package
+from melt_runtime.package.reader import Package
+from melt_runtime.package.specs import DIALECTS
 
 STATES = ("hidden", "latent", "key_cache", "value_cache")
 

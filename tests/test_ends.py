@@ -12,9 +12,9 @@ import pytest
 from chat_styles import STYLES
 from conftest import MakeCheckpoint, MakePackage, write_tokenizer
 from melt_runtime import Runtime
-from melt_runtime.conversation import Conversation
-from melt_runtime.ends import EndToken, end_of_turn, end_tokens
-from melt_runtime.text import TextCodec
+from melt_runtime.session.conversation import Conversation
+from melt_runtime.text.end_tokens import EndToken, end_of_turn, end_tokens
+from melt_runtime.text.tokenizer import TextCodec
 from test_run_cli import run
 from tokenizers import Tokenizer, models
 
@@ -100,7 +100,7 @@ def test_it_is_said_which_tokens_stop_and_who_says_so(package: Path, runtime: Ru
 @pytest.fixture
 def certain(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What all models say from now on, whatever they are asked: two letters, the end of the turn, and on."""
-    from melt_runtime.sampling import Sampler
+    from melt_runtime.sampling.sampler import Sampler
 
     script = [10, 11, 48, 12, 13]
     monkeypatch.setattr(Sampler, "sample", lambda self, row, history: script[(len(history) - asked[0]) % 5])
@@ -127,7 +127,7 @@ def test_a_chat_stops_with_the_templates_end_of_a_turn(package: Path, runtime: R
 
 
 def test_the_server_stops_chats_there_and_completions_not(runtime: Runtime) -> None:
-    from melt_runtime.scheduler import Scheduler
+    from melt_runtime.scheduler.scheduler import Scheduler
     from melt_runtime.server.schema import ChatAsk, CompletionAsk
     from melt_runtime.server.service import Service
 
@@ -143,7 +143,7 @@ def test_the_server_stops_chats_there_and_completions_not(runtime: Runtime) -> N
 
 
 def test_a_template_is_given_variables_by_the_api_the_server_and_the_chat(package: Path, runtime: Runtime) -> None:
-    from melt_runtime.scheduler import Scheduler
+    from melt_runtime.scheduler.scheduler import Scheduler
     from melt_runtime.server.schema import ChatAsk
     from melt_runtime.server.service import Service
 

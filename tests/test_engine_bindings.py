@@ -6,7 +6,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Package
 from melt_runtime.backends.bindings import loop_bindings, state_buffers
-from melt_runtime.package import Manifest
+from melt_runtime.package.manifest import Manifest
 
 
 @pytest.fixture(scope="module", params=["standard", "portable"])

@@ -16,19 +16,21 @@ import numpy as np
 import onnx
 import pytest
 from melt_runtime import BackendError, Package, PackageError
-from melt_runtime.describe import describe
+from melt_runtime.cli.inspect import describe
 from melt_runtime.engines.build import EngineOptions, check_options
-from melt_runtime.engines.inspection import require_small
 from melt_runtime.engines.library import Library, open_library
 from melt_runtime.engines.monitor import Phases
-from melt_runtime.engines.onnx_file import read_initializers, read_operators
+from melt_runtime.engines.network_checks import require_small
+from melt_runtime.engines.profiles import bucket_for, length_buckets, make_profiles, profile_for, resolve
 from melt_runtime.engines.quantize import bfloat16_bits, fp8, fp8_values, quantize, rounded, worth_it
-from melt_runtime.engines.shapes import bucket_for, length_buckets, make_profiles, profile_for, resolve
-from melt_runtime.engines.spec import EngineSpec, plan_path
 from melt_runtime.engines.store import keep_engine, new_engine, open_engine, remove_engine, runs_on
 from melt_runtime.errors import ArgumentError
-from melt_runtime.files import FileSpec, file_hash
-from melt_runtime.package import GRAPHS, Manifest, manifest_hash, source_hash
+from melt_runtime.package.engine_spec import EngineSpec, plan_path
+from melt_runtime.package.files import FileSpec, file_hash
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.onnx_file import read_initializers, read_operators
+from melt_runtime.package.reader import manifest_hash, source_hash
+from melt_runtime.package.specs import GRAPHS
 from onnx import TensorProto, helper
 from processes import LIMIT
 

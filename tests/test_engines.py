@@ -12,13 +12,13 @@ import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import BackendError, Package
-from melt_runtime.cli import app as run_app
-from melt_runtime.describe import describe
+from melt_runtime.cli.inspect import describe
+from melt_runtime.cli.main import app as run_app
 from melt_runtime.engines.build import EngineOptions, build_engine
-from melt_runtime.engines.inspection import inspect_network
 from melt_runtime.engines.library import Library, open_library
 from melt_runtime.engines.network import Network, add_candidates, parse, quantize_products
-from melt_runtime.engines.shapes import length_buckets
+from melt_runtime.engines.network_checks import inspect_network
+from melt_runtime.engines.profiles import length_buckets
 from melt_runtime.engines.store import open_engine
 from melt_runtime.errors import ArgumentError
 from onnx import helper

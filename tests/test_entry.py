@@ -16,7 +16,7 @@ def run(
     command: str, arguments: tuple[str, ...], before: str = "", after: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process of its own, between two statements."""
-    script = f"{before}\nimport sys\nsys.argv[1:] = {arguments!r}\nfrom melt_export.entry import {command}\n"
+    script = f"{before}\nimport sys\nsys.argv[1:] = {arguments!r}\nfrom melt_export.entry_points import {command}\n"
     script += f"try: {command}()\nfinally: {after or 'pass'}"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
 

@@ -21,7 +21,7 @@ from conftest import TINY, MakeCheckpoint, MakePackage
 from melt_models import CheckpointError, MeltConfig
 from melt_models.atomic import TargetExistsError
 from melt_models.checkpoint import Weights, hollow_model
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from melt_export import export
 from melt_export.errors import ExportError, ParityError
 from melt_export.export import building, sizes
-from melt_export.hollow import without_memory
+from melt_export.graph.hollow import without_memory
+from melt_export.graph.merge_matmuls import packed_name
 from melt_export.options import ExportOptions
-from melt_export.pack import packed_name
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys

@@ -19,7 +19,8 @@ import pytest
 import torch
 from conftest import TINY, MakeCheckpoint, MakePackage
 from melt_models import LoopLMConfig, LoopLMForCausalLM
-from melt_runtime.package import Package, file_hash
+from melt_runtime.package.files import file_hash
+from melt_runtime.package.reader import Package
 from processes import LIMIT, started
 from safetensors.torch import load_file, save_file
 

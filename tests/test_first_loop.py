@@ -11,12 +11,12 @@ import onnxruntime
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
-from melt_runtime.bench import loop_bytes
-from melt_runtime.driver import LoopSettings
-from melt_runtime.package import Package
+from melt_runtime.bench.sweep import loop_bytes
+from melt_runtime.decoding.settings import LoopSettings
+from melt_runtime.package.reader import Package
 from numpy.typing import NDArray
 
-from melt_export.verify import verify
+from melt_export.parity.verify import verify
 
 
 def branches(package: Path) -> list[onnx.GraphProto]:

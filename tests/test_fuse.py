@@ -12,11 +12,12 @@ import onnxruntime
 import pytest
 import torch
 from melt_models.layers import RMSNorm
-from melt_runtime.package import Package, TensorSpec
+from melt_runtime.package.reader import Package
+from melt_runtime.package.specs import TensorSpec
 from torch import Tensor, nn
 
-from melt_export.fuse import fuse_norms
-from melt_export.graphs import _trace
+from melt_export.graph.fuse_skip_norm import fuse_norms
+from melt_export.graph.trace import _trace
 
 
 class SumAndNorm(nn.Module):

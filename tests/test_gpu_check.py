@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from melt_runtime import Runtime
-from melt_runtime.backends.survey import devices
+from melt_runtime.backends.devices import devices
 from processes import LIMIT
 from rich.console import Console
 from typer.testing import CliRunner
 
-from melt_export.expected import expected_of
 from melt_export.gpu_check import checks, timing
 from melt_export.gpu_check.__main__ import app
 from melt_export.gpu_check.machine import HostMachine, described
 from melt_export.gpu_check.report import FAILED, MEASURED, NOT_RUN, PASSED, Report, Result
 from melt_export.gpu_check.subjects import Subject
 from melt_export.gpu_check.targets import NotHere, Target, ready, targets
+from melt_export.parity.expected import expected_of
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_every_backend_has_its_targets_and_tensorrt_one_for_each_flavour() -> No
 
 @pytest.mark.skipif(bool(devices()), reason="there is an NVIDIA device here")
 def test_a_target_that_cannot_run_here_says_why(tiny_package: Path) -> None:
-    from melt_runtime.package import Package
+    from melt_runtime.package.reader import Package
 
     with pytest.raises(NotHere, match="no NVIDIA driver"):
         ready(Target("onnxruntime-cuda", "onnxruntime"), Package.open(tiny_package), 0, lambda *_: None)

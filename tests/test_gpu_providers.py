@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
-from melt_runtime.backends import survey
-from melt_runtime.backends.choice import choices, too_old
-from melt_runtime.backends.survey import devices, onnxruntime_version
-from melt_runtime.package import DIALECTS, Package
+from melt_runtime.backends.choose import choices, too_old
+from melt_runtime.backends.devices import devices, onnxruntime_version, survey
+from melt_runtime.package.reader import Package
+from melt_runtime.package.specs import DIALECTS
 from test_concurrency import calls_of, together
 from typer.testing import CliRunner
 
-from melt_export.expected import expected_of
 from melt_export.gpu_check.__main__ import app
-from melt_export.parity import TOLERANCES, ParityReport
-from melt_export.verify import compare
+from melt_export.parity.expected import expected_of
+from melt_export.parity.report import TOLERANCES, ParityReport
+from melt_export.parity.verify import compare
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from melt_runtime.errors import BusyError
 from melt_runtime.server import grammar
 from melt_runtime.server.grammar import Grammars, JsonConstraint
 from melt_runtime.server.schema_weight import weigh
-from melt_runtime.text import TextCodec
+from melt_runtime.text.tokenizer import TextCodec
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 END = "</s>"

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from conftest import MakePackage
 from melt_runtime import PromptError, Runtime
-from melt_runtime.text import TextCodec
+from melt_runtime.text.tokenizer import TextCodec
 from serving import WAIT, Server
 from test_run_cli import refused, run
 from test_text import byte_fallback, byte_level, characters, metaspace, word_pieces, words

@@ -10,13 +10,14 @@ import torch
 from conftest import MakeCheckpoint, MakePackage
 from melt_models.checkpoint import load_model
 from melt_runtime import ArgumentError, LoopSettings, PackageError, Runtime
-from melt_runtime.describe import describe
-from melt_runtime.package import Manifest, Package
+from melt_runtime.cli.inspect import describe
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.reader import Package
 
 from melt_export.errors import ExportError
 from melt_export.export import building
 from melt_export.options import ExportOptions
-from melt_export.verify import verify
+from melt_export.parity.verify import verify
 
 LOOPS = 4
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]

@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from melt_runtime.package import TensorSpec
+from melt_runtime.package.specs import TensorSpec
 from torch import Tensor, nn
 
 from melt_export.errors import ExportError
-from melt_export.graphs import TracedGraph, _trace
+from melt_export.graph.trace import TracedGraph, _trace
 
 GIVEN = TensorSpec("x", "float32", ("batch", 4, "chunk", 6))
 

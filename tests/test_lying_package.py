@@ -15,10 +15,10 @@ import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Package, PackageError, Runtime
-from melt_runtime.backends.plans import Plan
-from melt_runtime.cli import app
-from melt_runtime.manifest import Manifest
-from melt_runtime.package import GRAPHS
+from melt_runtime.backends.execution import Plan
+from melt_runtime.cli.main import app
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.specs import GRAPHS
 from onnx import TensorProto, helper, numpy_helper
 from test_package import edit
 from typer.testing import CliRunner
@@ -137,7 +137,7 @@ def test_a_manifest_that_lies_throughout_is_refused_by_what_is_loaded(
 
 def test_a_lying_manifest_ends_the_command_with_one_line_and_exit_code_2(package_copy: Path) -> None:
     edit(package_copy, LIES["a narrower hidden"])
-    program = "from melt_runtime.cli import main; main()"
+    program = "from melt_runtime.cli.main import main; main()"
     for arguments in (["generate", str(package_copy), "hello"], ["inspect", str(package_copy)]):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
         assert done.returncode == 2, done

@@ -8,8 +8,8 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, BackendError, Memory, Runtime, Scheduler
 from melt_runtime import machine as machine_module
-from melt_runtime.backends import onnxruntime as backend_module
-from melt_runtime.backends.onnxruntime import OnnxRuntimeState
+from melt_runtime.backends import onnxruntime_cpu as backend_module
+from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "standard", "portable", "looplm"])

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 
-from melt_export.blocks import Blocks, Grid, gptq, round_to_nearest, rounding_error
 from melt_export.errors import ExportError
 from melt_export.export import building
 from melt_export.options import ExportOptions, WeightOptions
-from melt_export.parity import Limits
-from melt_export.sensitivity import most_sensitive, sensitivities
-from melt_export.verify import verify
+from melt_export.parity.report import Limits
+from melt_export.parity.verify import verify
+from melt_export.quantization.blocks import Blocks, Grid, gptq, round_to_nearest, rounding_error
+from melt_export.quantization.sensitivity import most_sensitive, sensitivities
 
 TOKENS = [[token % 60 for token in range(start, start + 20)] for start in range(8)]
 
@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for small models, and soon over."""
-    monkeypatch.setattr("melt_export.calibrate._SEQUENCES", 4)
+    monkeypatch.setattr("melt_export.quantization.calibration._SEQUENCES", 4)
 
 
 def export(checkpoint: Path, output: Path, weights: WeightOptions) -> Path:

@@ -15,7 +15,7 @@ from melt_runtime import Runtime
 import melt_export.export as road
 from melt_export.errors import ExportError
 from melt_export.export import build_package
-from melt_export.optimize import optimize
+from melt_export.graph.onnxruntime_optimizer import optimize
 from melt_export.options import ExportOptions, WeightOptions
 
 

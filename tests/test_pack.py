@@ -11,8 +11,8 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_models.checkpoint import Weights
 
-from melt_export.pack import packed_name
-from melt_export.verify import verify
+from melt_export.graph.merge_matmuls import packed_name
+from melt_export.parity.verify import verify
 
 LAYER = "model.layers.0."
 PACKED = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from melt_runtime import BackendError, Package, PackageError, Runtime
-from melt_runtime.package import Manifest
+from melt_runtime.package.manifest import Manifest
 
 
 def edit(package: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -18,10 +18,10 @@ from conftest import MakeCheckpoint, MakePackage
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from melt_export.distances import MULTIPLE
 from melt_export.errors import ParityError
-from melt_export.parity import TOLERANCES, GenerationResult, ParityReport, StateError
-from melt_export.verify import require_parity, verify
+from melt_export.parity.distances import MULTIPLE
+from melt_export.parity.report import TOLERANCES, GenerationResult, ParityReport, StateError
+from melt_export.parity.verify import require_parity, verify
 
 DIALECTS = ("onnxruntime", "standard", "portable")
 

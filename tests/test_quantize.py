@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_models.checkpoint import read_config
 from melt_runtime import Runtime
-from melt_runtime.describe import activations_of, arithmetic_of
-from melt_runtime.package import Package
+from melt_runtime.cli.inspect import activations_of, arithmetic_of
+from melt_runtime.package.reader import Package
 
-from melt_export.blocks import Blocks, Grid, gptq, round_to_nearest
-from melt_export.calibrate import calibration_tokens, hessians
 from melt_export.errors import ExportError
 from melt_export.export import building
+from melt_export.graph.merge_matmuls import part_names
 from melt_export.options import ExportOptions, WeightOptions
-from melt_export.pack import part_names
-from melt_export.parity import Limits, Quality
-from melt_export.verify import verify
+from melt_export.parity.report import Limits, Quality
+from melt_export.parity.verify import verify
+from melt_export.quantization.blocks import Blocks, Grid, gptq, round_to_nearest
+from melt_export.quantization.calibration import calibration_tokens, hessians
 
 
 @given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.integers(0, 9))

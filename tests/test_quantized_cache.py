@@ -12,15 +12,15 @@ from conftest import MakeCheckpoint, MakePackage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from melt_runtime import ArgumentError, LoopSettings, Runtime
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 
-from melt_export.answers import read_problems
-from melt_export.cache import calibrated
-from melt_export.cache_numbers import CacheNumbers, rounded
 from melt_export.errors import ExportError
 from melt_export.options import CacheOptions, ExportOptions, WeightOptions
-from melt_export.parity import Limits
-from melt_export.verify import verify
+from melt_export.parity.exact_match import read_problems
+from melt_export.parity.report import Limits
+from melt_export.parity.verify import verify
+from melt_export.quantization.kv_cache import calibrated
+from melt_export.quantization.kv_cache_scales import CacheNumbers, rounded
 
 
 @pytest.fixture(scope="module")

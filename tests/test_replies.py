@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from melt_runtime import GenerationOptions, Logprobs, Piece
-from melt_runtime.depth import LoopSettings
+from melt_runtime.decoding.sequence import Track
+from melt_runtime.decoding.settings import LoopSettings
+from melt_runtime.results import Generation
 from melt_runtime.server.replies import Form, StreamedChoice
-from melt_runtime.text import TextCodec
-from melt_runtime.track import Generation, Track
+from melt_runtime.text.tokenizer import TextCodec
 from test_text import byte_fallback, byte_id, byte_level
 from tokenizers import Tokenizer
 

@@ -11,8 +11,8 @@ import test_parts
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopDriver, LoopSettings, Runtime
 from melt_runtime.backends.bindings import cache_buffers
-from melt_runtime.backends.onnxruntime import OnnxRuntimeState
-from melt_runtime.backends.state import widened
+from melt_runtime.backends.buffers import widened
+from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
 
 every_backend = test_parts.runtime
 SETTINGS = LoopSettings(3)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from melt_runtime import Package, Runtime
-from melt_runtime.cli import app
-from melt_runtime.describe import describe, untrained_warnings
-from melt_runtime.text import TextCodec
+from melt_runtime.cli.inspect import describe, untrained_warnings
+from melt_runtime.cli.main import app
+from melt_runtime.text.tokenizer import TextCodec
 from typer.testing import CliRunner, Result
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "fastapi", "uvicorn", "llguidance")
@@ -24,7 +24,7 @@ def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
-def process(*arguments: object, program: str = "from melt_runtime.cli import main; main()", **options: Any) -> Any:
+def process(*arguments: object, program: str = "from melt_runtime.cli.main import main; main()", **options: Any) -> Any:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, text=True, timeout=300, **{"capture_output": True, **options})
 
@@ -237,8 +237,8 @@ class TestRefusals:
 def test_opening_a_large_package_shows_progress(tiny_package: Path, threshold: int) -> None:
     terminal, stderr = os.openpty()
     program = (
-        f"import melt_runtime.render as render; render._PROGRESS_FROM_BYTES = {threshold};"
-        "from melt_runtime.cli import main; main()"
+        f"import melt_runtime.cli.tables as render; render._PROGRESS_FROM_BYTES = {threshold};"
+        "from melt_runtime.cli.main import main; main()"
     )
     streams = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": stderr}
     result = process("inspect", tiny_package, "--json", program=program, **streams)
@@ -325,7 +325,7 @@ class TestInspect:
         assert "batch" in refused(run("inspect", tiny_package, "--batch", 0))
 
     def test_needs_no_onnx_runtime(self, tiny_package: Path) -> None:
-        program = "import sys; sys.modules['onnxruntime'] = None; from melt_runtime.cli import main; main()"
+        program = "import sys; sys.modules['onnxruntime'] = None; from melt_runtime.cli.main import main; main()"
         assert process("inspect", tiny_package, program=program).returncode == 0
 
 
@@ -344,7 +344,7 @@ def test_every_option_is_explained(command: str) -> None:
 
 def test_nothing_heavy_is_imported(tiny_package: Path) -> None:
     program = (
-        "import sys; from melt_runtime.cli import app; app(standalone_mode=False);"
+        "import sys; from melt_runtime.cli.main import app; app(standalone_mode=False);"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     result = process("generate", tiny_package, "1,2", "--ids", "--max-tokens", 3, program=program)

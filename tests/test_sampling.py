@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from melt_runtime.errors import ArgumentError
-from melt_runtime.sampling import Sampler, SamplingParams
+from melt_runtime.sampling.sampler import Sampler, SamplingParams
 
 KNOWN = np.log(np.array([0.05, 0.5, 0.15, 0.3], dtype=np.float32))
 

@@ -10,18 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import (
-    CancelledError,
-    DeadlineError,
-    Generation,
-    LoopDriver,
-    Piece,
-    Request,
-    Runtime,
-    Scheduler,
-)
-from melt_runtime import scheduler as scheduler_module
-from melt_runtime import scheduler_ticket as ticket_module
+from melt_runtime import CancelledError, DeadlineError, Generation, LoopDriver, Piece, Request, Runtime, Scheduler
+from melt_runtime.scheduler import request as ticket_module
+from melt_runtime.scheduler import scheduler as scheduler_module
 
 WAIT = 60.0  # seconds after which a test gives up; nothing here should take one
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, CancelledError, DeadlineError, PackageError, Runtime, Scheduler
-from melt_runtime import scheduler as scheduler_module
-from melt_runtime.backends.onnxruntime import OnnxRuntimeState
-from melt_runtime.package import MAX_LOOPS, Package
+from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
+from melt_runtime.package.reader import Package
+from melt_runtime.package.specs import MAX_LOOPS
+from melt_runtime.scheduler import scheduler as scheduler_module
 from serving import eventually
 from test_package import edit
 from test_scheduler import WAIT, request

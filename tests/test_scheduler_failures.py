@@ -23,9 +23,9 @@ from melt_runtime import (
     Runtime,
     Scheduler,
 )
-from melt_runtime import scheduler as scheduler_module
-from melt_runtime.backends.onnxruntime import OnnxRuntimeState
-from melt_runtime.scheduler_slots import Slots
+from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
+from melt_runtime.scheduler import scheduler as scheduler_module
+from melt_runtime.scheduler.slots import Slots
 from test_scheduler import WAIT, Gate, request
 
 

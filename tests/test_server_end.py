@@ -22,7 +22,7 @@ STREAM = LONG | {"stream": True}
 # The backend stands still for as long as a file is there.
 STANDS = """
 import os, time
-from melt_runtime.backends.onnxruntime import OnnxRuntimeState
+from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
 run = OnnxRuntimeState.run
 def stands(*arguments):
     while os.path.exists({!r}):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from melt_runtime import BusyError, MeltError, Request, Runtime, Scheduler
-from melt_runtime.cli import app
-from melt_runtime.server import cli as serve
+from melt_runtime.cli import serve as serve
+from melt_runtime.cli.main import app
 from melt_runtime.server.streaming import Backlog, Event, Feed
 from openai import APIStatusError, BadRequestError, OpenAI
 from serving import Server, eventually

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from melt_runtime import ArgumentError, Generation, Request, Runtime, Scheduler
-from melt_runtime.scheduler_metrics import OUTCOMES, Histogram, SchedulerMetrics
+from melt_runtime.scheduler.metrics import OUTCOMES, Histogram, SchedulerMetrics
 from melt_runtime.server.grammar import Grammars
 from melt_runtime.server.guard import Keys
 from melt_runtime.server.metrics import prometheus

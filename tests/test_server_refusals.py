@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from melt_runtime.cli import app
+from melt_runtime.cli.main import app
 from melt_runtime.server.guard import is_loopback
 from openai import AuthenticationError, BadRequestError, NotFoundError, RateLimitError
 from serving import WAIT, Server, eventually

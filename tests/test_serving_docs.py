@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from melt_runtime.server.cli import serve_command
+from melt_runtime.cli.serve import serve_command
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

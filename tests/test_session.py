@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_parts
-from melt_runtime import (
-    ArgumentError,
-    BackendError,
-    LoopDriver,
-    LoopSettings,
-    PromptError,
-    Runtime,
-    Session,
-)
+from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, PromptError, Runtime, Session
 
 every_backend = test_parts.runtime
 PAGE = Path(__file__).parent.parent / "docs" / "runtime.md"

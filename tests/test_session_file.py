@@ -18,13 +18,8 @@ import pytest
 import test_parts
 import test_session
 from conftest import MakePackage
-from melt_runtime import (
-    ArgumentError,
-    Runtime,
-    Session,
-    SessionError,
-    session_file,
-)
+from melt_runtime import ArgumentError, Runtime, Session, SessionError
+from melt_runtime.session import file as session_file
 from test_session import MORE, PROMPT, WAYS, opened
 
 every_backend = test_parts.runtime

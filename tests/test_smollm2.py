@@ -9,7 +9,7 @@ import pytest
 import torch
 from melt_models import MeltForCausalLM
 from melt_models.checkpoint import load_model
-from melt_runtime.text import TextCodec
+from melt_runtime.text.tokenizer import TextCodec
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 

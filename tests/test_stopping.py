@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from melt_runtime.errors import ArgumentError
-from melt_runtime.stopping import StopMatcher, stop_strings
+from melt_runtime.text.stop_strings import StopMatcher, stop_strings
 
 small = st.text("ab", max_size=12)
 stops = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from melt_runtime.errors import MeltError, PackageError
-from melt_runtime.templating.template import ChatTemplate
+from melt_runtime.text.templating.chat_template import ChatTemplate
 
 # A tree or a text that doubles sixty times.
 LISTS = "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
@@ -121,7 +121,7 @@ HOSTILE = {
 PROGRAM = """
 import json, resource, sys
 from melt_runtime.errors import MeltError
-from melt_runtime.templating.template import ChatTemplate
+from melt_runtime.text.templating.chat_template import ChatTemplate
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # of addresses; what is used is measured below
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_styles import STYLES
 from melt_runtime.errors import PackageError, PromptError
-from melt_runtime.text import TextCodec
+from melt_runtime.text.tokenizer import TextCodec
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
-from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime, bench
-from melt_runtime.backends import LoopControl, tensorrt
-from melt_runtime.backends.choice import Facts, choices
-from melt_runtime.backends.plans import Recordings
-from melt_runtime.backends.state import widened
+from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime
+from melt_runtime.backends import tensorrt
+from melt_runtime.backends.base import LoopControl
+from melt_runtime.backends.buffers import widened
+from melt_runtime.backends.choose import Facts, choices
+from melt_runtime.backends.execution import Recordings
 from melt_runtime.backends.tensorrt import TensorRTBackend, layout
-from melt_runtime.package import source_hash
+from melt_runtime.bench import sweep as bench
+from melt_runtime.package.reader import source_hash
 
 Load = Callable[..., Runtime]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19, 20, 21, 22, 23, 24, 25, 26]]

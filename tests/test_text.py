@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from melt_runtime.errors import ArgumentError, PackageError, PromptError
-from melt_runtime.text import StreamDecoder, TextCodec
+from melt_runtime.text.stream_decoder import StreamDecoder
+from melt_runtime.text.tokenizer import TextCodec
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LINES = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from melt_runtime.text import TextCodec
-from melt_runtime.token_bytes import Offsets, TokenBytes
+from melt_runtime.text.token_bytes import Offsets, TokenBytes
+from melt_runtime.text.tokenizer import TextCodec
 from test_text import ALL, byte_fallback, byte_id, byte_level, metaspace, relaxed
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 import pytest
-from melt_runtime.tokenizer_file import tokenizer_of
-from melt_runtime.tokenizer_weight import MOST_VALUES
+from melt_runtime.text.tokenizer_file import tokenizer_of
+from melt_runtime.text.tokenizer_limits import MOST_VALUES
 
 WORDS = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1, "b": 2}, "unk_token": "<unk>"}
 
@@ -134,7 +134,7 @@ def test_a_tokenizer_that_costs_too_much_is_refused_before_it_is_built(fault: st
     content, sentence = BOMBS[fault]
     program = """
 import sys
-from melt_runtime.tokenizer_file import tokenizer_of
+from melt_runtime.text.tokenizer_file import tokenizer_of
 try:
     tokenizer_of(sys.stdin.read()).encode("aaaa a")
 except ValueError as error:
@@ -230,7 +230,7 @@ def test_the_longest_chain_of_steps_that_is_in_use_is_read() -> None:
 def test_a_broken_tokenizer_is_one_sentence(fault: str) -> None:
     program = """
 import sys
-from melt_runtime.tokenizer_file import tokenizer_of
+from melt_runtime.text.tokenizer_file import tokenizer_of
 try:
     tokenizer_of(sys.stdin.read())
 except ValueError as error:

@@ -9,10 +9,10 @@ from typing import Annotated
 import torch
 import typer
 from melt_models.errors import CheckpointError
-from melt_runtime.backends.survey import devices
-from melt_runtime.command import run_app
+from melt_runtime.backends.devices import devices
+from melt_runtime.cli.errors import run_app
 from melt_runtime.errors import ArgumentError, BackendError, MeltError
-from melt_runtime.package import PRECISIONS
+from melt_runtime.package.specs import PRECISIONS
 from melt_runtime.progress import shown_progress
 from rich.console import Console
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from melt_runtime import LoopSettings, Runtime
 
-from ..expected import weigh_partings
-from ..parity import TOLERANCES, ParityReport
-from ..reference import open_reference
-from ..verify import compare
+from ..parity.expected import weigh_partings
+from ..parity.report import TOLERANCES, ParityReport
+from ..parity.verify import compare
+from ..reference.pytorch import open_reference
 from .machine import Machine
 from .report import FAILED, PASSED, Result
 from .subjects import Subject

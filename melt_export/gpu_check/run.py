@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from melt_models.errors import CheckpointError
 from melt_runtime import Runtime
-from melt_runtime.backends.choice import too_old
-from melt_runtime.backends.survey import onnxruntime_version
+from melt_runtime.backends.choose import too_old
+from melt_runtime.backends.devices import onnxruntime_version
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.errors import MeltError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
-from melt_runtime.package import Package
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step
 
 from . import checks, timing

@@ -9,13 +9,14 @@ from typing import Any
 
 import onnx_ir as ir
 from melt_models import MeltConfig
-from melt_runtime.package import Manifest, Package
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step
 
-from ..expected import Expected, expected_of
 from ..export import ExportOptions, building
+from ..graph.external_weights import external_bytes
+from ..parity.expected import Expected, expected_of
 from ..random_checkpoint import SHAPES, make
-from ..weights import external_bytes
 
 
 @dataclass(frozen=True)

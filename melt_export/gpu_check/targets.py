@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from melt_runtime.backends import survey
-from melt_runtime.backends.choice import choices
+from melt_runtime.backends.choose import choices
+from melt_runtime.backends.devices import survey
 from melt_runtime.engines.build import EngineOptions, build_engine, check_package, engine_name
 from melt_runtime.engines.library import open_library
-from melt_runtime.engines.spec import FLAVOURS
 from melt_runtime.engines.store import remove_engine
 from melt_runtime.errors import ArgumentError, MeltError
-from melt_runtime.package import Package
+from melt_runtime.package.engine_spec import FLAVOURS
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step
 
 # The dialects in which a backend is checked; the portable one when it is asked for.

@@ -5,7 +5,12 @@ runtime = Runtime.load("package")
 print(runtime.generate("2+2=").text)
 """
 
-from .driver import LoopDriver, LoopSettings
+from .decoding.generator import Generator
+from .decoding.loop_driver import LoopDriver
+from .decoding.prefix_cache import PrefixStore
+from .decoding.request_options import GenerateOptions
+from .decoding.settings import GenerationOptions, LoopSettings
+from .decoding.state_memory import Memory
 from .errors import (
     ArgumentError,
     BackendError,
@@ -20,16 +25,16 @@ from .errors import (
     PromptError,
     SessionError,
 )
-from .generation import Generator
-from .memory import Memory
-from .package import Manifest, Package
-from .prefixes import PrefixStore
-from .request_options import GenerateOptions
+from .package.manifest import Manifest
+from .package.reader import Package
+from .results import Generation, Logprobs, Piece
 from .runtime import Runtime
-from .sampling import Sampler, SamplingParams
-from .scheduler import Request, Scheduler, SchedulerMetrics, Ticket
-from .session import Session
-from .track import Constraint, Generation, GenerationOptions, Logprobs, Piece
+from .sampling.constraint import Constraint
+from .sampling.sampler import Sampler, SamplingParams
+from .scheduler.metrics import SchedulerMetrics
+from .scheduler.request import Request, Ticket
+from .scheduler.scheduler import Scheduler
+from .session.session import Session
 
 __all__ = [
     "ArgumentError",

@@ -9,26 +9,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from .backends import Backend, open_backend
-from .depth import depth_warnings
-from .driver import LoopDriver, LoopSettings
-from .ends import end_tokens
+from .backends.base import Backend
+from .backends.open import open_backend
+from .decoding.early_exit import depth_warnings
+from .decoding.generator import Generator, check_request
+from .decoding.loop_driver import LoopDriver
+from .decoding.request_options import GenerateOptions, plain_options
+from .decoding.settings import GenerationOptions, LoopSettings
+from .decoding.state_memory import Memory, memory
+from .decoding.state_pool import States
 from .errors import ArgumentError, MeltWarning, PromptError
-from .example import example_prompt
-from .generation import Generator, check_request
-from .memory import Memory, memory
-from .package import Manifest, Package
-from .prompts import Array, Prompt, separate, token_ids
-from .request_options import GenerateOptions, plain_options
-from .sampling import SamplingParams
-from .session import Session
-from .states import States
-from .stopping import stop_strings, stop_tokens
-from .text import TextCodec
-from .track import Generation, GenerationOptions, Piece
+from .package.example_prompt import example_prompt
+from .package.manifest import Manifest
+from .package.reader import Package
+from .results import Generation, Piece
+from .sampling.sampler import SamplingParams
+from .session.session import Session
+from .text.end_tokens import end_tokens
+from .text.prompts import Array, Prompt, separate, token_ids
+from .text.stop_strings import stop_strings, stop_tokens
+from .text.tokenizer import TextCodec
 
 if TYPE_CHECKING:
-    from .scheduler_slots import Prefixes
+    from .scheduler.slots import Prefixes
 
 
 class Runtime:

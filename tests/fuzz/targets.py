@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from chat_styles import STYLES
-from melt_runtime import MeltError, Package, Runtime, session_file
-from melt_runtime.describe import describe
-from melt_runtime.ends import stop_ids_of
-from melt_runtime.engines.onnx_file import external_data, initializer_bytes, read_operators
-from melt_runtime.render import print_facts
+from melt_runtime import MeltError, Package, Runtime
+from melt_runtime.cli.inspect import describe
+from melt_runtime.cli.tables import print_facts
+from melt_runtime.package.onnx_file import external_data, initializer_bytes, read_operators
 from melt_runtime.runtime import codec_of
-from melt_runtime.templating.template import ChatTemplate
-from melt_runtime.tokenizer_file import tokenizer_of
+from melt_runtime.session import file as session_file
+from melt_runtime.text.end_tokens import stop_ids_of
+from melt_runtime.text.templating.chat_template import ChatTemplate
+from melt_runtime.text.tokenizer_file import tokenizer_of
 from safetensors import safe_open
 from safetensors.numpy import save_file
 

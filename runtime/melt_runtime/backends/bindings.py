@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..package import Manifest, StateSpec, TensorSpec, rows_shape, size_of
+from ..package.manifest import Manifest
+from ..package.specs import StateSpec, TensorSpec, rows_shape, size_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError
+from .buffers import Strip
 from .cuda import Device
-from .state import Strip
 
 _ALIGNMENT = 256
 

@@ -18,15 +18,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checked import brief
 from ..errors import BackendError
-from ..package import GRAPHS, Manifest, Package
+from ..package.manifest import Manifest
+from ..package.reader import Package
+from ..package.specs import GRAPHS
+from ..untrusted import brief
 from .bindings import Binding, state_buffers
-from .choice import CUDA_PROVIDER
+from .buffers import BufferState, Strip
+from .choose import CUDA_PROVIDER
 from .device_memory import DeviceBuffers
-from .onnxruntime import Sessions, rounded, run_bound
-from .state import BufferState, Strip
-from .survey import PLUGIN_MODULE
+from .devices import PLUGIN_MODULE
+from .onnxruntime_cpu import Sessions, rounded, run_bound
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy does not have
 

@@ -11,17 +11,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..candidates import Candidates
 from ..engines.library import Library, open_library
-from ..engines.shapes import bucket_for, profile_for
+from ..engines.profiles import bucket_for, profile_for
 from ..engines.store import engine_spec, fitting_engine, open_engine
 from ..errors import ArgumentError, BackendError
-from ..package import Package, source_hash
-from . import LoopControl
+from ..package.reader import Package, source_hash
+from ..sampling.top_candidates import Candidates
+from .base import LoopControl
 from .bindings import Binding, Bindings, slot_bytes, state_buffers
+from .buffers import BufferState, Strip
 from .cuda import Device, open_device
-from .plans import Bound, Contexts, Plan, Recordings, single_sizes
-from .state import BufferState, Strip
+from .execution import Bound, Contexts, Plan, Recordings, single_sizes
 
 _ALIGNMENT = 256  # of every buffer, as TensorRT asks for
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, BackendError
-from ..files import FileSpec, file_hash, new_file
-from ..package import GRAPHS, Manifest, Package, source_hash
+from ..package.engine_spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
+from ..package.files import FileSpec, file_hash, new_file
+from ..package.manifest import Manifest
+from ..package.reader import Package, source_hash
+from ..package.specs import GRAPHS
 from ..progress import Step, no_progress
-from .inspection import inspect_network, inspect_operators, require_small
 from .library import Library, current_capability, open_library
 from .monitor import make_monitor, signals_deferred
 from .network import add_candidates, add_profiles, allow_decomposition, parse, quantize_products
-from .shapes import length_buckets, make_profiles
-from .spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
+from .network_checks import inspect_network, inspect_operators, require_small
+from .profiles import length_buckets, make_profiles
 from .store import keep_engine, new_engine
 
 # TensorRT-RTX's support matrix: the oldest devices that multiply so. float16 and float32 run on all it knows, from 7.5.

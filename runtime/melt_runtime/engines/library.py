@@ -9,7 +9,7 @@ from threading import RLock
 from typing import Any
 
 from ..errors import ArgumentError, BackendError
-from .spec import FLAVOURS
+from ..package.engine_spec import FLAVOURS
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError
-from ..package import GraphSpec
+from ..package.engine_spec import ProfileSpec
+from ..package.onnx_file import read_initializers
+from ..package.specs import GraphSpec
 from .library import Library
-from .onnx_file import read_initializers
+from .profiles import resolve
 from .quantize import Quantized, quantize, stored, worth_it
-from .shapes import resolve
-from .spec import ProfileSpec
 
 CANDIDATES = 256  # how many of the likeliest tokens the head picks out; TensorRT's limit is 3,840
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checked import read_text
 from ..errors import BackendError, PackageError
-from ..files import file_hash, new_file, umask, within, working_directory
-from ..package import MANIFEST, Package, source_hash, with_engines
-from .spec import ENGINES, EngineSpec, plan_path
+from ..package.engine_spec import ENGINES, EngineSpec, plan_path
+from ..package.files import file_hash, new_file, umask, within, working_directory
+from ..package.manifest import MANIFEST
+from ..package.reader import Package, source_hash, with_engines
+from ..untrusted import read_text
 
 RTX_DEVICES = "8.0, 8.6, 8.9, 12.0 and newer"  # what TensorRT-RTX itself says when it refuses another
 _AGAIN = "build it again"

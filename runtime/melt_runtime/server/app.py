@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..errors import MeltError
-from ..track import Generation, Piece
+from ..results import Generation, Piece
 from .failures import ApiError, as_api_error
 from .guard import Guard, Keys, note, request_id
 from .intake import Preparation, Uploads, parsed

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..stopping import MAX_STOP_CHARACTERS
+from ..text.stop_strings import MAX_STOP_CHARACTERS
 
 MOST = (1 << 31) - 1  # of any count or id
 TAG = "~"  # begins the name of a branch of a union, which is no part of a field's path

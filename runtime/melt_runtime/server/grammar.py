@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, BusyError
 from ..runtime import Runtime
-from ..text import TextCodec
+from ..text.tokenizer import TextCodec
 from .schema_weight import weigh
 
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 from starlette.concurrency import run_in_threadpool
 
-from ..scheduler import Scheduler
+from ..scheduler.scheduler import Scheduler
 from .connection import Connection
 
 GRACE = 0.3  # seconds that a cut request has to come out of its loop, and then to send its last words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
-from ..scheduler_metrics import DEEPEST, Histogram, SchedulerMetrics
+from ..scheduler.metrics import DEEPEST, Histogram, SchedulerMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

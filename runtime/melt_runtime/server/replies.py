@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from time import time
 from typing import Any
 
-from ..text import TextCodec
-from ..token_bytes import Offsets
-from ..track import Generation, Logprobs, Piece
+from ..results import Generation, Logprobs, Piece
+from ..text.token_bytes import Offsets
+from ..text.tokenizer import TextCodec
 
 Entry = dict[str, Any]  # the logprobs of one token
 

@@ -7,21 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
-from ..stopping import MAX_STOP_STRINGS
-from .fields import (
-    Count,
-    Name,
-    Number,
-    Seconds,
-    Seed,
-    Share,
-    Stop,
-    Strict,
-    Tokens,
-    by_kind,
-    nothing,
-    wrong,
-)
+from ..text.stop_strings import MAX_STOP_STRINGS
+from .fields import Count, Name, Number, Seconds, Seed, Share, Stop, Strict, Tokens, by_kind, nothing, wrong
 
 _PENALTY = "this server has no penalty by count, so only 0 is possible; repetition_penalty is supported"
 

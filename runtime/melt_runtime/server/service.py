@@ -7,10 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..package import MAX_LOOPS, source_hash
+from ..package.reader import source_hash
+from ..package.specs import MAX_LOOPS
+from ..results import Generation
 from ..runtime import Runtime
-from ..scheduler import Request, Scheduler
-from ..track import Constraint, Generation
+from ..sampling.constraint import Constraint
+from ..scheduler.request import Request
+from ..scheduler.scheduler import Scheduler
 from .failures import ApiError
 from .grammar import Grammars
 from .limits import DEEPER, MAX_SECONDS, MAX_UNREAD, STILL

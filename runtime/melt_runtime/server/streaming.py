@@ -13,8 +13,9 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import MeltError
-from ..scheduler import Request, Scheduler
-from ..track import Generation, Piece
+from ..results import Generation, Piece
+from ..scheduler.request import Request
+from ..scheduler.scheduler import Scheduler
 
 Event = Piece | Generation | MeltError
 

@@ -1,0 +1,53 @@
+"""Where the commands that need PyTorch begin: on a device without it they say what to install."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from melt_runtime.cli.errors import run_app
+
+
+def _run(command: str, main: Callable[[], None], extra: str = "export") -> None:
+    """Runs a command, whose libraries are imported once its arguments are right."""
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing.startswith("melt_"):
+            raise
+        advice = f"install it with: pip install 'melt-export[{extra}]'"
+        print(f"{command}: {missing} is not installed; {advice}", file=sys.stderr)
+        sys.exit(2)
+
+
+def convert() -> None:
+    """The ``melt-convert`` command."""
+    from melt_models.convert_cli import app
+
+    _run("melt-convert", lambda: run_app(app, "melt-convert"))
+
+
+def export() -> None:
+    """The ``melt-export`` command."""
+    from .cli import export_main
+
+    _run("melt-export", export_main)
+
+
+def verify() -> None:
+    """The ``melt-verify`` command."""
+    from .cli import verify_main
+
+    _run("melt-verify", verify_main)
+
+
+def train() -> None:
+    """The ``melt-train`` command."""
+
+    def main() -> None:
+        from melt_models.training.cli import app  # with yaml
+
+        run_app(app, "melt-train")
+
+    _run("melt-train", main, "train")

@@ -1,0 +1,108 @@
+"""Checkpoint weights into one external data file that all graphs of a package share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from melt_models.checkpoint import Weights
+from onnx_ir import tensor_adapters
+
+from ..errors import ExportError
+from ..quantization.matmul_weights import COMPUTED, computed_tensor
+from .cleanup import CHECKPOINT_NAME, TRANSPOSED
+from .merge_matmuls import PARTS
+
+WEIGHTS_FILE = "weights.data"
+# Smaller constants stay inside the graph files.
+_INLINE_BYTES = 4096
+
+
+def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype) -> None:
+    """Gives every detached weight a tensor that reads, casts and transposes itself only when it is written."""
+    for model in models:
+        for value in model.graph.initializers.values():
+            if COMPUTED in value.meta:
+                value.const_value = computed_tensor(value, weights)
+                continue
+            name = value.meta.get(CHECKPOINT_NAME)
+            if name is None:
+                continue
+            value.const_value = _tensor(value, weights, name, dtype)
+            value.type = ir.TensorType(value.const_value.dtype)
+
+
+def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
+    """The weight itself if it is small, else one that is read when it is written."""
+
+    def read() -> ir.TensorProtocol:
+        tensor = read_weight(value, weights, dtype)
+        if dtype != torch.float32 and not torch.isfinite(tensor).all():
+            short, wider = ("fp16", "bf16 or fp32") if dtype == torch.float16 else ("bf16", "fp32")
+            raise ExportError(f"tensor {name} has values beyond {short}'s range; export with --precision {wider}")
+        return tensor_adapters.TorchTensor(tensor, name=value.name)
+
+    assert value.shape is not None
+    kind = tensor_adapters.from_torch_dtype(dtype)
+    lazy = ir.LazyTensor(read, dtype=kind, shape=value.shape, name=value.name)
+    return read() if lazy.nbytes < _INLINE_BYTES else lazy
+
+
+def read_weight(value: ir.Value, weights: Weights, dtype: torch.dtype) -> torch.Tensor:
+    """A detached weight as the graph has it: cast, transposed, and side by side where several were packed into one."""
+    parts = value.meta.get(PARTS)
+    if parts:
+        assert value.shape is not None
+        packed = torch.empty([int(size) for size in value.shape], dtype=dtype)  # type: ignore[arg-type]
+        start = 0
+        for part in parts:
+            tensor = weights.tensor(part).t()
+            packed[:, start : start + tensor.shape[1]] = tensor
+            start += tensor.shape[1]
+        return packed
+    tensor = weights.tensor(value.meta[CHECKPOINT_NAME]).to(dtype)
+    return tensor.t().contiguous() if value.meta.get(TRANSPOSED) else tensor
+
+
+def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Writes all large initializers to ``weights.data``, one that several graphs use only once.
+
+    ``progress`` is called with the bytes of each tensor as it is written. Raises ExportError, OSError.
+    """
+    users: dict[tuple[str, bool], list[ir.Value]] = {}
+    for index, model in enumerate(models):
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            if value.const_value.nbytes < _INLINE_BYTES:
+                continue
+            name = value.meta.get(CHECKPOINT_NAME, f"{index}/{value.name}")
+            users.setdefault((name, bool(value.meta.get(TRANSPOSED))), []).append(value)
+    tensors = [values[0].const_value for values in users.values()]
+
+    def written(tensor: ir.TensorProtocol, _: object) -> None:
+        if progress is not None:
+            progress(tensor.nbytes)
+
+    external = ir.external_data.convert_tensors_to_external(
+        tensors,  # type: ignore[arg-type]
+        directory,
+        WEIGHTS_FILE,
+        callback=written,
+        max_workers=1,
+        max_in_flight_bytes=1 << 28,
+    )
+    for tensor, values in zip(external, users.values(), strict=True):
+        for value in values:
+            value.const_value = tensor
+
+
+def external_bytes(models: list[ir.Model]) -> int:
+    """How much ``write_weights`` will write, at most: for a progress bar."""
+    return sum(
+        value.const_value.nbytes
+        for model in models
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes >= _INLINE_BYTES
+    )

@@ -1,0 +1,249 @@
+"""The three graphs of a package: token ids -> hidden -> (loops) -> hidden -> logits. PyTorch traces the loop step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import onnx_ir as ir
+import torch
+import torch.fx.experimental._config
+from melt_models import MeltConfig, MeltForCausalLM
+from melt_models.checkpoint import LoopedModel
+from melt_models.configuration import LoopedConfig
+from melt_models.layers import rotary_tables
+from melt_models.looplm import LoopLMModel
+from melt_models.melt import MeltModel
+from melt_runtime.package.specs import StateSpec, TensorSpec
+from onnx_ir import tensor_adapters
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from torch import Tensor, nn
+
+from .cleanup import CHECKPOINT_NAME, SCOPE, TRANSPOSED, name_everything
+from .dialects import Dialect, GraphAttention, GraphInputs
+from .fuse_skip_norm import fuse_norms
+from .lowering import lower
+from .merge_matmuls import pack_products
+from .skip_first_gate import skip_first_gate
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {**TORCH_DTYPES, "int64": torch.int64, "bool": torch.bool}
+_IR_VERSION = 10
+# Sizes that stand for the named dimensions while tracing: distinct, and none of them 0 or 1.
+_TRACE_SIZES = {"batch": 2, "chunk": 3, "context": 5}
+
+
+class _Rotary(nn.Module):
+    """Holds the tables under the names ``rotary.cos`` and ``rotary.sin``: (rows, head_dim / 2) each."""
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        super().__init__()
+        self.cos: Tensor = nn.Buffer(cos)
+        self.sin: Tensor = nn.Buffer(sin)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch computes in the caller's thread alone: in others its cosines may differ in the last bit from run to run,
+    and equal checkpoints would not give equal packages."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+M = TypeVar("M", MeltModel, LoopLMModel)
+
+
+class _LoopStep(nn.Module, Generic[M]):
+    """A model's ``loop_step`` with a dialect's attention and all state as inputs and outputs."""
+
+    model: M
+
+    def __init__(self, model: M, dialect: Dialect, cache_rows: int, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dialect = model, dialect
+        with _one_thread():
+            cos, sin = rotary_tables(model.config, torch.arange(cache_rows))
+        self.rotary = _Rotary(cos.to(dtype), sin.to(dtype))
+
+    def attend(self, lengths: Tensor, control: Tensor, caches: tuple[Tensor, ...]) -> GraphAttention:
+        keys, values = list(caches[::2]), list(caches[1::2])
+        inputs = GraphInputs(self.model.config, lengths, control, keys, values, self.rotary.cos, self.rotary.sin)
+        return self.dialect.attention(inputs)
+
+
+class _MeltStep(_LoopStep[MeltModel]):
+    """MELT: the latent goes in and out, and tokens that left the loop are frozen."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        latent: Tensor,
+        first_loop: Tensor,
+        active: Tensor,
+        lengths: Tensor,
+        control: Tensor,
+        *caches: Tensor,
+    ) -> tuple[Tensor, ...]:
+        attend = self.attend(lengths, control, caches)
+        step = self.model.loop_step(hidden, latent, first_loop, active, attend)
+        return (*step, *attend.outputs)
+
+
+class _LoopLMStep(_LoopStep[LoopLMModel]):
+    """LoopLM: the caches are those of the loop that runs, and nothing else is kept between loops."""
+
+    def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        attend = self.attend(lengths, control, caches)
+        step = self.model.loop_step(hidden, attend)
+        return (*step, *attend.outputs)
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """An ONNX model in memory, without weights, and what goes in and out."""
+
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
+    """All state tensors of the loop step, in the order of its inputs."""
+    states = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", config.hidden_size), "swap")]
+    if isinstance(config, MeltConfig):
+        latent = (config.num_hidden_layers, "batch", "chunk", config.latent_size)
+        states.append(StateSpec("latent", "next_latent", dtype, latent, "swap"))
+    return [*states, *dialect.cache_states(config, dtype, cache_rows)]
+
+
+def embed_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
+    """token ids (batch, chunk) -> hidden (batch, chunk, d): one Gather."""
+    ids = TensorSpec("input_ids", "int64", ("batch", "chunk"))
+    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
+    weight, given = _embedding(model.config, dtype), _value(ids)
+    gather = _node("Gather", [weight, given], hidden, "embed_tokens", axis=0)
+    return _finished(_graph([given], [gather], weight, dialect), (ids,), (hidden,))
+
+
+def trace_loop_step(
+    model: LoopedModel, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
+) -> TracedGraph:
+    """One loop over a chunk: every state tensor in and out, and the exit probability (batch, chunk)."""
+    melt = isinstance(model, MeltForCausalLM)
+    swapped, caches = ([s for s in states if (s.kind == "swap") == wanted] for wanted in (True, False))
+    steering = (TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk")))
+    fixed = (
+        *(TensorSpec(s.input, s.dtype, s.shape) for s in swapped),
+        *(steering if melt else ()),
+        TensorSpec("lengths", "int64", ("batch",)),
+        dialect.control,
+    )
+    inputs = (*fixed, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in caches))
+    outputs = (
+        *(TensorSpec(s.output, s.dtype, s.shape) for s in swapped),
+        TensorSpec("exit_probability", "float32", ("batch", "chunk")),
+        *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
+    )
+    module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
+    traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), cache_rows)
+    if dialect.fuses:
+        if isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
+            skip_first_gate(traced.model.graph)
+        pack_products(traced.model.graph)
+        fuse_norms(traced.model)
+    return traced
+
+
+def lm_head_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
+    """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision.
+
+    A tied head multiplies with the embedding itself, so that both graphs share its bytes.
+    """
+    config = model.config
+    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", config.hidden_size))
+    logits = TensorSpec("logits", "float32", ("batch", "chunk", config.vocab_size))
+    given, narrow = _value(hidden), TensorSpec("", dtype, logits.shape)
+    if config.tie_word_embeddings:
+        weight = _embedding(config, dtype)
+        turned = TensorSpec("", dtype, (config.hidden_size, config.vocab_size))
+        nodes = [_node("Transpose", [weight], turned, perm=[1, 0])]
+        nodes.append(_node("MatMul", [given, nodes[0].outputs[0]], narrow))
+    else:
+        weight = _value(TensorSpec("lm_head.weight", dtype, (config.hidden_size, config.vocab_size)))
+        weight.meta.update({CHECKPOINT_NAME: weight.name, TRANSPOSED: True})
+        nodes = [_node("MatMul", [given, weight], narrow, "lm_head")]
+    if dtype != logits.dtype:
+        nodes.append(_node("Cast", nodes[-1].outputs, logits, to=int(ir.DataType.FLOAT)))
+    return _finished(_graph([given], nodes, weight, dialect), (hidden,), (logits,))
+
+
+def _embedding(config: LoopedConfig, dtype: str) -> ir.Value:
+    weight = _value(TensorSpec("model.embed_tokens.weight", dtype, (config.vocab_size, config.hidden_size)))
+    weight.meta[CHECKPOINT_NAME] = weight.name
+    return weight
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    kind = tensor_adapters.from_torch_dtype(_DTYPES[spec.dtype])
+    return ir.Value(name=spec.name or None, shape=ir.Shape(spec.shape), type=ir.TensorType(kind))
+
+
+def _node(op_type: str, inputs: Sequence[ir.Value], output: TensorSpec, scope: str = "", **attributes: Any) -> ir.Node:
+    node = ir.node(op_type, inputs, attributes, outputs=[_value(output)])
+    node.meta[SCOPE] = scope
+    return node
+
+
+def _graph(inputs: list[ir.Value], nodes: list[ir.Node], weight: ir.Value, dialect: Dialect) -> ir.Graph:
+    imports = {"": dialect.opset}
+    return ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, initializers=[weight], opset_imports=imports)
+
+
+def _trace(
+    module: nn.Module,
+    opset: int,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    fixed: int,
+    cache_rows: int | None = None,
+) -> TracedGraph:
+    """Exports a module with named dynamic dimensions.
+
+    ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
+    ``cache_rows``: how many positions the caches have, if there are any; a context has at most as many.
+    """
+    context = _TRACE_SIZES["context"] if cache_rows is None else min(cache_rows, _TRACE_SIZES["context"])
+    sizes = {**_TRACE_SIZES, "context": context}
+    # PyTorch 2.11 takes no cache that is sliced to a context without this bound.
+    named = {name: torch.export.Dim(name, max=cache_rows if name == "context" else None) for name in sizes}
+    # One value each, seen in every place: caches of a long sequence would not fit into memory.
+    example = tuple(
+        torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([sizes.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
+        for spec in inputs
+    )
+    dynamic = tuple({i: named[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
+    shapes = (*dynamic[:fixed], dynamic[fixed:]) if len(inputs) > fixed else dynamic
+    # Oblivious: no size, 1 included, gets a graph of its own.
+    with warnings.catch_warnings(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        warnings.simplefilter("ignore")  # the exporter's advice to its own developers
+        program = torch.export.export(
+            module, example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+    return _finished(lower(program, [(spec.name, spec.shape) for spec in inputs], opset), inputs, outputs)
+
+
+def _finished(graph: ir.Graph, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> TracedGraph:
+    """A graph whose outputs, nodes and values have their names."""
+    for value, spec in zip(graph.outputs, outputs, strict=True):
+        value.name, value.shape = spec.name, ir.Shape(spec.shape)
+    model = ir.Model(graph, ir_version=_IR_VERSION)
+    CommonSubexpressionEliminationPass()(model)
+    name_everything(graph)
+    return TracedGraph(model, inputs, outputs)

@@ -1,0 +1,1 @@
+"""How far a package is from its checkpoint, and how far it may be."""

@@ -1,0 +1,81 @@
+"""A task's answers as a measure of quality: how many a package writes exactly, and how many its checkpoint does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from melt_runtime import ArgumentError, Runtime
+from melt_runtime.package.reader import Package
+from melt_runtime.progress import Step, no_progress
+from melt_runtime.text.end_tokens import stop_ids_of
+from melt_runtime.text.tokenizer import TextCodec
+
+from ..reference.pytorch import open_reference
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the model reads, and what it must write, to the letter, before it stops. ``tokens``: how many that may be,
+    the stop included."""
+
+    prompt: tuple[int, ...]
+    answer: str
+    tokens: int
+
+
+def read_problems(path: Path, package: Package) -> list[Problem]:
+    """The problems of a file: JSON lines with "prompt" and "answer". Raises ArgumentError for one that is none."""
+    if not (package.directory / "tokenizer.json").is_file():
+        raise ArgumentError("--eval-answers needs a tokenizer, and the package has none")
+    codec, found = TextCodec.load(package.directory, package.manifest.files), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--eval-answers {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+            prompt, answer = codec.encode(content["prompt"]), str(content["answer"])
+            tokens = len(codec.encode(answer, add_special_tokens=False)) + 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(
+                f'{path}, line {number} is not a JSON object with "prompt" and "answer": {error!r}'
+            ) from error
+        if not prompt or len(prompt) + tokens > package.manifest.max_seq_len:
+            raise ArgumentError(
+                f"{path}, line {number} does not fit the package's {package.manifest.max_seq_len} tokens"
+            )
+        found.append(Problem(tuple(prompt), answer, tokens))
+    if not found:
+        raise ArgumentError(f"--eval-answers {path} has no line")
+    return found
+
+
+def checkpoint_accuracy(
+    checkpoint: Path, package: Package, problems: list[Problem], progress: Step = no_progress
+) -> float:
+    """The share that PyTorch answers, greedily. The model is freed when this returns. Raises CheckpointError."""
+    reference, codec, stops = (
+        open_reference(checkpoint),
+        TextCodec.load(package.directory, package.manifest.files),
+        stop_ids_of(package),
+    )
+    right = 0
+    for problem in problems:
+        written, _ = reference.greedy(problem.prompt, problem.tokens, package.manifest.loops, package.manifest.chunk)
+        end = next((at for at, token in enumerate(written) if token in stops), len(written))
+        right += codec.decode(written[:end]) == problem.answer
+        progress("PyTorch: answers", len(problems), 1)
+    return right / len(problems)
+
+
+def package_accuracy(runtime: Runtime, problems: list[Problem], progress: Step = no_progress) -> float:
+    """The share that a package answers, greedily, at full depth."""
+    right = 0
+    for problem in problems:
+        written = runtime.generate(list(problem.prompt), max_tokens=problem.tokens, exit_threshold=1.0)
+        right += written.text == problem.answer
+        progress("package: answers", len(problems), 1)
+    return right / len(problems)

@@ -1,0 +1,204 @@
+"""PyTorch's side of a comparison: what every loop holds in float64, how far its own float32 is off that, and greedy
+tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.progress import Step as Progress
+from melt_runtime.progress import no_progress
+from numpy.typing import NDArray
+
+from ..reference.float32_matmul import FLOAT32, FLOAT64, ORDERS, Arithmetic
+from ..reference.pytorch import LoopTrace, Reference, open_reference
+from .distances import Distances, OwnError
+from .report import ParityReport, tolerance_of
+
+_TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
+DECODE_STEPS = 2
+LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
+
+
+# Of each prompt its chunks, of each chunk its loops.
+Traces: TypeAlias = list[list[list[LoopTrace]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts that run together in the package and alone in PyTorch, then a few decoding steps."""
+
+    prompts: list[list[int]]
+    chunk: int
+    tokens: list[list[int]]
+
+    def traces(self, reference: Reference, loops: int, arithmetic: Arithmetic) -> Traces:
+        """What PyTorch makes of each prompt alone: its chunks, then single tokens."""
+        found = []
+        for prompt, more in zip(self.prompts, self.tokens, strict=True):
+            pieces = [prompt[at : at + self.chunk] for at in range(0, len(prompt), self.chunk)]
+            pieces += [[token] for token in more]
+            found.append(reference.traces(pieces, loops, arithmetic=arithmetic)[0])
+        return found
+
+
+@dataclass(frozen=True)
+class GreedyRun:
+    """A prompt, its prefill chunk, PyTorch's greedy tokens and the lead of each one's logit over the next."""
+
+    prompt: list[int]
+    chunk: int
+    tokens: list[int]
+    margins: list[float]
+
+    def logits(self, reference: Reference, loops: int, at: int, arithmetic: Arithmetic) -> NDArray[Any]:
+        """The logits (vocab,) from which token number ``at`` is chosen."""
+        pieces = [self.prompt[start : start + self.chunk] for start in range(0, len(self.prompt), self.chunk)]
+        pieces += [[token] for token in self.tokens[:at]]
+        return reference.traces(pieces, loops, arithmetic=arithmetic)[0][-1][-1].logits[-1].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """All that PyTorch has to say: traced cases and how far its own float32 is off them, exit depths of a prompt at a
+    threshold (None: of a token that rounding may tip), greedy runs."""
+
+    cases: list[tuple[Case, Traces]]
+    own: OwnError
+    prompt: list[int]
+    chunk: int
+    threshold: float | None
+    depths: list[int | None]
+    runs: list[GreedyRun]
+
+
+def expected_of(
+    checkpoint: Path,
+    manifest: Manifest,
+    tokens: int,
+    *,
+    package: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Expected:
+    """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
+
+    tokens: greedy tokens a prompt; package: whose stored numbers count where it is quantized; device: where PyTorch
+    computes. Raises CheckpointError.
+    """
+    progress("PyTorch: loop by loop", 0, 0)
+    reference = open_reference(checkpoint, device, package if manifest.quantized else None)
+    rng = np.random.default_rng(seed)
+    chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
+    batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < LARGE_BYTES else 2)
+    drawn = [
+        _case(manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
+        _case(manifest, rng, [4], 1),
+    ]
+    # Half precision is held to what it may cost; float32 to what is right.
+    truth = FLOAT64 if manifest.precision == "fp32" else FLOAT32
+    cases = [(case, case.traces(reference, manifest.loops, truth)) for case in drawn]
+    own = OwnError()
+    if truth is FLOAT64:
+        progress("PyTorch: its own rounding", 0, 0)
+        own = _own_error(reference, cases, manifest.loops)
+    prompt = drawn[0].prompts[0]
+    threshold: float | None = None
+    depths: list[int | None] = []
+    if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
+        threshold = _splitting_threshold(cases[0][1][0])
+        pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
+        traces, spent = reference.traces(pieces, manifest.loops, threshold, truth)
+        clear = _decided([loops[: manifest.loops - 1] for loops in traces], threshold, _exit_slack(own, manifest))
+        depths = [
+            depth if decided else None for depth, decided in zip(spent, clear or [True] * len(spent), strict=True)
+        ]
+
+    runs = []
+    lengths = ((3 * manifest.chunk // 2, manifest.chunk), (7, manifest.chunk), (1, manifest.chunk), (9, 1))
+    for length, size in lengths:
+        ids = rng.integers(0, manifest.vocab_size, max(1, min(length, room // 2))).tolist()
+        greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
+        runs.append(GreedyRun(ids, size, *greedy))
+        progress("PyTorch: greedy tokens", len(lengths), 1)
+    return Expected(cases, own, prompt, chunk, threshold, depths, runs)
+
+
+def weigh_partings(report: ParityReport, expected: Expected, reference: Callable[[], Reference]) -> None:
+    """Measures, where a package's greedy tokens part from PyTorch's, whether rounding could have swapped the two: the
+    later a token, the more of it has gathered. Into the report; nothing where tokens may differ anyway."""
+    parted = [pair for pair in zip(report.generations, expected.runs, strict=True) if pair[0].parted]
+    if not report.tolerance.same_tokens or not parted:
+        return
+    opened = reference()
+    for result, run in parted:
+        right = run.logits(opened, report.loops, result.same, FLOAT64)
+        draws = [run.logits(opened, report.loops, result.same, arithmetic) for arithmetic in ORDERS]
+        off = max(float(np.abs(draw - right).max()) for draw in draws)
+        result.margin = float(right.max() - right[result.got])
+        result.tie = OwnError(logit=off).tie
+
+
+def _case(manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int) -> Case:
+    """Random prompts and decoding steps."""
+    prompts, steps = [], []
+    for length in lengths:
+        length = max(1, min(length, manifest.max_seq_len - DECODE_STEPS))
+        prompts.append(rng.integers(0, manifest.vocab_size, length).tolist())
+        more = DECODE_STEPS if manifest.max_seq_len > length + 1 else 0
+        steps.append(rng.integers(0, manifest.vocab_size, more).tolist())
+    return Case(prompts, chunk, steps)
+
+
+def _own_error(reference: Reference, cases: list[tuple[Case, Traces]], loops: int) -> OwnError:
+    """How far PyTorch's float32 is off these traces, in several orders of summation."""
+    draws = []
+    for arithmetic in ORDERS:
+        found = Distances()
+        for case, traces in cases:
+            for sequences in zip(case.traces(reference, loops, arithmetic), traces, strict=True):
+                for chunks in zip(*sequences, strict=True):
+                    for pair in zip(*chunks, strict=True):
+                        found.compare_trace(*pair)
+        draws.append(found)
+    return OwnError.of(draws)
+
+
+def _exit_slack(own: OwnError, manifest: Manifest) -> float:
+    """How far a package's probability of having left may be from PyTorch's, over all loops."""
+    least = tolerance_of(manifest).relative
+    return sum(own.limit(("exit probability", loop, None), least) for loop in range(1, manifest.loops + 1))
+
+
+def _decided(chunks: list[list[LoopTrace]], threshold: float, slack: float) -> list[bool]:
+    """Of each token whether its probability of having left stays further than ``slack`` from the threshold.
+
+    chunks: the loops at whose ends a token may leave; without any, nothing is returned."""
+    found: list[bool] = []
+    for loops in filter(None, chunks):
+        remaining = np.ones_like(loops[0].exit_probability)
+        clear = np.ones(remaining.shape, bool)
+        for trace in loops:
+            remaining = remaining * (1 - trace.exit_probability)
+            clear &= np.abs(1 - remaining - threshold) > slack
+        found += clear.tolist()
+    return found
+
+
+def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
+    """A threshold at which about half of the tokens leave early, in the middle of a gap: rounding cannot tip it."""
+    reached = []
+    for loops in chunks:
+        remaining = np.ones_like(loops[0].exit_probability)
+        for trace in loops[:-1]:
+            remaining = remaining * (1 - trace.exit_probability)
+            reached += (1 - remaining).tolist()
+    values = np.unique(np.array([0.0, *reached, 1.0]))
+    middle = values[len(values) // 4 : max(len(values) * 3 // 4, len(values) // 4 + 2)]
+    gap = int(np.argmax(np.diff(middle)))
+    return float((middle[gap] + middle[gap + 1]) / 2)

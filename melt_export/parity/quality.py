@@ -1,0 +1,106 @@
+"""What quantization costs: a package's logits beside its checkpoint's in float32, on held-out text.
+
+Parity proves that a package computes what its stored numbers say; this says how far those numbers are from the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from melt_runtime import ArgumentError, LoopSettings, Runtime
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.progress import Step, no_progress
+from numpy.typing import NDArray
+
+from ..reference.pytorch import open_reference
+from ..reference.texts import encode_text
+from .distances import agreement, log_softmax
+from .report import Limits, Quality
+
+TOKENS = 768  # that a package is measured on, at most
+LARGE_TOKENS = 96  # of a model whose tokens take PyTorch seconds each
+_SEQUENCE = 256
+# By how weights or caches are stored: the mean KL divergence, in nats, at which melt-verify calls a package spoilt.
+_MOST_KL = {"int8": 0.01, "int4": 0.5}
+
+
+def limits_of(manifest: Manifest, kl: float | None = None, perplexity: float | None = None) -> Limits:
+    """Limits for a package. kl None: the usual one of its smallest numbers; perplexity None: any."""
+    usual = [_MOST_KL[part["kind"]] for part in (manifest.weights, manifest.cache) if part]
+    return Limits(max(usual, default=None) if kl is None else kl, perplexity)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sequences of token ids to measure on, and what they are. ``real``: text, not random tokens."""
+
+    sequences: list[list[int]]
+    text: str
+    real: bool
+
+
+def held_out(package: Path, manifest: Manifest, path: Path | None, tokens: int) -> HeldOut:
+    """The text at ``path`` (UTF-8), or a built-in one; random tokens where the vocabulary cannot write the latter.
+
+    tokens: how many at most. Raises ArgumentError for a text that cannot be used.
+    """
+    room = min(_SEQUENCE, manifest.max_seq_len)
+    ids = encode_text(package, path, _built_in, option="--eval-text", refused=ArgumentError)
+    if ids is None:
+        rng = np.random.default_rng(1)
+        ids = rng.integers(0, manifest.vocab_size, min(tokens, 4 * room)).tolist()
+        name, real = "random tokens", False
+    else:
+        name, real = "the built-in text" if path is None else path.name, True
+    sequences = [ids[at : at + room] for at in range(0, min(len(ids), tokens), room)]
+    return HeldOut([ids for ids in sequences if len(ids) > 1] or [ids[:room]], name, real)
+
+
+def _built_in() -> str:
+    return files(__package__).joinpath("held_out.txt").read_text(encoding="utf-8")
+
+
+def reference_logits(checkpoint: Path, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
+    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks.
+
+    The model is freed when this returns. Raises CheckpointError.
+    """
+    reference = open_reference(checkpoint)
+    return [reference.logits(ids, manifest.loops, manifest.chunk) for ids in held.sequences]
+
+
+def measure(
+    runtime: Runtime,
+    held: HeldOut,
+    expected: list[NDArray[np.float32]],
+    loops: int,
+    limits: Limits,
+    progress: Step = no_progress,
+) -> Quality:
+    """Runs the package over the sequences and compares."""
+    driver, settings = runtime.driver(), LoopSettings(loops)
+    divergence: list[float] = []
+    agree: list[bool] = []
+    losses: tuple[list[float], list[float]] = ([], [])
+    for ids, theirs in zip(held.sequences, expected, strict=True):
+        driver.reset()
+        rows = []
+        for chunk in driver.chunks([ids]):
+            for _ in driver.loops(chunk, settings):
+                pass
+            rows.append(driver.state.logits(np.arange(int(chunk.counts[0]))[None])[0].copy())
+        got, want = log_softmax(np.concatenate(rows)), log_softmax(theirs)
+        rows_kl, same = agreement(got, want)
+        divergence += rows_kl
+        agree += same
+        following = np.asarray(ids[1:])[:, None]
+        for loss, logs in zip(losses, (got, want), strict=True):
+            loss += (-np.take_along_axis(logs[:-1], following, -1)[:, 0]).tolist()
+        progress("package: held-out text", len(held.sequences), 1)
+    mine, reference = (math.exp(float(np.mean(loss))) if held.real else None for loss in losses)
+    kl, top1 = float(np.mean(divergence)), float(np.mean(agree))
+    return Quality(held.text, len(divergence), kl, top1, mine, reference, limits)

@@ -1,0 +1,330 @@
+"""Weights stored in 4 or 8 bits: which products, in what form, and what the stored numbers mean.
+
+A weight is cut into blocks along its inputs; each block has one scale, and whole numbers beside it. ONNX Runtime reads
+them in one operator (MatMulNBits) and computes on activations in 8 bits, which is where most of the time is saved.
+In the standard dialect a DequantizeLinear stands before the product, for engines: there 8 bits have a scale for each
+output instead of blocks, and all scales are positive, because TensorRT reads no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from melt_models.checkpoint import Weights
+from onnx_ir import tensor_adapters
+from torch import Tensor, nn
+
+from ..errors import ExportError
+from ..graph.cleanup import CHECKPOINT_NAME, TRANSPOSED
+from ..graph.merge_matmuls import FEWEST_COLUMNS, PARTS, part_names
+from ..options import BITS, WeightOptions
+from .blocks import Blocks, Grid, gptq, round_to_nearest, two_a_byte
+from .sensitivity import most_sensitive
+
+# Set on a value whose tensor is computed from checkpoint weights: a function of them.
+COMPUTED = "melt.computed"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# Multiplying with activations in 8 bits; without the attribute they stay float32.
+ACCURACY = "accuracy_level"
+_INT8_ACTIVATIONS = 4
+_LEAST_SCALE = 2.0**-16
+MATMUL_NBITS, DEQUANTIZE = "MatMulNBits", "DequantizeLinear"
+
+
+def check_patterns(options: WeightOptions, weights: Weights) -> None:
+    """Raises ExportError for a pattern that matches no weight: it is misspelt."""
+    for pattern in (*options.keep, *options.int8):
+        if not _matches((*weights, HEAD), (pattern,)):
+            raise ExportError(f"the pattern {pattern!r} matches no weight of the checkpoint")
+
+
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was seen of products on a text, by checkpoint name: the ``hessians`` of those that are calibrated, and what
+    4 bits would ``cost`` each, where some are to have 8."""
+
+    hessians: Mapping[str, Tensor] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+
+def quantize_products(
+    model: ir.Model, options: WeightOptions, seen: Statistics, operator: str, dtype: torch.dtype
+) -> list[str]:
+    """Gives products with checkpoint weights quantized ones, in place; the numbers are computed when written.
+
+    operator: what reads the numbers, MATMUL_NBITS or DEQUANTIZE; dtype: of the products. Returns the names of those
+    that have 8 bits within the share that may.
+    """
+    spell = _nbits if operator == MATMUL_NBITS else _dequantize
+    products = list(_products(model.graph, options, seen.hessians))
+    raised = _raised([product for _, product in products], options, seen.cost)
+    for node, product in products:
+        if product.label in raised:
+            product.bits = 8
+        spell(model.graph, node, product, dtype)
+    passes.RemoveUnusedNodesPass()(model)
+    return sorted(raised)
+
+
+def _products(
+    graph: ir.Graph, options: WeightOptions, hessians: Mapping[str, Tensor]
+) -> Iterator[tuple[ir.Node, _Product]]:
+    """The products to be quantized, and the nodes that compute them."""
+    for node in list(graph.all_nodes()):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None:
+            continue
+        before = weight.producer()
+        tied = before is not None and before.op_type == "Transpose"
+        source = before.inputs[0] if before is not None and tied else weight
+        name = None if source is None else source.meta.get(CHECKPOINT_NAME)
+        if source is None or name is None or source.shape is None or not (tied or source.meta.get(TRANSPOSED)):
+            continue
+        parts = tuple(source.meta.get(PARTS) or (name,))
+        names = (HEAD,) if tied else parts
+        inputs, outputs = [int(size) for size in source.shape][:: -1 if tied else 1]  # type: ignore[arg-type]
+        if outputs < FEWEST_COLUMNS or _matches(names, options.keep):
+            continue
+        kind = options.head if name in (HEAD, EMBEDDING) else "int8" if _matches(parts, options.int8) else options.kind
+        label = HEAD if name == EMBEDDING else str(name)
+        yield node, _Product(parts, label, inputs, outputs, BITS[kind], options, hessians)
+
+
+def _raised(products: list[_Product], options: WeightOptions, cost: Mapping[str, float]) -> set[str]:
+    """The labels of those products that suffer most from 4 bits and may have 8."""
+    narrow = [product for product in products if product.bits == BITS["int4"] and product.label != HEAD]
+    if not cost or not narrow:
+        return set()
+    sizes = {product.label: product.inputs * product.outputs // 2 for product in narrow}  # what 4 more bits take
+    costs = {product.label: sum(cost.get(part, 0.0) for part in product.parts) for product in narrow}
+    with_scales = 1 + 8 / options.block  # a float32 scale for so many numbers of 4 bits
+    return most_sensitive(sizes, costs, options.share * sum(sizes.values()) * with_scales)
+
+
+@dataclass
+class _Product:
+    """A product to be quantized: the weights that lie side by side in it, (inputs, outputs) in all, and their label."""
+
+    parts: tuple[str, ...]
+    label: str
+    inputs: int
+    outputs: int
+    bits: int
+    options: WeightOptions
+    hessians: Mapping[str, Tensor]
+
+    def values(self, graph: ir.Graph, grid: Grid, stored: Mapping[str, _Stored]) -> list[ir.Value]:
+        """Initializers, in this order, that are computed when they are written, one after the other."""
+        memo: list[Blocks] = []  # from the first that is written to the last
+        found = []
+
+        def reader(suffix: str) -> Callable[[Weights], Tensor]:
+            def read(weights: Weights) -> Tensor:
+                blocks = memo.pop() if memo else self._quantized(weights, grid)
+                if suffix != list(stored)[-1]:
+                    memo.append(blocks)
+                return stored[suffix].form(blocks)
+
+            return read
+
+        for suffix, how in stored.items():
+            value = ir.Value(name=f"{self.label}.{suffix}", shape=ir.Shape(how.shape), type=ir.TensorType(how.dtype))
+            value.meta[COMPUTED] = reader(suffix)
+            graph.initializers[str(value.name)] = value
+            found.append(value)
+        return found
+
+    def _quantized(self, weights: Weights, grid: Grid) -> Blocks:
+        """Packed products lie side by side, and each output has blocks of its own."""
+        found = []
+        for part in self.parts:
+            weight, hessian = weights.tensor(part), self.hessians.get(HEAD if part == EMBEDDING else part)
+            found.append(round_to_nearest(weight, grid) if hessian is None else gptq(weight, hessian, grid))
+        return Blocks.stacked(found)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An initializer's type and shape, and how it is made of a product's blocks."""
+
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    form: Callable[[Blocks], Tensor]
+
+
+def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype) -> None:
+    """Puts a MatMulNBits in the place of a product."""
+    grid = product.options.grid(product.bits)
+    bits, block, count = grid.bits, grid.block, -(-product.inputs // grid.block)
+    stored = {
+        "q": _Stored(ir.DataType.UINT8, (product.outputs, count, block * bits // 8), Blocks.packed),
+        "scales": _Stored(ir.DataType.FLOAT, (product.outputs, count), lambda blocks: blocks.scales),
+    }
+    if grid.asymmetric:
+        stored["zeros"] = _Stored(ir.DataType.UINT8, (product.outputs, -(-count * bits // 8)), Blocks.packed_zeros)
+    operands = product.values(graph, grid, stored)
+    attributes = {"K": product.inputs, "N": product.outputs, "bits": bits, "block_size": block}
+    if product.options.activations == "int8":
+        attributes[ACCURACY] = _INT8_ACTIVATIONS
+    path = str(node.name).removesuffix("/MatMul").removesuffix("MatMul")
+    made = ir.node(
+        MATMUL_NBITS, [node.inputs[0], *operands], attributes, domain="com.microsoft", name=f"{path}/MatMulNBits"
+    )
+    old, new = node.outputs[0], made.outputs[0]
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    graph.opset_imports.setdefault(made.domain, 1)
+    _own_graph(node).insert_before(node, made)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    _own_graph(node).remove(node, safe=True)
+
+
+def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype) -> None:
+    """Puts a DequantizeLinear before a product; where blocks do not fit, 8 bits and a scale for each output."""
+    block = product.options.block
+    if product.inputs % block or product.outputs % 2:
+        product.bits = 8
+    blocked = product.bits == 4
+    block = block if blocked else product.inputs
+    numbers = ir.DataType.INT4 if blocked else ir.DataType.INT8
+    scales = (product.inputs // block, product.outputs) if blocked else (product.outputs,)
+    kind = tensor_adapters.from_torch_dtype(dtype)
+    stored = {
+        "q": _Stored(numbers, (product.inputs, product.outputs), _signed),
+        "scales": _Stored(kind, scales, lambda blocks: _scales(blocks, dtype).reshape(scales)),
+    }
+    operands = product.values(graph, Grid(product.bits, block, positive=True), stored)
+    attributes = {"axis": 0, "block_size": block} if blocked else {"axis": 1}
+    made = ir.node(DEQUANTIZE, operands, attributes, name=f"{str(node.name).removesuffix('/MatMul')}/DequantizeLinear")
+    new = made.outputs[0]
+    new.name, new.shape, new.type = (
+        f"{product.label}.wide",
+        ir.Shape((product.inputs, product.outputs)),
+        ir.TensorType(kind),
+    )
+    _own_graph(node).insert_before(node, made)
+    node.replace_input_with(1, new)
+
+
+def _own_graph(node: ir.Node) -> ir.Graph:
+    """The graph, or the branch of an If, in which a node stands."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
+
+
+def _signed(blocks: Blocks) -> Tensor:
+    """The numbers (inputs, outputs) int8; of 4 bits two a byte, the first in its lower half: (inputs, outputs / 2)."""
+    numbers = (blocks.numbers.flatten(1).t().to(torch.int16) - (1 << (blocks.bits - 1))).to(torch.int8).contiguous()
+    if blocks.bits == 8:
+        return numbers
+    return two_a_byte(numbers.view(torch.uint8) & 15)
+
+
+def _scales(blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """(blocks, outputs) as stored. Never zero, whatever float16 makes of a small one."""
+    return blocks.scales.t().clamp(min=_LEAST_SCALE).to(dtype)
+
+
+def halve_embedding(model: ir.Model) -> None:
+    """Stores the embedding as float16, widened after the rows are looked up. In place."""
+    graph = model.graph
+    (node,) = (node for node in graph if node.op_type == "Gather")
+    table = node.inputs[0]
+    assert table is not None
+    half = ir.Value(name=f"{table.name}.fp16", shape=table.shape, type=ir.TensorType(ir.DataType.FLOAT16))
+    half.meta[COMPUTED] = lambda weights: _half(weights, str(table.meta[CHECKPOINT_NAME]))
+    graph.initializers[str(half.name)] = half
+    old = node.outputs[0]
+    rows = ir.Value(name="rows", shape=old.shape, type=ir.TensorType(ir.DataType.FLOAT16))
+    gather = ir.Node("", "Gather", [half, node.inputs[1]], outputs=[rows], name=node.name)
+    wide = ir.Node("", "Cast", [rows], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], num_outputs=1, name="/Cast")
+    new = wide.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    graph.insert_before(node, [gather, wide])
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    new.name = old.name
+    del graph.initializers[str(table.name)]
+
+
+def _half(weights: Weights, name: str) -> Tensor:
+    half = weights.tensor(name).half()
+    if not torch.isfinite(half).all():
+        raise ExportError(f"tensor {name} has values beyond fp16's range; export without --weights")
+    return half
+
+
+def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
+    """The tensor of a value marked COMPUTED, made when it is written."""
+    compute: Callable[[Weights], Tensor] = value.meta[COMPUTED]
+
+    def read() -> ir.TensorProtocol:
+        tensor = compute(weights).contiguous()
+        if value.dtype == ir.DataType.INT4:
+            return ir.PackedTensor(tensor.numpy(), ir.DataType.INT4, shape=value.shape, name=value.name)  # type: ignore[arg-type]
+        return tensor_adapters.TorchTensor(tensor, name=value.name)
+
+    return ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=value.name)  # type: ignore[arg-type]
+
+
+def dequantized(model: nn.Module, package: Path) -> None:
+    """Replaces a PyTorch model's weights by what its quantized package has stored: float32, in place.
+
+    Raises ExportError where a product of the package is none of the model's.
+    """
+    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for graph in ("loop_step", "lm_head"):
+        for node in ir.load(package / f"{graph}.onnx").graph.all_nodes():
+            if node.op_type not in _STORED_VALUES:
+                continue
+            label, values = stored_values(node)
+            for name in part_names(label, linear):
+                module = linear[name]
+                module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
+                values = values[module.out_features :]
+    table = model.get_submodule(EMBEDDING.removesuffix(".weight"))
+    table.weight = nn.Parameter(table.weight.half().float(), requires_grad=False)  # type: ignore[operator, union-attr, arg-type]
+
+
+def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:
+    numbers, scales = (initializer(node.inputs[at]) for at in (1, 2))
+    zeros = initializer(node.inputs[3]).to(torch.uint8) if len(node.inputs) > 3 else None
+    bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
+    return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs, zeros).values()
+
+
+def _dequantize_values(node: ir.Node) -> tuple[str, Tensor]:
+    numbers, scales = (initializer(value) for value in node.inputs)
+    blocks = numbers.unflatten(0, (-1, 1 if scales.dim() == 1 else numbers.shape[0] // scales.shape[0]))
+    return _label(node.inputs[0]), (blocks * (scales if scales.dim() == 1 else scales[:, None])).flatten(0, 1).t()
+
+
+_STORED_VALUES = {MATMUL_NBITS: _nbits_values, DEQUANTIZE: _dequantize_values}
+
+
+def stored_values(node: ir.Node) -> tuple[str, Tensor]:
+    """The name of the weight that a node reads, and what its numbers stand for: float32 (outputs, inputs)."""
+    return _STORED_VALUES[node.op_type](node)
+
+
+def _label(value: ir.Value | None) -> str:
+    assert value is not None
+    return str(value.name).removesuffix(".q")
+
+
+def initializer(value: ir.Value | None) -> Tensor:
+    """The numbers of an initializer, as float32."""
+    assert value is not None
+    assert value.const_value is not None
+    return torch.from_numpy(value.const_value.numpy().astype(np.float32))

@@ -1,0 +1,82 @@
+"""Which products suffer most from 4 bits: measured on a text, so that few extra bytes go where they help most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from melt_models import LoopLMForCausalLM
+from melt_models.checkpoint import load_model
+from melt_runtime.progress import Step, no_progress
+from torch import Tensor, nn
+
+from ..reference.float32_matmul import WideProducts
+from .blocks import Grid, rounding_error
+
+_TOKENS = 64  # of a sequence: what is kept for the gradients grows with them
+_SHARE = 4  # of the calibration's sequences every so many
+
+
+def sensitivities(
+    checkpoint: Path, sequences: list[list[int]], loops: int, chunk: int, grid: Grid, progress: Step = no_progress
+) -> dict[str, float]:
+    """Of every product, by its weight's checkpoint name, the divergence in nats a token that storing it so would cost.
+
+    An estimate to compare products by: half of the squared gradient of a text's loss along errors that are as large as
+    rounding makes them and lie anyhow, over all tokens and loops. Raises CheckpointError.
+    """
+    model: nn.Module = load_model(checkpoint, as_stored=True).requires_grad_(False)
+    found = dict.fromkeys(_products(model), 0.0)
+    handles = [module.register_forward_hook(_watch(name, found)) for name, module in _products(model).items()]
+    chosen = [ids[:_TOKENS] for ids in sequences[::_SHARE] if len(ids) > 1]
+    for ids in chosen:
+        _text_loss(model, ids, loops, chunk).backward()  # type: ignore[no-untyped-call]
+        progress("which products need more bits", len(chosen), 1)
+    for handle in handles:
+        handle.remove()
+    tokens = max(1, sum(map(len, chosen)))
+    errors = {name: rounding_error(module.weight, grid) for name, module in _products(model).items()}
+    return {name: found[name] * errors[name] / (2 * tokens) for name in found}
+
+
+def most_sensitive(sizes: Mapping[str, int], costs: Mapping[str, float], budget: float) -> set[str]:
+    """The names whose costs go first for as many of ``sizes`` as fit into ``budget``: greatest cost a size first."""
+    chosen, left = set(), budget
+    for name in sorted(sizes, key=lambda name: costs[name] / sizes[name], reverse=True):
+        if sizes[name] <= left:
+            chosen.add(name)
+            left -= sizes[name]
+    return chosen
+
+
+def _products(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _watch(name: str, found: dict[str, float]) -> Callable[..., None]:
+    """A hook that adds up, over tokens, the squared lengths of a product's input and of its output's gradient."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        lengths = inputs[0].detach().float().square().sum(-1)
+
+        def add(gradient: Tensor) -> None:
+            found[name] += float((gradient.float().square().sum(-1) * lengths).sum())
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _text_loss(model: nn.Module, ids: list[int], loops: int, chunk: int) -> Tensor:
+    """The sum over a sequence's tokens of how badly each is foreseen, in nats; gradients go back to the embedding."""
+    tokens = torch.tensor([ids])
+    embedded = model.get_submodule("model.embed_tokens")(tokens).float().requires_grad_()
+    how: dict[str, Any] = {"chunk_size": chunk, "exit_threshold": 1.0}
+    if isinstance(model, LoopLMForCausalLM):
+        how = {"exit_at_step": loops - 1}
+    with WideProducts():
+        logits = model(inputs_embeds=embedded, num_loops=loops, **how).logits[0, :-1]
+    return F.cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")

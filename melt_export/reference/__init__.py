@@ -1,0 +1,1 @@
+"""What PyTorch computes, which every package is compared with."""

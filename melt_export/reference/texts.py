@@ -1,0 +1,40 @@
+"""Texts as token ids: what quantization is calibrated on, and what it is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from melt_runtime.errors import MeltError
+from melt_runtime.text.tokenizer import TextCodec
+
+_FEWEST_TOKENS = 1000  # in a vocabulary that can write more than the task it was made for
+
+
+def encode_text(
+    directory: Path,
+    path: Path | None,
+    builtin: Callable[[], str],
+    *,
+    option: str,
+    refused: type[MeltError],
+    most: int = -1,
+) -> list[int] | None:
+    """Token ids of the file at ``path`` (UTF-8), or of ``builtin``; None where the vocabulary cannot write the latter.
+
+    directory: where the tokenizer is. option: how a user names the file. most: characters read of it (-1: all).
+    Raises ``refused`` for a file that cannot be used.
+    """
+    codec = TextCodec.load(directory) if (directory / "tokenizer.json").is_file() else None
+    if path is None:
+        return None if codec is None or codec.vocab_size < _FEWEST_TOKENS else codec.encode(builtin())
+    if codec is None:
+        raise refused(f"{option} needs a tokenizer, and the checkpoint has none")
+    try:
+        with path.open(encoding="utf-8") as file:
+            ids = codec.encode(file.read(most))
+    except (OSError, UnicodeDecodeError) as error:
+        raise refused(f"{option} {path} cannot be read: {error}") from error
+    if len(ids) < 2:
+        raise refused(f"{option} {path} has fewer than two tokens")
+    return ids

@@ -1,0 +1,225 @@
+"""Runs a package with ONNX Runtime on the CPU. Every buffer is bound by address; nothing is copied between loops."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError, BackendError, PackageError
+from ..machine import available_memory
+from ..package.contract import graph_difference
+from ..package.reader import Package
+from ..package.specs import GRAPHS, TensorSpec
+from ..untrusted import brief
+from .bindings import Binding, behind, scratch_buffers
+from .buffers import BufferState, Strip
+
+# Attention over a growing cache: its width is rounded up, so that few shapes are ever bound.
+CONTEXT_BUCKET = 64
+_MAX_VIEWS = 64
+# ONNX Runtime's names of element types, where they are not numpy's.
+_ELEMENTS = {"float": "float32", "double": "float64"}
+
+
+class Sessions:
+    """A package's three graphs as ONNX Runtime sessions; what its backends share.
+
+    A subclass says with which providers they run, and opens states.
+    """
+
+    name: str
+
+    def __init__(self, package: Package):
+        self.package = package
+        self.ort: Any = import_onnxruntime()
+
+    def options(self) -> Any:
+        """Options of a session that says nothing but errors."""
+        options = self.ort.SessionOptions()
+        options.log_severity_level = 3
+        return options
+
+    def load(self, graph: str, options: Any, providers: list[Any] | None) -> Any:
+        """A graph's session. Raises BackendError, and PackageError for a graph that is not as the manifest says."""
+        try:
+            session = self.ort.InferenceSession(str(self.package.path(graph)), options, providers=providers)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime cannot load {graph}.onnx: {brief(error)}") from error
+        sides = ([_tensor(value) for value in side] for side in (session.get_inputs(), session.get_outputs()))
+        problem = graph_difference(self.package.manifest.graphs[graph], *sides)
+        if problem is not None:
+            raise PackageError(f"{self.package.path(graph)} is not the graph that its manifest describes: {problem}")
+        return session
+
+    @property
+    def max_batch(self) -> int:
+        """The most sequences of a batch: what the package was exported for."""
+        return self.package.manifest.max_batch
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ArgumentError above the package's max_batch."""
+        most = self.max_batch
+        if not 1 <= batch <= most:
+            raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {most} sequences")
+
+
+def import_onnxruntime() -> Any:
+    """The library. Raises BackendError that says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("ONNX Runtime is not installed; install it with: pip install melt-export[cpu]") from error
+    return onnxruntime
+
+
+class OnnxRuntimeBackend(Sessions):
+    """The graphs on the CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, package: Package, threads: int | None = None, low_memory: bool = False):
+        if package.manifest.precision == "bf16":
+            raise BackendError("ONNX Runtime has no bf16 kernels for the CPU; export this checkpoint as fp32 or fp16")
+        super().__init__(package)
+        self.low_memory = low_memory
+        most = 4 * (os.cpu_count() or 1)
+        if threads is not None and not 1 <= threads <= most:
+            raise ArgumentError(f"threads is {threads}; on this machine it must lie between 1 and {most}")
+        self.sessions = {name: self._session(name, threads) for name in GRAPHS}
+
+    def available_bytes(self) -> int | None:
+        """Memory of the machine that a state may take; None where the system does not tell."""
+        return available_memory()
+
+    def _session(self, graph: str, threads: int | None) -> Any:
+        options = self.options()
+        # Each graph has threads of its own: those of one that has just run must not spin while the next one runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.low_memory:
+            # Nothing is widened, packed or kept ahead of its use: weights stay mapped from disk as they are stored.
+            options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+            options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED  # widens a weight just before its use
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.package.manifest.weights.get("activations") == "float":
+            # Else ONNX Runtime makes one product of a DequantizeLinear and a MatMul that rounds activations to 8 bits.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        return self.load(graph, options, ["CPUExecutionProvider"])
+
+    def open_state(self, batch: int) -> OnnxRuntimeState:
+        """Allocates all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
+        self.check_batch(batch)
+        manifest, free = self.package.manifest, self.available_bytes()
+        state, scratch = manifest.state_bytes(batch), sum(scratch_buffers(manifest, batch).values())
+        if free is not None and state + scratch > free:
+            raise BackendError(
+                f"a batch of {batch} needs {state + scratch:,} bytes of memory ({state:,} of state, {scratch:,} of "
+                f"scratch), {free:,} are available; use a smaller batch or export with a smaller --max-seq-len"
+            )
+        try:
+            return OnnxRuntimeState(self, batch)
+        except MemoryError as error:
+            need = self.package.manifest.state_bytes(batch)
+            raise BackendError(f"there is no memory for {need:,} bytes of state; use a smaller batch") from error
+
+
+class OnnxRuntimeState(BufferState):
+    """The buffers of one batch in host memory: what is staged is written where the graph reads it."""
+
+    def __init__(self, backend: OnnxRuntimeBackend, batch: int):
+        self.backend = backend
+        self.buffers: dict[str, NDArray[np.uint8]] = {}
+        self._views: dict[tuple[str, int, tuple[int, ...]], NDArray[Any]] = {}  # made once: numpy takes long over it
+        super().__init__(backend.package.manifest, batch)
+
+    @property
+    def computed_by(self) -> str:
+        """The backend's name."""
+        return self.backend.name
+
+    def allocate(self, sizes: dict[str, int]) -> None:
+        """Zeroed, aligned, and really there: touching every page now keeps memory flat later."""
+        for name, count in sizes.items():
+            raw = np.empty(count + 64, np.uint8)
+            start = -raw.ctypes.data % 64
+            self.buffers[name] = raw[start : start + count]
+            self.buffers[name].fill(0)
+
+    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """A buffer in a shape; every call gives the same memory."""
+        key = (buffer, self.offsets.get(buffer, 0), shape)
+        found = self._views.get(key)
+        if found is None or found.dtype is not dtype:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            self._views[key] = found = np.ndarray(shape, dtype, self.buffers[buffer].data, key[1])
+        return found
+
+    stage = view
+
+    def send(self, buffer: str, count: int) -> None:
+        """Nothing: what was staged is in place."""
+
+    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
+        """Copies pieces of one buffer into another."""
+        self._pieces(target, count, pieces)[...] = self._pieces(source, count, pieces)
+
+    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        """A copy of pieces of a buffer."""
+        return self._pieces(source, count, pieces).copy()
+
+    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
+        """Copies pieces into a buffer."""
+        self._pieces(target, values.shape[1], len(values))[...] = values
+
+    def _pieces(self, strip: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
+        return np.ndarray((pieces, count), np.uint8, self.buffers[strip.buffer].data, strip.offset, (strip.pitch, 1))
+
+    def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
+        """An I/O binding of every tensor to the address of its buffer."""
+        binding = self.backend.sessions[graph].io_binding()
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for tensor in tensors:
+                address = self.buffers[tensor.buffer].ctypes.data + tensor.offset
+                bind(tensor.tensor, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, address)
+        return binding
+
+    def run(self, graph: str, bound: Any) -> None:
+        """Runs a graph on its bound buffers."""
+        run_bound(self.backend.sessions[graph], graph, bound)
+
+    def bucket(self, rows: int) -> int:
+        """The next multiple of a fixed length, so that few shapes are ever bound."""
+        return rounded(rows, self.manifest.cache_rows)
+
+    def logits_of_many(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """In one run, whose buffers are its own."""
+        shape = (self.batch, self.width, int(self.hidden.shape[-1]))
+        hidden = self.view(behind(self.hidden, self.current), np.dtype(self.hidden.dtype), shape)
+        rows = np.take_along_axis(hidden, columns[..., None], axis=1)
+        return cast(NDArray[np.float32], self.backend.sessions["lm_head"].run(["logits"], {"hidden": rows})[0])
+
+
+def _tensor(value: Any) -> TensorSpec:
+    """A session's input or output; a dimension without size or name becomes "?"."""
+    element = str(value.type).removeprefix("tensor(").removesuffix(")")
+    shape = tuple("?" if dim is None else dim for dim in value.shape or ())
+    return TensorSpec(value.name, _ELEMENTS.get(element, element), shape)
+
+
+def run_bound(session: Any, graph: str, binding: Any) -> None:
+    """Runs a session on its binding and waits for it. Raises BackendError."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime failed in {graph}: {brief(error)}") from error
+
+
+def rounded(rows: int, most: int) -> int:
+    """The attention length for so many rows."""
+    return min(-(-rows // CONTEXT_BUCKET) * CONTEXT_BUCKET, most)

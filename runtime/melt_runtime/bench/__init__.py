@@ -1,0 +1,1 @@
+"""Measures packages on this machine."""

@@ -1,0 +1,360 @@
+"""How fast packages run here, rivals in turn with each other, so that a noisy machine disturbs all alike.
+
+The road is that of generation, through the loop driver to the next token: where a backend runs a whole token as one
+graph, that graph is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ..backends.base import LoopControl
+from ..decoding.loop_driver import LoopDriver
+from ..decoding.settings import LoopSettings
+from ..errors import ArgumentError, BackendError
+from ..machine import ReadBandwidth, physical_cores
+from ..package.manifest import Manifest
+from ..package.onnx_file import initializer_bytes, read_operators
+from ..package.reader import Package
+from ..package.specs import size_of
+from ..progress import Step, no_progress
+from ..runtime import Runtime
+from ..sampling.sampler import Sampler, SamplingParams
+from ..untrusted import whole_number
+
+_PROMPT = 128  # tokens, where a sweep does not say
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is run: every combination of these. ``contexts``: tokens in the cache before the ones that are timed;
+    ``loops`` and ``chunks`` empty: each package's own. ``prompt``: tokens of the prompt whose prefill is timed (0:
+    none; None: 128, or as many as every package holds); ``tokens``: decoded a visit; ``rounds``: visits to each
+    combination. Raises ArgumentError."""
+
+    contexts: tuple[int, ...] = (0,)
+    loops: tuple[int, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    chunks: tuple[int, ...] = ()
+    threads: tuple[int, ...] = ()
+    prompt: int | None = None
+    tokens: int = 4
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("loops", "batches", "chunks", "threads"):
+            for value in getattr(self, name):
+                whole_number(name, value)
+        for name in ("tokens", "rounds"):
+            whole_number(name, getattr(self, name))
+        if min((self.prompt or 0, *self.contexts)) < 0:
+            raise ArgumentError("context and prompt must be 0 or more tokens")
+        if not self.contexts or not self.batches:
+            raise ArgumentError("name at least one context and one batch")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination; ``loops`` and ``chunk`` None: the package's own."""
+
+    context: int
+    loops: int | None
+    batch: int
+    chunk: int | None
+
+
+@dataclass
+class Samples:
+    """Seconds, one entry a visit: the median of its tokens, and of their loops."""
+
+    token: list[float] = field(default_factory=list)
+    loop: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    bandwidth: list[float] = field(default_factory=list)
+
+
+def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
+    """Refuses a sweep that a package cannot run, before anything is loaded. Raises ArgumentError."""
+    longest = max(*(context + 1 for context in sweep.contexts), sweep.prompt or 0)
+    if longest > manifest.max_seq_len:
+        raise ArgumentError(f"{name} holds {manifest.max_seq_len} tokens; the sweep needs {longest}")
+    if max(sweep.batches) > manifest.max_batch:
+        raise ArgumentError(f"{name} runs at most {manifest.max_batch} sequences; the sweep asks {max(sweep.batches)}")
+    if max(sweep.chunks, default=1) > manifest.chunk:
+        raise ArgumentError(f"{name} was exported for a chunk of at most {manifest.chunk}, not {max(sweep.chunks)}")
+    for loops in sweep.loops:
+        manifest.check_depth(loops, 1.0)
+
+
+def loop_bytes(package: Package, context: int, batch: int = 1, loops: int | None = None) -> dict[str, int]:
+    """Bytes that one loop step over one token a sequence must move, as stored: the weights it multiplies with, the
+    rows of ``context`` tokens and the new one's, and hidden and latent in and out.
+
+    The mean over ``loops`` loops (None: the package's): what only a branch of the graph reads, the gate, is not read in
+    the first. Weights in fp16 are widened by a CPU, which then moves twice as many.
+    """
+    manifest, graph = package.manifest, package.path("loop_step")
+    stored = {name: count for name, count in initializer_bytes(graph).items() if not name.startswith("rotary.")}
+    always = {name for node in read_operators(graph) for name in node.inputs}
+    later = sum(count for name, count in stored.items() if name not in always)
+    swapped = (state for state in manifest.states if state.kind == "swap")
+    return {
+        "weights": sum(stored.values()) - later // (loops or manifest.loops),
+        "cache": manifest.cache_bytes(context + 1, batch) // (manifest.cache_loops or 1),
+        "state": sum(2 * size_of(state.shape, state.dtype, batch=batch, chunk=1) for state in swapped),
+    }
+
+
+class Stopwatch:
+    """Times what generation runs: the loop driver's chunks, and the likeliest token after them."""
+
+    def __init__(self, driver: LoopDriver):
+        self.driver, self._greedy = driver, Sampler(SamplingParams())
+
+    def decode(self, context: int, loops: int, tokens: int) -> tuple[float, float]:
+        """Median seconds of a token, over ``tokens`` tokens behind ``context`` others and one that does not count; and
+        of a loop, which is a token without its head over the number of its loops."""
+        driver, settings = self.driver, LoopSettings(loops)
+        self._declare(context, loops)
+        times, new = [], [[0]] * driver.batch
+        for _ in range(tokens + 1):
+            if not driver.room(0):
+                self._declare(context, loops)
+            started = perf_counter()
+            new = self._next(new, settings)
+            times.append(perf_counter() - started)
+        return float(np.median(times[1:])), self._loop(context, loops, tokens)
+
+    def prefill(self, prompt: int, chunk: int, loops: int) -> float:
+        """Seconds from a prompt of ``prompt`` tokens to the token after it."""
+        self.driver.reset()
+        started = perf_counter()
+        self._next([[0] * prompt] * self.driver.batch, LoopSettings(loops, chunk=chunk))
+        return perf_counter() - started
+
+    def _next(self, new: list[list[int]], settings: LoopSettings) -> list[list[int]]:
+        logits = self.driver.advance(new, settings)
+        return [[logits.sample(slot, self._greedy, ())] for slot in range(self.driver.batch)]
+
+    def _loop(self, context: int, loops: int, tokens: int) -> float:
+        batch, state = self.driver.batch, self.driver.state
+        one, each = np.ones((batch, 1), np.bool_), np.ones(batch, np.int64)
+        control = LoopControl(one[:, 0], one, np.full(batch, context, np.int64), each)
+        times = []
+        for _ in range(tokens + 1):
+            started = perf_counter()
+            state.run_chunk(np.zeros((batch, 1), np.int64), control, loops, head=False)
+            state.read("hidden")  # a device computes while the host goes on
+            times.append((perf_counter() - started) / loops)
+        return float(np.median(times[1:]))
+
+    def _declare(self, context: int, loops: int) -> None:
+        """Says that the cache holds so many tokens: what its rows hold changes no time."""
+        for slot in range(self.driver.batch):
+            self.driver.clear(slot)
+            self.driver.depth[slot].extend([loops] * context)
+            self.driver.lengths[slot] = context
+
+
+class _Timed:
+    """A session of ONNX Runtime whose bound runs are timed; everything else is its own."""
+
+    def __init__(self, session: Any):
+        self.session, self.seconds, self._run = session, 0.0, session.run_with_iobinding
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        """Runs, and adds the time to ``seconds``."""
+        started = perf_counter()
+        self._run(binding)
+        self.seconds += perf_counter() - started
+
+
+def overhead(runtime: Runtime, tokens: int = 64, loops: int | None = None) -> float | None:
+    """The share of a generation's time that is spent outside the graphs' runs: binding, the loop driver, sampling.
+
+    None for a backend that is not ONNX Runtime.
+    """
+    sessions = getattr(runtime.backend, "sessions", None)
+    if sessions is None:
+        return None
+    request: dict[str, Any] = {"ignore_eos": True, "loops": loops, "exit_threshold": 1.0, "max_tokens": tokens}
+    runtime.generate([0], **request | {"max_tokens": 2})
+    timed = {name: _Timed(session) for name, session in sessions.items()}
+    kept = dict(sessions)
+    sessions.update(timed)
+    try:
+        started = perf_counter()
+        runtime.generate([0], **request)
+        total = perf_counter() - started
+    finally:
+        sessions.update(kept)
+    return 1 - sum(session.seconds for session in timed.values()) / total
+
+
+def peak_memory(package: Path, batch: int, loops: int, threads: int | None) -> dict[str, int | None]:
+    """Resident bytes of a fresh process that loads a package and decodes with it: "loaded_bytes", "peak_bytes".
+
+    None each where the system does not tell. Raises BackendError if the process fails.
+    """
+    order = json.dumps({"package": str(package), "batch": batch, "loops": loops, "threads": threads})
+    ran = subprocess.run(
+        [sys.executable, "-m", "melt_runtime.bench.memory_probe", order], capture_output=True, text=True, check=False
+    )
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BackendError(f"measuring the memory of {package.name} failed: {last}")
+    found: dict[str, int | None] = json.loads(ran.stdout)
+    return found
+
+
+def bench(packages: Sequence[Path], sweep: Sweep, progress: Step = no_progress) -> dict[str, Any]:
+    """Measures packages over a sweep, in turn; the first is what the others are compared with.
+
+    Returns plain values that ``json`` can write. Raises PackageError, BackendError, ArgumentError.
+    """
+    opened = [Package.open(path, check_hashes=False) for path in packages]
+    names = _names(packages)
+    if sweep.prompt is None:
+        sweep = replace(sweep, prompt=min(_PROMPT, *(package.manifest.max_seq_len for package in opened)))
+    for package, name in zip(opened, names, strict=True):
+        check(package.manifest, name, sweep)
+    report: dict[str, Any] = {"packages": [], "bandwidth": [], "results": []}
+    most, batch = max(sweep.loops, default=0), max(sweep.batches)
+    for package, name in zip(opened, names, strict=True):
+        progress("memory, in a fresh process", len(opened), 1)
+        manifest = package.manifest
+        report["packages"].append(
+            {
+                "name": name,
+                "model_type": manifest.model.get("model_type"),
+                "dialect": manifest.dialect,
+                "precision": manifest.precision,
+                "state_bytes": manifest.state_bytes(batch),
+                **peak_memory(package.directory, batch, most or manifest.loops, (sweep.threads or (None,))[0]),
+            }
+        )
+    for threads in sweep.threads or (None,):
+        for section, rows in _with_threads(opened, names, sweep, threads, progress):
+            report[section] += rows
+    return report
+
+
+def _names(packages: Sequence[Path]) -> list[str]:
+    """Directory names, numbered where several are alike."""
+    plain = [path.resolve().name for path in packages]
+    return [name if plain.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(plain, start=1)]
+
+
+def _with_threads(
+    packages: Sequence[Package], names: Sequence[str], sweep: Sweep, threads: int | None, progress: Step
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The sections that one number of threads adds to the report."""
+    label = f"{threads or 'default'} threads"
+    used = threads or physical_cores()
+    progress(f"read bandwidth, {label}", 1, 0)
+    bandwidth = ReadBandwidth(used)
+    first = bandwidth.measure()
+    progress(f"read bandwidth, {label}", 1, 1)
+    runtimes = []
+    for package in packages:
+        progress(f"loading, {label}", len(packages), 1)
+        runtimes.append(Runtime.load(package.directory, threads=threads, check_hashes=False))
+
+    choices = product(sweep.contexts, sweep.loops or (None,), sweep.batches, sweep.chunks or (None,))
+    points = [Point(*choice) for choice in choices]
+    samples = {(at, point): Samples() for at in range(len(packages)) for point in points}
+    shares: list[list[float]] = [[] for _ in packages]
+    for batch in sweep.batches:  # one batch's state at a time
+        watches = [Stopwatch(runtime.driver(batch)) for runtime in runtimes]
+        own = [point for point in points if point.batch == batch]
+        for turn in range(sweep.rounds + 1):  # the first does not count
+            for point in own:
+                for at, watch in enumerate(watches):
+                    rate = bandwidth.measure()
+                    found = _visit(watch, point, sweep, prefill=point.context == sweep.contexts[0])
+                    if turn:
+                        kept = samples[at, point]
+                        kept.bandwidth.append(rate)
+                        for list_, value in zip((kept.token, kept.loop, kept.prefill), found, strict=True):
+                            list_ += [] if value is None else [value]
+                progress(f"in turn, {label}", len(points) * (sweep.rounds + 1), 1)
+        del watches  # before the next batch's state is allocated
+    for at, runtime in enumerate(runtimes):
+        runs = [overhead(runtime, loops=sweep.loops[0] if sweep.loops else None) for _ in range(min(sweep.rounds, 3))]
+        shares[at] = [share for share in runs if share is not None]
+        progress(f"runtime overhead, {label}", len(runtimes), 1)
+    bandwidth.close()
+    rates = [rate for found in samples.values() for rate in found.bandwidth]
+    yield "bandwidth", [{"threads": used, "first_bytes_s": first, "bytes_s": spread(rates)}]
+    yield (
+        "results",
+        [
+            _row(packages[at], names, at, point, samples, sweep, used) | {"overhead_share": spread(shares[at])}
+            for point in points
+            for at in range(len(packages))
+        ],
+    )
+
+
+def _visit(watch: Stopwatch, point: Point, sweep: Sweep, *, prefill: bool) -> tuple[float, float, float | None]:
+    loops = point.loops or watch.driver.manifest.loops
+    chunk = point.chunk or watch.driver.manifest.chunk
+    token, loop = watch.decode(point.context, loops, sweep.tokens)
+    return token, loop, watch.prefill(sweep.prompt, chunk, loops) if prefill and sweep.prompt else None
+
+
+def _row(
+    package: Package,
+    names: Sequence[str],
+    at: int,
+    point: Point,
+    samples: dict[tuple[int, Point], Samples],
+    sweep: Sweep,
+    threads: int,
+) -> dict[str, Any]:
+    """One combination of one package. A prefill is timed with the first context and holds for all."""
+    own, first = samples[at, point], samples[0, point]
+    prefill = samples[at, Point(sweep.contexts[0], point.loops, point.batch, point.chunk)].prefill
+    loops = point.loops or package.manifest.loops
+    moved = loop_bytes(package, point.context, point.batch, loops)
+    total = sum(moved.values())
+    token, loop, rate = np.array(own.token), np.array(own.loop), np.array(own.bandwidth)
+    return {
+        "package": names[at],
+        "context": point.context,
+        "loops": loops,
+        "batch": point.batch,
+        "chunk": point.chunk or package.manifest.chunk,
+        "threads": threads,
+        "prompt_tokens": sweep.prompt,
+        "first_token_s": spread(prefill),
+        "prefill_tokens_s": spread([point.batch * (sweep.prompt or 0) / seconds for seconds in prefill]),
+        "decode_tokens_s": spread(point.batch / token),
+        "token_ms": spread(1e3 * token),
+        "loop_ms": spread(1e3 * loop),
+        "bytes_a_loop": {**moved, "total": total},
+        "effective_bytes_s": spread(total / loop),
+        "bandwidth_share": spread(total / loop / rate),
+        "time_against_first": spread(token / np.array(first.token)),
+    }
+
+
+def spread(values: Any) -> dict[str, float] | None:
+    """Median and quartiles; None of nothing."""
+    if len(values) == 0:
+        return None
+    low, middle, high = (float(v) for v in np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)))
+    return {"median": middle, "low": low, "high": high}

@@ -1,0 +1,1 @@
+"""The melt-run command."""

@@ -1,0 +1,139 @@
+"""``melt-run bench``: how fast packages run here, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.sweep import Sweep, bench
+from ..errors import ArgumentError
+from ..machine import ONNX_RUNTIMES, describe_machine, installed_versions
+from ..progress import shown_progress
+from .errors import reported_errors
+from .tables import human_bytes
+
+_WIDTH = 200  # of the table in a file or a pipe
+_LIBRARIES = ("melt-export", *ONNX_RUNTIMES, "numpy")
+
+
+def bench_command(
+    package: Annotated[Path, typer.Argument(help="The package to measure.")],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="A rival, run in turn with it; may be given several times.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    context: Annotated[str, typer.Option(help="Tokens in the cache before the timed ones, such as 0,512,2048.")] = "0",
+    loops: Annotated[str, typer.Option(help="Loops a token, such as 1,2,4. Default: each package's.")] = "",
+    batch: Annotated[str, typer.Option(help="Sequences at a time, such as 1,4.")] = "1",
+    chunk: Annotated[str, typer.Option(help="Prefill chunks, such as 32,128. Default: each package's.")] = "",
+    threads: Annotated[str, typer.Option(help="Threads, such as 1,2. Default: the physical cores.")] = "",
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt whose prefill is timed; 0: none. Default: 128, or what all packages hold."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded at each visit.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Visits to each combination, packages in turn.")] = 5,
+) -> None:
+    """Measure speed, bytes and memory of a package, and of rivals in turn with it.
+
+    Every combination of the lists is run. Bandwidth is what this machine reads with as many threads, measured first
+    and again before each visit.
+    """
+    with reported_errors():
+        sweep = Sweep(
+            contexts=_numbers("context", context),
+            loops=_numbers("loops", loops),
+            batches=_numbers("batch", batch),
+            chunks=_numbers("chunk", chunk),
+            threads=_numbers("threads", threads),
+            prompt=prompt,
+            tokens=tokens,
+            rounds=rounds,
+        )
+        if json_file is not None and not json_file.resolve().parent.is_dir():
+            raise ArgumentError(f"{json_file} cannot be written: its directory does not exist")
+        report: dict[str, Any] = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": describe_machine(),
+            "versions": _versions(),
+        }
+        with shown_progress() as step:
+            report |= bench([package, *(against or [])], sweep, step)
+        if json_file is not None:
+            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """ "0,512" -> (0, 512). Raises ArgumentError."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wrong = next((word for word in words if not word.isascii() or not word.isdigit()), None)
+    if wrong is not None:
+        raise ArgumentError(f"--{name} takes whole numbers with commas between them, not {wrong!r}")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **installed_versions(_LIBRARIES)}
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report as tables."""
+    for found in report["bandwidth"]:
+        console.print(f"memory is read at {_middle(found['bytes_s'], 1e9, 1)} GB/s with {found['threads']} threads")
+    table = Table("package", "state", "loaded", "peak")
+    for found in report["packages"]:
+        sizes = (found["state_bytes"], found["loaded_bytes"], found["peak_bytes"])
+        table.add_row(found["name"], *("not known" if size is None else human_bytes(size) for size in sizes))
+    console.print(table)
+    rows = report["results"]
+    swept = [name for name in _SWEPT if len({row[name] for row in rows}) > 1]
+    table = Table("package", *swept, *_SHOWN)
+    for row in rows:
+        table.add_row(row["package"], *(str(row[name]) for name in swept), *_cells(row))
+    console.print(table)
+    console.print("medians; quartiles and everything else are in the JSON file (--json)", style="dim")
+
+
+_SWEPT = ("context", "loops", "batch", "chunk", "threads")
+_SHOWN = (
+    "first token",
+    "prefill/s",
+    "decode/s",
+    "a loop",
+    "moves",
+    "GB/s",
+    "of bandwidth",
+    "against first",
+    "overhead",
+)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row's figures in the order of the columns."""
+    return [
+        _middle(row["first_token_s"], 1, 3, " s"),
+        _middle(row["prefill_tokens_s"], 1, 1),
+        _middle(row["decode_tokens_s"], 1, 2),
+        _middle(row["loop_ms"], 1, 2, " ms"),
+        human_bytes(row["bytes_a_loop"]["total"]),
+        _middle(row["effective_bytes_s"], 1e9, 2),
+        _middle(row["bandwidth_share"], 0.01, 0, "%"),
+        _middle(row["time_against_first"], 1, 3, " x"),
+        _middle(row["overhead_share"], 0.01, 1, "%"),
+    ]
+
+
+def _middle(values: dict[str, float] | None, unit: float, digits: int, sign: str = "") -> str:
+    """The median in a unit; a dash where nothing was measured."""
+    return "-" if values is None else f"{values['median'] / unit:.{digits}f}{sign}"

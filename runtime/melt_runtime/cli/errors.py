@@ -1,0 +1,106 @@
+"""How every command of the family ends: what it refuses is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
+
+import typer
+
+from ..errors import MeltError, MeltWarning
+from ..untrusted import printable
+
+INTERRUPTED = 130
+
+
+def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = ()) -> None:
+    """Runs a command line and exits. ``refused``: the errors that are an answer and not a defect.
+
+    With MELT_TRACEBACK=1 in the environment those show where they were raised.
+    """
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+            signal.signal(number, _end)  # so that what is half-built is removed
+    code = 0
+    try:
+        result = app(prog_name=name, standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except Exception as error:
+        message = _usage(error)
+        if message is None and (not isinstance(error, refused) or os.environ.get("MELT_TRACEBACK") == "1"):
+            raise
+        print(message if message and "\n" in message else f"{name}: {message or one_line(error)}", file=sys.stderr)
+        code = 2
+    if code == INTERRUPTED:
+        print(f"{name}: interrupted", file=sys.stderr)
+    sys.exit(code)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """Ends as the shell reports a signal's death, once everything is cleaned up."""
+    sys.exit(128 + number)
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turns what a command raises into its exit: 2 after one line for an error, 130 after Ctrl-C, quiet for a pipe.
+    A MeltWarning is one line on standard error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", MeltWarning)
+            warnings.showwarning = _show(warnings.showwarning)
+            yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Else Python would try to flush what is left when it ends, and complain.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except MemoryError:
+        if os.environ.get("MELT_TRACEBACK") == "1":
+            raise
+        print("melt-run: there is not enough memory", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except (MeltError, OSError) as error:
+        if os.environ.get("MELT_TRACEBACK") == "1":
+            raise
+        print(f"melt-run: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _show(others: Callable[..., None]) -> Callable[..., None]:
+    """How a warning is shown; ``others``: of other categories."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, MeltWarning):
+            print(f"Warning: {message}", file=sys.stderr, flush=True)
+        else:
+            others(message, category, *where)
+
+    return show
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, and without characters that a terminal would act on, for parts of it may
+    be a stranger's; a file system's names the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return printable(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """Text as it may be written to a stream: on a terminal without characters that it would act on, such as escape
+    sequences, which a model or its tokenizer may contain."""
+    return printable(text, kept="\n\t") if stream.isatty() else text
+
+
+def _usage(error: Exception) -> str | None:
+    """What the command line library says of a wrong option (or its help, of none at all); None for other errors."""
+    describe = getattr(error, "format_message", None)
+    return None if describe is None else str(describe())

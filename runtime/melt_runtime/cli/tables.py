@@ -1,0 +1,237 @@
+"""How results look: the tables of ``melt-run inspect``, a generation's numbers, the progress of opening a package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..engines.store import devices_of
+from ..package.engine_spec import EngineSpec
+from ..package.reader import Package
+from ..results import Generation
+from ..text.end_tokens import EndToken
+from ..untrusted import printable
+from .inspect import MemoryFacts, PackageFacts, StateFacts
+
+# Hashing less than this takes about as long as it takes to notice a bar.
+_PROGRESS_FROM_BYTES = 200_000_000
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people, in binary units: "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@contextmanager
+def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
+    """A callback for the ``progress`` of opening a package, which draws a bar on standard error.
+
+    None where nobody would see it: standard error is no terminal, or the package is small. Raises PackageError.
+    """
+    total = 0
+    if sys.stderr.isatty():
+        total = sum(file.bytes for file in Package.open(directory, check_hashes=False).manifest.files.values())
+    if total <= _PROGRESS_FROM_BYTES:
+        yield None
+        return
+    columns = (TextColumn("checking the package"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checking", total=total)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            # What follows the hashing, loading the graphs, is not this bar's to show.
+            if bar.finished:
+                bar.stop()
+
+        yield advance
+
+
+def generation_dict(result: Generation) -> dict[str, Any]:
+    """A generation as plain values that ``json`` can write; its depths one by one and as count, mean, least and most
+    loops, and the share of loops that leaving early saved."""
+    depth = result.depth
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "depth": {
+            "tokens": len(depth),
+            "mean": sum(depth) / len(depth),
+            "min": min(depth),
+            "max": max(depth),
+            "each": list(depth),
+        },
+        "saved": result.saved,
+    }
+
+
+def stats_lines(result: Generation, started: float, arrivals: Sequence[float], state_bytes: int) -> list[str]:
+    """Speed, depth and memory of a generation, for people. started: when it began; arrivals: when each token came,
+    both in seconds of one clock."""
+    decoding = arrivals[-1] - arrivals[0]
+    speed = f"{(len(arrivals) - 1) / decoding:.1f} tokens/s" if decoding > 0 else "one token, no rate"
+    return [
+        f"decode               {speed}",
+        f"time to first token  {arrivals[0] - started:.3f} s for {result.prompt_tokens} prompt tokens",
+        f"mean loops           {sum(result.depth) / len(result.depth):.2f} a token, {result.saved:.0%} of all not run",
+        f"state                {state_bytes:,} bytes",
+    ]
+
+
+def engine_line(spec: EngineSpec) -> str:
+    """An engine in a few words: library, devices, size and sizes it was built for."""
+    last = spec.profiles[-1]
+    return (
+        f"{spec.flavour} {spec.version}, compute capability {devices_of(spec)}, "
+        f"batch {last.batch[2]}, chunk {last.chunk[2]}, {human_bytes(spec.bytes)}"
+    )
+
+
+def print_facts(facts: PackageFacts) -> None:
+    """Prints a package's facts as a panel and tables."""
+    console = Console(highlight=False, markup=False)  # what a package says is no markup
+    console.print(_summary(facts))
+    for warning in facts.warnings:
+        console.print(Text(f"Warning: {warning}", style="bold yellow"))
+    engines = [_engines(facts)] if facts.engines else []
+    for table in (
+        _files(facts),
+        *engines,
+        _states(facts),
+        _memory(facts.memory),
+        _comparison(facts.memory),
+        _backends(facts),
+    ):
+        console.print()
+        console.print(table)
+
+
+def _summary(facts: PackageFacts) -> Panel:
+    early = "no token leaves early" if facts.exit_threshold >= 1 else "of the cumulative exit probability"
+    text = (
+        "tokenizer and chat template" if facts.chat_template else "tokenizer" if facts.tokenizer else "token ids only"
+    )
+    shape = f"{_known(facts.layers)} layers, d {_known(facts.hidden_size)}, {_known(facts.heads)} heads"
+    rows = {
+        "model": f"{shape}, {_known(facts.kv_heads)} key/value heads, vocabulary {facts.vocab_size:,}",
+        "loops": f"{facts.loops} a token, exit threshold {facts.exit_threshold:g} ({early})",
+        "graphs": f"{facts.dialect} dialect, {facts.precision}",
+        "arithmetic": facts.arithmetic,
+        "limits": f"{facts.max_seq_len:,} tokens, batch {facts.max_batch}, chunk {facts.chunk}",
+        "prompts": text if facts.example_prompt is None else f"{text}, for example {facts.example_prompt!r}",
+        "stops at": ", ".join(map(_end_token, facts.end_tokens)) or "no token",
+        "parity": "not verified (no parity.json)" if facts.parity is None else facts.parity.verdict,
+        "hash": facts.hash,
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan", no_wrap=True)
+    grid.add_column()
+    for label, value in rows.items():
+        grid.add_row(label, Text(value))
+    title = Text(printable(Path(facts.directory).resolve().name or facts.directory), style="bold")
+    return Panel(grid, title=title, title_align="left", expand=False)
+
+
+def _end_token(token: EndToken) -> str:
+    text = "" if token.text is None else f" {token.text!r}"
+    return f"{token.id}{text} ({' and '.join(token.sources)}{'; in chats' if token.chats_only else ''})"
+
+
+def _known(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _table(title: str, *columns: tuple[str, str]) -> Table:
+    """A table with (heading, justification) columns."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="cyan")
+    for heading, justify in columns:
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    return table
+
+
+def _files(facts: PackageFacts) -> Table:
+    table = _table("Graphs and files", ("file", "left"), ("role", "left"), ("size", "right"))
+    names = {graph.file: f"graph {graph.name}" for graph in facts.graphs}
+    for file in facts.files:
+        table.add_row(Text(file.name), names.get(file.name, file.role), human_bytes(file.bytes))
+    table.add_section()
+    table.add_row("total", "", human_bytes(sum(file.bytes for file in facts.files)), style="bold")
+    return table
+
+
+def _engines(facts: PackageFacts) -> Table:
+    columns = (("engine", "left"), ("built with", "left"), ("for", "left"), ("weights", "left"), ("size", "right"))
+    table = _table("Engines", *columns)
+    for name, spec in facts.engines.items():
+        devices = devices_of(spec)
+        built = f"{spec.flavour} {spec.version}"
+        table.add_row(Text(name), built, devices, spec.weights or spec.precision, human_bytes(spec.bytes))
+    return table
+
+
+def _backends(facts: PackageFacts) -> Table:
+    table = _table("Backends, here", ("backend", "left"), ("runs", "left"), ("why", "left"))
+    for backend in facts.backends:
+        shown = Text("yes", style="green") if backend.usable else Text("no", style="dim")
+        table.add_row(Text(backend.name), shown, Text(backend.reason))
+    return table
+
+
+def _states(facts: PackageFacts) -> Table:
+    columns = (("state", "left"), ("kind", "left"), ("dtype", "left"), ("shape", "left"), ("allocated", "right"))
+    table = _table("States of the loop step", *columns)
+
+    def alike(state: StateFacts) -> tuple[str, str, str, tuple[int | str, ...]]:
+        return (state.name.split(".")[0], state.kind, state.dtype, state.shape)
+
+    # A cache for each layer, all of one shape: one row for them, in the order in which they first appear.
+    order = {alike(state): number for number, state in reversed(list(enumerate(facts.states)))}
+    ordered = sorted(facts.states, key=lambda state: order[alike(state)])
+    for (name, kind, dtype, shape), members in groupby(ordered, alike):
+        group = list(members)
+        label = group[0].name if len(group) == 1 else f"{group[0].name}..{group[-1].name.removeprefix(name + '.')}"
+        dims = "×".join(str(dim) for dim in shape)
+        table.add_row(Text(label), kind, dtype, dims, human_bytes(sum(state.bytes for state in group)))
+    return table
+
+
+def _memory(memory: MemoryFacts) -> Table:
+    table = _table(f"Memory{_at(memory)}", ("what", "left"), ("bytes", "right"), ("", "right"), ("", "left"))
+    rows = (
+        ("weights", memory.weights_bytes, "as stored"),
+        ("state, allocated", memory.state_bytes, "the same at any number of loops"),
+        ("cache, in use", memory.cache_bytes, "part of the state"),
+    )
+    for label, count, note in rows:
+        table.add_row(label, f"{count:,}", human_bytes(count), Text(note, style="dim"))
+    return table
+
+
+def _comparison(memory: MemoryFacts) -> Table:
+    columns = (("loops", "right"), ("MELT", "right"), ("LoopLM, one cache per loop", "right"))
+    table = _table(f"Cache by loops{_at(memory)}", *columns)
+    shared = memory.looplm_cache_bytes[1]
+    for loops, count in memory.looplm_cache_bytes.items():
+        table.add_row(str(loops), Text(human_bytes(shared), style="green"), human_bytes(count))
+    return table
+
+
+def _at(memory: MemoryFacts) -> str:
+    return f" at {memory.length:,} tokens" + (f" × {memory.batch} sequences" if memory.batch > 1 else "")

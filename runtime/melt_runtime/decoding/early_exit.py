@@ -1,0 +1,62 @@
+"""How deep each sequence of a batch thinks: its settings, and which of its tokens are still in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..package.manifest import Manifest
+from .settings import LoopSettings
+
+
+def depth_warnings(manifest: Manifest, loops: int) -> tuple[str, ...]:
+    """What to say of more loops than the model was trained for; nothing of others."""
+    configured = manifest.model.get("total_ut_steps")
+    trained = max(manifest.loops, configured if isinstance(configured, int) else 0)
+    if loops <= trained:
+        return ()
+    known = "1 loop" if trained == 1 else f"{trained} loops"
+    return (f"loops is {loops}, but the model was trained for {known} per token: its answers may make no sense",)
+
+
+class Depth:
+    """A chunk's tokens on their way through the loops, each by its sequence's settings.
+
+    ``active`` (batch, chunk) bool: the tokens that the next loop runs for; ``spent``, the same: loops each has had.
+    A token's fate depends on its own exit probability and hidden state alone, never on what else is in the batch.
+    """
+
+    def __init__(self, settings: Sequence[LoopSettings], present: NDArray[np.bool_]):
+        self.active, self.spent = present, np.zeros(present.shape, np.int64)
+        self.loop = 0
+        self._remaining = np.ones(present.shape, np.float32)
+        self._hidden: NDArray[np.float32] | None = None  # after the loop before
+        self._loops = np.array([[one.loops] for one in settings])
+        self._least = np.array([[one.min_loops] for one in settings])
+        self._threshold = np.array([[one.exit_threshold] for one in settings], np.float32)
+        self._gated = np.array([[one.exit_threshold < 1.0] for one in settings])
+        self._change = np.array([[one.exit_change] for one in settings], np.float32)
+        self._watched = bool((self._change > 0)[present.any(axis=1)].any())
+
+    def ran(self, exit_probability: NDArray[np.float32], hidden: Callable[[], NDArray[np.floating]]) -> None:
+        """A loop is over: who leaves? exit_probability (batch, chunk); hidden() gives (batch, chunk, d), and is called
+        only where a change of it may let a token leave."""
+        self.loop += 1
+        self.spent += self.active
+        self._remaining = self._remaining * (np.float32(1) - exit_probability)
+        leaves = self._gated & ((np.float32(1) - self._remaining) >= self._threshold)
+        if self._watched:
+            leaves |= self._settled(hidden().astype(np.float32, copy=False))
+        leaves &= self.loop >= self._least
+        self.active = self.active & ~leaves & (self.loop < self._loops)
+
+    def _settled(self, hidden: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Whose hidden state changed by less than its share; nobody's before there are two to compare."""
+        before, self._hidden = self._hidden, hidden
+        if before is None:
+            return np.zeros(self.active.shape, np.bool_)
+        with np.errstate(invalid="ignore", over="ignore"):  # padding may hold anything
+            change, length = (np.sqrt(np.square(values).sum(axis=-1)) for values in (hidden - before, hidden))
+            return np.asarray(change < self._change * length)

@@ -1,0 +1,323 @@
+"""The loop driver: moves the state of one batch of sequences forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import BackendState, LoopControl
+from ..errors import ArgumentError, PromptError
+from ..package.manifest import Manifest
+from ..untrusted import whole_number
+from .early_exit import Depth
+from .next_logits import NextLogits
+from .settings import LoopSettings
+
+__all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
+
+Settings = LoopSettings | Sequence[LoopSettings]  # one for all sequences, or one for each
+# Called between two loops with who is still in them (batch,), None: all; raises Interrupted to end the call.
+Between = Callable[..., None]
+_LAUNCHED = 4  # times the package's loops: more are launched one by one where somebody looks between them
+
+
+class Interrupted(Exception):
+    """Nobody wants a call's tokens any more; the sequences are as they were before it."""
+
+
+class Chunk(NamedTuple):
+    """A slice of every sequence's new tokens: ids (batch, width) right-padded, counts (batch,) real tokens in each
+    row, ``last`` (batch,) whether a sequence's last new token is in it, ``present`` (batch, width) what is a token."""
+
+    ids: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    last: NDArray[np.bool_]
+    present: NDArray[np.bool_]
+
+
+class LoopDriver:
+    """Sequences whose tokens lie in the cache. All memory is allocated when it opens and never grows.
+
+    ``lengths`` (batch,) counts each sequence's tokens in the cache; ``depth`` holds, a sequence, the loops spent on
+    each of its tokens. ``whole``: the driver of which this is a part, from its sequence ``first`` on. Not for several
+    threads: give each a driver of its own.
+    """
+
+    def __init__(self, state: BackendState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
+        self.state, self.manifest = state, manifest
+        self.batch, self.capacity = state.batch, manifest.max_seq_len
+        own = slice(first, first + self.batch)
+        self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
+        self.depth: list[list[int]] = [[] for _ in range(self.batch)] if whole is None else whole.depth[own]
+        self.moves = 0  # how often tokens came or went: a caller sees whether another one used the driver meanwhile
+        # Of a token each, where every microsecond counts.
+        self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
+        self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
+        self._ids = np.zeros((self.batch, 1), np.int64)
+        self._lengths = self.lengths.data  # the same numbers: one is written sooner here
+        self._each_one = Chunk(self._ids, self._one, self._all, self._column)
+        self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
+        self._fixed: LoopSettings | None = None  # settings with which nothing is left to check or to decide
+
+    def reset(self) -> None:
+        """Forgets all tokens; the buffers stay."""
+        for slot in range(self.batch):
+            self.clear(slot)
+
+    def clear(self, slot: int) -> None:
+        """Forgets the tokens of one sequence."""
+        self.moves += 1
+        self.lengths[slot] = 0
+        self.depth[slot].clear()
+
+    def room(self, slot: int) -> int:
+        """How many more tokens of one sequence fit."""
+        return self.capacity - len(self.depth[slot])
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forgets the tokens of one sequence behind its first ``length``."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ArgumentError(f"length is {length}; it must lie between 0 and the {self.lengths[slot]} in the cache")
+        self.moves += 1
+        self.lengths[slot] = length
+        del self.depth[slot][length:]
+
+    def restore(self, slot: int, rows: Mapping[str, NDArray[Any]], depth: Sequence[int]) -> None:
+        """Puts tokens behind those of one sequence without running them: the cache rows that ``state.rows`` gave of
+        the same tokens at the same place, and the loops spent on each. Raises ArgumentError for rows that do not fit.
+        """
+        start = int(self.lengths[slot])
+        if any(values.ndim != 3 or values.shape[1] != len(depth) for values in rows.values()):
+            raise ArgumentError(f"the rows are not those of {len(depth)} tokens")
+        if start + len(depth) > self.capacity:
+            raise ArgumentError(f"{len(depth)} tokens do not fit behind {start} in a cache of {self.capacity}")
+        if depth:
+            self.state.write_rows(slot, start, rows)
+        self.moves += 1
+        self.lengths[slot] = start + len(depth)
+        self.depth[slot].extend(depth)
+
+    def part(self, first: int, count: int) -> LoopDriver | None:
+        """A driver of the sequences ``first`` to ``first + count - 1`` alone, over the same memory, lengths and depths:
+        what one of them appends, the other has. They take turns, a call at a time. None where the backend cannot.
+        """
+        state = self.state.part(first, count)
+        if state is None:
+            return None
+        return LoopDriver(state, self.manifest, self, first)
+
+    def append(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NDArray[np.float32]:
+        """Runs new tokens of every sequence, in chunks, and returns the logits after each one's last (batch, vocab).
+
+        settings: one for all sequences, or one for each: in a batch they may differ in depth and chunk, and each
+        gives what it gives alone. A sequence with no new tokens sits idle; its row of the result is zero. Raises
+        PromptError, before anything is changed, if a sequence would not fit in the cache or a token id is out of
+        range, ArgumentError for settings that the package does not allow.
+        """
+        return self.advance(tokens, settings).full()
+
+    def advance(
+        self, tokens: Sequence[Sequence[int]], settings: Settings, between: Between | None = None
+    ) -> NextLogits:
+        """As ``append``, but leaves the logits where they are until they are asked for. Raises Interrupted if
+        ``between`` does; nothing was appended then."""
+        logits = NextLogits(self.state, self.manifest.vocab_size)
+        single = self._single(tokens)
+        if single is self._each_one and self._again(settings, between):
+            logits.follow(self._zeros, self._all)
+            return logits
+        each = self.each(settings)
+        before = self.lengths.tolist()
+        try:
+            for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
+                for group in self._groups(chunk, each):
+                    logits.keep()
+                    self._run(group, each, between)
+                    columns = self._zeros if group.ids.shape[1] == 1 else np.maximum(group.counts - 1, 0)[:, None]
+                    logits.follow(columns, group.last)
+        except Interrupted:
+            for slot, length in enumerate(before):
+                self.truncate(slot, length)
+            raise
+        return logits
+
+    def _again(self, settings: Settings, between: Between | None) -> bool:
+        """Runs one more token of every sequence, in its place already, by settings that ran before. False, and nothing
+        ran, by others.
+
+        Between two tokens the processor's caches are full of weights: every function that runs there is fetched from
+        memory first, which takes longer than to run it. Hence few of them.
+        """
+        fixed = self._fixed
+        if fixed is None:
+            return False
+        if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
+            return False
+        self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between)
+        self.moves += 1
+        for slot, spent in enumerate(self.depth):
+            spent.append(fixed.loops)
+            self._lengths[slot] = len(spent)
+        return True
+
+    def each(self, settings: Settings) -> Sequence[LoopSettings]:
+        """One for each sequence. Raises ArgumentError for another number of them."""
+        if isinstance(settings, LoopSettings):
+            return [settings] * self.batch
+        if len(settings) != self.batch:
+            raise ArgumentError(f"the batch has {self.batch} sequences, loop settings were given for {len(settings)}")
+        return settings
+
+    def chunks(self, tokens: Sequence[Sequence[int]], size: int | Sequence[int | None] | None = None) -> list[Chunk]:
+        """Cuts every sequence's new tokens into chunks, each sequence from its own first. Raises PromptError.
+
+        size: of the chunks, for all sequences or for each; None: the package's.
+        """
+        sizes = [size] * self.batch if size is None or isinstance(size, int) else size
+        most = np.array([self.manifest.chunk if one is None else one for one in sizes], np.int64)
+        if most.max() > self.manifest.chunk:
+            raise ArgumentError(f"chunk is {most.max()}; this package was exported for at most {self.manifest.chunk}")
+        arrays = self.check(tokens)
+        counts = np.array([len(array) for array in arrays], np.int64)
+        chunks, done = [], np.zeros(self.batch, np.int64)
+        while (done < counts).any():
+            here = np.minimum(counts - done, most)
+            ids = np.zeros((self.batch, int(here.max())), np.int64)
+            for slot, array in enumerate(arrays):
+                ids[slot, : here[slot]] = array[done[slot] : done[slot] + here[slot]]
+            done = done + here
+            chunks.append(_chunk(ids, here, (here > 0) & (done == counts)))
+        return chunks
+
+    def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
+        """The chunk of at most one new token a sequence; ``_each_one`` where each has one. The next call writes over
+        its ids. None where it is anything else, or anything is wrong with it."""
+        if len(tokens) != self.batch:
+            return None
+        idle = 0
+        try:
+            for slot, new in enumerate(tokens):
+                if not len(new):
+                    idle += 1
+                    continue
+                if type(new) not in (list, tuple) or type(new[0]) is not int:
+                    return None  # perhaps ids all the same; ``check`` finds out
+                token = new[0]
+                if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(self.depth[slot]) >= self.capacity:
+                    return None
+                self._ids[slot, 0] = token
+        except TypeError:
+            return None
+        if not idle:
+            return self._each_one
+        if idle == self.batch:
+            return None
+        counts = np.array([len(new) for new in tokens], np.int64)
+        self._ids[counts == 0] = 0
+        return _chunk(self._ids, counts, counts > 0)
+
+    def loops(self, chunk: Chunk, settings: Settings, between: Between | None = None) -> Iterator[LoopControl]:
+        """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
+
+        A token that has left the loop, by its sequence's settings, has its hidden and latent frozen from then on, so
+        that its cache rows keep their values. The chunk stops when all have left.
+        """
+        each = self.each(settings)
+        self._check_depth(chunk, each)
+        depth = Depth(each, chunk.present)
+        self.state.embed(chunk.ids)
+        while True:
+            control = LoopControl(np.full(self.batch, depth.loop == 0), depth.active, self.lengths, chunk.counts)
+            exit_probability = self.state.loop(control)
+            depth.ran(exit_probability, lambda: self.state.read("hidden"))
+            yield control
+            if not depth.active.any():
+                break
+            if between is not None:
+                between(depth.active.any(axis=1))
+        self.state.commit(control)
+        self._count([row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)])  # type: ignore[call-overload]
+
+    def _run(self, chunk: Chunk, each: Sequence[LoopSettings], between: Between | None) -> None:
+        """A chunk's loops: all at once, where nothing is to be decided on the way."""
+        counts = chunk.counts.tolist()
+        asked = [settings for settings, count in zip(each, counts, strict=True) if count]
+        decided = any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1
+        if decided or (between is not None and asked[0].loops > _LAUNCHED * self.manifest.loops):
+            for _ in self.loops(chunk, each, between):
+                pass
+            return
+        self._check_depth(chunk, each)
+        loops = asked[0].loops
+        if self.manifest.cache_loops is None:
+            self._fixed = asked[0]
+        control = LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
+        self.state.run_chunk(chunk.ids, control, loops, any(chunk.last.tolist()), between)
+        self._count([[loops] * count for count in counts])
+
+    def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
+        """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
+        if self.manifest.cache_loops is None:
+            return [chunk]
+        loops = np.array([settings.loops for settings in each])
+        depths = np.unique(loops[chunk.counts > 0])
+        if len(depths) == 1:
+            return [chunk]
+        groups = []
+        for depth in depths:
+            counts = np.where(loops == depth, chunk.counts, 0)
+            groups.append(_chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
+        return groups
+
+    def _count(self, spent: Sequence[Sequence[int]]) -> None:
+        """A chunk's tokens lie in the cache; ``spent``, a sequence: the loops that each of them had."""
+        self.moves += 1
+        for slot, loops in enumerate(spent):
+            self.depth[slot].extend(loops)
+            self.lengths[slot] = len(self.depth[slot])
+
+    def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
+        """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""
+        for settings, count, depth in zip(each, chunk.counts.tolist(), self.depth, strict=True):
+            if not count:
+                continue
+            settings.check(self.manifest)
+            if self.manifest.cache_loops is None:
+                continue
+            filled = min(depth, default=settings.loops)
+            if filled < settings.loops:
+                raise ArgumentError(
+                    f"loops is {settings.loops}, but tokens in the cache ran {filled}; "
+                    "a LoopLM cannot deepen its caches"
+                )
+        if len(self._groups(chunk, each)) > 1:
+            raise ArgumentError("sequences of a LoopLM run the same number of loops in a chunk")
+
+    def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
+        """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
+        if len(tokens) != self.batch:
+            raise PromptError(f"the batch has {self.batch} sequences, tokens were given for {len(tokens)}")
+        return [checked_ids(ids, self.room(slot), self.manifest) for slot, ids in enumerate(tokens)]
+
+
+def checked_ids(ids: Sequence[int], room: int, manifest: Manifest) -> NDArray[np.int64]:
+    """Token ids as an array. Raises PromptError if one is out of range or they are more than ``room``."""
+    try:
+        array = np.asarray(ids).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise PromptError("token ids must be whole numbers inside the vocabulary") from error
+    if len(array) > room:
+        raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {manifest.max_seq_len}")
+    if len(array) and array.dtype.kind not in "iu":
+        raise PromptError("token ids must be whole numbers inside the vocabulary")
+    wrong = array[(array < 0) | (array >= manifest.vocab_size)]
+    if len(wrong):
+        raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {manifest.vocab_size}")
+    return array.astype(np.int64, copy=False)
+
+
+def _chunk(ids: NDArray[np.int64], counts: NDArray[np.int64], last: NDArray[np.bool_]) -> Chunk:
+    return Chunk(ids, counts, last, np.arange(ids.shape[1]) < counts[:, None])

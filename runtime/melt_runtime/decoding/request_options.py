@@ -1,0 +1,79 @@
+"""The keyword options of ``generate``, ``stream`` and sessions: their names and types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, TypedDict
+
+import numpy as np
+
+from ..errors import ArgumentError
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of a request. ``LoopSettings`` explains loops to exit_change, ``SamplingParams`` temperature to seed."""
+
+    max_tokens: int  # 256
+    loops: int | None  # None: the package's
+    exit_threshold: float | None  # None: the package's
+    chunk: int | None  # None: the package's
+    min_loops: int  # 1
+    exit_change: float  # 0
+    temperature: float  # 0
+    top_k: int  # 0
+    top_p: float  # 1
+    min_p: float  # 0
+    repetition_penalty: float  # 1
+    seed: int | None  # None
+    stop: str | Iterable[str] | None  # end before any of these texts
+    stop_ids: int | Iterable[int] | None  # end with any of these tokens, besides the model's own
+    ignore_eos: bool  # False; True: the model's own end tokens do not stop
+
+
+# What other libraries call them.
+_ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "num_loops": "loops",
+    "n_loops": "loops",
+    "max_loops": "loops",
+    "total_ut_steps": "loops",
+    "num_steps": "loops",
+    "depth": "loops",
+    "early_exit_threshold": "exit_threshold",
+    "chunk_size": "chunk",
+    "do_sample": "temperature",
+    "typical_p": "top_p",
+    "repeat_penalty": "repetition_penalty",
+    "random_seed": "seed",
+    "random_state": "seed",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "stop_words": "stop",
+    "stop_token_ids": "stop_ids",
+    "eos_token_id": "stop_ids",
+    "eos_token_ids": "stop_ids",
+}
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as values that may be kept: NumPy's numbers as Python's, iterators as lists. Raises ArgumentError for
+    an unknown name, and suggests one."""
+    names = GenerateOptions.__annotations__
+    for name in options:
+        if name not in names:
+            near = get_close_matches(name, [*names, *_ALIASES], n=1)
+            known = _ALIASES.get(name) or (_ALIASES.get(near[0], near[0]) if near else None)
+            help = f"did you mean {known!r}?" if known else f"the options are {', '.join(names)}"
+            raise ArgumentError(f"unknown option {name!r}; {help}")
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, Iterator) else value

@@ -1,0 +1,82 @@
+"""The settings of a request: how deep to think, how many tokens, how to sample and when to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ..errors import ArgumentError
+from ..package.manifest import Manifest
+from ..package.specs import MAX_LOOPS
+from ..sampling.sampler import SamplingParams
+from ..text.stop_strings import stop_strings, stop_tokens
+from ..untrusted import whole_number
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How deep to think: at most ``loops`` loops a token, fewer where it leaves early, and at least ``min_loops``.
+
+    A token leaves once its cumulative exit probability reaches ``exit_threshold`` (1.0: never), or once its hidden
+    state changes by less than the share ``exit_change`` of its length from one loop to the next, ||h_t - h_{t-1}|| <
+    exit_change * ||h_t|| (0.0: never). The latter needs no trained exit gate, and costs that hidden is read back after
+    every loop. ``chunk`` is how many prompt tokens run their loops together (None: the package's): part of the model's
+    meaning, so change it only on purpose. Raises ArgumentError.
+    """
+
+    loops: int
+    exit_threshold: float = 1.0
+    chunk: int | None = None
+    min_loops: int = 1
+    exit_change: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole_number("loops", self.loops)
+        whole_number("min_loops", self.min_loops)
+        if self.loops > MAX_LOOPS:
+            raise ArgumentError(f"loops is above {MAX_LOOPS:,}, the most that a token may have")
+        if self.chunk is not None:
+            whole_number("chunk", self.chunk)
+        if self.min_loops > self.loops:
+            raise ArgumentError(f"min_loops is {self.min_loops}, above the {self.loops} loops that a token may have")
+        if not _real(self.exit_threshold) or not 0.0 <= self.exit_threshold <= 1.0:
+            raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
+        if not _real(self.exit_change) or not 0.0 <= self.exit_change < math.inf:
+            raise ArgumentError(f"exit_change is {self.exit_change!r}; it must be a finite number of at least 0")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a token may leave before its last loop."""
+        return self.min_loops < self.loops and (self.exit_threshold < 1.0 or self.exit_change > 0.0)
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises ArgumentError for a depth or chunk that the package does not allow."""
+        manifest.check_depth(self.loops, self.exit_threshold)
+        if manifest.cache_loops is not None and self.exit_change > 0.0:
+            raise ArgumentError(
+                f"exit_change is {self.exit_change}; a token of a LoopLM that left early would lack its rows in the "
+                "later loops' caches, so only 0 is possible"
+            )
+        if self.chunk is not None and self.chunk > manifest.chunk:
+            raise ArgumentError(f"chunk is {self.chunk}; this package was exported for at most {manifest.chunk}")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """One request: how many tokens, how to draw them, how deep to think and when to stop."""
+
+    loops: LoopSettings
+    max_tokens: int = 256
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    warnings: tuple[str, ...] = field(default=(), compare=False)  # what the reply should say of the request
+
+    def __post_init__(self) -> None:
+        whole_number("max_tokens", self.max_tokens)
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        object.__setattr__(self, "stop_ids", stop_tokens(self.stop_ids))
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)

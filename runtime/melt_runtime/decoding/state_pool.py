@@ -1,0 +1,124 @@
+"""The states that a Runtime's own calls run on: one is kept from call to call, more are opened while it is in use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from ..errors import BackendError, OvertakenError
+from .loop_driver import LoopDriver
+
+T = TypeVar("T")
+
+
+class States:
+    """Lends every call a state of its own, so that calls cannot mix. For any number of threads.
+
+    Where there is no memory for another one, the call takes the state of the stream that was read longest ago, which
+    raises OvertakenError when it is read again; a call that is computing is waited for. ``open_driver``: allocates a
+    state for a batch.
+    """
+
+    def __init__(self, open_driver: Callable[[int], LoopDriver]):
+        self._open = open_driver
+        self._idle: LoopDriver | None = None
+        self._leases: list[Lease] = []  # the one that computed longest ago first
+        # Reentrant: Python may drop an abandoned stream, and so end its lease, in the middle of any line.
+        self._changed = threading.Condition(threading.RLock())
+
+    @contextmanager
+    def lease(self, batch: int) -> Iterator[Lease]:
+        """An empty state of ``batch`` sequences, until the block is left. Raises BackendError."""
+        lease = self._take(batch)
+        try:
+            yield lease
+        finally:
+            self._end(lease)
+
+    def _take(self, batch: int) -> Lease:
+        with self._changed:
+            while True:
+                driver, self._idle = self._idle, None
+                if driver is None or driver.batch != batch:
+                    driver = None  # frees the old state before the new one is allocated
+                    try:
+                        driver = self._open(batch)
+                    except BackendError:
+                        if not self._leases:
+                            raise
+                if driver is not None:
+                    driver.reset()
+                    lease = Lease(self, driver)
+                    self._leases.append(lease)
+                    return lease
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Ends a lease, at once if it is between two steps, else when its step is over."""
+        leases = list(self._leases)
+        paused = next((lease for lease in leases if not lease.running), None)
+        if paused is not None:
+            self._end(paused)
+        elif leases:
+            leases[0].wanted = True
+            self._changed.wait()
+
+    def _begin_step(self, lease: Lease) -> None:
+        with self._changed:
+            if lease.driver is None:
+                raise OvertakenError("another call needed this stream's memory and has taken it; begin another stream")
+            lease.running = True
+            self._leases.remove(lease)
+            self._leases.append(lease)
+
+    def _end_step(self, lease: Lease) -> None:
+        with self._changed:
+            lease.running = False
+            if lease.wanted:
+                self._end(lease)
+
+    def _end(self, lease: Lease) -> None:
+        with self._changed:
+            if lease.driver is None:
+                return
+            # The stream may live on: nothing of it may keep the state's memory.
+            self._idle, lease.driver, lease.work = lease.driver, None, None
+            self._leases.remove(lease)
+            self._changed.notify_all()
+
+
+class Lease:
+    """A state that one call has. ``running``: it computes now; ``wanted``: another call waits for it."""
+
+    def __init__(self, states: States, driver: LoopDriver):
+        self._states = states
+        self.driver: LoopDriver | None = driver
+        self.work: Iterator[object] | None = None
+        self.running = self.wanted = False
+
+    @contextmanager
+    def step(self) -> Iterator[LoopDriver]:
+        """While it lasts nobody takes the state. Raises OvertakenError if somebody has."""
+        self._states._begin_step(self)
+        try:
+            assert self.driver is not None
+            yield self.driver
+        finally:
+            self._states._end_step(self)
+
+    def steps(self, begin: Callable[[LoopDriver], Iterator[T]]) -> Iterator[T]:
+        """What ``begin`` makes of the state, one item a step. Raises OvertakenError."""
+        while True:
+            self._states._begin_step(self)
+            try:
+                if self.work is None:
+                    assert self.driver is not None
+                    self.work = begin(self.driver)
+                item: T = next(self.work)  # type: ignore[assignment]
+            except StopIteration:
+                return
+            finally:
+                self._states._end_step(self)
+            yield item

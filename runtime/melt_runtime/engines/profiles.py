@@ -1,0 +1,72 @@
+"""The sizes that an engine is built for: attention lengths, and one profile for decoding and one for prefill."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+from ..errors import ArgumentError
+from ..package.engine_spec import ProfileSpec
+
+_SMALLEST_BUCKET = 64
+# With fewer heads TensorRT-RTX 1.7 has no fused attention for a chunk that is always one token (found by trying), but
+# it has one for a chunk of one or two.
+_FUSED_ONE_TOKEN_HEADS = 4
+
+
+def length_buckets(rows: int) -> tuple[int, ...]:
+    """The attention lengths for a cache of so many rows: 64, 96, 128, 192, 256 and so on, and the whole cache.
+
+    Few enough for a CUDA graph each; never more than half again of what is needed.
+    """
+    buckets, size = [], _SMALLEST_BUCKET
+    while size < rows:
+        buckets.append(size)
+        if size * 3 // 2 < rows:
+            buckets.append(size * 3 // 2)
+        size *= 2
+    return (*buckets, rows)
+
+
+def bucket_for(buckets: tuple[int, ...], length: int) -> int:
+    """The smallest bucket that holds a length. Raises ArgumentError above the largest."""
+    at = bisect_left(buckets, length)
+    if at == len(buckets):
+        raise ArgumentError(f"{length} tokens are more than the engine's {buckets[-1]} rows of cache")
+    return buckets[at]
+
+
+def make_profiles(max_batch: int, chunk: int, heads: int, buckets: tuple[int, ...]) -> tuple[ProfileSpec, ...]:
+    """Decoding: one token. Prefill, where the package has a chunk: up to the chunk."""
+    batch = (1, 1, max_batch)
+    context = (buckets[0], buckets[len(buckets) // 2], buckets[-1])
+    widest = 1 if heads >= _FUSED_ONE_TOKEN_HEADS else 2
+    decode = ProfileSpec("decode", batch, (1, 1, widest), context)
+    return (decode, ProfileSpec("prefill", batch, (1, chunk, chunk), context)) if chunk > 1 else (decode,)
+
+
+def profile_for(profiles: tuple[ProfileSpec, ...], batch: int, chunk: int, context: int) -> int:
+    """The index of the first profile that admits these sizes. Raises ArgumentError where none does."""
+
+    def admits(profile: ProfileSpec) -> bool:
+        sizes = ((profile.batch, batch), (profile.chunk, chunk), (profile.context, context))
+        return all(least <= size <= most for (least, _, most), size in sizes)
+
+    found = next((index for index, profile in enumerate(profiles) if admits(profile)), None)
+    if found is None:
+        last = profiles[-1]
+        raise ArgumentError(
+            f"batch {batch}, chunk {chunk} and {context} rows of cache are beyond what the engine was built for: "
+            f"batch {last.batch[2]}, chunk {last.chunk[2]} and {last.context[2]} rows"
+        )
+    return found
+
+
+def resolve(shape: tuple[int | str, ...], profile: ProfileSpec) -> tuple[tuple[int, ...], ...]:
+    """A shape with named dimensions -> its least, likeliest and most."""
+    named: Mapping[str, tuple[int, int, int]] = {
+        "batch": profile.batch,
+        "chunk": profile.chunk,
+        "context": profile.context,
+    }
+    return tuple(tuple(named[d][at] if isinstance(d, str) else d for d in shape) for at in range(3))

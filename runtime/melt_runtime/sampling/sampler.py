@@ -1,0 +1,198 @@
+"""Choosing the next token from the logits: greedy, or drawn after penalty, temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from ..untrusted import shown
+
+
+def _check(name: str, value: object, whole: bool, valid: str, low: float, high: float, open_low: bool = False) -> None:
+    """Raise ArgumentError unless `value` is a finite number from low to high (low itself excluded if open_low)."""
+    kind = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be {valid}, not {shown(value)}.")
+    try:
+        number: float = int(value) if whole and isinstance(value, Integral) else float(value)
+    except OverflowError:
+        number = math.inf
+    too_low = number <= low if open_low else number < low
+    if (isinstance(number, float) and not math.isfinite(number)) or too_low or number > high:
+        raise ArgumentError(f"{name} must be {valid}, not {shown(value)}.")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy; a value out of range raises ArgumentError.
+
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: only the k likeliest tokens stay; 0 turns this off.
+    top_p: only the smallest set of tokens that holds this share of the probability stays; 1 turns this off.
+    min_p: only tokens at least this fraction as likely as the likeliest stay; 0 turns this off.
+    repetition_penalty: above 1 makes tokens of the history less likely, below 1 more likely; 1 turns this off.
+    seed: the same seed gives the same draws; None draws differently each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, False, "a finite number of at least 0 (0 is greedy)", 0, math.inf)
+        _check("top_k", self.top_k, True, "a whole number of at least 0 (0 is off)", 0, math.inf)
+        _check("top_p", self.top_p, False, "a number above 0 and at most 1 (1 is off)", 0, 1, open_low=True)
+        _check("min_p", self.min_p, False, "a number from 0 to 1 (0 is off)", 0, 1)
+        valid = "a finite number above 0 (1 is off)"
+        _check("repetition_penalty", self.repetition_penalty, False, valid, 0, math.inf, open_low=True)
+        if self.seed is not None:
+            _check(
+                "seed", self.seed, True, "a whole number of at least 0, or None for a new one each time", 0, math.inf
+            )
+
+
+class Sampler:
+    """Draws the tokens of one sequence and owns its random state.
+
+    params: see SamplingParams. stream: the number of the sequence in its batch; with one seed, every stream draws
+    independently of the others and the same way each time. Raises ArgumentError for a stream below 0.
+    """
+
+    def __init__(self, params: SamplingParams, stream: int = 0) -> None:
+        _check("stream", stream, True, "a whole number of at least 0", 0, math.inf)
+        self.params = params
+        seed = None if params.seed is None else int(params.seed)
+        source = np.random.SeedSequence(seed, spawn_key=(int(stream),))
+        self._random = np.random.Generator(np.random.PCG64(source))
+
+    def sample(self, logits: npt.NDArray[Any], history: Sequence[int] | npt.NDArray[Any] = ()) -> int:
+        """The id of the next token.
+
+        logits: (vocab,) real numbers, -inf for a token that must not come; never modified.
+        history: (tokens,) ids the repetition penalty applies to; read only when that penalty is on.
+        Every draw takes exactly one random number, a greedy choice none. Raises ArgumentError for logits that are
+        not one row, that hold NaN or +inf or nothing above -inf, and for history ids outside the vocabulary.
+        """
+        scores = np.asarray(logits)
+        if scores.ndim != 1 or scores.size == 0:
+            raise ArgumentError(f"The logits must be one row of shape (vocab,), not of shape {scores.shape}.")
+        best = int(scores.argmax())  # NaN counts as the largest
+        top = float(scores.item(best))
+        if not math.isfinite(top):
+            what = "infinite logits" if top > 0 else "logits that are all -inf, so no token is left to choose"
+            what = "NaN logits" if math.isnan(top) else what
+            raise ArgumentError(f"The model returned {what}; check its weights and the precision it runs in.")
+        if self.params.repetition_penalty != 1.0:
+            scores = penalise(scores, history, float(self.params.repetition_penalty))
+            best = int(scores.argmax())
+        if self.params.temperature == 0:
+            return best
+        ids = top_k_ids(scores, int(self.params.top_k)) if 0 < self.params.top_k < scores.size else None
+        return self.draw(*self.narrow(ids, scores if ids is None else scores[ids]))
+
+    def narrow(
+        self, ids: npt.NDArray[Any] | None, scores: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.float64]]:
+        """The ids left after top-p and min-p (None stands for the whole vocabulary) and their unnormalised weights.
+
+        ids: those that top-k left, ascending, or None; scores: theirs.
+        """
+        params = self.params
+        kept = scores.astype(np.float64)
+        # The largest becomes 0 before the division, so that a tiny temperature ends in 0 and -inf, never in NaN.
+        with np.errstate(over="ignore"):
+            weights = np.exp((kept - kept.max()) / float(params.temperature))
+        if params.top_p < 1:
+            nucleus = _top_p(weights, float(params.top_p))
+            ids = nucleus if ids is None else ids[nucleus]
+            weights = weights[nucleus]
+        if params.min_p > 0:
+            # The largest weight is exactly 1, so weights are already fractions of the likeliest.
+            likely = np.flatnonzero(weights >= float(params.min_p))
+            ids = likely if ids is None else ids[likely]
+            weights = weights[likely]
+        return ids, weights
+
+    def draw(self, ids: npt.NDArray[Any] | None, weights: npt.NDArray[np.float64]) -> int:
+        """One of the ids, each as likely as its weight: one random number."""
+        mass = np.cumsum(weights)
+        drawn = int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
+        # Rounding may carry the product up to the whole mass: the last token with any weight is meant then.
+        drawn = min(drawn, int(np.searchsorted(mass, mass[-1], side="left")))
+        return drawn if ids is None else int(ids[drawn])
+
+    def state(self) -> dict[str, Any]:
+        """The random state as plain dicts, strings and ints that `json` can write; `restore` takes it back."""
+        return dict(self._random.bit_generator.state)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state()` was taken. Raises ArgumentError, and changes nothing, if it is not one."""
+        bits = np.random.PCG64(0)
+        try:
+            saved: Any = dict(state)
+            bits.state = saved
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ArgumentError("This is not a saved sampler state; pass what Sampler.state() returned.") from error
+        self._random = np.random.Generator(bits)
+
+
+def penalise(
+    scores: npt.NDArray[Any],
+    history: Sequence[int] | npt.NDArray[Any],
+    penalty: float,
+    ids: npt.NDArray[Any] | None = None,
+    vocab: int | None = None,
+) -> npt.NDArray[np.float64]:
+    """A copy of the scores in which each token of the history got the penalty once, however often it occurred.
+
+    The scores are the whole vocabulary's, or those of ``ids``, ascending, out of ``vocab``. Raises ArgumentError.
+    """
+    seen_ids = np.unique(np.asarray(history))
+    penalised = scores.astype(np.float64)
+    if seen_ids.size == 0:
+        return penalised
+    vocab = scores.size if vocab is None else vocab
+    if not np.issubdtype(seen_ids.dtype, np.integer):
+        raise ArgumentError(f"The history must be token ids, not values of type {seen_ids.dtype}.")
+    if seen_ids[0] < 0 or seen_ids[-1] >= vocab:
+        raise ArgumentError(
+            f"The history must be token ids from 0 to {vocab - 1}, but spans {seen_ids[0]} to {seen_ids[-1]}."
+        )
+    at = seen_ids if ids is None else np.flatnonzero(np.isin(ids, seen_ids))
+    seen = penalised[at]
+    penalised[at] = np.where(seen > 0, seen / penalty, seen * penalty)
+    return penalised
+
+
+def top_k_ids(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
+    """The ids, ascending, of exactly the k largest scores."""
+    threshold = scores[np.argpartition(scores, scores.size - k)[scores.size - k]]
+    return largest(scores, k, threshold)
+
+
+def _top_p(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.intp]:
+    """The indices, ascending, of the smallest set that holds `share` of the weight; never empty."""
+    descending = np.sort(weights)[::-1]  # values alone: several times faster than sorting indices
+    mass = np.cumsum(descending)
+    count = min(int(np.searchsorted(mass, share * mass[-1], side="left")) + 1, weights.size)
+    return largest(weights, count, descending[count - 1])
+
+
+def largest(values: npt.NDArray[Any], count: int, threshold: Any) -> npt.NDArray[np.intp]:
+    """The indices, ascending, of the `count` largest, the last of which is `threshold`.
+
+    Of equal values the lowest indices stay, as in greedy; half-precision logits are often equal.
+    """
+    above = np.flatnonzero(values > threshold)
+    equal = np.flatnonzero(values == threshold)[: count - above.size]
+    return np.sort(np.concatenate([above, equal]))

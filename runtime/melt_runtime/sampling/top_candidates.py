@@ -1,0 +1,127 @@
+"""The next token from the likeliest few, where they alone settle it: so that a device need not send all its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sampler import Sampler, SamplingParams, largest, penalise, top_k_ids
+
+# How far a log-sum in float32 over a vocabulary may be off, as a share of the sum; in truth it is ten times closer.
+_SLACK = 2.0**-12
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The k largest of a row of logits and their ids, in any order; all others are at most the least of them.
+
+    logits (k,) float32; ids (k,); log_sum: the logarithm of the sum of exp over the whole row; vocab: its length. Of
+    equal logits any may be among the k.
+    """
+
+    logits: NDArray[np.float32]
+    ids: NDArray[np.integer[Any]]
+    log_sum: float
+    vocab: int
+
+
+def sample_candidates(
+    sampler: Sampler, candidates: Candidates, history: Sequence[int] | NDArray[Any] = ()
+) -> int | None:
+    """The token that ``Sampler.sample`` draws from the whole row, and the same random number used up.
+
+    None where the candidates do not settle it: then nothing was drawn. Raises ArgumentError as ``sample`` does.
+    """
+    params = sampler.params
+    order = np.argsort(candidates.ids)
+    ids = candidates.ids[order]
+    scores: NDArray[np.floating[Any]] = candidates.logits[order]
+    if len(ids) == candidates.vocab:
+        return sampler.sample(scores, history)
+    if not np.isfinite(candidates.log_sum) or not np.isfinite(scores.max(initial=-np.inf)):
+        return None  # the whole row says what is wrong with it
+    bound = float(scores.min())
+    if params.repetition_penalty != 1.0:
+        penalty = float(params.repetition_penalty)
+        scores = penalise(scores, history, penalty, ids, candidates.vocab)
+        bound = max(bound, bound / penalty if bound > 0 else bound * penalty)
+    top = float(scores.max())
+    if not top > bound:
+        return None
+    if params.temperature == 0:
+        return int(ids[np.argmax(scores)])
+    if 0 < params.top_k < candidates.vocab:
+        return _from_top_k(sampler, ids, scores, bound)
+    return _from_mass(sampler, candidates, ids, scores, bound)
+
+
+def _from_top_k(sampler: Sampler, ids: NDArray[Any], scores: NDArray[Any], bound: float) -> int | None:
+    """Settled if all of the k are above every token that is no candidate."""
+    count = int(sampler.params.top_k)
+    if count > len(ids):
+        return None
+    kept = top_k_ids(scores, count)
+    if not scores[kept].min() > bound:
+        return None
+    return sampler.draw(*sampler.narrow(ids[kept], scores[kept]))
+
+
+def _from_mass(
+    sampler: Sampler, candidates: Candidates, ids: NDArray[Any], scores: NDArray[Any], bound: float
+) -> int | None:
+    """Top-p and min-p over the whole vocabulary: settled if every mass that the others may have gives the same set."""
+    params = sampler.params
+    top, temperature = float(scores.max()), float(params.temperature)
+    with np.errstate(over="ignore"):
+        weights = np.exp((scores.astype(np.float64) - top) / temperature)
+        most = float(np.exp((bound - top) / temperature))  # the weight of a token that is no candidate, at most
+    likely = None  # how many stay by min-p
+    if params.min_p > 0 and most < params.min_p:
+        likely = int(np.count_nonzero(weights >= float(params.min_p)))
+    if params.top_p == 1:
+        chosen = None if likely is None else np.flatnonzero(weights >= float(params.min_p))
+        return None if chosen is None else sampler.draw(ids[chosen], weights[chosen])
+
+    descending = np.sort(weights)[::-1]
+    mass = np.cumsum(descending)
+    counts = set()
+    for rest in _rest(params, candidates, ids, scores, bound):
+        count = int(np.searchsorted(mass, float(params.top_p) * (mass[-1] + rest), side="left")) + 1
+        counts.add(count if likely is None else min(count, likely))
+    if len(counts) > 1 or max(counts) > len(ids):
+        return None
+    count = counts.pop()
+    if not descending[count - 1] > most:
+        return None
+    kept = largest(weights, count, descending[count - 1])
+    if params.min_p > 0:
+        kept = kept[weights[kept] >= float(params.min_p)]
+    return sampler.draw(ids[kept], weights[kept])
+
+
+def _rest(
+    params: SamplingParams, candidates: Candidates, ids: NDArray[Any], scores: NDArray[Any], bound: float
+) -> tuple[float, float]:
+    """Least and most mass of the tokens that are no candidates, where the likeliest token's weight is 1.
+
+    Each is at most the least candidate. Without a penalty the log-sum says what they have together at temperature 1;
+    at another, x -> x**(1/temperature) is convex or concave, and that bounds the sum from both sides.
+    """
+    count = candidates.vocab - len(ids)
+    top, power = float(scores.max()), 1 / float(params.temperature)
+    each = float(np.exp(bound - top))
+    with np.errstate(over="ignore", under="ignore"):
+        low, high = 0.0, count * each**power
+        if params.repetition_penalty == 1.0 and each > 0:
+            known = float(np.exp(scores.astype(np.float64) - top).sum())
+            total = float(np.exp(candidates.log_sum - top))
+            least, most = (max(total * (1 + slack) - known, 0.0) for slack in (-_SLACK, _SLACK))
+            spread = [count * (rest / count) ** power for rest in (least, most)]
+            packed = [rest * each ** (power - 1) for rest in (least, most)]
+            lows, highs = (spread, packed) if power >= 1 else (packed, spread)
+            low, high = lows[0], min(high, highs[1])
+    return min(low, high) * (1 - 1e-9), high * (1 + 1e-9) + 1e-12

@@ -1,0 +1,146 @@
+"""A request to a scheduler, and what its sender holds in return: a stream of pieces that always ends."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from time import monotonic
+
+from ..decoding.generator import check_request
+from ..decoding.settings import GenerationOptions
+from ..errors import ArgumentError, CancelledError, DeadlineError, MeltError, PromptError
+from ..package.manifest import Manifest
+from ..results import Generation, Piece
+from ..sampling.constraint import Constraint
+from ..text.prompts import token_ids
+
+Listener = Callable[[Piece | Generation | MeltError], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, as token ids. Raises PromptError for what are none.
+
+    ``deadline``: seconds from its submission by which it must be over; ``logprobs``: how many of the likeliest tokens
+    each piece names (0: the drawn token's logprob alone; None: nothing); ``constraint``: what may be drawn, an object
+    of this request's own.
+    """
+
+    prompt: tuple[int, ...]
+    options: GenerationOptions
+    deadline: float | None = None
+    logprobs: int | None = None
+    constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):
+            raise PromptError("a request's prompt is token ids, and this one is text; give Runtime.encode(prompt)")
+        object.__setattr__(self, "prompt", tuple(token_ids(self.prompt)))
+
+    def check(self, manifest: Manifest, tokenizer: bool) -> None:
+        """Raises PromptError or ArgumentError for what this package cannot run. tokenizer: whether there is one."""
+        if not isinstance(self.options, GenerationOptions):
+            raise ArgumentError("a request's options must be GenerationOptions, as Runtime.options makes them")
+        check_request([self.prompt], [manifest.max_seq_len], manifest, self.options, tokenizer)
+        self.options.loops.check(manifest)
+        limit = self.deadline
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+            raise ArgumentError(f"deadline is {limit!r}; it must be a number of seconds")
+        if limit is not None and not 0 < limit < math.inf:
+            raise ArgumentError(f"deadline is {limit!r}; it must be a finite number of seconds above 0")
+        count = self.logprobs
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+            raise ArgumentError(f"logprobs is {count!r}; it must be a whole number from 0, or None")
+
+
+class Ticket:
+    """A request on its way. Iterating it waits for its pieces; each piece comes once, whoever iterates.
+
+    It always ends: with a Generation, or with the error that ended it.
+    """
+
+    def __init__(self, request: Request, listener: Listener | None, wake: Callable[[], None]):
+        self.request = request
+        self.submitted = monotonic()
+        self.due = None if request.deadline is None else self.submitted + request.deadline
+        self.cancelled = False
+        self._listener, self._wake = listener, wake
+        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()  # None: the end
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._outcome: Generation | MeltError | None = None
+
+    def cancel(self) -> None:
+        """Ends the request with the next loop or token; nothing happens if it is over."""
+        self.cancelled = True
+        self._wake()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self._over.is_set()
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Waits for the end. Raises what ended it: CancelledError, DeadlineError (both hold what there was), or another
+        MeltError; TimeoutError if it is not over after ``timeout`` seconds, and goes on."""
+        if not self._over.wait(timeout):
+            raise TimeoutError(f"the request is not over after {timeout} seconds")
+        outcome = self._outcome
+        if isinstance(outcome, Generation):
+            return outcome
+        assert outcome is not None
+        raise outcome
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces as they come. Ends quietly after ``cancel``; raises any other error that ended the request."""
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+        self._pieces.put(None)  # for whoever else iterates
+        if isinstance(self._outcome, MeltError) and not self.cancelled:
+            raise self._outcome
+
+    def reason(self, now: float) -> str | None:
+        """Why the request must end now: "cancelled", "deadline", or None."""
+        if self.cancelled:
+            return "cancelled"
+        return "deadline" if self.due is not None and now >= self.due else None
+
+    def hand(self, piece: Piece) -> None:
+        """A piece came. Raises what the listener raises."""
+        if self.done:
+            return
+        self._pieces.put(piece)
+        listener = self._listener
+        if listener is not None:
+            listener(piece)
+
+    def finish(self, result: Generation) -> None:
+        """The request is over, its listener gets the generation; cut short, ``result`` raises."""
+        error = None
+        if result.finish_reason == "cancelled":
+            error = CancelledError("the request was cancelled", result)
+        elif result.finish_reason == "deadline":
+            error = DeadlineError(f"the request was not over within {self.request.deadline} seconds", result)
+        self._end(error or result, result)
+
+    def fail(self, error: MeltError, tell: bool = True) -> None:
+        """The request ended with an error. tell: whether its listener may hear of it."""
+        self._end(error, error if tell else None)
+
+    def _end(self, outcome: Generation | MeltError, event: Generation | MeltError | None) -> None:
+        with self._lock:  # the first end counts
+            if self._outcome is not None:
+                return
+            self._outcome = outcome
+        # A listener may hold the ticket: let go of it, so that both, and what the request may say, go at once.
+        listener, self._listener = self._listener, None
+        try:
+            if listener is not None and event is not None:
+                listener(event)
+        except Exception:  # its request is over: nothing is left that it could end
+            pass
+        finally:
+            self._over.set()
+            self._pieces.put(None)

@@ -1,0 +1,1 @@
+"""Conversations that go on, branch, go back, and lie in files."""

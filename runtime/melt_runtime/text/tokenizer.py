@@ -1,0 +1,184 @@
+"""Text to token ids and back: the tokenizer of a package, its chat template, and decoding token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ..errors import ArgumentError, PackageError, PromptError
+from ..untrusted import brief, read_object, read_text
+from .templating.chat_template import ChatTemplate
+from .templating.variables import special_tokens, template_variables
+from .token_bytes import TokenBytes
+from .tokenizer_file import tokenizer_of
+from .unencodable import drops_characters, lacking
+
+MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest vocabularies of today
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. ``role``: "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        return {"role": self.role, "content": self.content}
+
+
+class TextCodec:
+    """The tokenizer of a package and its chat template; `TextCodec.load` reads them from its directory.
+
+    tokenizer: any tokenizer of the tokenizers library; its truncation and padding are switched off.
+    special_tokens: text by name, such as "bos_token", for the chat template. chat_template: Jinja source, or None;
+    tool_template: one to be used where tools are given. Raises PackageError for one that is not valid Jinja.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+        tool_template: str | None = None,
+    ) -> None:
+        # Both would silently change prompts: the runtime checks lengths itself and pads with its own mask.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+        self.special_tokens = dict(special_tokens or {})
+        self._template = None if chat_template is None else ChatTemplate(chat_template)
+        self._tool_template = self._template if tool_template is None else ChatTemplate(tool_template)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.token_bytes = TokenBytes(tokenizer)
+        self._drops_characters = drops_characters(tokenizer)
+
+    @classmethod
+    def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
+        """Read `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json` and
+        `chat_template.jinja`.
+
+        listed: the files that may be read, as a package's manifest names them; None: all that are there. Raises
+        PackageError if tokenizer.json is missing or any of them cannot be read.
+        """
+
+        def there(name: str) -> Path | None:
+            path = Path(directory) / name
+            return path if path.is_file() and (listed is None or name in listed) else None
+
+        path = there("tokenizer.json")
+        if path is None:
+            raise PackageError(f"The package has no tokenizer.json in {directory}; export it again.")
+        try:
+            tokenizer = tokenizer_of(read_text(path, MOST_TOKENIZER_BYTES))
+        except ValueError as error:
+            raise PackageError(
+                f"{path} is not a valid tokenizer ({brief(error)}); export the package again."
+            ) from error
+        files = map(there, ("tokenizer_config.json", "special_tokens_map.json"))
+        config, tokens_map = ({} if file is None else read_object(file) for file in files)
+        path = there("chat_template.jinja")
+        templates = _template_sources(config) if path is None else {"default": read_text(path)}
+        tokens = special_tokens(config, tokens_map)
+        return cls(tokenizer, tokens, templates.get("default"), templates.get("tool_use"))
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the tokenizer knows, added ones included."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` can be used."""
+        return self._template is not None
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token given by its exact text in the vocabulary, or None."""
+        return self.tokenizer.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text. add_special_tokens: add what the tokenizer puts around a plain text, such as BOS;
+        pass False for a rendered chat, whose template wrote them already. Raises PromptError for text that is not
+        valid Unicode, or has a character that the tokenizer has no token for, not even one for unknown ones."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            message = f"The prompt is not valid Unicode at character {error.start}; remove the lone surrogate."
+            raise PromptError(message) from error
+        try:
+            encoded = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            reason: str | None = lacking(self.tokenizer, text) or f"The tokenizer failed: {brief(error)}"
+            raise PromptError(f"{reason}.") from error
+        if self._drops_characters and (reason := lacking(self.tokenizer, text)) is not None:
+            raise PromptError(f"{reason}.")
+        return list(encoded.ids)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Ids without a token give no text, as a model may have more rows than the tokenizer
+        has tokens; negative ids raise PromptError."""
+        try:
+            return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise PromptError("Token ids must be from 0 to 4,294,967,295.") from error
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of a conversation, as transformers renders it; encode it with add_special_tokens=False.
+
+        messages: dicts with the text "role", the "content", and what else the template knows. add_generation_prompt:
+        end with the opening of the assistant's turn. variables: what else the template is given, plain values, such as
+        ``enable_thinking=False`` or ``tools=[...]``.
+
+        Raises ArgumentError if the package has no chat template, PromptError for messages that are malformed or that
+        the template refuses and for variables that it cannot use, PackageError if the template itself fails.
+        """
+        template = self._template if variables.get("tools") is None else self._tool_template
+        if template is None:
+            raise ArgumentError("This package has no chat template; pass plain text instead of chat messages.")
+        given = {"add_generation_prompt": add_generation_prompt, **variables}
+        try:
+            return template.render(template_variables(messages, self.special_tokens, given))
+        except PackageError as error:
+            if not variables:
+                raise
+            names = ", ".join(map(repr, variables))
+            raise PromptError(f"The chat template failed where {names} was given: {error}") from error
+
+    def shows(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """Whether decode() would take any notice of this id."""
+        if skip_special_tokens and token_id in self._special:
+            return False
+        try:
+            return self.tokenizer.id_to_token(token_id) is not None
+        except OverflowError as error:
+            raise PromptError(f"Token ids must be from 0 to 4,294,967,295, not {token_id}.") from error
+
+    def special_tokens_in(self, texts: Sequence[str]) -> dict[str, int]:
+        """The special tokens whose text occurs in one of some texts: text -> id."""
+        joined = "\0".join(texts)
+        return {text: token_id for token_id, text in self._special.items() if text and text in joined}
+
+
+def _template_sources(config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates in tokenizer_config.json by name; a single one is called "default"."""
+    given = config.get("chat_template")
+    entries = given if isinstance(given, list) else [] if given is None else [{"name": "default", "template": given}]
+    if not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in entries
+    ):
+        raise PackageError(
+            "chat_template in tokenizer_config.json must be text, or a list of names and templates; export the "
+            "package again."
+        )
+    return {entry["name"]: entry["template"] for entry in entries}

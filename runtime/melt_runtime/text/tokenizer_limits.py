@@ -1,0 +1,186 @@
+"""What the parts of a stranger's tokenizer.json may cost, weighed before the tokenizers library builds any of them: it
+ends the process where an allocation fails."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ..untrusted import shown
+
+MOST_GROWTH = 1 << 13  # bytes per byte of text; weighed as here, XLNet, which has the most steps, comes to 3,000
+MOST_TEMPLATE_IDS = 1024  # that all templates add around one text
+MOST_STEPS = 1024  # of one part
+MOST_CHARACTERS = 1 << 16  # of a token, a pattern, a name
+MOST_VALUES = 6_000_000  # in the file, three times those of the largest vocabularies; each takes up to 200 bytes
+_CHARSMAP = "precompiled_charsmap"
+_COMPATIBILITY = 11  # NFKC and NFKD make 33 bytes of the three of U+FDFA
+_INNER = ("normalizers", "pretokenizers", "decoders", "processors")
+
+
+def parse_tokenizer(text: str) -> dict[str, Any]:
+    """The content of a tokenizer.json whose cost is bounded. Raises ValueError, in one sentence, for another."""
+    if sum(map(text.count, "[{,")) > MOST_VALUES:
+        raise ValueError(f"it has more than the {MOST_VALUES:,} values that are read")
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is too deep") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    _bound_texts(content)
+    growth = _growth(content, "normalizer") * _growth(content, "pre_tokenizer") * _repeats(content)
+    _bound(growth, "its normalizer, pre_tokenizer and post_processor")
+    _bound(_growth(content, "decoder"), "its decoder")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose names must differ: readers disagree on which of two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object names the same thing twice")
+    return found
+
+
+def _bound_texts(content: dict[str, Any]) -> None:
+    """Raises ValueError for a text that is too long, wherever it stands."""
+    todo: list[Any] = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo.extend(one for name, one in value.items() if name != _CHARSMAP and isinstance(one, str | list | dict))
+            value = max(value, key=len, default="")
+        elif isinstance(value, list):
+            todo.extend(one for one in value if isinstance(one, str | list | dict))
+            continue
+        if len(value) > MOST_CHARACTERS:
+            raise ValueError(
+                f"the text {shown(value[:60])}... in it has {len(value):,} characters; {MOST_CHARACTERS:,} are read"
+            )
+
+
+def _bound(growth: float, parts: str) -> None:
+    if growth > MOST_GROWTH:
+        raise ValueError(f"{parts} may make a text more than {MOST_GROWTH:,} times as long")
+
+
+def _steps(content: dict[str, Any], part: str) -> Iterator[dict[str, Any]]:
+    """The steps of a part, those of a Sequence one by one. What is a step of which kind is told by its fields, because
+    the library reads steps without a type too."""
+    todo = [] if content.get(part) is None else [content[part]]
+    count = 0
+    while todo:
+        step = todo.pop()
+        count += 1
+        if not isinstance(step, dict):
+            raise ValueError(f"{part} has {shown(step)} where a step, an object, is wanted")
+        if count > MOST_STEPS:
+            raise ValueError(f"{part} has more than {MOST_STEPS:,} steps")
+        yield step
+        for name in _INNER:
+            todo.extend(_list(step.get(name, []), f"{name} of {part}"))
+
+
+def _growth(content: dict[str, Any], part: str) -> float:
+    """How many bytes all steps of a part make of one byte, at most."""
+    growth = 1.0
+    for step in _steps(content, part):
+        growth = min(growth * max(1.0, _step_growth(step)), 1e9)  # a product of a thousand large ones is no float
+    return growth
+
+
+def _step_growth(step: dict[str, Any]) -> float:
+    """How many bytes a step makes of one byte, at most. A text is cut at added tokens and by pre-tokenizers, so what is
+    put in front of a text may come once per character."""
+    if "content" in step and "pattern" in step:
+        return _replaced(step["pattern"], _size(step["content"], "the content of a Replace"))
+    if "prepend" in step:
+        return 1 + _size(step["prepend"], "what a Prepend adds")
+    if _CHARSMAP in step:
+        return _longest_replacement(step[_CHARSMAP])
+    if "replacement" in step:  # Metaspace
+        return 1 + _size(step["replacement"], "the replacement of a Metaspace")
+    if step.get("type") == "ByteLevel" or "trim_offsets" in step:
+        return 4  # a space in front, and two bytes for each
+    if step.get("type") in ("NFKC", "NFKD"):
+        return _COMPATIBILITY
+    # WordPiece, BPEDecoder and CTC add a space per token, and between characters where what they look for is empty.
+    return 2 if any(name in step for name in ("prefix", "suffix", "pad_token")) else 1
+
+
+def _replaced(pattern: Any, size: int) -> float:
+    plain = pattern.get("String") if isinstance(pattern, dict) and len(pattern) == 1 else None
+    if isinstance(plain, str) and plain:
+        return size / _size(plain, "a pattern")
+    return 1 + size  # it may match between any two characters
+
+
+def _longest_replacement(charsmap: Any) -> int:
+    """The bytes of the longest text that a SentencePiece charsmap puts in for a character. It holds the size of its
+    trie as four bytes, the trie, and the texts, each ended by a zero."""
+    try:
+        content = base64.b64decode(charsmap)
+    except (TypeError, ValueError) as error:
+        raise ValueError("the charsmap of a Precompiled is not base64") from error
+    return max(map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")))
+
+
+def _repeats(content: dict[str, Any]) -> int:
+    """How often the templates of the post-processor repeat a text. Raises ValueError for too many ids that they add,
+    and for a token that they do not define."""
+    repeats, added = 1, 0
+    for step in _steps(content, "post_processor"):
+        if "single" not in step and "pair" not in step:
+            continue
+        defined = _dict(step.get("special_tokens", {}), "special_tokens of a template")
+        ids = {
+            name: len(_list(_dict(token, "a special token of a template").get("ids", []), "the ids of a special token"))
+            for name, token in defined.items()
+        }
+        sums = [_template(_list(step.get(kind, []), f"{kind} of a template"), ids) for kind in ("single", "pair")]
+        added += max(count for count, _ in sums)
+        repeats = min(repeats * max(1, *(texts for _, texts in sums)), MOST_GROWTH + 1)
+    if added > MOST_TEMPLATE_IDS:
+        raise ValueError(f"its post_processor adds {added:,} ids to a text; {MOST_TEMPLATE_IDS:,} may be added")
+    return repeats
+
+
+def _template(pieces: list[Any], ids: dict[str, int]) -> tuple[int, int]:
+    """What a template has: ids that it adds, and texts."""
+    added = texts = 0
+    for piece in pieces:
+        special = _dict(piece, "a piece of a template").get("SpecialToken")
+        if special is None:
+            texts += 1
+            continue
+        name = _dict(special, "a piece of a template").get("id")
+        if not isinstance(name, str) or name not in ids:
+            raise ValueError(
+                f"a template of its post_processor names the token {shown(name)}, which it does not define"
+            )
+        added += ids[name]
+    return added, texts
+
+
+def _size(value: Any, what: str) -> int:
+    """The bytes of a text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {shown(value)}; it must be text")
+    return len(value.encode("utf-8", "surrogatepass"))
+
+
+def _dict(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {shown(value)}; it must be an object")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{what} is {shown(value)}; it must be a list")
+    return value
