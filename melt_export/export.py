@@ -24,6 +24,7 @@ from melt_runtime.errors import PackageError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package.files import FileSpec, file_hash
 from melt_runtime.package.manifest import MANIFEST, Manifest
+from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.specs import MAX_LOOPS, PRECISIONS, GraphSpec
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
@@ -161,7 +162,7 @@ def build_package(
     )
     text = manifest.to_json()
     try:
-        Manifest.from_json(text)  # what a runtime would refuse is no package
+        read_manifest(text)  # what a runtime would refuse is no package
     except PackageError as error:
         raise ExportError(f"no runtime would open this package: {error}") from error
     (directory / MANIFEST).write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from conftest import MakeCheckpoint, MakePackage
 from melt_models.checkpoint import load_model
 from melt_runtime import ArgumentError, LoopSettings, PackageError, Runtime
 from melt_runtime.cli.inspect import describe
-from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.reader import Package
 
 from melt_export.errors import ExportError
@@ -147,4 +147,4 @@ def test_a_checkpoint_that_reads_an_earlier_loop_runs_no_later_one(
 def test_a_manifest_whose_caches_disagree_is_refused(package: Path) -> None:
     text = Package.open(package).manifest.to_json()
     with pytest.raises(PackageError, match=r"state key_cache\.0 is in_place .* it would be per_loop"):
-        Manifest.from_json(text.replace('"per_loop"', '"in_place"', 1))
+        read_manifest(text.replace('"per_loop"', '"in_place"', 1))

@@ -7,12 +7,9 @@ has loaded must be the same to the last size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from .manifest import Manifest
 from .specs import GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from .manifest import Manifest
 
 _QUANTIZED = ("int8", "uint8")  # how a cache in fewer bits is stored
 _MASK: Shape = ("batch", 1, "chunk", "context")

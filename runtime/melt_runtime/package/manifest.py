@@ -1,4 +1,4 @@
-"""``manifest.json``: what it holds, and the schema that it is read through."""
+"""What ``manifest.json`` says of a package."""
 
 from __future__ import annotations
 
@@ -6,50 +6,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
-from ..errors import ArgumentError, PackageError
-from ..untrusted import (
-    Check,
-    FieldError,
-    either,
-    fields_of,
-    flag,
-    listed,
-    mapping,
-    number,
-    one_of,
-    optional,
-    parse_json,
-    partly,
-    record,
-    shown,
-    text,
-    whole,
-)
-from .contract import disagreement
-from .engine_spec import ENGINE, ENGINE_NAME, EngineSpec
+from ..errors import ArgumentError
+from .engine_spec import EngineSpec
 from .files import FileSpec
 from .specs import (
-    DIALECTS,
-    GRAPHS,
-    ITEM_BYTES,
-    MAX_BATCH,
-    MAX_LOOPS,
-    NAMED_SIZES,
-    PRECISIONS,
-    STATE_KINDS,
     GraphSpec,
     StateSpec,
-    TensorSpec,
     size_of,
 )
 
 FORMAT_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
-_MOST_FILE = 1 << 50  # bytes
-_MOST_NAME = 255  # bytes: what file systems take
 COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
 
 
@@ -136,141 +105,7 @@ class Manifest:
                 del content[name]
         return manifest_text(content)
 
-    @classmethod
-    def from_json(cls, content: str | bytes) -> Manifest:
-        """Reads a manifest. Raises PackageError naming the field at fault, or the parts that cannot belong together."""
-        try:
-            values = parse_json(content)
-            if not isinstance(values, dict):
-                raise FieldError("it is not a JSON object")
-            _check_version(values.get("format_version"))
-            manifest = cls(**fields_of(values, "", MANIFEST_FIELDS, _LATER))
-            problem = disagreement(manifest)
-        except ValueError as error:
-            raise PackageError(f"{MANIFEST}: {error}") from error
-        if problem is not None:
-            raise PackageError(f"{MANIFEST}: {problem}")
-        return manifest
-
-
-def _check_version(version: Any) -> None:
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        advice = "update melt-export" if newer else "export the checkpoint again"
-        raise FieldError(
-            f"the package has format version {shown(version)}, this runtime reads {FORMAT_VERSION}: {advice}"
-        )
-
 
 def manifest_text(content: Mapping[str, Any]) -> str:
     """A manifest's values as they are written."""
     return json.dumps(content, indent=2) + "\n"
-
-
-def _file_name(value: Any, where: str) -> str:
-    """A path inside the package, in its shortest spelling."""
-    name: str = text(1024)(value, where)
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise FieldError(f"{where} is {shown(name)}, which leaves the package directory")
-    too_long = any(len(part.encode()) > _MOST_NAME for part in path.parts)
-    if too_long or path.as_posix() != name or not path.parts or name in (MANIFEST, PARITY):
-        raise FieldError(f"{where} is {shown(name)}; it must be the plain name of a file")
-    return name
-
-
-def _graph_file(value: Any, where: str) -> str:
-    name = _file_name(value, where)
-    if not name.endswith(".onnx"):
-        raise FieldError(f"{where} is {shown(name)}; it must end in .onnx")
-    return name
-
-
-def _graph_specs(value: Any, where: str) -> dict[str, GraphSpec]:
-    return fields_of(value, where, dict.fromkeys(GRAPHS, _GRAPH), {})
-
-
-_NAME, _SIZE = text(), whole()
-_SHAPE = listed(either(one_of(*NAMED_SIZES), _SIZE), least=1, most=8)
-_TENSOR = record(TensorSpec, {"name": _NAME, "dtype": one_of(*ITEM_BYTES), "shape": _SHAPE})
-_GRAPH = record(GraphSpec, {"file": _graph_file, "inputs": listed(_TENSOR), "outputs": listed(_TENSOR)})
-_STATE = record(
-    StateSpec,
-    {
-        "input": _NAME,
-        "output": _NAME,
-        "dtype": one_of(*ITEM_BYTES),
-        "shape": _SHAPE,
-        "kind": one_of(*STATE_KINDS),
-    },
-)
-_TOKEN_ID = whole(0)
-STOP_IDS = either(listed(_TOKEN_ID, most=256), _TOKEN_ID)  # eos_token_id, as configurations write it
-_MODEL = partly(
-    {
-        "model_type": _NAME,
-        "hidden_size": _SIZE,
-        "num_hidden_layers": _SIZE,
-        "num_attention_heads": _SIZE,
-        "num_key_value_heads": _SIZE,
-        "vocab_size": _SIZE,
-        "eos_token_id": STOP_IDS,
-    }
-)
-_PATTERNS = listed(text(1024), most=1 << 14)
-_KIND = one_of("int8", "int4")
-_WEIGHTS = partly(
-    {
-        "kind": _KIND,
-        "block": _SIZE,
-        "head": _NAME,
-        "method": _NAME,
-        "keep": _PATTERNS,
-        "int8": _PATTERNS,
-        "raised": _PATTERNS,
-        "int8_share": number(0, 1),
-        "asymmetric": flag,
-        "activations": one_of("int8", "float"),
-        "calibration": optional(_NAME),
-    }
-)
-_CACHE = partly({"kind": _KIND, "calibration": optional(_NAME)})
-
-
-def _quantized(inner: Check, *required: str) -> Check:
-    """Nothing, or how parts were quantized, with what people are told of it."""
-
-    def check(value: Any, where: str) -> dict[str, Any]:
-        found: dict[str, Any] = inner(value, where)
-        missing = next((name for name in required if found and found.get(name) is None), None)
-        if missing is not None:
-            raise FieldError(f"{where} is incomplete: it lacks {missing}")
-        return found
-
-    return check
-
-
-FILE = record(FileSpec, {"sha256": text(64, "([0-9a-f]{64})?"), "bytes": whole(0, _MOST_FILE)})
-MANIFEST_FIELDS: dict[str, Check] = {
-    "dialect": one_of(*DIALECTS),
-    "precision": one_of(*PRECISIONS),
-    "max_seq_len": _SIZE,
-    "cache_rows": _SIZE,
-    "max_batch": whole(1, MAX_BATCH),
-    "chunk": _SIZE,
-    "loops": whole(1, MAX_LOOPS),
-    "exit_threshold": number(0, 1),
-    "vocab_size": _SIZE,
-    "model": _MODEL,
-    "states": listed(_STATE, least=3, most=1 << 14),
-    "graphs": _graph_specs,
-    "files": mapping(FILE, _file_name, most=1 << 14),
-    "untrained": listed(_NAME, most=256),
-    "libraries": mapping(_NAME, most=256),
-    "format_version": whole(),
-    "engines": mapping(ENGINE, ENGINE_NAME, most=256),
-    "weights": _quantized(_WEIGHTS, "kind", "block", "head", "method"),
-    "cache": _quantized(_CACHE, "kind"),
-}
-# These came later than format 1; what does not know them runs the graphs, so it stays format 1.
-_LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}}

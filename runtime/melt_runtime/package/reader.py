@@ -17,6 +17,7 @@ from .manifest import COMPUTED_FROM, MANIFEST, manifest_text
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
 from .manifest import PARITY as PARITY
 from .manifest import Manifest as Manifest
+from .manifest_schema import read_manifest
 from .onnx_file import external_data
 from .specs import DIALECTS as DIALECTS
 from .specs import GRAPHS as GRAPHS
@@ -99,7 +100,7 @@ class Package:
         found = _sha256(text)
         if expected is not None and found != expected:
             raise PackageError(f"{directory} is another package than expected: its hash is {found}")
-        manifest = Manifest.from_json(text)
+        manifest = read_manifest(text)
         for name, spec in manifest.files.items():
             try:
                 _check_file(directory, name, spec, check_hashes, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import MeltError, PackageError
-from ..package.manifest import STOP_IDS
+from ..package.manifest_schema import STOP_IDS
 from ..package.reader import Package
 from ..untrusted import FieldError, optional, read_object
 from .tokenizer import TextCodec
