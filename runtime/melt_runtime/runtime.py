@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import Any, Unpack, overload
 
 from .backends.base import Backend
-from .backends.open import open_backend
-from .decoding.early_exit import depth_warnings
 from .decoding.generator import Generator, check_request
 from .decoding.loop_driver import LoopDriver
-from .decoding.request_options import GenerateOptions, plain_options
-from .decoding.settings import GenerationOptions, LoopSettings
+from .decoding.prefix_cache import Prefixes
+from .decoding.request_options import GenerateOptions
+from .decoding.settings import GenerationOptions
 from .decoding.state_memory import Memory, memory
 from .decoding.state_pool import States
-from .errors import ArgumentError, MeltWarning, PromptError
-from .package.example_prompt import example_prompt
-from .package.manifest import Manifest
+from .errors import ArgumentError
+from .loaded_model import LoadedModel
 from .package.reader import Package
 from .results import Generation, Piece
-from .sampling.sampler import SamplingParams
 from .session.session import Session
-from .text.end_tokens import end_tokens
-from .text.prompts import Array, Prompt, separate, token_ids
-from .text.stop_strings import stop_strings, stop_tokens
+from .text.prompts import Array, Prompt, separate
 from .text.tokenizer import TextCodec
 
-if TYPE_CHECKING:
-    from .scheduler.slots import Prefixes
 
-
-class Runtime:
+class Runtime(LoadedModel):
     """A package, loaded::
 
         runtime = Runtime.load("package")
@@ -50,58 +40,9 @@ class Runtime:
     """
 
     def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
-        self.package, self.backend, self.codec = package, backend, codec
-        self.backend_reason = backend_reason  # why this backend, in a sentence
-        self.end_tokens = end_tokens(package, codec)
-        self.stop_ids = {token.id for token in self.end_tokens if not token.chats_only}
-        self.chat_stop_ids = {token.id for token in self.end_tokens}  # what else ends an answer in a chat, too
+        super().__init__(package, backend, codec, backend_reason)
         self._states = States(self.driver)
         self._generating = threading.RLock()
-        self._warned: set[str] = set()
-
-    @classmethod
-    def load(
-        cls,
-        directory: Path | str,
-        *,
-        backend: str = "auto",
-        threads: int | None = None,
-        low_memory: bool = False,
-        engine: str | None = None,
-        device: int = 0,
-        check_hashes: bool = True,
-        expected_hash: str | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Runtime:
-        """Opens a package directory. Raises PackageError, BackendError, ArgumentError.
-
-        ``backend``: "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime" (the CPU), or "auto" for
-        the first of tensorrt, onnxruntime-cuda and onnxruntime that can run the package here; ``backend.name`` and
-        ``backend_reason`` say which it was and why. ``device``: index of the NVIDIA device. ``engine``, for tensorrt:
-        one of the package by name; None: the first that runs here. ``threads``, of the CPU: None uses the physical
-        cores. ``low_memory``, of the CPU too, leaves the weights on disk, mapped, at several times the time a loop:
-        an fp16 package otherwise takes twice its size there, because a CPU computes in float32. ``expected_hash``:
-        refuse a package of another hash than this, as ``melt-run inspect`` shows it. ``progress`` is called with the
-        bytes hashed since its last call.
-        """
-        package = Package.open(directory, check_hashes=check_hashes, expected_hash=expected_hash, progress=progress)
-        codec = codec_of(package)
-        opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
-        return cls(package, opened.backend, codec, opened.reason)
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the package says about itself."""
-        return self.package.manifest
-
-    @property
-    def example_prompt(self) -> str | None:
-        """A prompt that the package carries as an example, or None. Raises PackageError."""
-        return example_prompt(self.package)
-
-    def driver(self, batch: int = 1) -> LoopDriver:
-        """A loop driver with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
-        return LoopDriver(self.backend.open_state(batch), self.manifest)
 
     def session(self, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]) -> Session:
         """A conversation with state of its own. ``options``, as of ``generate``, hold for all its calls; ``prefixes``:
@@ -120,22 +61,6 @@ class Runtime:
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of state that a session of this batch allocates, whatever the number of loops."""
         return self.manifest.state_bytes(batch)
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, which may be ids already. Raises PromptError."""
-        if isinstance(prompt, str):
-            if self.codec is None:
-                raise PromptError("the package has no tokenizer; give the prompt as token ids")
-            return self.codec.encode(prompt)
-        return token_ids(prompt)
-
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
-        """Token ids of a conversation in the package's chat template, which is given ``variables`` as well, such as
-        ``enable_thinking=False``. ``generate`` ends with the turn if it is given ``stop_ids=runtime.chat_stop_ids``.
-        Raises ArgumentError, PromptError."""
-        if self.codec is None:
-            raise ArgumentError("the package has no tokenizer, so no chat template")
-        return self.codec.encode(self.codec.render_chat(messages, **variables), add_special_tokens=False)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
@@ -200,57 +125,3 @@ class Runtime:
             for piece in lease.steps(begin):
                 if piece.text:
                     yield piece.text
-
-    def warn(self, request: GenerationOptions) -> None:
-        """Tells through ``warnings`` (MeltWarning) why a request's answers may disappoint, each sentence once."""
-        for sentence in request.warnings:
-            if sentence not in self._warned:
-                self._warned.add(sentence)
-                warnings.warn(sentence, MeltWarning, stacklevel=_callers_level())
-
-    def options(self, **options: Unpack[GenerateOptions]) -> GenerationOptions:
-        """A request's options with the package's defaults filled in. Raises ArgumentError, for unknown names too."""
-        return self._options(**plain_options(options))
-
-    def _options(
-        self,
-        *,
-        max_tokens: int = 256,
-        loops: int | None = None,
-        exit_threshold: float | None = None,
-        chunk: int | None = None,
-        min_loops: int = 1,
-        exit_change: float = 0.0,
-        stop: str | Iterable[str] | None = None,
-        stop_ids: int | Iterable[int] | None = None,
-        ignore_eos: bool = False,
-        **sampling: Any,
-    ) -> GenerationOptions:
-        if not isinstance(ignore_eos, bool):
-            raise ArgumentError(f"ignore_eos is {ignore_eos!r}; it must be True or False")
-        depth = LoopSettings(
-            self.manifest.loops if loops is None else loops,
-            self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
-            chunk,
-            min_loops,
-            exit_change,
-        )
-        depth.check(self.manifest)
-        ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)
-        said = depth_warnings(self.manifest, depth.loops)
-        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), ids, said)
-
-
-def _callers_level() -> int:
-    """How many frames above ``warn`` the first line is that is not this package's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def codec_of(package: Package) -> TextCodec | None:
-    """The tokenizer of a package, from the files that its manifest lists; None where it lists none. Raises
-    PackageError."""
-    files = package.manifest.files
-    return TextCodec.load(package.directory, files) if "tokenizer.json" in files else None

@@ -17,8 +17,8 @@ from chat_styles import STYLES
 from melt_runtime import MeltError, Package, Runtime
 from melt_runtime.cli.inspect import describe
 from melt_runtime.cli.tables import print_facts
+from melt_runtime.loaded_model import codec_of
 from melt_runtime.package.onnx_file import external_data, initializer_bytes, read_operators
-from melt_runtime.runtime import codec_of
 from melt_runtime.session import file as session_file
 from melt_runtime.text.end_tokens import stop_ids_of
 from melt_runtime.text.templating.chat_template import ChatTemplate

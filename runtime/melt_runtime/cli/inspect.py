@@ -9,12 +9,12 @@ from typing import Any
 from ..backends.choose import Choice, choices
 from ..backends.devices import survey
 from ..errors import ArgumentError, PackageError
+from ..loaded_model import codec_of
 from ..package.engine_spec import EngineSpec
 from ..package.example_prompt import example_prompt
 from ..package.files import within
 from ..package.manifest import PARITY, Manifest
 from ..package.reader import Package
-from ..runtime import codec_of
 from ..text.end_tokens import EndToken, end_tokens
 from ..untrusted import FieldError, flag, listed, printable, read_object
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -16,6 +16,26 @@ from ..package.reader import source_hash
 from ..untrusted import whole_number
 from .loop_driver import LoopDriver
 from .settings import LoopSettings
+
+
+class Prefixes(Protocol):
+    """Prompts that were run before, kept to be put back: the beginnings that requests share. ``bytes``: what they take
+    of the host's memory."""
+
+    bytes: int
+
+    def claim(self, driver: LoopDriver) -> None:
+        """Who will use it says so first. Raises ArgumentError if what is kept was run by something else."""
+
+    def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
+        """Puts the longest known beginning of a prompt into an empty slot: its cache rows, ``lengths`` and ``depth``.
+
+        Returns how many tokens that is: whole chunks of these settings, and fewer than the prompt has, for its last
+        token must run to give logits.
+        """
+
+    def keep(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> None:
+        """A prompt has just run in a slot: its rows may be copied."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,14 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from ..decoding.prefix_cache import Prefixes
 from ..errors import ArgumentError, BackendError, BusyError, ClosedError, MeltError
+from ..loaded_model import LoadedModel
 from ..results import Generation, Piece
-from ..runtime import Runtime
 from ..untrusted import whole_number
 from .metrics import Meter, SchedulerMetrics
 from .request import Listener, Request, Ticket
-from .slots import Prefixes, Running, Slots
+from .slots import Running, Slots
 
 __all__ = ["Listener", "Request", "Scheduler", "SchedulerMetrics", "Ticket"]
 
@@ -42,7 +43,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, runtime: Runtime, slots: int | None = None, max_waiting: int = 64, prefixes: Prefixes | None = None
+        self, runtime: LoadedModel, slots: int | None = None, max_waiting: int = 64, prefixes: Prefixes | None = None
     ):
         if slots is not None:
             whole_number("slots", slots)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.loop_driver import Interrupted, LoopDriver
 from ..decoding.next_logits import NextLogits
+from ..decoding.prefix_cache import Prefixes
 from ..decoding.sequence import Track
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
@@ -22,26 +22,6 @@ from ..text.tokenizer import TextCodec
 from .request import Ticket
 
 _IDLE = LoopSettings(1)  # of a slot that runs nothing
-
-
-class Prefixes(Protocol):
-    """Prompts that were run before, kept to be put back: the beginnings that requests share. ``bytes``: what they take
-    of the host's memory."""
-
-    bytes: int
-
-    def claim(self, driver: LoopDriver) -> None:
-        """Who will use it says so first. Raises ArgumentError if what is kept was run by something else."""
-
-    def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
-        """Puts the longest known beginning of a prompt into an empty slot: its cache rows, ``lengths`` and ``depth``.
-
-        Returns how many tokens that is: whole chunks of these settings, and fewer than the prompt has, for its last
-        token must run to give logits.
-        """
-
-    def keep(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> None:
-        """A prompt has just run in a slot: its rows may be copied."""
 
 
 @dataclass(eq=False)

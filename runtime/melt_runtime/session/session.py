@@ -20,8 +20,8 @@ from ..results import Generation, Piece
 from ..sampling.sampler import Sampler, SamplingParams
 
 if TYPE_CHECKING:
-    from ..runtime import Runtime
-    from ..scheduler.slots import Prefixes
+    from ..decoding.prefix_cache import Prefixes
+    from ..loaded_model import LoadedModel
     from ..text.prompts import Prompt
     from ..text.tokenizer import Message
     from .file import Saved
@@ -59,7 +59,7 @@ class Session:
     MeltError family only.
     """
 
-    def __init__(self, runtime: Runtime, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]):
+    def __init__(self, runtime: LoadedModel, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]):
         self.options = plain_options(options)
         request = runtime.options(**self.options)
         runtime.warn(request)
@@ -213,7 +213,7 @@ class Session:
         )
 
     @classmethod
-    def load(cls, runtime: Runtime, path: Path | str, *, prefixes: Prefixes | None = None) -> Self:
+    def load(cls, runtime: LoadedModel, path: Path | str, *, prefixes: Prefixes | None = None) -> Self:
         """A session as it was saved: it goes on with exactly the tokens that the saved one would have drawn. Raises
         SessionError for a file that is damaged, was changed or belongs to another package; BackendError."""
         from . import file as session_file
