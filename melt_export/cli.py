@@ -25,7 +25,8 @@ from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 from rich.table import Table
 
-from .options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, ExportOptions, WeightOptions
+from .options import ExportOptions
+from .quantization.options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, WeightOptions
 
 if TYPE_CHECKING:
     from .parity.report import ParityReport

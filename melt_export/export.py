@@ -36,10 +36,11 @@ from .graph.external_weights import attach_weights, external_bytes, write_weight
 from .graph.hollow import without_memory
 from .graph.onnxruntime_optimizer import optimize
 from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
-from .options import BITS, ExportOptions
+from .options import ExportOptions
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
 from .quantization.matmul_weights import Statistics, check_patterns, halve_embedding, quantize_products
+from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
 
 _MAX_DEFAULT_SEQ_LEN = 4096

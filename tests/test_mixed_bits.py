@@ -16,10 +16,11 @@ from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCaus
 
 from melt_export.errors import ExportError
 from melt_export.export import building
-from melt_export.options import ExportOptions, WeightOptions
+from melt_export.options import ExportOptions
 from melt_export.parity.report import Limits
 from melt_export.parity.verify import verify
-from melt_export.quantization.blocks import Blocks, Grid, gptq, round_to_nearest, rounding_error
+from melt_export.quantization.blocks import Blocks, gptq, round_to_nearest, rounding_error
+from melt_export.quantization.options import Grid, WeightOptions
 from melt_export.quantization.sensitivity import most_sensitive, sensitivities
 
 TOKENS = [[token % 60 for token in range(start, start + 20)] for start in range(8)]

@@ -16,7 +16,8 @@ import melt_export.export as road
 from melt_export.errors import ExportError
 from melt_export.export import build_package
 from melt_export.graph.onnxruntime_optimizer import optimize
-from melt_export.options import ExportOptions, WeightOptions
+from melt_export.options import ExportOptions
+from melt_export.quantization.options import WeightOptions
 
 
 def kinds(path: Path) -> Counter[str]:

@@ -15,7 +15,7 @@ from melt_runtime.backends import tensorrt
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from test_device_state import OnStandIn
 
-from melt_export.options import CacheOptions
+from melt_export.quantization.options import CacheOptions
 
 SETTINGS = LoopSettings(3)
 PROMPTS = [list(range(5, 18)), [20, 21, 22], list(range(23, 32)), [40, 41]]

@@ -22,11 +22,12 @@ from melt_runtime.package.reader import Package
 from melt_export.errors import ExportError
 from melt_export.export import building
 from melt_export.graph.merge_matmuls import part_names
-from melt_export.options import ExportOptions, WeightOptions
+from melt_export.options import ExportOptions
 from melt_export.parity.report import Limits, Quality
 from melt_export.parity.verify import verify
-from melt_export.quantization.blocks import Blocks, Grid, gptq, round_to_nearest
+from melt_export.quantization.blocks import Blocks, gptq, round_to_nearest
 from melt_export.quantization.calibration import calibration_tokens, hessians
+from melt_export.quantization.options import Grid, WeightOptions
 
 
 @given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.integers(0, 9))

@@ -15,12 +15,13 @@ from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.package.reader import Package
 
 from melt_export.errors import ExportError
-from melt_export.options import CacheOptions, ExportOptions, WeightOptions
+from melt_export.options import ExportOptions
 from melt_export.parity.exact_match import read_problems
 from melt_export.parity.report import Limits
 from melt_export.parity.verify import verify
 from melt_export.quantization.kv_cache import calibrated
 from melt_export.quantization.kv_cache_scales import CacheNumbers, rounded
+from melt_export.quantization.options import CacheOptions, WeightOptions
 
 
 @pytest.fixture(scope="module")

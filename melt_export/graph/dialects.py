@@ -19,8 +19,10 @@ from melt_runtime.package.specs import StateSpec, TensorSpec, rows_shape
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quantization.matmul_weights import DEQUANTIZE, MATMUL_NBITS
 from .lowering import onnx_node
+
+# The operators that read quantized weights.
+MATMUL_NBITS, DEQUANTIZE = "MatMulNBits", "DequantizeLinear"
 
 
 @dataclass(frozen=True)

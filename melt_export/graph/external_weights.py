@@ -11,10 +11,11 @@ from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
 
 from ..errors import ExportError
-from ..quantization.matmul_weights import COMPUTED, computed_tensor
 from .cleanup import CHECKPOINT_NAME, TRANSPOSED
 from .merge_matmuls import PARTS
 
+# Set on a value whose tensor is computed from checkpoint weights: a function of them.
+COMPUTED = "melt.computed"
 WEIGHTS_FILE = "weights.data"
 # Smaller constants stay inside the graph files.
 _INLINE_BYTES = 4096
@@ -32,6 +33,19 @@ def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype)
                 continue
             value.const_value = _tensor(value, weights, name, dtype)
             value.type = ir.TensorType(value.const_value.dtype)
+
+
+def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
+    """The tensor of a value marked COMPUTED, made when it is written."""
+    compute: Callable[[Weights], torch.Tensor] = value.meta[COMPUTED]
+
+    def read() -> ir.TensorProtocol:
+        tensor = compute(weights).contiguous()
+        if value.dtype == ir.DataType.INT4:
+            return ir.PackedTensor(tensor.numpy(), ir.DataType.INT4, shape=value.shape, name=value.name)  # type: ignore[arg-type]
+        return tensor_adapters.TorchTensor(tensor, name=value.name)
+
+    return ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=value.name)  # type: ignore[arg-type]
 
 
 def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) -> ir.TensorProtocol:

@@ -14,6 +14,7 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from numpy.typing import NDArray
 
+from ..quantization.stored_values import as_packaged
 from ..reference.float32_matmul import FLOAT32, FLOAT64, ORDERS, Arithmetic
 from ..reference.pytorch import LoopTrace, Reference, open_reference
 from .distances import Distances, OwnError
@@ -92,7 +93,7 @@ def expected_of(
     computes. Raises CheckpointError.
     """
     progress("PyTorch: loop by loop", 0, 0)
-    reference = open_reference(checkpoint, device, package if manifest.quantized else None)
+    reference = open_reference(checkpoint, device, as_packaged(package) if package and manifest.quantized else None)
     rng = np.random.default_rng(seed)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < LARGE_BYTES else 2)

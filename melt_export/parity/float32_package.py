@@ -12,7 +12,9 @@ from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import GraphSpec, TensorSpec
 from onnx_ir import tensor_adapters
 
-from ..quantization.matmul_weights import ACCURACY, DEQUANTIZE, stored_values
+from ..graph.dialects import DEQUANTIZE
+from ..quantization.matmul_weights import ACCURACY
+from ..quantization.stored_values import stored_values
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 

@@ -21,6 +21,7 @@ from melt_runtime.progress import no_progress
 from ..errors import ParityError
 from ..quantization.kv_cache_scales import CacheNumbers
 from ..quantization.matmul_weights import EMBEDDING
+from ..quantization.stored_values import as_packaged
 from ..reference.pytorch import LOGIT_COLUMNS, LoopTrace, open_reference
 from .distances import Distances, common_prefix
 from .exact_match import checkpoint_accuracy, package_accuracy, read_problems
@@ -101,7 +102,9 @@ def verify(
             float_kl = measure(runtime, held, unquantized, manifest.loops, limits, progress).kl
         del runtime
     weigh_partings(
-        report, expected, lambda: open_reference(checkpoint, package=package if manifest.quantized else None)
+        report,
+        expected,
+        lambda: open_reference(checkpoint, prepare=as_packaged(package) if manifest.quantized else None),
     )
     if held is not None:
         runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)

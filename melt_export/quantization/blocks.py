@@ -7,33 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .options import Grid
+
 # Shares of a block's largest value that a scale may stand for: rounding errs less when it clips a little.
 _SHRINK = tuple(1 - step / 50 for step in range(15))
 _ELEMENTS_AT_ONCE = 1 << 18  # what is searched at a time stays in a processor's cache
 _DAMPING = 0.1  # of the mean of a Hessian's diagonal: the text that comes is not the one that was seen
 _COLUMNS_AT_ONCE = 128
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a block's numbers may be and how they are chosen. ``bits``: 4 or 8; ``block``: inputs that share a scale;
-    ``positive``: whether scales must be, for whoever reads no others: it costs a little range; ``asymmetric``: whether
-    each block says which of its numbers means zero."""
-
-    bits: int
-    block: int
-    positive: bool = False
-    asymmetric: bool = False
-
-    @property
-    def top(self) -> int:
-        """The largest number; the smallest is 0."""
-        return (1 << self.bits) - 1
-
-    @property
-    def middle(self) -> int:
-        """The number that means zero where blocks do not say."""
-        return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True)

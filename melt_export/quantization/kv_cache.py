@@ -14,10 +14,10 @@ from melt_runtime.package.specs import StateSpec, TensorSpec
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor
 
+from ..graph.external_weights import COMPUTED
 from ..graph.trace import TracedGraph
 from ..reference.pytorch import open_reference
 from .kv_cache_scales import PARTS, SCALE_INPUT, CacheNumbers, attention_nodes, rounded, scale_name
-from .matmul_weights import COMPUTED
 
 _ROWS = 2048  # of each layer that scales are tried on, at most
 _SHARES = tuple(1 - step / 20 for step in range(13))  # of a channel's largest value that the largest number may be

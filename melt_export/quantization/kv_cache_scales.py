@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .blocks import one_a_byte
-from .matmul_weights import BITS, initializer
+from .options import BITS
 
 PARTS = ("key", "value")
 SCALE_INPUT = {"key": 12, "value": 13}  # of GroupQueryAttention
@@ -79,3 +79,10 @@ def rounded(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The nearest values to ``rows`` that numbers of so many bits can stand for; scales broadcast to them."""
     most = 2 ** (bits - 1)
     return (rows / scales).round().clamp(-most, most - 1) * scales
+
+
+def initializer(value: ir.Value | None) -> Tensor:
+    """The numbers of an initializer, as float32."""
+    assert value is not None
+    assert value.const_value is not None
+    return torch.from_numpy(value.const_value.numpy().astype(np.float32))

@@ -11,32 +11,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ExportError
 from ..graph.cleanup import CHECKPOINT_NAME, TRANSPOSED
-from ..graph.merge_matmuls import FEWEST_COLUMNS, PARTS, part_names
-from ..options import BITS, WeightOptions
-from .blocks import Blocks, Grid, gptq, round_to_nearest, two_a_byte
+from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
+from ..graph.external_weights import COMPUTED
+from ..graph.merge_matmuls import FEWEST_COLUMNS, PARTS
+from .blocks import Blocks, gptq, round_to_nearest, two_a_byte
+from .options import BITS, Grid, WeightOptions
 from .sensitivity import most_sensitive
 
-# Set on a value whose tensor is computed from checkpoint weights: a function of them.
-COMPUTED = "melt.computed"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Multiplying with activations in 8 bits; without the attribute they stay float32.
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
 _LEAST_SCALE = 2.0**-16
-MATMUL_NBITS, DEQUANTIZE = "MatMulNBits", "DequantizeLinear"
 
 
 def check_patterns(options: WeightOptions, weights: Weights) -> None:
@@ -263,68 +260,3 @@ def _half(weights: Weights, name: str) -> Tensor:
     if not torch.isfinite(half).all():
         raise ExportError(f"tensor {name} has values beyond fp16's range; export without --weights")
     return half
-
-
-def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
-    """The tensor of a value marked COMPUTED, made when it is written."""
-    compute: Callable[[Weights], Tensor] = value.meta[COMPUTED]
-
-    def read() -> ir.TensorProtocol:
-        tensor = compute(weights).contiguous()
-        if value.dtype == ir.DataType.INT4:
-            return ir.PackedTensor(tensor.numpy(), ir.DataType.INT4, shape=value.shape, name=value.name)  # type: ignore[arg-type]
-        return tensor_adapters.TorchTensor(tensor, name=value.name)
-
-    return ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=value.name)  # type: ignore[arg-type]
-
-
-def dequantized(model: nn.Module, package: Path) -> None:
-    """Replaces a PyTorch model's weights by what its quantized package has stored: float32, in place.
-
-    Raises ExportError where a product of the package is none of the model's.
-    """
-    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for graph in ("loop_step", "lm_head"):
-        for node in ir.load(package / f"{graph}.onnx").graph.all_nodes():
-            if node.op_type not in _STORED_VALUES:
-                continue
-            label, values = stored_values(node)
-            for name in part_names(label, linear):
-                module = linear[name]
-                module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
-                values = values[module.out_features :]
-    table = model.get_submodule(EMBEDDING.removesuffix(".weight"))
-    table.weight = nn.Parameter(table.weight.half().float(), requires_grad=False)  # type: ignore[operator, union-attr, arg-type]
-
-
-def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:
-    numbers, scales = (initializer(node.inputs[at]) for at in (1, 2))
-    zeros = initializer(node.inputs[3]).to(torch.uint8) if len(node.inputs) > 3 else None
-    bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
-    return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs, zeros).values()
-
-
-def _dequantize_values(node: ir.Node) -> tuple[str, Tensor]:
-    numbers, scales = (initializer(value) for value in node.inputs)
-    blocks = numbers.unflatten(0, (-1, 1 if scales.dim() == 1 else numbers.shape[0] // scales.shape[0]))
-    return _label(node.inputs[0]), (blocks * (scales if scales.dim() == 1 else scales[:, None])).flatten(0, 1).t()
-
-
-_STORED_VALUES = {MATMUL_NBITS: _nbits_values, DEQUANTIZE: _dequantize_values}
-
-
-def stored_values(node: ir.Node) -> tuple[str, Tensor]:
-    """The name of the weight that a node reads, and what its numbers stand for: float32 (outputs, inputs)."""
-    return _STORED_VALUES[node.op_type](node)
-
-
-def _label(value: ir.Value | None) -> str:
-    assert value is not None
-    return str(value.name).removesuffix(".q")
-
-
-def initializer(value: ir.Value | None) -> Tensor:
-    """The numbers of an initializer, as float32."""
-    assert value is not None
-    assert value.const_value is not None
-    return torch.from_numpy(value.const_value.numpy().astype(np.float32))

@@ -14,7 +14,8 @@ from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
 from ..reference.float32_matmul import WideProducts
-from .blocks import Grid, rounding_error
+from .blocks import rounding_error
+from .options import Grid
 
 _TOKENS = 64  # of a sequence: what is kept for the gradients grows with them
 _SHARE = 4  # of the calibration's sequences every so many

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,10 @@ from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.cache import MeltCache, Stored
 from melt_models.checkpoint import load_model
 from melt_models.looplm import causal_mask
-from melt_runtime.package.reader import Package
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..quantization.kv_cache_scales import CacheNumbers
-from ..quantization.matmul_weights import dequantized
 from .float32_matmul import FLOAT32, Arithmetic, WideProducts
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
@@ -63,20 +60,18 @@ class Reference(Protocol):
         """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
 
 
-def open_reference(checkpoint: Path, device: str = "cpu", package: Path | None = None) -> Reference:
+def open_reference(
+    checkpoint: Path, device: str = "cpu", prepare: Callable[[nn.Module], Stored | None] | None = None
+) -> Reference:
     """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError.
 
-    package: a quantized one; the model then computes with the weights that are stored there, and with what its caches
-    would keep.
+    prepare: changes the model before anything runs, as ``quantization.stored_values.as_packaged`` gives it, and returns
+    what its caches keep of rows.
     """
-    model, numbers = load_model(checkpoint, as_stored=True), None
-    if package is not None:
-        opened = Package.open(package, check_hashes=False)
-        numbers = CacheNumbers.of(opened)
-        if opened.manifest.weights:
-            dequantized(model, package)
+    model = load_model(checkpoint, as_stored=True)
+    stored = None if prepare is None else prepare(model)
     found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
-    return found(model.to(device), device, None if numbers is None else numbers.rounded)  # type: ignore[arg-type]
+    return found(model.to(device), device, stored)  # type: ignore[arg-type]
 
 
 class MeltReference:

@@ -1,0 +1,78 @@
+"""What the numbers of a quantized package stand for, for the PyTorch that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from melt_models.cache import Stored
+from melt_runtime.package.reader import Package
+from torch import Tensor, nn
+
+from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
+from ..graph.merge_matmuls import part_names
+from .blocks import Blocks
+from .kv_cache_scales import CacheNumbers, initializer
+from .matmul_weights import EMBEDDING
+
+
+def as_packaged(package: Path) -> Callable[[nn.Module], Stored | None]:
+    """Returns what makes a model compute as a quantized package does: it replaces the model's weights by those that
+    are stored there, in place, and returns what the package's caches keep of rows (None: the rows as they are).
+    """
+
+    def prepare(model: nn.Module) -> Stored | None:
+        opened = Package.open(package, check_hashes=False)
+        numbers = CacheNumbers.of(opened)
+        if opened.manifest.weights:
+            dequantized(model, package)
+        return None if numbers is None else numbers.rounded
+
+    return prepare
+
+
+def dequantized(model: nn.Module, package: Path) -> None:
+    """Replaces a PyTorch model's weights by what its quantized package has stored: float32, in place.
+
+    Raises ExportError where a product of the package is none of the model's.
+    """
+    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for graph in ("loop_step", "lm_head"):
+        for node in ir.load(package / f"{graph}.onnx").graph.all_nodes():
+            if node.op_type not in _STORED_VALUES:
+                continue
+            label, values = stored_values(node)
+            for name in part_names(label, linear):
+                module = linear[name]
+                module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
+                values = values[module.out_features :]
+    table = model.get_submodule(EMBEDDING.removesuffix(".weight"))
+    table.weight = nn.Parameter(table.weight.half().float(), requires_grad=False)  # type: ignore[operator, union-attr, arg-type]
+
+
+def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:
+    numbers, scales = (initializer(node.inputs[at]) for at in (1, 2))
+    zeros = initializer(node.inputs[3]).to(torch.uint8) if len(node.inputs) > 3 else None
+    bits, inputs = (node.attributes[name].as_int() for name in ("bits", "K"))
+    return _label(node.inputs[1]), Blocks.unpacked(numbers.to(torch.uint8), scales, bits, inputs, zeros).values()
+
+
+def _dequantize_values(node: ir.Node) -> tuple[str, Tensor]:
+    numbers, scales = (initializer(value) for value in node.inputs)
+    blocks = numbers.unflatten(0, (-1, 1 if scales.dim() == 1 else numbers.shape[0] // scales.shape[0]))
+    return _label(node.inputs[0]), (blocks * (scales if scales.dim() == 1 else scales[:, None])).flatten(0, 1).t()
+
+
+_STORED_VALUES = {MATMUL_NBITS: _nbits_values, DEQUANTIZE: _dequantize_values}
+
+
+def stored_values(node: ir.Node) -> tuple[str, Tensor]:
+    """The name of the weight that a node reads, and what its numbers stand for: float32 (outputs, inputs)."""
+    return _STORED_VALUES[node.op_type](node)
+
+
+def _label(value: ir.Value | None) -> str:
+    assert value is not None
+    return str(value.name).removesuffix(".q")
