@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
 	@echo "make demo-chat  the same road for SmolLM2-135M-Instruct, answering a question"
-	@echo "make test       lint, types and all tests"
+	@echo "make test       lint, types, imports and all tests"
 	@echo "make fuzz       an hour of broken manifests, tokenizers, sessions and graphs: all must be taken or refused"
 	@echo "make docs       the pages of docs/ and the API reference as a site in build/site; a warning is an error"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
@@ -45,6 +45,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .results import Generation
+from .results import Generation
 
 
 class MeltError(Exception):

@@ -12,19 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.next_logits import NextLogits
+from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
 from ..decoding.sequence import Track
 from ..decoding.settings import GenerationOptions, LoopSettings
 from ..errors import ArgumentError, OvertakenError, PromptError
+from ..loaded_model import LoadedModel
 from ..results import Generation, Piece
 from ..sampling.sampler import Sampler, SamplingParams
+from ..text.prompts import Prompt
+from ..text.tokenizer import Message
 
 if TYPE_CHECKING:
-    from ..decoding.prefix_cache import Prefixes
-    from ..loaded_model import LoadedModel
-    from ..text.prompts import Prompt
-    from ..text.tokenizer import Message
-    from .file import Saved
+    from .file import Saved  # safetensors, which only files need
 
 
 P = ParamSpec("P")
