@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .failures import ApiError, as_api_error
 from .guard import Guard, Keys, note, request_id
 from .intake import Preparation, Uploads, parsed
 from .metrics import CONTENT_TYPE, prometheus
+from .process import give_back
 from .replies import Form, StreamedChoice, usage
 from .schema import ChatAsk, CompletionAsk
 from .service import Job, Service
@@ -30,6 +32,7 @@ _POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_TRIM_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,20 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
 def _lifespan(service: Service, preparation: Preparation) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        trimming = asyncio.create_task(_trim())
         yield
+        trimming.cancel()
         preparation.close()
         await run_in_threadpool(service.scheduler.close, drain=False)
 
     return lifespan
+
+
+async def _trim() -> None:
+    """Returns freed memory to the system every now and then: what a crowd of requests took is not kept for good."""
+    while True:
+        await asyncio.sleep(_TRIM_SECONDS)
+        await run_in_threadpool(give_back)
 
 
 def _add_failures(app: FastAPI) -> None:
