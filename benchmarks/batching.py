@@ -27,7 +27,7 @@ import numpy as np
 import typer
 from common import command_line, loaded_machine, random_package, save, versions
 from loop_step import in_child
-from melt_runtime import Piece, Request, Runtime, Scheduler
+from melt_runtime import Request, Runtime, Scheduler, TextDelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -56,13 +56,13 @@ QUICK = {"layers": 1, "rows": 256, "chunk": 16, "loops": 2, "tokens": 12, "round
 
 
 class Times:
-    """A listener that notes when each piece came."""
+    """A listener that notes when each delta came."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
 
     def __call__(self, event: Any) -> None:
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             self.at.append(perf_counter())
 
 
@@ -77,8 +77,8 @@ def throughput(scheduler: Scheduler, settings: Settings, slots: int) -> float:
     """Tokens a second of so many streams together, while all of them stream."""
     streams = [Times() for _ in range(slots)]
     asked = request(scheduler.runtime, settings, 8, settings.tokens)
-    for ticket in [scheduler.submit(asked, times) for times in streams]:
-        ticket.result()
+    for handle in [scheduler.submit(asked, times) for times in streams]:
+        handle.result()
     begin, end = max(times.at[0] for times in streams), min(times.at[-1] for times in streams)
     return sum(begin < at <= end for times in streams for at in times.at) / (end - begin)
 
@@ -90,16 +90,16 @@ def delays(scheduler: Scheduler, settings: Settings) -> dict[str, list[float]]:
     stream, newcomer = Times(), Times()
     room = runtime.manifest.max_seq_len - 8
     running = scheduler.submit(request(runtime, settings, 8, room), stream)
-    pieces = iter(running)
+    deltas = iter(running)
     for _ in range(settings.tokens):
-        next(pieces)
+        next(deltas)
     length = min(PROMPT_CHUNKS * chunk, runtime.manifest.max_seq_len)
     submitted = perf_counter()
     scheduler.submit(request(runtime, settings, length, 1), newcomer).result()
     for _ in range(2):
-        next(pieces, None)
+        next(deltas, None)
     running.cancel()
-    for _ in pieces:
+    for _ in deltas:
         pass
     gaps = [(at, at - before) for before, at in zip(stream.at, stream.at[1:], strict=False)]
     return {

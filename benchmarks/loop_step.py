@@ -190,8 +190,8 @@ def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Ite
 def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, int]]:
     """Resident memory in bytes after every ``long_every`` tokens of one long generation."""
     runtime = Runtime.load(package, backend="onnxruntime", threads=settings.threads, check_hashes=False)
-    pieces = _generator(runtime, runtime.driver(), settings.long_tokens, settings.long_loops)
-    for count, _ in enumerate(pieces, start=1):
+    deltas = _generator(runtime, runtime.driver(), settings.long_tokens, settings.long_loops)
+    for count, _ in enumerate(deltas, start=1):
         if count == 1 or count % settings.long_every == 0:
             yield {"tokens": count, "resident_bytes": resident("VmRSS")}
 

@@ -9,8 +9,8 @@ def main(package: str, prompt: str | None = None) -> None:
     """Prints what the package says, token by token, then a second answer that thought no deeper than one loop."""
     runtime = Runtime.load(package)
     prompt = prompt or runtime.example_prompt or "Once upon a time"
-    for piece in runtime.stream(prompt, max_tokens=32):
-        print(piece, end="", flush=True)
+    for delta in runtime.stream(prompt, max_tokens=32):
+        print(delta, end="", flush=True)
     shallow = runtime.generate(prompt, max_tokens=32, loops=1)
     print(f"\nwith one loop: {shallow.text}\nstate: {runtime.state_bytes():,} bytes, at any depth")
 

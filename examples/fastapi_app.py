@@ -17,10 +17,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from melt_runtime import BusyError, Generation, MeltError, Piece, Request, Runtime, Scheduler
+from melt_runtime import BusyError, Generation, MeltError, Request, Runtime, Scheduler, TextDelta
 from pydantic import BaseModel, Field
 
-Events = asyncio.Queue[Piece | Generation | MeltError]
+Events = asyncio.Queue[TextDelta | Generation | MeltError]
 
 
 class Question(BaseModel):
@@ -56,15 +56,15 @@ async def answer(question: Question) -> Response:
     options = runtime.options(max_tokens=question.max_tokens, loops=question.loops)
     asked = Request(tuple(runtime.encode(question.prompt)), options)
     # The listener is called from the scheduler's thread and must not block.
-    ticket = scheduler.submit(asked, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+    handle = scheduler.submit(asked, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
 
     async def lines() -> AsyncIterator[str]:
         try:
-            while isinstance(event := await events.get(), Piece):
+            while isinstance(event := await events.get(), TextDelta):
                 yield json.dumps({"text": event.text, "loops": event.depth}) + "\n"
             failed = isinstance(event, MeltError)
             yield json.dumps({"error": str(event)} if failed else {"finish_reason": event.finish_reason}) + "\n"
         finally:
-            ticket.cancel()  # for a client that left; nothing happens to an answer that is over
+            handle.cancel()  # for a client that left; nothing happens to an answer that is over
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")

@@ -39,7 +39,7 @@ from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, 
 from .options import ExportOptions
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
-from .quantization.matmul_weights import Statistics, check_patterns, halve_embedding, quantize_products
+from .quantization.matmul_weights import Statistics, check_patterns, halve_embedding, quantize_matmuls
 from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
 
@@ -132,7 +132,7 @@ def build_package(
             halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
             assert dialect.products is not None
-            raised = quantize_products(graphs[name].model, quantized, seen, dialect.products, TORCH_DTYPES[dtype])
+            raised = quantize_matmuls(graphs[name].model, quantized, seen, dialect.products, TORCH_DTYPES[dtype])
             record["raised"] = [*record.get("raised", ()), *raised]
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import LoopDriver, Package, Piece, Runtime, Session
+from melt_runtime import LoopDriver, Package, Runtime, Session, TextDelta
 from melt_runtime.backends import onnxruntime_cpu as backend_module
 from melt_runtime.session.conversation import Conversation
 from test_run_cli import letters, refused, run
@@ -137,11 +137,11 @@ def test_the_oldest_exchange_is_dropped(
     quarter = (prompt * capacity)[: capacity // 4]
     asked: list[int] = []
 
-    def pieces(session: Session, **_: object) -> Iterator[Piece]:
+    def deltas(session: Session, **_: object) -> Iterator[TextDelta]:
         asked.append(len(session))
-        return iter([Piece(0, prompt, 5, "stop", 4)])
+        return iter([TextDelta(0, prompt, 5, "stop", 4)])
 
-    monkeypatch.setattr(Session, "pieces", pieces)
+    monkeypatch.setattr(Session, "deltas", deltas)
     result = run("chat", tiny_package, "--system", prompt, "--max-tokens", 8, stdin=f"{quarter}\n" * 8)
     assert result.exit_code == 0, result.output
     assert len(asked) == 8
@@ -199,16 +199,16 @@ def test_an_interrupt_stops_the_answer_alone(
     runtime: Runtime, tiny_package: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, ...]] = []
-    pieces = Session.pieces
+    deltas = Session.deltas
 
-    def interrupted(session: Session, **options: Any) -> Iterator[Piece]:
+    def interrupted(session: Session, **options: Any) -> Iterator[TextDelta]:
         asked.append(session.tokens)
-        for count, piece in enumerate(pieces(session, **options)):
+        for count, delta in enumerate(deltas(session, **options)):
             if len(asked) == 1 and count == 2:
                 signal.raise_signal(signal.SIGINT)
-            yield piece
+            yield delta
 
-    monkeypatch.setattr(Session, "pieces", interrupted)
+    monkeypatch.setattr(Session, "deltas", interrupted)
     result = run("chat", tiny_package, "--max-tokens", 9, stdin=f"{prompt}\n{prompt}\n")
     assert result.exit_code == 0, result.output
     assert result.stderr == "stopped\n"

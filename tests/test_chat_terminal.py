@@ -25,13 +25,13 @@ WAIT = 120.0  # seconds after which a test gives up
 PROGRAM = """
 import fcntl, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from melt_runtime.decoding.sequence import Track
-draw = Track.draw
+from melt_runtime.decoding.sequence import TokenSequence
+draw = TokenSequence.draw
 def slowly(track, *arguments):
     if track.prompt_tokens < 30:
         time.sleep(0.1)
     return draw(track, *arguments)
-Track.draw = slowly
+TokenSequence.draw = slowly
 from melt_runtime.cli.main import main
 main()
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import test_parts
-from melt_runtime import BackendError, Generator, LoopDriver, OvertakenError, PrefixStore, Request, Runtime, Scheduler
+from melt_runtime import BackendError, Generator, LoopDriver, OvertakenError, PrefixCache, Request, Runtime, Scheduler
 
 every_backend = test_parts.runtime
 WAIT = 120.0  # seconds until a test gives up on a thread
@@ -87,14 +87,14 @@ class Gate:
         monkeypatch.setattr(LoopDriver, "advance", held)
 
 
-def conversation(runtime: Runtime, prefixes: PrefixStore | None = None, **options: Any) -> list[Any]:
+def conversation(runtime: Runtime, prefixes: PrefixCache | None = None, **options: Any) -> list[Any]:
     """All that a session does."""
     session = runtime.session(prefixes=prefixes, **{**LONG, **options})
     session.append(PROMPT)
     said: list[Any] = [session.generate(max_tokens=5)]
     branch = session.fork()
     session.append(OTHER)
-    said += [piece.token_id for piece in session.pieces(max_tokens=6)]
+    said += [delta.token_id for delta in session.deltas(max_tokens=6)]
     branch.rewind(3)
     return [*said, branch.generate().token_ids, session.tokens, session.depth]
 
@@ -110,7 +110,7 @@ def scheduled(runtime: Runtime, scheduler: Scheduler) -> list[Job]:
 
 def calls_of(runtime: Runtime) -> list[Job]:
     """Calls of every kind, none like another."""
-    prefixes = PrefixStore(1 << 20)
+    prefixes = PrefixCache(1 << 20)
     jobs: list[Job] = [
         lambda: runtime.generate(PROMPT, **LONG),
         lambda: runtime.generate(OTHER, **SAMPLED, exit_threshold=1.0 if runtime.manifest.cache_loops else 0.7),
@@ -158,8 +158,8 @@ def test_streams_read_in_turn_give_what_each_gives_alone(runtime: Runtime) -> No
     streams = [runtime.stream(prompt, **LONG) for prompt in prompts]
     read: list[list[str]] = [[] for _ in prompts]
     for _ in range(LONG["max_tokens"] + 1):
-        for pieces, stream in zip(read, streams, strict=True):
-            pieces += [piece for piece in [next(stream, None)] if piece is not None]
+        for deltas, stream in zip(read, streams, strict=True):
+            deltas += [delta for delta in [next(stream, None)] if delta is not None]
     assert read == alone
 
 

@@ -16,7 +16,7 @@ from melt_runtime.cli.inspect import describe
 from melt_runtime.cli.main import app as run_app
 from melt_runtime.engines.build import EngineOptions, build_engine
 from melt_runtime.engines.library import Library, open_library
-from melt_runtime.engines.network import Network, add_candidates, parse, quantize_products
+from melt_runtime.engines.network import Network, add_candidates, parse, quantize_matmuls
 from melt_runtime.engines.network_checks import inspect_network
 from melt_runtime.engines.profiles import length_buckets
 from melt_runtime.engines.store import open_engine
@@ -142,7 +142,7 @@ def test_small_weights_are_smaller_in_the_engine(
 
 def test_every_wide_product_is_quantized(standard: Package, library: Library) -> None:
     network = parsed(standard, library)
-    quantize_products(network, standard.path("loop_step"), "int4", "float16")
+    quantize_matmuls(network, standard.path("loop_step"), "int4", "float16")
     kinds = [network.kind(source) for _, source in network.products()]
     # Per layer: two of the gate, four of the attention, three of the MLP; the exit gate is a vector.
     assert (kinds.count("DEQUANTIZE"), kinds.count("CONSTANT")) == (2 * 9, 1)

@@ -101,11 +101,11 @@ def test_calls_of_several_threads_give_what_each_gives_alone(directory: Path) ->
 
 
 def test_a_part_of_a_batch_computes_what_the_whole_does(directory: Path) -> None:
-    whole, pieces = load(directory).driver(3), load(directory).driver(3)
+    whole, deltas = load(directory).driver(3), load(directory).driver(3)
     for tokens in (PROMPTS, [[5], [6], [7]], [[8], [9], [10]]):
         expected = whole.append(tokens, LoopSettings(3))
         for slot in (2, 0, 1):
-            part = pieces.part(slot, 1)
+            part = deltas.part(slot, 1)
             assert part is not None
             found = part.append([tokens[slot]], LoopSettings(3))
             np.testing.assert_allclose(found[0], expected[slot], rtol=1e-3, atol=1e-3)
@@ -115,8 +115,8 @@ def test_a_scheduler_gives_what_a_request_gets_alone(directory: Path) -> None:
     runtime = load(directory)
     options = [runtime.options(max_tokens=20 + at, loops=2 + at, ignore_eos=True) for at in range(3)]
     with Scheduler(runtime, 2) as scheduler:
-        tickets = [scheduler.submit(Request(tuple(prompt), one)) for prompt, one in zip(PROMPTS, options, strict=True)]
-        found = [ticket.result(300).token_ids for ticket in tickets]
+        handles = [scheduler.submit(Request(tuple(prompt), one)) for prompt, one in zip(PROMPTS, options, strict=True)]
+        found = [handle.result(300).token_ids for handle in handles]
     for at, prompt in enumerate(PROMPTS):
         assert found[at] == runtime.generate(prompt, max_tokens=20 + at, loops=2 + at, ignore_eos=True).token_ids
 

@@ -63,11 +63,11 @@ def metaspace() -> Tokenizer:
 
 @cache
 def byte_fallback() -> Tokenizer:
-    """Like the tokenizers of Llama 2: U+2581 for spaces, and <0xNN> for what has no piece."""
-    pieces = list(json.loads(metaspace().to_str())["model"]["vocab"])
-    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    """Like the tokenizers of Llama 2: U+2581 for spaces, and <0xNN> for what has no delta."""
+    deltas = list(json.loads(metaspace().to_str())["model"]["vocab"])
+    deltas += [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+        models.BPE({delta: i for i, delta in enumerate(deltas)}, [], unk_token="<unk>", byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -80,8 +80,8 @@ def byte_fallback() -> Tokenizer:
 @cache
 def word_pieces() -> Tokenizer:
     """Every word begins with a space, unless it begins the text."""
-    pieces = ["<unk>", END, *(chr(code) for code in range(33, 127)), *(f"##{chr(code)}" for code in range(33, 127))]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    deltas = ["<unk>", END, *(chr(code) for code in range(33, 127)), *(f"##{chr(code)}" for code in range(33, 127))]
+    tokenizer = Tokenizer(models.WordPiece({delta: i for i, delta in enumerate(deltas)}, unk_token="<unk>"))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     tokenizer.add_special_tokens(["<unk>", END])
     return tokenizer
@@ -175,14 +175,14 @@ def test_free_json_parses(make: Callable[[], Tokenizer], schema: Any) -> None:
     assert any(ids is not None for ids in answers)
 
 
-def allowed_after(constraint: JsonConstraint, tokenizer: Tokenizer, *pieces: str) -> set[str]:
-    for piece in pieces:
-        constraint.accept(tokenizer.token_to_id(piece))
+def allowed_after(constraint: JsonConstraint, tokenizer: Tokenizer, *deltas: str) -> set[str]:
+    for delta in deltas:
+        constraint.accept(tokenizer.token_to_id(delta))
     return {tokenizer.id_to_token(int(i)) for i in np.flatnonzero(constraint.mask([]))}
 
 
 def test_a_space_that_a_piece_has_is_part_of_the_json() -> None:
-    vocab = {piece: i for i, piece in enumerate(["<unk>", END, '"', "a", "b", "▁", "▁b", "▁a"])}
+    vocab = {delta: i for i, delta in enumerate(["<unk>", END, '"', "a", "b", "▁", "▁b", "▁a"])}
     tokenizer = Tokenizer(models.BPE(vocab, [("▁", "b"), ("▁", "a")], unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.add_special_tokens([END])
@@ -192,9 +192,9 @@ def test_a_space_that_a_piece_has_is_part_of_the_json() -> None:
 
 
 def test_a_piece_that_loses_its_space_at_the_beginning_may_begin() -> None:
-    vocab = {piece: i for i, piece in enumerate(["<unk>", END, '"', '▁"', '"▁', '"a', "▁a", "a", "▁"])}
+    vocab = {delta: i for i, delta in enumerate(["<unk>", END, '"', '▁"', '"▁', '"a', "▁a", "a", "▁"])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    tokenizer.decoder = decoders.Metaspace()  # which drops every space of a first piece
+    tokenizer.decoder = decoders.Metaspace()  # which drops every space of a first delta
     tokenizer.add_special_tokens([END])
     chosen = grammars(lambda: tokenizer)
     assert allowed_after(chosen.constraint({"const": " a"}), tokenizer) == {'"', '▁"', '"▁'}

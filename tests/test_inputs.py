@@ -54,7 +54,7 @@ def scheduled(runtime: Runtime, prompt: Any, **options: Any) -> str:
 
 def by_hand(runtime: Runtime, prompt: Any, **options: Any) -> str:
     generator = Generator(runtime.driver(), [prompt], runtime.options(**options), runtime.codec)
-    return "".join(piece.text for piece in generator)
+    return "".join(delta.text for delta in generator)
 
 
 WAYS: list[Take] = [generated, streamed, in_a_session, in_a_session_of_its_own, scheduled, by_hand]

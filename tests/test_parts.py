@@ -72,19 +72,19 @@ def part_of(driver: LoopDriver, first: int, count: int) -> LoopDriver:
 
 
 def test_a_part_computes_what_the_whole_computes_with_the_others_idle(runtime: Runtime) -> None:
-    whole, pieces = runtime.driver(4), runtime.driver(4)
+    whole, deltas = runtime.driver(4), runtime.driver(4)
     for slot in (2, 0, 3, 1):
         expected = whole.append([PROMPTS[slot] if at == slot else [] for at in range(4)], SETTINGS)
-        got = part_of(pieces, slot, 1).append([PROMPTS[slot]], SETTINGS)
+        got = part_of(deltas, slot, 1).append([PROMPTS[slot]], SETTINGS)
         assert np.array_equal(got[0], expected[slot])
-    assert pieces.lengths.tolist() == [len(prompt) for prompt in PROMPTS]
+    assert deltas.lengths.tolist() == [len(prompt) for prompt in PROMPTS]
     for token in range(6):  # parts of different sizes and the whole in turn, as in a batch that breathes
         for first, count in ((0, 4), (1, 2), (0, 3), (3, 1)):
             tokens = [[7 + token] if first <= slot < first + count else [] for slot in range(4)]
             expected = whole.append(tokens, SETTINGS)[first : first + count]
-            assert np.array_equal(part_of(pieces, first, count).append([[7 + token]] * count, SETTINGS), expected)
-    assert np.array_equal(pieces.append([[9]] * 4, SETTINGS), whole.append([[9]] * 4, SETTINGS))
-    assert pieces.depth == whole.depth
+            assert np.array_equal(part_of(deltas, first, count).append([[7 + token]] * count, SETTINGS), expected)
+    assert np.array_equal(deltas.append([[9]] * 4, SETTINGS), whole.append([[9]] * 4, SETTINGS))
+    assert deltas.depth == whole.depth
 
 
 def test_a_part_leaves_the_other_sequences_caches_alone(runtime: Runtime) -> None:
@@ -153,8 +153,8 @@ def test_a_scheduler_gives_on_every_backend_what_a_request_gets_alone(runtime: R
 
     alone = [runtime.generate(prompt, **options(slot)) for slot, prompt in enumerate(PROMPTS)]
     with Scheduler(runtime, 3) as scheduler:
-        tickets = [
+        handles = [
             scheduler.submit(Request(tuple(prompt), runtime.options(**options(slot))))
             for slot, prompt in enumerate(PROMPTS)
         ]
-        assert [ticket.result(60) for ticket in tickets] == alone
+        assert [handle.result(60) for handle in handles] == alone

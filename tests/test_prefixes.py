@@ -17,7 +17,7 @@ from melt_runtime import (
     LoopDriver,
     LoopSettings,
     Package,
-    PrefixStore,
+    PrefixCache,
     Request,
     Runtime,
     Scheduler,
@@ -37,7 +37,7 @@ def runtime(tiny_package: Path) -> Runtime:
     return Runtime.load(tiny_package)
 
 
-def run(store: PrefixStore, runtime: Runtime, prompt: list[int], settings: LoopSettings = SETTINGS) -> Any:
+def run(store: PrefixCache, runtime: Runtime, prompt: list[int], settings: LoopSettings = SETTINGS) -> Any:
     """Runs a prompt as who uses a store does. Returns how many tokens were known, the logits and the driver."""
     driver = runtime.driver()
     known = store.restore(driver, 0, prompt, settings)
@@ -51,7 +51,7 @@ def run(store: PrefixStore, runtime: Runtime, prompt: list[int], settings: LoopS
 def test_logits_behind_a_known_beginning_are_those_of_the_whole_prompt(
     every_backend: Runtime, settings: LoopSettings
 ) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     run(store, every_backend, [*SYSTEM, 30, 31], settings)
     prompt = [*SYSTEM, 40, 41, 42, 43, 44, 45, 46]
     known, logits, driver = run(store, every_backend, prompt, settings)
@@ -64,7 +64,7 @@ def test_logits_behind_a_known_beginning_are_those_of_the_whole_prompt(
 
 
 def test_tokens_that_left_early_come_back_with_their_depth(runtime: Runtime) -> None:
-    settings, store = LoopSettings(4, exit_threshold=0.8), PrefixStore(PLENTY)
+    settings, store = LoopSettings(4, exit_threshold=0.8), PrefixCache(PLENTY)
     run(store, runtime, SYSTEM, settings)
     known, logits, driver = run(store, runtime, SYSTEM, settings)
     whole = runtime.driver()
@@ -87,7 +87,7 @@ def test_tokens_that_left_early_come_back_with_their_depth(runtime: Runtime) -> 
     ],
 )
 def test_whole_chunks_that_are_equal_are_known(runtime: Runtime, prompt: list[int], known: int) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     run(store, runtime, SYSTEM)
     assert run(store, runtime, prompt)[0] == known
 
@@ -96,13 +96,13 @@ def test_whole_chunks_that_are_equal_are_known(runtime: Runtime, prompt: list[in
     "settings", [LoopSettings(4), LoopSettings(3, 0.8), LoopSettings(3, chunk=4), LoopSettings(3, 0.9, None, 2)]
 )
 def test_other_loop_settings_know_nothing(runtime: Runtime, settings: LoopSettings) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     run(store, runtime, SYSTEM)
     assert run(store, runtime, SYSTEM, settings)[0] == 0
     assert run(store, runtime, SYSTEM, LoopSettings(3, chunk=8))[0] == 16  # the package's chunk by its number
 
 
-def refused(store: PrefixStore, other: Runtime) -> None:
+def refused(store: PrefixCache, other: Runtime) -> None:
     """Whoever would use a store with another runtime is told so, and nothing in it changes."""
     before = (len(store), store.bytes)
     for use in (
@@ -119,7 +119,7 @@ def refused(store: PrefixStore, other: Runtime) -> None:
 def test_another_package_is_refused(
     runtime: Runtime, make_checkpoint: MakeCheckpoint, make_package: MakePackage
 ) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     run(store, runtime, SYSTEM)
     other = Runtime.load(make_package(make_checkpoint(initializer_range=0.2)))
     refused(store, other)
@@ -129,7 +129,7 @@ def test_another_package_is_refused(
 
 
 def test_another_backend_of_the_same_package_is_refused(tiny_package: Path, runtime: Runtime) -> None:
-    package, store = Package.open(tiny_package), PrefixStore(PLENTY)
+    package, store = Package.open(tiny_package), PrefixCache(PLENTY)
     runtime.session(prefixes=store)
     refused(store, Runtime(package, OnStandIn(package), None))
 
@@ -145,14 +145,14 @@ def test_another_engine_of_the_same_package_is_refused(
     monkeypatch.setattr(tensorrt, "open_library", host_library)
     package = Package.open(directory)
     one, again, other = (Runtime(package, TensorRTBackend(package, name), None) for name in ("one", "one", "other"))
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     run(store, one, SYSTEM)
     assert run(store, again, SYSTEM)[0] == 16
     refused(store, other)
 
 
 def test_equal_beginnings_are_kept_once(runtime: Runtime) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     run(store, runtime, SYSTEM)
     before = store.bytes
     assert (len(store), before) == (2, runtime.manifest.cache_bytes(16))
@@ -167,7 +167,7 @@ def test_equal_beginnings_are_kept_once(runtime: Runtime) -> None:
 def test_a_looplm_keeps_the_caches_of_the_loops_that_ran(
     make_looplm: MakeCheckpoint, make_package: MakePackage
 ) -> None:
-    runtime, store = Runtime.load(make_package(make_looplm(), chunk=8)), PrefixStore(PLENTY)
+    runtime, store = Runtime.load(make_package(make_looplm(), chunk=8)), PrefixCache(PLENTY)
     run(store, runtime, SYSTEM, LoopSettings(2))
     assert store.bytes == runtime.manifest.cache_bytes(16) // 2
 
@@ -185,7 +185,7 @@ def chunks(runtime: Runtime, count: int) -> int:
 
 
 def test_the_store_never_holds_more_than_it_may(runtime: Runtime) -> None:
-    store, rng = PrefixStore(chunks(runtime, 5) + 7), np.random.default_rng(0)
+    store, rng = PrefixCache(chunks(runtime, 5) + 7), np.random.default_rng(0)
     for _ in range(40):
         prompt = np.repeat(rng.integers(3, 6, 5), 8).tolist()[: int(rng.integers(8, 41))]
         _, logits, _ = run(store, runtime, prompt)
@@ -195,7 +195,7 @@ def test_the_store_never_holds_more_than_it_may(runtime: Runtime) -> None:
 
 
 def test_what_was_not_used_for_longest_goes_first(runtime: Runtime) -> None:
-    store = PrefixStore(chunks(runtime, 6))
+    store = PrefixCache(chunks(runtime, 6))
     run(store, runtime, prompt_of(3))
     run(store, runtime, prompt_of(4))
     assert run(store, runtime, [*prompt_of(3), 9])[0] == 24
@@ -205,7 +205,7 @@ def test_what_was_not_used_for_longest_goes_first(runtime: Runtime) -> None:
 
 
 def test_ends_of_prompts_go_before_their_beginnings(runtime: Runtime) -> None:
-    store = PrefixStore(chunks(runtime, 4))
+    store = PrefixCache(chunks(runtime, 4))
     run(store, runtime, prompt_of(3))
     run(store, runtime, prompt_of(4)[:16])
     known = [store.restore(runtime.driver(), 0, [*prompt_of(first), 9], SETTINGS) for first in (3, 4)]
@@ -213,17 +213,17 @@ def test_ends_of_prompts_go_before_their_beginnings(runtime: Runtime) -> None:
 
 
 def test_a_prompt_that_is_larger_than_the_store_leaves_its_beginning(runtime: Runtime) -> None:
-    store = PrefixStore(chunks(runtime, 2))
+    store = PrefixCache(chunks(runtime, 2))
     run(store, runtime, prompt_of(3))
     assert store.restore(runtime.driver(), 0, [*prompt_of(3), 9], SETTINGS) == 16
-    small = PrefixStore(chunks(runtime, 1) - 1)
+    small = PrefixCache(chunks(runtime, 1) - 1)
     run(small, runtime, prompt_of(3))
     assert (len(small), small.bytes) == (0, 0)
 
 
 def test_a_store_needs_room(runtime: Runtime) -> None:
     with pytest.raises(ArgumentError, match="max_bytes is 0"):
-        PrefixStore(0)
+        PrefixCache(0)
 
 
 # Who uses it
@@ -241,7 +241,7 @@ def counted(patch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_session_does_not_run_what_another_has_run(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     plain, first, second = runtime.session(), runtime.session(prefixes=store), runtime.session(prefixes=store)
     prompt = [*SYSTEM, 40, 41]
     plain.append(prompt)
@@ -258,7 +258,7 @@ def test_a_session_does_not_run_what_another_has_run(runtime: Runtime, monkeypat
 
 
 def test_a_session_that_cannot_have_the_rows_back_is_empty(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     runtime.session(prefixes=store).append(SYSTEM)
     session, left = runtime.session(prefixes=store), [1]
     write = session.driver.state.write_rows
@@ -284,11 +284,11 @@ def test_a_scheduler_gives_with_a_store_what_it_gives_without(every_backend: Run
         ([*SYSTEM, 30 + at, 31], {"max_tokens": 4 + at, "loops": 2 + at % 2, "ignore_eos": True}) for at in range(6)
     ]
     alone = [every_backend.generate(prompt, **options) for prompt, options in work]
-    store = PrefixStore(PLENTY)
+    store = PrefixCache(PLENTY)
     with Scheduler(every_backend, 3, prefixes=store) as scheduler:
         for _ in range(2):
-            tickets = [scheduler.submit(Request(tuple(p), every_backend.options(**options))) for p, options in work]
-            assert [ticket.result(60) for ticket in tickets] == alone
+            handles = [scheduler.submit(Request(tuple(p), every_backend.options(**options))) for p, options in work]
+            assert [handle.result(60) for handle in handles] == alone
         total = 2 * sum(len(prompt) for prompt, _ in work)
         assert scheduler.metrics().prompt_tokens <= total - 6 * 16
     assert len(store) == 4

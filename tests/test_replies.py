@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from melt_runtime import GenerationOptions, Logprobs, Piece
-from melt_runtime.decoding.sequence import Track
+from melt_runtime import GenerationOptions, Logprobs, TextDelta
+from melt_runtime.decoding.sequence import TokenSequence
 from melt_runtime.decoding.settings import LoopSettings
 from melt_runtime.results import Generation
 from melt_runtime.server.replies import Form, StreamedChoice
@@ -30,32 +30,32 @@ class Row:
         return self.values
 
 
-def draw(codec: TextCodec, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[Piece], Generation]:
-    """The pieces of a sequence that draws these tokens."""
+def draw(codec: TextCodec, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[TextDelta], Generation]:
+    """The deltas of a sequence that draws these tokens."""
     options = GenerationOptions(LoopSettings(1), max_tokens=len(ids), stop=stop)
-    track = Track(0, [1], options, codec, logprobs=3)
-    pieces: list[Piece] = []
+    sequence = TokenSequence(0, [1], options, codec, logprobs=3)
+    deltas: list[TextDelta] = []
     for token in ids:
-        if track.finish_reason is None:
-            pieces.append(track.draw(Row(token, codec.vocab_size), 100, 1))  # type: ignore[arg-type]
-    return pieces, track.result([1] * len(pieces))
+        if sequence.finish_reason is None:
+            deltas.append(sequence.draw(Row(token, codec.vocab_size), 100, 1))  # type: ignore[arg-type]
+    return deltas, sequence.result([1] * len(deltas))
 
 
 def form(tokenizer: Tokenizer, chat: bool) -> Form:
     return Form(chat, "1", "model", "print", TextCodec(tokenizer))
 
 
-def both(chosen: Form, pieces: list[Piece], end: Generation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def both(chosen: Form, deltas: list[TextDelta], end: Generation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A choice told in parts, and at once."""
     stream = StreamedChoice(chosen, 0)
-    *most, last = pieces
-    return [*(stream.part(piece) for piece in most), stream.part(last, end)], chosen.whole(0, pieces, end)
+    *most, last = deltas
+    return [*(stream.part(delta) for delta in most), stream.part(last, end)], chosen.whole(0, deltas, end)
 
 
 def completion(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> dict[str, Any]:
     """The logprobs of a completion, which are the same streamed and not."""
-    pieces, end = draw(TextCodec(tokenizer), ids, stop)
-    parts, whole = both(form(tokenizer, False), pieces, end)
+    deltas, end = draw(TextCodec(tokenizer), ids, stop)
+    parts, whole = both(form(tokenizer, False), deltas, end)
     assert "".join(part["text"] for part in parts) == whole["text"]
     for name, values in whole["logprobs"].items():
         assert [one for part in parts if part["logprobs"] for one in part["logprobs"][name]] == values
@@ -64,8 +64,8 @@ def completion(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ())
 
 def chat(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[dict[str, Any]], str]:
     """The entries of a chat, which are the same streamed and not, and its text."""
-    pieces, end = draw(TextCodec(tokenizer), ids)
-    parts, whole = both(form(tokenizer, True), pieces, end)
+    deltas, end = draw(TextCodec(tokenizer), ids)
+    parts, whole = both(form(tokenizer, True), deltas, end)
     entries = whole["logprobs"]["content"]
     assert [entry for part in parts for entry in part["logprobs"]["content"]] == entries
     return entries, whole["message"]["content"]
@@ -89,7 +89,7 @@ def test_joined_bytes_are_the_text(make: Any) -> None:
 
 def test_a_piece_keeps_its_leading_space() -> None:
     tokenizer = byte_fallback()
-    ids = [tokenizer.token_to_id(piece) for piece in ("th", "▁", "th", "▁▁", "a")]
+    ids = [tokenizer.token_to_id(delta) for delta in ("th", "▁", "th", "▁▁", "a")]
     assert completion(tokenizer, ids)["tokens"] == ["th", " ", "th", "  ", "a"]
 
 
@@ -98,23 +98,23 @@ def test_likeliest_tokens_with_the_same_text_are_all_told() -> None:
     letter, byte = tokenizer.token_to_id("a"), tokenizer.token_to_id("<0x61>")
     chosen = form(tokenizer, False)
     top = ((letter, -0.5), (byte, -1.0), (100_000, -2.0), (100_001, -3.0))
-    piece = Piece(0, "a", letter, "length", 1, Logprobs(-0.5, top))
+    delta = TextDelta(0, "a", letter, "length", 1, Logprobs(-0.5, top))
     end = Generation("a", (letter,), "length", 1, (1,), 1)
-    found = chosen.whole(0, [piece], end)["logprobs"]["top_logprobs"]
+    found = chosen.whole(0, [delta], end)["logprobs"]["top_logprobs"]
     assert found == [{"a": -0.5, f"token_id:{byte}": -1.0, "token_id:100000": -2.0, "token_id:100001": -3.0}]
 
 
 def test_offsets_are_each_tokens_own_place() -> None:
     tokenizer = byte_fallback()
-    pieces = ["<0xF2>", "th", "<0x0F>", "<0x0E>", "<0x47>", "a"]
-    found = completion(tokenizer, [tokenizer.token_to_id(piece) for piece in pieces])
+    deltas = ["<0xF2>", "th", "<0x0F>", "<0x0E>", "<0x47>", "a"]
+    found = completion(tokenizer, [tokenizer.token_to_id(delta) for delta in deltas])
     assert found["text_offset"] == [0, 1, 3, 4, 5, 6]
     assert found["tokens"] == ["bytes:\\xf2", "th", "\x0f", "\x0e", "G", "a"]
 
 
 def test_offsets_do_not_wait_for_text_that_a_stop_string_holds_back() -> None:
     tokenizer = byte_fallback()
-    ids = [tokenizer.token_to_id(piece) for piece in ("a", "b", "th", "c", "d")]
+    ids = [tokenizer.token_to_id(delta) for delta in ("a", "b", "th", "c", "d")]
     assert completion(tokenizer, ids, ("bthx",))["text_offset"] == [0, 1, 2, 4, 5]
     assert completion(tokenizer, ids, ("bthc",))["text_offset"] == [0, 1, 2, 4]
 

@@ -53,9 +53,9 @@ def test_a_sequence_that_ends_does_not_disturb_the_others(runtime: Runtime) -> N
 
 def test_streaming_gives_the_same_text_in_pieces(runtime: Runtime) -> None:
     text = runtime.generate("hello there", max_tokens=30, ignore_eos=True).text
-    pieces = list(runtime.stream("hello there", max_tokens=30, ignore_eos=True))
-    assert len(pieces) > 1
-    assert "".join(pieces) == text
+    deltas = list(runtime.stream("hello there", max_tokens=30, ignore_eos=True))
+    assert len(deltas) > 1
+    assert "".join(deltas) == text
 
 
 def test_the_same_seed_draws_the_same_text(runtime: Runtime) -> None:
@@ -141,9 +141,9 @@ def test_generation_stops_at_the_end_of_the_cache(make_checkpoint: MakeCheckpoin
     runtime = Runtime.load(make_package(make_checkpoint(), max_seq_len=16, max_batch=1))
     driver = runtime.driver()
     generator = Generator(driver, [[5] * 10], runtime.options(max_tokens=100, ignore_eos=True), None)
-    pieces = list(generator)
-    assert pieces[-1].finish_reason == "length"
-    assert len(pieces) == 16 - 10 + 1  # the last token is drawn from a full cache and never enters it
+    deltas = list(generator)
+    assert deltas[-1].finish_reason == "length"
+    assert len(deltas) == 16 - 10 + 1  # the last token is drawn from a full cache and never enters it
     assert int(driver.lengths[0]) == 16
     with pytest.raises(PromptError, match="room for 0 of 16"):
         driver.append([[3]], LoopSettings(1))

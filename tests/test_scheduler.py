@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import CancelledError, DeadlineError, Generation, LoopDriver, Piece, Request, Runtime, Scheduler
+from melt_runtime import CancelledError, DeadlineError, Generation, LoopDriver, Request, Runtime, Scheduler, TextDelta
 from melt_runtime.scheduler import request as ticket_module
 from melt_runtime.scheduler import scheduler as scheduler_module
 
@@ -30,7 +30,7 @@ def request(
 
 
 class Gate:
-    """A listener that holds the scheduler's thread at its first piece until it is opened: a test's way to be first."""
+    """A listener that holds the scheduler's thread at its first delta until it is opened: a test's way to be first."""
 
     def __init__(self) -> None:
         self.reached, self.opened, self.events = threading.Event(), threading.Event(), list[Any]()
@@ -72,8 +72,8 @@ def test_every_request_gets_what_it_gets_alone(
         ]
     alone = [runtime.generate(ids, ignore_eos=True, **options) for ids, options in work]
     with Scheduler(runtime, slots) as scheduler:
-        tickets = [scheduler.submit(request(runtime, ids, **options)) for ids, options in work]
-        assert [ticket.result(WAIT) for ticket in tickets] == alone
+        handles = [scheduler.submit(request(runtime, ids, **options)) for ids, options in work]
+        assert [handle.result(WAIT) for handle in handles] == alone
 
 
 def test_logits_of_a_stream_are_those_of_the_stream_alone_to_the_last_bit(runtime: Runtime) -> None:
@@ -81,25 +81,25 @@ def test_logits_of_a_stream_are_those_of_the_stream_alone_to_the_last_bit(runtim
     found = []
     for slots in (1, 4):
         with Scheduler(runtime, slots) as scheduler:
-            tickets = [
+            handles = [
                 scheduler.submit(request(runtime, ids, limits={"logprobs": 50}, **options)) for ids, options in work
             ]
-            found.append([[piece.logprobs for piece in ticket] for ticket in tickets])
+            found.append([[delta.logprobs for delta in handle] for handle in handles])
     assert found[0] == found[1]
 
 
 def test_pieces_make_up_the_generation(runtime: Runtime) -> None:
     with Scheduler(runtime, 2) as scheduler:
         events: list[Any] = []
-        ticket = scheduler.submit(request(runtime, [5, 6, 7], max_tokens=9, loops=3), events.append)
-        pieces = list(ticket)
-        result = ticket.result()
-    assert [piece.token_id for piece in pieces] == list(result.token_ids)
-    assert "".join(piece.text for piece in pieces) == result.text
-    assert [piece.finish_reason for piece in pieces] == [None] * 8 + ["length"]
-    assert {piece.depth for piece in pieces} == {3}
-    assert events == [*pieces, result]
-    assert list(ticket) == []  # each piece comes once, and a second look does not wait
+        handle = scheduler.submit(request(runtime, [5, 6, 7], max_tokens=9, loops=3), events.append)
+        deltas = list(handle)
+        result = handle.result()
+    assert [delta.token_id for delta in deltas] == list(result.token_ids)
+    assert "".join(delta.text for delta in deltas) == result.text
+    assert [delta.finish_reason for delta in deltas] == [None] * 8 + ["length"]
+    assert {delta.depth for delta in deltas} == {3}
+    assert events == [*deltas, result]
+    assert list(handle) == []  # each delta comes once, and a second look does not wait
 
 
 def test_a_running_stream_flows_while_a_long_prompt_is_prefilled(runtime: Runtime) -> None:
@@ -123,13 +123,13 @@ def test_prompts_are_prefilled_in_turn(runtime: Runtime) -> None:
         scheduler.submit(request(runtime, [5], max_tokens=1), gate)
         assert gate.reached.wait(WAIT)
         lengths = {"long": 64, "short": 8, "middle": 24}
-        tickets = [
+        handles = [
             scheduler.submit(request(runtime, [7] * length, max_tokens=1), lambda e, name=name: order.append(name))
             for name, length in lengths.items()
         ]
         gate.opened.set()
-        for ticket in tickets:
-            ticket.result(WAIT)
+        for handle in handles:
+            handle.result(WAIT)
     assert order[::2] == ["short", "middle", "long"]
 
 
@@ -138,13 +138,13 @@ def test_who_waits_is_admitted_in_order(runtime: Runtime) -> None:
     with Scheduler(runtime, 1) as scheduler:
         scheduler.submit(request(runtime, [5], max_tokens=2), gate)
         assert gate.reached.wait(WAIT)
-        tickets = [
+        handles = [
             scheduler.submit(request(runtime, [9], max_tokens=3), lambda e, at=at: order.append(at)) for at in range(4)
         ]
         assert scheduler.metrics().waiting == 4
         gate.opened.set()
-        for ticket in tickets:
-            ticket.result(WAIT)
+        for handle in handles:
+            handle.result(WAIT)
     assert order == [at for at in range(4) for _ in range(4)]
 
 
@@ -168,9 +168,9 @@ def test_prefill_runs_on_its_slot_alone(runtime: Runtime) -> None:
             "advance",
             lambda self, tokens, *a: work.append([len(ids) for ids in tokens]) or advance(self, tokens, *a),
         )
-        tickets = [scheduler.submit(request(runtime, range(3, 23), max_tokens=6)) for _ in range(4)]
-        for ticket in tickets:
-            ticket.result(WAIT)
+        handles = [scheduler.submit(request(runtime, range(3, 23), max_tokens=6)) for _ in range(4)]
+        for handle in handles:
+            handle.result(WAIT)
     assert all(len(counts) == 1 for counts in work if max(counts) > 1)
     assert max(len(counts) for counts in work) == 4
 
@@ -179,8 +179,8 @@ def test_a_backend_without_parts_runs_the_whole_batch(runtime: Runtime, monkeypa
     monkeypatch.setattr(LoopDriver, "part", lambda self, first, count: None)
     work = mixed(runtime, 7)
     with Scheduler(runtime, 3) as scheduler:
-        tickets = [scheduler.submit(request(runtime, ids, **options)) for ids, options in work]
-        found = [ticket.result(WAIT).token_ids for ticket in tickets]
+        handles = [scheduler.submit(request(runtime, ids, **options)) for ids, options in work]
+        found = [handle.result(WAIT).token_ids for handle in handles]
     assert found == [runtime.generate(ids, ignore_eos=True, **options).token_ids for ids, options in work]
 
 
@@ -193,24 +193,24 @@ def test_a_cancelled_stream_ends_with_the_next_token_and_frees_its_slot(runtime:
     def listen(event: Any) -> None:
         events.append(event)
         if len(events) == 3:
-            ticket.cancel()
+            handle.cancel()
 
     with Scheduler(runtime, 1) as scheduler:
         gate = Gate()
         blocker = scheduler.submit(request(runtime, [4], max_tokens=1), gate)
-        ticket = scheduler.submit(request(runtime, [5, 6], max_tokens=200), listen)
+        handle = scheduler.submit(request(runtime, [5, 6], max_tokens=200), listen)
         after = scheduler.submit(request(runtime, [7, 8], max_tokens=5))
         gate.opened.set()
         blocker.result(WAIT)
         with pytest.raises(CancelledError) as caught:
-            ticket.result(WAIT)
+            handle.result(WAIT)
         assert after.result(WAIT) == runtime.generate([7, 8], max_tokens=5, ignore_eos=True)
         assert scheduler.metrics().requests["cancelled"] == 1
     generation = caught.value.generation
     assert generation.finish_reason == "cancelled"
     assert len(generation.token_ids) == 3
     assert events[-1] == generation
-    assert len(list(ticket)) == 3  # iterating ends quietly
+    assert len(list(handle)) == 3  # iterating ends quietly
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.8])
@@ -233,7 +233,7 @@ def test_one_that_leaves_half_way_changes_no_bit_of_the_others(runtime: Runtime,
             rest = [scheduler.submit(request(runtime, prompt, **options)) for prompt in ([30, 31], [40, 41, 42])]
             gate.opened.set()
             blocker.result(WAIT)
-            found = [[piece.logprobs for piece in ticket] for ticket in rest]
+            found = [[delta.logprobs for delta in handle] for handle in rest]
         assert len(events) == (10 if leaves else 31)
         return found
 
@@ -247,11 +247,11 @@ def test_a_request_cancelled_while_it_waits_never_runs(runtime: Runtime) -> None
     with Scheduler(runtime, 1) as scheduler:
         scheduler.submit(request(runtime, [5], max_tokens=2), gate)
         assert gate.reached.wait(WAIT)
-        ticket = scheduler.submit(request(runtime, [6], max_tokens=5), events.append)
-        ticket.cancel()
+        handle = scheduler.submit(request(runtime, [6], max_tokens=5), events.append)
+        handle.cancel()
         gate.opened.set()
         with pytest.raises(CancelledError) as caught:
-            ticket.result(WAIT)
+            handle.result(WAIT)
     assert events == [caught.value.generation] == [Generation("", (), "cancelled", 1, (), 4)]
 
 
@@ -260,19 +260,19 @@ def test_text_that_was_held_back_is_in_what_a_cancelled_request_leaves(runtime: 
     stop = free[4:6] + "~~~~"  # begins like the text and never comes, so that the last characters are held back
 
     def listen(event: Any) -> None:
-        if isinstance(event, Piece) and event.token_id is not None:
+        if isinstance(event, TextDelta) and event.token_id is not None:
             seen.append(event.text)
             if len(seen) == 6:
-                ticket.cancel()
+                handle.cancel()
 
     seen: list[str] = []
     with Scheduler(runtime, 1) as scheduler:
         gate = Gate()
         scheduler.submit(request(runtime, [4], max_tokens=1), gate)
-        ticket = scheduler.submit(request(runtime, runtime.encode("abc"), max_tokens=100, stop=stop), listen)
+        handle = scheduler.submit(request(runtime, runtime.encode("abc"), max_tokens=100, stop=stop), listen)
         gate.opened.set()
         with pytest.raises(CancelledError) as caught:
-            ticket.result(WAIT)
+            handle.result(WAIT)
     assert "".join(seen) != free[:6]
     assert caught.value.generation.text == free[:6]
 
@@ -291,15 +291,15 @@ def test_a_request_whose_time_is_over_ends_where_it_is(runtime: Runtime, monkeyp
 
     def listen(event: Any) -> None:
         nonlocal count
-        count += isinstance(event, Piece)
+        count += isinstance(event, TextDelta)
         clock.now += 1.0
 
     with Scheduler(runtime, 2) as scheduler:
-        ticket = scheduler.submit(request(runtime, [5, 6], max_tokens=100, limits={"deadline": 4.0}), listen)
+        handle = scheduler.submit(request(runtime, [5, 6], max_tokens=100, limits={"deadline": 4.0}), listen)
         with pytest.raises(DeadlineError, match=r"within 4\.0 seconds") as caught:
-            ticket.result(WAIT)
+            handle.result(WAIT)
         with pytest.raises(DeadlineError):
-            list(ticket)
+            list(handle)
         other = scheduler.submit(request(runtime, [5, 6], max_tokens=3, limits={"deadline": 4.0}))
         assert other.result(WAIT).finish_reason == "length"
         assert scheduler.metrics().requests["deadline"] == 1
@@ -314,11 +314,11 @@ def test_a_deadline_counts_from_submission_so_it_may_pass_in_the_queue(
     with Scheduler(runtime, 1) as scheduler:
         scheduler.submit(request(runtime, [5], max_tokens=50), gate)
         assert gate.reached.wait(WAIT)
-        ticket = scheduler.submit(request(runtime, [6], max_tokens=5, limits={"deadline": 2.0}))
+        handle = scheduler.submit(request(runtime, [6], max_tokens=5, limits={"deadline": 2.0}))
         clock.now += 3.0
         gate.opened.set()
         with pytest.raises(DeadlineError) as caught:
-            ticket.result(WAIT)
+            handle.result(WAIT)
     assert caught.value.generation.token_ids == ()
 
 

@@ -55,10 +55,10 @@ def test_a_request_that_is_cancelled_in_its_loops_ends_there(
 ) -> None:
     with Scheduler(runtime, 2) as scheduler:
         loops.at = depth + 7 if len(prompt) == 1 else 7  # in the second token of the one, in the prompt of the other
-        loops.act = lambda: ticket.cancel()
-        ticket = scheduler.submit(request(runtime, prompt, loops=depth, max_tokens=50))
+        loops.act = lambda: handle.cancel()
+        handle = scheduler.submit(request(runtime, prompt, loops=depth, max_tokens=50))
         with pytest.raises(CancelledError) as caught:
-            ticket.result(WAIT)
+            handle.result(WAIT)
         eventually(lambda: scheduler.metrics().running == 0)
         assert loops.ran == loops.at
         assert len(caught.value.generation.token_ids) == (1 if len(prompt) == 1 else 0)
@@ -68,10 +68,10 @@ def test_a_request_that_is_cancelled_in_its_loops_ends_there(
 
 def test_a_deadline_is_kept_in_the_middle_of_the_loops(runtime: Runtime, loops: Loops) -> None:
     with Scheduler(runtime, 1) as scheduler:
-        loops.at, loops.act = 5, lambda: setattr(ticket, "due", 0.0)
-        ticket = scheduler.submit(request(runtime, [5], loops=MAX_LOOPS, limits={"deadline": 600.0}))
+        loops.at, loops.act = 5, lambda: setattr(handle, "due", 0.0)
+        handle = scheduler.submit(request(runtime, [5], loops=MAX_LOOPS, limits={"deadline": 600.0}))
         with pytest.raises(DeadlineError):
-            ticket.result(WAIT)
+            handle.result(WAIT)
         eventually(lambda: scheduler.metrics().running == 0)
         assert loops.ran == 5
 
@@ -86,9 +86,9 @@ def test_closing_does_not_wait_for_the_loops(runtime: Runtime, loops: Loops) -> 
         eventually(lambda: scheduler._stopping)
 
     loops.act = close
-    ticket = scheduler.submit(request(runtime, [5], loops=MAX_LOOPS))
+    handle = scheduler.submit(request(runtime, [5], loops=MAX_LOOPS))
     with pytest.raises(CancelledError):
-        ticket.result(WAIT)
+        handle.result(WAIT)
     closing.join(WAIT)
     assert not closing.is_alive()
     assert loops.ran == 5
@@ -126,14 +126,14 @@ def test_who_shares_a_step_with_one_that_ends_in_it_gets_what_it_gets_alone(
     runtime = Runtime.load(made)
     deepest = 4 if kind == "looplm" else 12
     with Scheduler(runtime, 2) as scheduler:
-        tickets = []
+        handles = []
         loops.at = at
-        loops.act = lambda: [ticket.cancel() for ticket in tickets[:1]]
+        loops.act = lambda: [handle.cancel() for handle in handles[:1]]
         for depth, prompt in ((deepest, [5, 6, 7]), (2, [8, 9])):
-            tickets.append(scheduler.submit(request(runtime, prompt, loops=depth, max_tokens=12)))
-        found = tickets[1].result(WAIT)
+            handles.append(scheduler.submit(request(runtime, prompt, loops=depth, max_tokens=12)))
+        found = handles[1].result(WAIT)
         with pytest.raises(CancelledError):
-            tickets[0].result(WAIT)
+            handles[0].result(WAIT)
         later = scheduler.submit(request(runtime, [4, 4, 4], loops=3, max_tokens=12)).result(WAIT)
     assert found == runtime.generate([8, 9], loops=2, max_tokens=12, ignore_eos=True)
     assert later == runtime.generate([4, 4, 4], loops=3, max_tokens=12, ignore_eos=True)
@@ -148,12 +148,12 @@ def test_a_thread_that_stands_still_is_seen_and_one_without_work_is_not(runtime:
 
     with Scheduler(runtime, 1) as scheduler:
         loops.at, loops.act = 3, stand
-        ticket = scheduler.submit(request(runtime, [5], max_tokens=2))
+        handle = scheduler.submit(request(runtime, [5], max_tokens=2))
         assert stood.wait(WAIT)
         before = scheduler.still
         eventually(lambda: scheduler.still > before > 0)
         go.set()
-        ticket.result(WAIT)
+        handle.result(WAIT)
         eventually(lambda: scheduler.still == 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Whatever fails, every ticket ends, closing returns, and what can go on goes on."""
+"""Whatever fails, every handle ends, closing returns, and what can go on goes on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from melt_runtime import (
     ClosedError,
     Generation,
     MeltError,
-    Piece,
     Request,
     Runtime,
     Scheduler,
+    TextDelta,
 )
 from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
 from melt_runtime.scheduler import scheduler as scheduler_module
@@ -82,9 +82,9 @@ def test_a_failure_of_the_backend_ends_what_runs_and_not_what_waits(
         waiting = scheduler.submit(request(runtime, [7, 8], max_tokens=6))
         backend.error, backend.graph = error, graph
         gate.opened.set()
-        for ticket in (first, second):
+        for handle in (first, second):
             with pytest.raises(BackendError, match=r"device is gone|out of luck") as caught:
-                ticket.result(WAIT)
+                handle.result(WAIT)
             assert error in (caught.value, caught.value.__cause__)
         assert waiting.result(WAIT) == runtime.generate([7, 8], max_tokens=6, ignore_eos=True)
         assert scheduler.metrics().requests["failed"] == 2
@@ -99,11 +99,11 @@ def test_a_backend_that_fails_for_good_ends_every_request_and_closing_returns(
 ) -> None:
     backend.error = BackendError("the device is gone")
     scheduler = Scheduler(runtime, 2)
-    tickets = [scheduler.submit(request(runtime, [5, 6], max_tokens=5)) for _ in range(9)]
+    handles = [scheduler.submit(request(runtime, [5, 6], max_tokens=5)) for _ in range(9)]
     scheduler.close()
-    for ticket in tickets:
+    for handle in handles:
         with pytest.raises(BackendError, match="device is gone"):
-            ticket.result(0)
+            handle.result(0)
 
 
 def test_a_listener_that_raises_ends_its_own_request_alone(runtime: Runtime) -> None:
@@ -124,7 +124,7 @@ def test_a_listener_that_raises_ends_its_own_request_alone(runtime: Runtime) -> 
             bad.result(WAIT)
         assert good.result(WAIT) == runtime.generate([7, 8], max_tokens=20, ignore_eos=True)
     assert len(heard) == 2
-    assert all(isinstance(event, Piece) for event in heard)
+    assert all(isinstance(event, TextDelta) for event in heard)
 
 
 def test_a_listener_that_raises_at_the_end_changes_nothing(runtime: Runtime) -> None:
@@ -180,10 +180,10 @@ def test_a_constraint_that_fails_ends_its_own_request_alone(
 
 def test_closing_runs_what_was_handed_in(runtime: Runtime) -> None:
     scheduler = Scheduler(runtime, 2)
-    tickets = [scheduler.submit(request(runtime, [5, at], max_tokens=7)) for at in range(3, 10)]
+    handles = [scheduler.submit(request(runtime, [5, at], max_tokens=7)) for at in range(3, 10)]
     scheduler.close()
-    for at, ticket in zip(range(3, 10), tickets, strict=True):
-        assert ticket.result(0) == runtime.generate([5, at], max_tokens=7, ignore_eos=True)
+    for at, handle in zip(range(3, 10), handles, strict=True):
+        assert handle.result(0) == runtime.generate([5, at], max_tokens=7, ignore_eos=True)
 
 
 @pytest.mark.parametrize("timeout", [None, 0.01])
@@ -200,9 +200,9 @@ def test_closing_without_draining_cancels_what_runs_and_what_waits(runtime: Runt
     gate.opened.set()
     closing.join(WAIT)
     assert not closing.is_alive()
-    for ticket, drawn in ((running, 1), (waiting, 0)):
+    for handle, drawn in ((running, 1), (waiting, 0)):
         with pytest.raises(CancelledError) as caught:
-            ticket.result(0)
+            handle.result(0)
         assert len(caught.value.generation.token_ids) == drawn
 
 
@@ -212,8 +212,8 @@ from melt_runtime import Request, Runtime, Scheduler
 runtime = Runtime.load({str(tiny_package)!r})
 scheduler = Scheduler(runtime, 2)
 options = runtime.options(max_tokens=200, ignore_eos=True)
-tickets = [scheduler.submit(Request((5, 6), options)) for _ in range(6)]
-next(iter(tickets[0]))
+handles = [scheduler.submit(Request((5, 6), options)) for _ in range(6)]
+next(iter(handles[0]))
 print("bye")
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT, check=False)
@@ -222,8 +222,8 @@ print("bye")
 
 def test_a_listener_may_close_the_scheduler(runtime: Runtime) -> None:
     scheduler = Scheduler(runtime, 1)
-    ticket = scheduler.submit(request(runtime, [5], max_tokens=3), lambda event: scheduler.close())
-    assert ticket.result(WAIT).finish_reason == "length"
+    handle = scheduler.submit(request(runtime, [5], max_tokens=3), lambda event: scheduler.close())
+    assert handle.result(WAIT).finish_reason == "length"
     scheduler._thread.join(WAIT)
     assert not scheduler._thread.is_alive()
     with pytest.raises(ClosedError):
@@ -236,28 +236,28 @@ def test_a_backend_that_stands_still_holds_up_neither_closing_nor_tickets(
     monkeypatch.setattr(scheduler_module, "_GRACE", 0.05)
     backend.go.clear()
     scheduler = Scheduler(runtime, 1)
-    tickets = [scheduler.submit(request(runtime, [5], max_tokens=3)) for _ in range(2)]
+    handles = [scheduler.submit(request(runtime, [5], max_tokens=3)) for _ in range(2)]
     assert backend.stood.wait(WAIT)
     scheduler.close(drain=False)
-    for ticket in tickets:
+    for handle in handles:
         with pytest.raises(BackendError, match="did not come back"):
-            ticket.result(0)
+            handle.result(0)
     backend.go.set()
     scheduler._thread.join(WAIT)
     assert not scheduler._thread.is_alive()
 
 
 def test_an_error_in_a_with_block_does_not_wait_for_what_runs(runtime: Runtime) -> None:
-    tickets = []
+    handles = []
 
     def application() -> None:
         with Scheduler(runtime, 1) as scheduler:
-            tickets.extend(scheduler.submit(request(runtime, [5], max_tokens=200)) for _ in range(3))
+            handles.extend(scheduler.submit(request(runtime, [5], max_tokens=200)) for _ in range(3))
             raise KeyError("the application's own")
 
     with pytest.raises(KeyError):
         application()
-    assert all(ticket.done for ticket in tickets)
+    assert all(handle.done for handle in handles)
 
 
 def test_a_fault_of_the_scheduler_itself_leaves_nobody_waiting(
@@ -268,9 +268,9 @@ def test_a_fault_of_the_scheduler_itself_leaves_nobody_waiting(
 
     scheduler = Scheduler(runtime, 1)
     monkeypatch.setattr(Slots, "end", end)
-    tickets = [scheduler.submit(request(runtime, [5], max_tokens=2))]
+    handles = [scheduler.submit(request(runtime, [5], max_tokens=2))]
     with pytest.raises(BackendError, match="a bug"):
-        tickets[0].result(WAIT)
+        handles[0].result(WAIT)
     scheduler._thread.join(WAIT)
     with pytest.raises(ClosedError):
         scheduler.submit(request(runtime, [5]))
@@ -285,12 +285,12 @@ def test_many_threads_that_come_and_go_all_get_their_own(runtime: Runtime) -> No
     found: dict[int, Any] = {}
 
     def ask(at: int, scheduler: Scheduler) -> None:
-        ticket = scheduler.submit(request(runtime, prompts[at], max_tokens=10, loops=1 + at % 3))
+        handle = scheduler.submit(request(runtime, prompts[at], max_tokens=10, loops=1 + at % 3))
         if at % 4 == 3:
-            next(iter(ticket), None)
-            ticket.cancel()
+            next(iter(handle), None)
+            handle.cancel()
         try:
-            found[at] = ticket.result(WAIT)
+            found[at] = handle.result(WAIT)
         except CancelledError as error:
             found[at] = error.generation
 
@@ -310,8 +310,8 @@ def test_many_threads_that_come_and_go_all_get_their_own(runtime: Runtime) -> No
 def test_waiting_for_a_result_may_be_given_up_and_taken_up_again(runtime: Runtime) -> None:
     gate = Gate()
     with Scheduler(runtime, 1) as scheduler:
-        ticket = scheduler.submit(Request((5,), runtime.options(max_tokens=2, ignore_eos=True)), gate)
+        handle = scheduler.submit(Request((5,), runtime.options(max_tokens=2, ignore_eos=True)), gate)
         with pytest.raises(TimeoutError, match="not over"):
-            ticket.result(0.01)
+            handle.result(0.01)
         gate.opened.set()
-        assert len(ticket.result(WAIT).token_ids) == 2
+        assert len(handle.result(WAIT).token_ids) == 2

@@ -119,17 +119,17 @@ def test_logprobs_are_the_models_own(runtime: Runtime) -> None:
     prompt = [5, 6, 7]
     with Scheduler(runtime, 2) as scheduler:
         asked = request(runtime, prompt, max_tokens=3, temperature=1.5, seed=1, limits={"logprobs": 4})
-        pieces = list(scheduler.submit(asked))
+        deltas = list(scheduler.submit(asked))
     driver = runtime.driver()
-    for piece in pieces:
+    for delta in deltas:
         logits = driver.append([prompt], LoopSettings(4))[0].astype(np.float64)
         expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         order = np.argsort(-expected)[:4]
-        assert piece.logprobs is not None
-        assert [token for token, _ in piece.logprobs.top] == order.tolist()
-        np.testing.assert_allclose([value for _, value in piece.logprobs.top], expected[order], atol=1e-5)
-        np.testing.assert_allclose(piece.logprobs.token, expected[piece.token_id], atol=1e-5)
-        prompt = [piece.token_id]
+        assert delta.logprobs is not None
+        assert [token for token, _ in delta.logprobs.top] == order.tolist()
+        np.testing.assert_allclose([value for _, value in delta.logprobs.top], expected[order], atol=1e-5)
+        np.testing.assert_allclose(delta.logprobs.token, expected[delta.token_id], atol=1e-5)
+        prompt = [delta.token_id]
 
 
 def test_no_alternatives_still_gives_the_tokens_own_logprob(runtime: Runtime) -> None:

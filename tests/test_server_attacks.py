@@ -67,8 +67,8 @@ def rest(raw: socket.socket) -> bytes:
     """What still comes, until the server ends the connection; a timeout if it does not."""
     found = bytearray()
     try:
-        while piece := raw.recv(1 << 16):
-            found += piece
+        while delta := raw.recv(1 << 16):
+            found += delta
     except ConnectionError:
         pass
     return bytes(found)
@@ -180,10 +180,10 @@ def test_a_body_in_many_tiny_chunks_is_refused(server: Server) -> None:
 
 def test_a_body_in_chunks_is_answered(server: Server) -> None:
     body = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 2, "user": "x" * 200_000}).encode()
-    pieces = [body[at : at + 64] for at in range(0, len(body), 64)]
+    deltas = [body[at : at + 64] for at in range(0, len(body), 64)]
     reply = httpx.post(
         f"http://127.0.0.1:{server.port}/v1/completions",
-        content=iter(pieces),
+        content=iter(deltas),
         headers={"Content-Type": "application/json"},
         timeout=WAIT,
     )
@@ -329,10 +329,10 @@ def test_of_bodies_that_come_at_once_the_largest_is_cut_when_they_are_too_much()
     uploads = Uploads(1000)
 
     async def body(size: int, done: asyncio.Event) -> bytes:
-        pieces = iter([size // 2, size - size // 2])
+        deltas = iter([size // 2, size - size // 2])
 
         async def receive() -> Any:
-            if (size := next(pieces, 0)) == 0:
+            if (size := next(deltas, 0)) == 0:
                 await done.wait()
             await asyncio.sleep(0.01)
             return {"type": "http.request", "body": b"a" * size, "more_body": bool(size)}

@@ -136,8 +136,8 @@ def test_sigterm_cuts_what_is_not_over_in_time(served_package: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
         found = b""
-        while piece := raw.recv(1 << 16):
-            found += piece
+        while delta := raw.recv(1 << 16):
+            found += delta
         assert b"[DONE]" not in found
         raw.close()
 

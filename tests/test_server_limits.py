@@ -207,8 +207,8 @@ def rest(raw: socket.socket) -> bytes:
     """All that still comes over a connection, until it is closed or torn off."""
     found = bytearray()
     try:
-        while piece := raw.recv(1 << 16):
-            found += piece
+        while delta := raw.recv(1 << 16):
+            found += delta
             if found.endswith(b"\r\n0\r\n\r\n"):
                 break
     except ConnectionResetError:

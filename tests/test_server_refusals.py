@@ -91,14 +91,14 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(
 
 
 def test_a_body_above_the_limit_is_refused_whether_or_not_it_says_its_size(server: Server) -> None:
-    def pieces() -> Iterator[bytes]:
+    def deltas() -> Iterator[bytes]:
         for _ in range(100):
             yield b" " * 1000
 
     large = COMPLETION | {"prompt": "a" * 6000}
     assert refusal(post(server, large), 413)["code"] == "body_too_large"
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    reply = httpx.post(f"{server.url}/v1/completions", content=pieces(), headers=headers, timeout=WAIT)
+    reply = httpx.post(f"{server.url}/v1/completions", content=deltas(), headers=headers, timeout=WAIT)
     assert reply.status_code == 413
 
 

@@ -79,8 +79,8 @@ def test_a_stream_says_what_generate_says_and_keeps_what_was_drawn_when_it_is_le
     session = opened(runtime, **SAMPLED)
     assert "".join(session.fork().stream(max_tokens=9)) == expected.text
     stream = session.stream(max_tokens=9)
-    pieces = [next(stream) for _ in range(4)]
-    assert "".join(pieces) == expected.text[:4]
+    deltas = [next(stream) for _ in range(4)]
+    assert "".join(deltas) == expected.text[:4]
     drawn = len(session) - len(PROMPT)
     assert session.generate(max_tokens=9 - drawn).token_ids == expected.token_ids[drawn:]
 

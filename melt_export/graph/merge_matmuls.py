@@ -19,7 +19,7 @@ PARTS = "melt.parts"
 FEWEST_COLUMNS = 16
 
 
-def pack_products(graph: ir.Graph) -> None:
+def merge_matmuls(graph: ir.Graph) -> None:
     """Joins products of one value with several checkpoint weights, in place.
 
     The query with the gate's product of the input, key with value, gate_proj with up_proj (and query, key and value of

@@ -19,7 +19,7 @@ from ..quantization.stored_values import stored_values
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
-def float32_twin(package: Path, directory: Path) -> None:
+def float32_package(package: Path, directory: Path) -> None:
     """Writes the twin of ``package`` into an empty directory. Its hashes are not made: it is for comparison only."""
     manifest = Package.open(package, check_hashes=False).manifest
     for name, graph in manifest.graphs.items():
@@ -40,7 +40,7 @@ def float32_twin(package: Path, directory: Path) -> None:
     (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
 
 
-def wide_twin(package: Path, directory: Path) -> None:
+def wide_package(package: Path, directory: Path) -> None:
     """Writes a twin of a package with quantized weights into an empty directory on the same disk.
 
     Its products read the same stored numbers, but leave the activations as they are (ONNX Runtime would round those

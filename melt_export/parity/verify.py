@@ -26,7 +26,7 @@ from ..reference.pytorch import LOGIT_COLUMNS, LoopTrace, open_reference
 from .distances import Distances, common_prefix
 from .exact_match import checkpoint_accuracy, package_accuracy, read_problems
 from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, weigh_partings
-from .float32_package import float32_twin, wide_twin
+from .float32_package import float32_package, wide_package
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
 from .report import Accuracy, GenerationResult, Limits, ParityReport, StateError, tolerance_of
 
@@ -80,13 +80,13 @@ def verify(
         if manifest.precision == "bf16":
             progress("widening bf16 to fp32", 0, 0)
             report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
-            write_twin = float32_twin
+            write_twin = float32_package
         elif activations == "int8":
             report.arithmetic = (
                 "ONNX Runtime, CPU, quantized weights multiplied with float activations; the package itself multiplies "
                 "them with 8-bit activations, which the quality is of"
             )
-            write_twin = wide_twin
+            write_twin = wide_package
         elif activations == "float":
             report.arithmetic = "ONNX Runtime, CPU, as shipped: quantized weights multiplied with float activations"
         if write_twin is not None:

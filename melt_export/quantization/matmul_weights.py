@@ -56,7 +56,7 @@ class Statistics:
     cost: Mapping[str, float] = field(default_factory=dict)
 
 
-def quantize_products(
+def quantize_matmuls(
     model: ir.Model, options: WeightOptions, seen: Statistics, operator: str, dtype: torch.dtype
 ) -> list[str]:
     """Gives products with checkpoint weights quantized ones, in place; the numbers are computed when written.

@@ -13,7 +13,7 @@ from melt_models.checkpoint import load_model
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
-from ..reference.float32_matmul import WideProducts
+from ..reference.float32_matmul import Float32Matmul
 from .blocks import rounding_error
 from .options import Grid
 
@@ -78,6 +78,6 @@ def _text_loss(model: nn.Module, ids: list[int], loops: int, chunk: int) -> Tens
     how: dict[str, Any] = {"chunk_size": chunk, "exit_threshold": 1.0}
     if isinstance(model, LoopLMForCausalLM):
         how = {"exit_at_step": loops - 1}
-    with WideProducts():
+    with Float32Matmul():
         logits = model(inputs_embeds=embedded, num_loops=loops, **how).logits[0, :-1]
     return F.cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")

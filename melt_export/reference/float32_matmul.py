@@ -35,7 +35,7 @@ FLOAT32, FLOAT64 = Arithmetic(), Arithmetic(torch.float64)
 ORDERS = (FLOAT32, Arithmetic(order="reversed"), Arithmetic(order="halves"))
 
 
-class WideProducts(TorchFunctionMode):
+class Float32Matmul(TorchFunctionMode):
     """While it is entered, products and looked-up embeddings have an arithmetic's type; weights are widened one at a
     time, as they are read, forwards and backwards. Only a product's input gets a gradient."""
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .float32_matmul import FLOAT32, Arithmetic, WideProducts
+from .float32_matmul import FLOAT32, Arithmetic, Float32Matmul
 
 # Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
@@ -40,7 +40,7 @@ class LoopTrace:
 
 @contextmanager
 def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
-    with torch.inference_mode(), WideProducts(arithmetic):
+    with torch.inference_mode(), Float32Matmul(arithmetic):
         yield
 
 

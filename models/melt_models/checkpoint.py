@@ -303,7 +303,7 @@ def load_model(directory: Path | str, dtype: torch.dtype | None = None, *, as_st
     """A LoopLM or MELT from a checkpoint directory, in evaluation mode.
 
     ``dtype`` None: the narrowest that holds all values of all tensors (where they have one type, the weights stay
-    memory-mapped). ``as_stored``: every tensor keeps its own type, for products that widen them (``WideProducts``).
+    memory-mapped). ``as_stored``: every tensor keeps its own type, for products that widen them (``Float32Matmul``).
     Raises CheckpointError.
     """
     model, weights = open_checkpoint(Path(directory))

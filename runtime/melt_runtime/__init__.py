@@ -7,7 +7,7 @@ print(runtime.generate("2+2=").text)
 
 from .decoding.generator import Generator
 from .decoding.loop_driver import LoopDriver
-from .decoding.prefix_cache import PrefixStore
+from .decoding.prefix_cache import PrefixCache
 from .decoding.request_options import GenerateOptions
 from .decoding.settings import GenerationOptions, LoopSettings
 from .decoding.state_memory import Memory
@@ -27,12 +27,12 @@ from .errors import (
 )
 from .package.manifest import Manifest
 from .package.reader import Package
-from .results import Generation, Logprobs, Piece
+from .results import Generation, Logprobs, TextDelta
 from .runtime import Runtime
 from .sampling.constraint import Constraint
 from .sampling.sampler import Sampler, SamplingParams
 from .scheduler.metrics import SchedulerMetrics
-from .scheduler.request import Request, Ticket
+from .scheduler.request import Request, RequestHandle
 from .scheduler.scheduler import Scheduler
 from .session.session import Session
 
@@ -58,10 +58,10 @@ __all__ = [
     "OvertakenError",
     "Package",
     "PackageError",
-    "Piece",
-    "PrefixStore",
+    "PrefixCache",
     "PromptError",
     "Request",
+    "RequestHandle",
     "Runtime",
     "Sampler",
     "SamplingParams",
@@ -69,5 +69,5 @@ __all__ = [
     "SchedulerMetrics",
     "Session",
     "SessionError",
-    "Ticket",
+    "TextDelta",
 ]

@@ -1,4 +1,4 @@
-"""What generation gives back: finished sequences, and the pieces of running ones."""
+"""What generation gives back: finished sequences, and the deltas of running ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Logprobs:
     top: tuple[tuple[int, float], ...]
 
 
-class Piece(NamedTuple):
+class TextDelta(NamedTuple):
     """What one step added to one sequence: text that is safe to show (perhaps ""), the token, and the end, if it is.
 
     ``depth``: loops spent on the token before it, whose logits it was drawn from; ``logprobs``: if they were asked for.

@@ -14,11 +14,11 @@ from .decoding.prefix_cache import Prefixes
 from .decoding.request_options import GenerateOptions
 from .decoding.settings import GenerationOptions
 from .decoding.state_memory import Memory, memory
-from .decoding.state_pool import States
+from .decoding.state_pool import StatePool
 from .errors import ArgumentError
 from .loaded_model import LoadedModel
 from .package.reader import Package
-from .results import Generation, Piece
+from .results import Generation, TextDelta
 from .session.session import Session
 from .text.prompts import Array, Prompt, separate
 from .text.tokenizer import TextCodec
@@ -29,8 +29,8 @@ class Runtime(LoadedModel):
 
         runtime = Runtime.load("package")
         print(runtime.generate("2+2=", loops=4).text)
-        for piece in runtime.stream("Once upon a time", max_tokens=64):
-            print(piece, end="")
+        for delta in runtime.stream("Once upon a time", max_tokens=64):
+            print(delta, end="")
 
     For any number of threads: each call gives what it gives alone. Calls of ``generate`` wait for each other. They and
     ``stream`` reuse one set of state buffers, allocated at the first call; a stream that is read while another call
@@ -41,7 +41,7 @@ class Runtime(LoadedModel):
 
     def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
         super().__init__(package, backend, codec, backend_reason)
-        self._states = States(self.driver)
+        self._states = StatePool(self.driver)
         self._generating = threading.RLock()
 
     def session(self, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]) -> Session:
@@ -108,7 +108,7 @@ class Runtime(LoadedModel):
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continues one prompt and yields text as it comes: whole characters, never part of a stop string.
 
-        Options as in ``generate``. The prompt is checked at the call, not at the first piece.
+        Options as in ``generate``. The prompt is checked at the call, not at the first delta.
         """
         if self.codec is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
@@ -118,10 +118,10 @@ class Runtime(LoadedModel):
         return self._texts(ids, request)
 
     def _texts(self, ids: list[int], request: GenerationOptions) -> Iterator[str]:
-        def begin(driver: LoopDriver) -> Iterator[Piece]:
+        def begin(driver: LoopDriver) -> Iterator[TextDelta]:
             return iter(Generator(driver, [ids], request, self.codec))
 
         with self._states.lease(1) as lease:
-            for piece in lease.steps(begin):
-                if piece.text:
-                    yield piece.text
+            for delta in lease.steps(begin):
+                if delta.text:
+                    yield delta.text

@@ -275,7 +275,7 @@ class TokenizerTarget:
         empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
         common = {"version": "1.0", "added_tokens": [], **empty}
         pairs = {"type": "BPE", "vocab": {"é": 0, "##é": 1, "éé": 2}, "merges": [["é", "##é"]]}
-        pieces = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+        deltas = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
         template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
         swap = {"type": "Replace", "pattern": {"String": "a"}, "content": "é"}
         first = {"SpecialToken": {"id": "<unk>", "type_id": 0}}
@@ -290,11 +290,11 @@ class TokenizerTarget:
             },
         }
         return [
-            json.dumps({**common, "model": pieces, **parts}).encode(),
+            json.dumps({**common, "model": deltas, **parts}).encode(),
             json.dumps({**common, "model": {**pairs, "continuing_subword_prefix": "##"}}).encode(),
             json.dumps({**common, "model": {**pairs, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}).encode(),
             json.dumps(
-                {**common, "model": pieces, "post_processor": {**template, "pair": [], "special_tokens": {}}}
+                {**common, "model": deltas, "post_processor": {**template, "pair": [], "special_tokens": {}}}
             ).encode(),
         ]
 

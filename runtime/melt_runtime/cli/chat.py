@@ -92,9 +92,9 @@ class Chat:
 
     def _answer(self, text: str, stopped: Callable[[], bool]) -> None:
         count = 0
-        for piece in self.conversation.answer(text, stopped):
+        for delta in self.conversation.answer(text, stopped):
             count += 1
-            _write(piece)
+            _write(delta)
         if not stopped():
             _write("\n")
         elif count:

@@ -289,9 +289,9 @@ def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: dict[str, Any] | N
 def _stream(generator: Generator, *, ids: bool, silent: bool) -> list[float]:
     """Writes what comes, as it comes, and returns when each token came (perf_counter seconds)."""
     arrivals: list[float] = []
-    for piece in generator:
+    for delta in generator:
         if not silent:
-            _write(f"{',' if arrivals else ''}{piece.token_id}" if ids else piece.text)
+            _write(f"{',' if arrivals else ''}{delta.token_id}" if ids else delta.text)
         arrivals.append(perf_counter())
     if not silent:
         _write("\n")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..decoding.prefix_cache import PrefixStore
+from ..decoding.prefix_cache import PrefixCache
 from ..errors import ArgumentError
 from ..machine import available_memory
 from ..package.specs import MAX_LOOPS
@@ -177,7 +177,7 @@ def _require_tls(cert: Path, key: Path) -> None:
         ) from error
 
 
-def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> PrefixStore | None:
+def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> PrefixCache | None:
     """Room in the host's memory for prompts that were run before. Raises ArgumentError for more than there is."""
     free = available_memory()
     if free is not None and runtime.backend.name == "onnxruntime":  # the slots' state will lie there, too
@@ -187,7 +187,7 @@ def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> Pre
         asked = PREFIX_BYTES if free is None else min(PREFIX_BYTES, free // 4)
     elif free is not None and asked > free:
         raise ArgumentError(f"--prefix-bytes is {asked:,}; {free:,} bytes of memory are available besides the state")
-    return PrefixStore(asked) if asked else None
+    return PrefixCache(asked) if asked else None
 
 
 def _listen(host: str, port: int, stall: int) -> socket.socket:

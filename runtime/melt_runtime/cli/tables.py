@@ -196,7 +196,7 @@ def _backends(facts: PackageFacts) -> Table:
 
 def _states(facts: PackageFacts) -> Table:
     columns = (("state", "left"), ("kind", "left"), ("dtype", "left"), ("shape", "left"), ("allocated", "right"))
-    table = _table("States of the loop step", *columns)
+    table = _table("StatePool of the loop step", *columns)
 
     def alike(state: StateFacts) -> tuple[str, str, str, tuple[int | str, ...]]:
         return (state.name.split(".")[0], state.kind, state.dtype, state.shape)

@@ -7,21 +7,21 @@ from typing import Any
 
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..package.manifest import Manifest
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from ..text.prompts import token_ids
 from ..text.tokenizer import TextCodec
 from .loop_driver import LoopDriver, checked_ids
-from .sequence import Track
+from .sequence import TokenSequence
 from .settings import GenerationOptions
 
 
 class Generator:
     """Generates a continuation of every sequence of a batch.
 
-    Iterating yields the pieces as they come; ``results`` holds the finished sequences afterwards. Sequences that end
-    sit idle while the others go on. streamed: as of a Track. first: which of a seed's random streams the first sequence
-    draws from; the others draw from those after it. Raises PromptError for an empty prompt or one that does
-    not fit; OvertakenError when somebody else has used the driver in the meantime.
+    Iterating yields the deltas as they come; ``results`` returns the finished sequences afterwards. Sequences that end
+    stay idle while the others go on. ``streamed``: as for ``TokenSequence``. ``first``: which of a seed's random streams
+    the first sequence samples from; the others use those after it. Raises PromptError for an empty prompt or one that
+    does not fit; OvertakenError when somebody else has used the driver in the meantime.
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class Generator:
             options,
             codec is not None,
         )
-        self.tracks = [
-            Track(slot, prompt, options, codec, stream=first + slot, streamed=streamed)
+        self.sequences = [
+            TokenSequence(slot, prompt, options, codec, stream=first + slot, streamed=streamed)
             for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of those that have ended
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[TextDelta]:
         driver, moves = self.driver, self.driver.moves
         while any(self.pending):
             self._require(moves)
             logits = driver.advance(self.pending, self.options.loops)
             moves = driver.moves
-            for slot, track in enumerate(self.tracks):
+            for slot, sequence in enumerate(self.sequences):
                 if not self.pending[slot]:
                     continue
                 self._require(moves)
-                piece = track.draw(logits, driver.room(slot), driver.depth[slot][-1])
-                self.pending[slot] = [piece.token_id] if piece.finish_reason is None else []
-                if piece.finish_reason is not None:
+                delta = sequence.sample(logits, driver.room(slot), driver.depth[slot][-1])
+                self.pending[slot] = [delta.token_id] if delta.finish_reason is None else []
+                if delta.finish_reason is not None:
                     self._depth[slot] = tuple(driver.depth[slot])
-                yield piece
+                yield delta
 
     def _require(self, moves: int) -> None:
         if self.driver.moves != moves:
@@ -71,7 +71,7 @@ class Generator:
 
     def results(self) -> list[Generation]:
         """All sequences, once the iteration is over."""
-        return [track.result(self._depth[track.slot]) for track in self.tracks]
+        return [sequence.result(self._depth[sequence.slot]) for sequence in self.sequences]
 
 
 def check_request(

@@ -51,7 +51,7 @@ class _Chunk:
 _Key = tuple[LoopSettings | int, tuple[int, ...]]  # how deep its prompt runs, or the chunk before it; its tokens
 
 
-class PrefixStore:
+class PrefixCache:
     """Keeps the rows of prompts, chunk by chunk, in at most ``max_bytes`` of the host's memory; those that were not
     used for longest go first, the ends of prompts before their beginnings.
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
-from ..results import Generation, Logprobs, Piece
+from ..results import Generation, Logprobs, TextDelta
 from ..sampling.constraint import Constraint, masked
 from ..sampling.sampler import Sampler, largest
 from ..text.stop_strings import StopMatcher
@@ -21,12 +21,12 @@ from .settings import GenerationOptions
 Result = TypeVar("Result")
 
 
-class Track:
+class TokenSequence:
     """Draws the tokens of one sequence and turns them into text.
 
     stream: which of a seed's random streams it draws from (None: its slot's). logprobs: how many of the likeliest
-    tokens each piece names (None: no logprobs at all). constraint: what may be drawn. streamed: whether
-    pieces have text; else all of it comes with the last one, which takes less time.
+    tokens each delta names (None: no logprobs at all). constraint: what may be drawn. streamed: whether
+    deltas have text; else all of it comes with the last one, which takes less time.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Track:
         self._streamed = streamed or bool(options.stop)  # stop strings are looked for in every token's text
         self._unread: list[int] = []  # tokens whose text is not decoded yet
 
-    def draw(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> Piece:
+    def sample(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> TextDelta:
         """Draws the next token; ``room`` is how many more tokens the cache can take, ``depth`` the loops spent on the
         last one, ``row`` which of the logits are this sequence's (None: its slot's). Raises ArgumentError."""
         row = self.slot if row is None else row
@@ -69,7 +69,7 @@ class Track:
             self.finish_reason = "stop"
         elif len(self.history) - self.prompt_tokens >= self.options.max_tokens or room < 1:
             self.finish_reason = "length"
-        return Piece(self.slot, self._show(token), token, self.finish_reason, depth, found)
+        return TextDelta(self.slot, self._show(token), token, self.finish_reason, depth, found)
 
     def _allowed(self, logits: NextLogits, row: int, constraint: Constraint) -> int:
         allowed = _asked(constraint.mask, self.history[self.prompt_tokens :])

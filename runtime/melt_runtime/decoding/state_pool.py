@@ -13,7 +13,7 @@ from .loop_driver import LoopDriver
 T = TypeVar("T")
 
 
-class States:
+class StatePool:
     """Lends every call a state of its own, so that calls cannot mix. For any number of threads.
 
     Where there is no memory for another one, the call takes the state of the stream that was read longest ago, which
@@ -92,7 +92,7 @@ class States:
 class Lease:
     """A state that one call has. ``running``: it computes now; ``wanted``: another call waits for it."""
 
-    def __init__(self, states: States, driver: LoopDriver):
+    def __init__(self, states: StatePool, driver: LoopDriver):
         self._states = states
         self.driver: LoopDriver | None = driver
         self.work: Iterator[object] | None = None

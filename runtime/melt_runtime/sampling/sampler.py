@@ -98,7 +98,7 @@ class Sampler:
         if self.params.temperature == 0:
             return best
         ids = top_k_ids(scores, int(self.params.top_k)) if 0 < self.params.top_k < scores.size else None
-        return self.draw(*self.narrow(ids, scores if ids is None else scores[ids]))
+        return self.sample_from(*self.narrow(ids, scores if ids is None else scores[ids]))
 
     def narrow(
         self, ids: npt.NDArray[Any] | None, scores: npt.NDArray[Any]
@@ -123,7 +123,7 @@ class Sampler:
             weights = weights[likely]
         return ids, weights
 
-    def draw(self, ids: npt.NDArray[Any] | None, weights: npt.NDArray[np.float64]) -> int:
+    def sample_from(self, ids: npt.NDArray[Any] | None, weights: npt.NDArray[np.float64]) -> int:
         """One of the ids, each as likely as its weight: one random number."""
         mass = np.cumsum(weights)
         drawn = int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))

@@ -67,7 +67,7 @@ def _from_top_k(sampler: Sampler, ids: NDArray[Any], scores: NDArray[Any], bound
     kept = top_k_ids(scores, count)
     if not scores[kept].min() > bound:
         return None
-    return sampler.draw(*sampler.narrow(ids[kept], scores[kept]))
+    return sampler.sample_from(*sampler.narrow(ids[kept], scores[kept]))
 
 
 def _from_mass(
@@ -84,7 +84,7 @@ def _from_mass(
         likely = int(np.count_nonzero(weights >= float(params.min_p)))
     if params.top_p == 1:
         chosen = None if likely is None else np.flatnonzero(weights >= float(params.min_p))
-        return None if chosen is None else sampler.draw(ids[chosen], weights[chosen])
+        return None if chosen is None else sampler.sample_from(ids[chosen], weights[chosen])
 
     descending = np.sort(weights)[::-1]
     mass = np.cumsum(descending)
@@ -100,7 +100,7 @@ def _from_mass(
     kept = largest(weights, count, descending[count - 1])
     if params.min_p > 0:
         kept = kept[weights[kept] >= float(params.min_p)]
-    return sampler.draw(ids[kept], weights[kept])
+    return sampler.sample_from(ids[kept], weights[kept])
 
 
 def _rest(

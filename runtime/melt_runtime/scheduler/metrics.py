@@ -85,7 +85,7 @@ class Meter:
             self._hits += 1
             self._reused += tokens
 
-    def drew(self, depth: int, seconds: float, first: bool) -> None:
+    def sampled(self, depth: int, seconds: float, first: bool) -> None:
         """A token was drawn after ``depth`` loops, so long after the submission or the token before."""
         with self._lock:
             self._generated += 1

@@ -1,4 +1,4 @@
-"""A request to a scheduler, and what its sender holds in return: a stream of pieces that always ends."""
+"""A request to a scheduler, and what its sender holds in return: a stream of deltas that always ends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..decoding.generator import check_request
 from ..decoding.settings import GenerationOptions
 from ..errors import ArgumentError, CancelledError, DeadlineError, MeltError, PromptError
 from ..package.manifest import Manifest
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from ..sampling.constraint import Constraint
 from ..text.prompts import token_ids
 
-Listener = Callable[[Piece | Generation | MeltError], None]
+Listener = Callable[[TextDelta | Generation | MeltError], None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Request:
     """A prompt to continue, as token ids. Raises PromptError for what are none.
 
     ``deadline``: seconds from its submission by which it must be over; ``logprobs``: how many of the likeliest tokens
-    each piece names (0: the drawn token's logprob alone; None: nothing); ``constraint``: what may be drawn, an object
+    each delta names (0: the drawn token's logprob alone; None: nothing); ``constraint``: what may be drawn, an object
     of this request's own.
     """
 
@@ -56,8 +56,8 @@ class Request:
             raise ArgumentError(f"logprobs is {count!r}; it must be a whole number from 0, or None")
 
 
-class Ticket:
-    """A request on its way. Iterating it waits for its pieces; each piece comes once, whoever iterates.
+class RequestHandle:
+    """A request on its way. Iterating it waits for its deltas; each delta comes once, whoever iterates.
 
     It always ends: with a Generation, or with the error that ended it.
     """
@@ -68,7 +68,7 @@ class Ticket:
         self.due = None if request.deadline is None else self.submitted + request.deadline
         self.cancelled = False
         self._listener, self._wake = listener, wake
-        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()  # None: the end
+        self._deltas: SimpleQueue[TextDelta | None] = SimpleQueue()  # None: the end
         self._lock, self._over = threading.Lock(), threading.Event()
         self._outcome: Generation | MeltError | None = None
 
@@ -93,11 +93,11 @@ class Ticket:
         assert outcome is not None
         raise outcome
 
-    def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come. Ends quietly after ``cancel``; raises any other error that ended the request."""
-        while (piece := self._pieces.get()) is not None:
-            yield piece
-        self._pieces.put(None)  # for whoever else iterates
+    def __iter__(self) -> Iterator[TextDelta]:
+        """The deltas as they come. Ends quietly after ``cancel``; raises any other error that ended the request."""
+        while (delta := self._deltas.get()) is not None:
+            yield delta
+        self._deltas.put(None)  # for whoever else iterates
         if isinstance(self._outcome, MeltError) and not self.cancelled:
             raise self._outcome
 
@@ -107,14 +107,14 @@ class Ticket:
             return "cancelled"
         return "deadline" if self.due is not None and now >= self.due else None
 
-    def hand(self, piece: Piece) -> None:
-        """A piece came. Raises what the listener raises."""
+    def hand(self, delta: TextDelta) -> None:
+        """A delta came. Raises what the listener raises."""
         if self.done:
             return
-        self._pieces.put(piece)
+        self._deltas.put(delta)
         listener = self._listener
         if listener is not None:
-            listener(piece)
+            listener(delta)
 
     def finish(self, result: Generation) -> None:
         """The request is over, its listener gets the generation; cut short, ``result`` raises."""
@@ -134,7 +134,7 @@ class Ticket:
             if self._outcome is not None:
                 return
             self._outcome = outcome
-        # A listener may hold the ticket: let go of it, so that both, and what the request may say, go at once.
+        # A listener may hold the handle: let go of it, so that both, and what the request may say, go at once.
         listener, self._listener = self._listener, None
         try:
             if listener is not None and event is not None:
@@ -143,4 +143,4 @@ class Ticket:
             pass
         finally:
             self._over.set()
-            self._pieces.put(None)
+            self._deltas.put(None)

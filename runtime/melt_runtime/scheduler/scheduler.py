@@ -12,13 +12,13 @@ from typing import Self
 from ..decoding.prefix_cache import Prefixes
 from ..errors import ArgumentError, BackendError, BusyError, ClosedError, MeltError
 from ..loaded_model import LoadedModel
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from ..untrusted import whole_number
 from .metrics import Meter, SchedulerMetrics
-from .request import Listener, Request, Ticket
-from .slots import Running, Slots
+from .request import Listener, Request, RequestHandle
+from .slots import RunningRequest, Slots
 
-__all__ = ["Listener", "Request", "Scheduler", "SchedulerMetrics", "Ticket"]
+__all__ = ["Listener", "Request", "RequestHandle", "Scheduler", "SchedulerMetrics"]
 
 _GRACE = 60.0  # seconds that closing waits for a loop that is being computed
 _LOOK = 0.01  # seconds between two looks, in the middle of a step, at who was cancelled or is late
@@ -28,9 +28,9 @@ class Scheduler:
     """Runs requests over fixed slots that share one state; all memory is allocated when it opens::
 
         with Scheduler(runtime) as scheduler:
-            ticket = scheduler.submit(Request(tuple(runtime.encode("2+2=")), runtime.options()))
-            for piece in ticket:
-                print(piece.text, end="")
+            handle = scheduler.submit(Request(tuple(runtime.encode("2+2=")), runtime.options()))
+            for delta in handle:
+                print(delta.text, end="")
 
     One thread works. Each turn it prefills one chunk of one prompt, prompts in turn, and then decodes one token of
     every sequence whose prompt is through, so that a long prompt holds nobody up for longer than a chunk. Requests are
@@ -59,22 +59,22 @@ class Scheduler:
         self._moved: float | None = None  # when the thread last moved on; None: there is nothing to do
         self._looked = 0.0
         self._changed = threading.Condition()  # guards what follows, and what is waiting
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[RequestHandle] = deque()
         self._closing = self._stopping = False  # no new requests; and none of the old ones either
         self._left = False  # the thread did not come back, and nobody waits for it any more
         self._thread = threading.Thread(target=self._work, name="melt-scheduler", daemon=True)
         self._thread.start()
         atexit.register(self._exit)
 
-    def submit(self, request: Request, listener: Listener | None = None) -> Ticket:
+    def submit(self, request: Request, listener: Listener | None = None) -> RequestHandle:
         """Hands a request in. Raises PromptError, ArgumentError, BusyError when the queue is full, ClosedError.
 
-        listener: called from the scheduler's thread with every Piece, and last with the Generation (finish_reason
+        listener: called from the scheduler's thread with every TextDelta, and last with the Generation (finish_reason
         "stop", "length", "cancelled" or "deadline") or the MeltError that ended it; it must not block. An exception in
         it ends this request alone.
         """
         request.check(self.runtime.manifest, self.runtime.codec is not None)
-        ticket = Ticket(request, listener, self._wake)
+        handle = RequestHandle(request, listener, self._wake)
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise ClosedError("the scheduler is closed; it takes no more requests")
@@ -86,9 +86,9 @@ class Scheduler:
                     f"all {self.slots} slots are taken and {waiting} requests wait; try again in {seconds:.1f} seconds",
                     seconds,
                 )
-            self._waiting.append(ticket)
+            self._waiting.append(handle)
             self._changed.notify_all()
-        return ticket
+        return handle
 
     @property
     def open(self) -> bool:
@@ -113,9 +113,9 @@ class Scheduler:
     def close(self, drain: bool = True, timeout: float | None = None, grace: float = _GRACE) -> bool:
         """Takes no more requests and ends: those that it has run to their end (drain) or are cancelled.
 
-        After ``timeout`` seconds of draining the rest is cancelled. Afterwards every ticket is over. A listener may
+        After ``timeout`` seconds of draining the rest is cancelled. Afterwards every handle is over. A listener may
         call this too, and does not wait. If the backend does not come back from a loop within ``grace`` seconds of
-        being asked to stop, the tickets end with a BackendError and its thread is left behind. Returns whether the
+        being asked to stop, the handles end with a BackendError and its thread is left behind. Returns whether the
         thread has ended.
         """
         with self._changed:
@@ -154,7 +154,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """The scheduler's thread, until it is closed. Whatever happens, no ticket stays open."""
+        """The scheduler's thread, until it is closed. Whatever happens, no handle stays open."""
         try:
             while self._awake():
                 self._turn()
@@ -185,8 +185,8 @@ class Scheduler:
             except Exception as error:
                 self._fail_running(_as_melt(error))
                 return
-            for sequence, what in drawn:
-                self._deliver(sequence, what)
+            for running, what in drawn:
+                self._deliver(running, what)
             self._release_over()
 
     def _look(self) -> None:
@@ -198,9 +198,9 @@ class Scheduler:
 
     def _release_over(self) -> None:
         """Empties the slots of those that ended in the middle of a step."""
-        for sequence in [one for one in self._slots.running.values() if one.over]:
+        for running in [one for one in self._slots.running.values() if one.over]:
             with self._changed:
-                self._slots.release(sequence)
+                self._slots.release(running)
 
     def _sweep(self, in_step: bool = False) -> None:
         """Ends requests that were cancelled or whose time is over, whether they wait or run."""
@@ -208,16 +208,16 @@ class Scheduler:
         with self._changed:
             stopping = self._stopping
             over = [(one, "cancelled" if stopping else one.reason(now)) for one in self._waiting]
-            self._waiting = deque(ticket for ticket, reason in over if reason is None)
-        for ticket, reason in over:
+            self._waiting = deque(handle for handle, reason in over if reason is None)
+        for handle, reason in over:
             if reason is not None:
                 self._meter.ended(reason)
-                request = ticket.request
-                ticket.finish(Generation("", (), reason, len(request.prompt), (), request.options.loops.loops))
-        for sequence in list(self._slots.running.values()):
-            reason = "cancelled" if stopping else sequence.ticket.reason(now)
-            if reason is not None and not sequence.over:
-                self._finish(sequence, reason, in_step)
+                request = handle.request
+                handle.finish(Generation("", (), reason, len(request.prompt), (), request.options.loops.loops))
+        for running in list(self._slots.running.values()):
+            reason = "cancelled" if stopping else running.handle.reason(now)
+            if reason is not None and not running.over:
+                self._finish(running, reason, in_step)
 
     def _admit(self) -> None:
         """First come, first served."""
@@ -225,61 +225,61 @@ class Scheduler:
             with self._changed:
                 if not self._waiting or not self._slots.free():
                     return
-                ticket = self._waiting.popleft()
+                handle = self._waiting.popleft()
                 try:
-                    self._slots.admit(ticket)
+                    self._slots.admit(handle)
                     continue
                 except Exception as error:
                     failure = _as_melt(error)
             self._meter.ended("failed")
-            ticket.fail(failure)
+            handle.fail(failure)
 
-    def _deliver(self, sequence: Running, what: Piece | MeltError) -> None:
+    def _deliver(self, running: RunningRequest, what: TextDelta | MeltError) -> None:
         """A token came of a sequence, or an error of its own."""
         if isinstance(what, MeltError):
-            self._fail(sequence, what)
+            self._fail(running, what)
             return
-        now, before = monotonic(), sequence.last
-        sequence.last = now
-        self._meter.drew(what.depth, now - (sequence.ticket.submitted if before is None else before), before is None)
+        now, before = monotonic(), running.last
+        running.last = now
+        self._meter.sampled(what.depth, now - (running.handle.submitted if before is None else before), before is None)
         try:
-            sequence.ticket.hand(what)
+            running.handle.hand(what)
         except Exception as error:
             failure = MeltError(f"the request's listener failed: {error!r}")
             failure.__cause__ = error
-            self._fail(sequence, failure, tell=False)
+            self._fail(running, failure, tell=False)
             return
         if what.finish_reason is not None:
-            self._finish(sequence)
+            self._finish(running)
 
-    def _finish(self, sequence: Running, reason: str | None = None, in_step: bool = False) -> None:
+    def _finish(self, running: RunningRequest, reason: str | None = None, in_step: bool = False) -> None:
         with self._changed:
-            result = (self._slots.stop if in_step else self._slots.end)(sequence, reason)
-        self._meter.ended(result.finish_reason, monotonic() - sequence.started)
-        sequence.ticket.finish(result)
+            result = (self._slots.stop if in_step else self._slots.end)(running, reason)
+        self._meter.ended(result.finish_reason, monotonic() - running.started)
+        running.handle.finish(result)
 
-    def _fail(self, sequence: Running, error: MeltError, tell: bool = True) -> None:
+    def _fail(self, running: RunningRequest, error: MeltError, tell: bool = True) -> None:
         with self._changed:
-            self._slots.release(sequence)
-        self._meter.ended("failed", monotonic() - sequence.started)
-        sequence.ticket.fail(error, tell)
+            self._slots.release(running)
+        self._meter.ended("failed", monotonic() - running.started)
+        running.handle.fail(error, tell)
 
     def _fail_running(self, error: MeltError) -> None:
         """A step failed: what the state holds is worth nothing, so all that runs ends. What waits may yet run."""
         self._release_over()
-        for sequence in list(self._slots.running.values()):
-            self._fail(sequence, error)
+        for running in list(self._slots.running.values()):
+            self._fail(running, error)
 
     def _abandon(self, error: MeltError) -> None:
-        """Ends every ticket there is, from whatever thread; the scheduler is over."""
+        """Ends every handle there is, from whatever thread; the scheduler is over."""
         with self._changed:
             self._closing = self._stopping = True
-            tickets = [*self._waiting, *(one.ticket for one in self._slots.running.values())]
+            handles = [*self._waiting, *(one.handle for one in self._slots.running.values())]
             self._waiting.clear()
-        for ticket in tickets:
-            if not ticket.done:
+        for handle in handles:
+            if not handle.done:
                 self._meter.ended("failed")
-            ticket.fail(error)
+            handle.fail(error)
 
 
 def _as_melt(error: BaseException) -> MeltError:

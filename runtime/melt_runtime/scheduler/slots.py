@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 from ..decoding.loop_driver import Interrupted, LoopDriver
 from ..decoding.next_logits import NextLogits
 from ..decoding.prefix_cache import Prefixes
-from ..decoding.sequence import Track
+from ..decoding.sequence import TokenSequence
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from ..text.tokenizer import TextCodec
-from .request import Ticket
+from .request import RequestHandle
 
 _IDLE = LoopSettings(1)  # of a slot that runs nothing
 
 
 @dataclass(eq=False)
-class Running:
+class RunningRequest:
     """A sequence in a slot: prefilled as far as ``fed`` tokens of its prompt, of which the first ``known`` were put
     back; ``token`` is the one to run next, None while the prompt is not through. ``over``: it ended in the middle of a
     step, after which its slot is emptied. Times are ``monotonic``'s."""
 
-    ticket: Ticket
-    track: Track
+    handle: RequestHandle
+    sequence: TokenSequence
     slot: int
     fed: int = 0
     known: int = 0
@@ -41,7 +41,7 @@ class Running:
     over: bool = False
 
 
-Drawn = tuple[Running, Piece | MeltError]
+Sampled = tuple[RunningRequest, TextDelta | MeltError]
 Work = dict[int, tuple[tuple[int, ...], LoopSettings]]  # new tokens by slot
 
 
@@ -67,20 +67,20 @@ class Slots:
             prefixes.claim(driver)
         self.driver, self.codec, self.prefixes = driver, codec, prefixes
         self.prefilled, self.reused, self._look = prefilled, reused, look
-        self.running: dict[int, Running] = {}
-        self._prefilling: deque[Running] = deque()
+        self.running: dict[int, RunningRequest] = {}
+        self._prefilling: deque[RunningRequest] = deque()
         self._parts: dict[tuple[int, int], LoopDriver] = {(0, driver.batch): driver}
 
     def free(self) -> int:
         """How many slots are empty."""
         return self.driver.batch - len(self.running)
 
-    def admit(self, ticket: Ticket) -> Running:
+    def admit(self, handle: RequestHandle) -> RunningRequest:
         """Puts a request into the lowest free slot. Its random stream is the first, whatever the slot."""
         slot = next(slot for slot in range(self.driver.batch) if slot not in self.running)
         self.driver.clear(slot)
-        request = ticket.request
-        track = Track(
+        request = handle.request
+        sequence = TokenSequence(
             slot,
             request.prompt,
             request.options,
@@ -89,69 +89,69 @@ class Slots:
             logprobs=request.logprobs,
             constraint=request.constraint,
         )
-        made = self.running[slot] = Running(ticket, track, slot)
+        made = self.running[slot] = RunningRequest(handle, sequence, slot)
         self._prefilling.append(made)
         return made
 
-    def release(self, sequence: Running) -> None:
-        """Empties a sequence's slot."""
-        del self.running[sequence.slot]
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-        self.driver.clear(sequence.slot)
+    def release(self, running: RunningRequest) -> None:
+        """Empties a request's slot."""
+        del self.running[running.slot]
+        if running in self._prefilling:
+            self._prefilling.remove(running)
+        self.driver.clear(running.slot)
 
-    def end(self, sequence: Running, reason: str | None = None) -> Generation:
+    def end(self, running: RunningRequest, reason: str | None = None) -> Generation:
         """The sequence as it stands, ended by itself or for a reason from outside; empties its slot."""
-        result = self.stop(sequence, reason)
-        self.release(sequence)
+        result = self.stop(running, reason)
+        self.release(running)
         return result
 
-    def stop(self, sequence: Running, reason: str | None) -> Generation:
+    def stop(self, running: RunningRequest, reason: str | None) -> Generation:
         """As ``end``, but leaves the slot to the step that is being run."""
         if reason is not None:
-            sequence.track.end(reason)
-        sequence.over = True
-        return sequence.track.result(self.driver.depth[sequence.slot], sequence.known)
+            running.sequence.end(reason)
+        running.over = True
+        return running.sequence.result(self.driver.depth[running.slot], running.known)
 
-    def prefill(self) -> list[Drawn]:
+    def prefill(self) -> list[Sampled]:
         """One chunk of one prompt, each prompt in turn; with its last chunk comes the first token."""
         if not self._prefilling:
             return []
-        sequence = self._prefilling.popleft()
-        prompt, settings = sequence.ticket.request.prompt, sequence.track.options.loops
-        if self.prefixes is not None and not sequence.fed:
-            sequence.fed = sequence.known = self.prefixes.restore(self.driver, sequence.slot, prompt, settings)
-            if sequence.known:
-                self.reused(sequence.known)
-        chunk = prompt[sequence.fed : sequence.fed + (settings.chunk or self.driver.manifest.chunk)]
+        running = self._prefilling.popleft()
+        prompt, settings = running.handle.request.prompt, running.sequence.options.loops
+        if self.prefixes is not None and not running.fed:
+            running.fed = running.known = self.prefixes.restore(self.driver, running.slot, prompt, settings)
+            if running.known:
+                self.reused(running.known)
+        chunk = prompt[running.fed : running.fed + (settings.chunk or self.driver.manifest.chunk)]
         try:
-            logits, first = self._advance(sequence.slot, 1, {sequence.slot: (chunk, settings)}, [sequence])
+            logits, first = self._advance(running.slot, 1, {running.slot: (chunk, settings)}, [running])
         except Interrupted:
             return []
-        sequence.fed += len(chunk)
+        running.fed += len(chunk)
         self.prefilled(len(chunk))
-        if sequence.over:
+        if running.over:
             return []
-        if sequence.fed < len(prompt):
-            self._prefilling.append(sequence)
+        if running.fed < len(prompt):
+            self._prefilling.append(running)
             return []
         if self.prefixes is not None:
-            self.prefixes.keep(self.driver, sequence.slot, prompt, settings)
-        return [self._draw(sequence, logits, first)]
+            self.prefixes.keep(self.driver, running.slot, prompt, settings)
+        return [self._sample(running, logits, first)]
 
-    def decode(self) -> list[Drawn]:
+    def decode(self) -> list[Sampled]:
         """One token of every sequence whose prompt is through, in one batch from slot 0 to the last of them."""
         ready = [one for _, one in sorted(self.running.items()) if one.token is not None]
         if not ready:
             return []
-        work: Work = {one.slot: ((one.token,), one.track.options.loops) for one in ready if one.token is not None}
+        work: Work = {one.slot: ((one.token,), one.sequence.options.loops) for one in ready if one.token is not None}
         try:
             logits, first = self._advance(0, ready[-1].slot + 1, work, ready)
         except Interrupted:
             return []
-        return [self._draw(one, logits, first) for one in ready if not one.over]
+        return [self._sample(one, logits, first) for one in ready if not one.over]
 
-    def _advance(self, first: int, count: int, work: Work, whose: Sequence[Running]) -> tuple[NextLogits, int]:
+    def _advance(self, first: int, count: int, work: Work, whose: Sequence[RunningRequest]) -> tuple[NextLogits, int]:
         """Runs new tokens by slot on a part of the batch, or where there is none on the whole. Returns the logits, and
         which slot the first row of them is. ``whose``: the sequences whose tokens they are. Raises Interrupted when
         all of them are over."""
@@ -166,19 +166,19 @@ class Slots:
         tokens, settings = [one[0] for one in each], [one[1] for one in each]
         return self._parts[first, count].advance(tokens, settings, partial(self._between, first, whose)), first
 
-    def _between(self, first: int, whose: Sequence[Running], active: NDArray[np.bool_] | None = None) -> None:
+    def _between(self, first: int, whose: Sequence[RunningRequest], active: NDArray[np.bool_] | None = None) -> None:
         """Looks up between two loops. Raises Interrupted when all who are still in them are over; ``active``: who is,
         from slot ``first`` on (None: all)."""
         self._look()
         if all(one.over or not (active is None or active[one.slot - first]) for one in whose):
             raise Interrupted
 
-    def _draw(self, sequence: Running, logits: NextLogits, first: int) -> Drawn:
+    def _sample(self, running: RunningRequest, logits: NextLogits, first: int) -> Sampled:
         """The next token of a sequence; an error of its own sampling or constraint is its own alone."""
-        slot = sequence.slot
+        slot = running.slot
         try:
-            piece = sequence.track.draw(logits, self.driver.room(slot), self.driver.depth[slot][-1], slot - first)
+            delta = running.sequence.sample(logits, self.driver.room(slot), self.driver.depth[slot][-1], slot - first)
         except ArgumentError as error:
-            return sequence, error
-        sequence.token = piece.token_id
-        return sequence, piece
+            return running, error
+        running.token = delta.token_id
+        return running, delta

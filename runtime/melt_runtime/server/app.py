@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..errors import MeltError
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from .failures import ApiError, as_api_error
 from .guard import Guard, Keys, note, request_id
 from .intake import Preparation, Uploads, parsed
@@ -177,16 +177,16 @@ async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatA
     note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(ask.stream))
     if ask.stream:
         return EventStream(feed, lambda tell: _stream(request, form, feed, job, ask.usage_in_stream, tell))
-    pieces: list[list[Piece]] = [[] for _ in job.requests]
+    deltas: list[list[TextDelta]] = [[] for _ in job.requests]
     ends: dict[int, Generation] = {}
     async with feed.for_client(request.receive):
         async for index, event in feed:
-            if isinstance(event, Piece):
-                pieces[index].append(event)
+            if isinstance(event, TextDelta):
+                deltas[index].append(event)
             else:
                 ends[index] = _ended(event)
-    drawn = _drawn(request, [piece for one in pieces for piece in one], ends)
-    choices = [form.whole(index, one, ends[index]) for index, one in enumerate(pieces)]
+    drawn = _drawn(request, [delta for one in deltas for delta in one], ends)
+    choices = [form.whole(index, one, ends[index]) for index, one in enumerate(deltas)]
     counts = usage(job.prompt_tokens, drawn, job.cached_tokens(ends))
     return JSONResponse(form.frame(choices, part=False, usage=counts))
 
@@ -196,14 +196,14 @@ async def _stream(
 ) -> None:
     """Tells a client each token as it comes; an error that ends the stream early is told instead of [DONE]."""
     choices = [StreamedChoice(form, index) for index in range(len(job.requests))]
-    last: dict[int, Piece] = {}  # told with the end, which follows at once
-    pieces: list[Piece] = []
+    last: dict[int, TextDelta] = {}  # told with the end, which follows at once
+    deltas: list[TextDelta] = []
     ends: dict[int, Generation] = {}
     blank = {"usage": None} if counted else {}
     try:
         async for index, event in feed:
-            if isinstance(event, Piece):
-                pieces.append(event)
+            if isinstance(event, TextDelta):
+                deltas.append(event)
                 if event.finish_reason is not None:
                     last[index] = event
                     continue
@@ -217,7 +217,7 @@ async def _stream(
         await tell((as_api_error(error) if isinstance(error, MeltError) else error).body())
         return
     finally:
-        drawn = _drawn(request, pieces, ends)
+        drawn = _drawn(request, deltas, ends)
     if counted:
         counts = usage(job.prompt_tokens, drawn, job.cached_tokens(ends))
         await tell(form.frame([], part=True, usage=counts))
@@ -235,9 +235,9 @@ def _ended(event: Generation | MeltError) -> Generation:
     return event
 
 
-def _drawn(request: Request, pieces: list[Piece], ends: Mapping[int, Generation]) -> int:
+def _drawn(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
     """How many tokens were drawn; the log hears of it."""
-    loops = sum(piece.depth for piece in pieces)
+    loops = sum(delta.depth for delta in deltas)
     late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}
-    note(request, completion_tokens=len(pieces), mean_depth=round(loops / max(len(pieces), 1), 3), **late)
-    return len(pieces)
+    note(request, completion_tokens=len(deltas), mean_depth=round(loops / max(len(deltas), 1), 3), **late)
+    return len(deltas)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from time import time
 from typing import Any
 
-from ..results import Generation, Logprobs, Piece
+from ..results import Generation, Logprobs, TextDelta
 from ..text.token_bytes import Offsets
 from ..text.tokenizer import TextCodec
 
@@ -40,18 +40,18 @@ class Form:
             **more,
         }
 
-    def whole(self, index: int, pieces: Sequence[Piece], end: Generation) -> dict[str, Any]:
+    def whole(self, index: int, deltas: Sequence[TextDelta], end: Generation) -> dict[str, Any]:
         """A finished choice."""
         text = end.text
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         logprobs = _Logprobs(self)
-        return self.choice(index, said, pieces, [*logprobs.add(pieces), *logprobs.rest()], end)
+        return self.choice(index, said, deltas, [*logprobs.add(deltas), *logprobs.rest()], end)
 
     def choice(
         self,
         index: int,
         said: dict[str, Any],
-        pieces: Sequence[Piece],
+        deltas: Sequence[TextDelta],
         entries: Sequence[Entry],
         end: Generation | None,
     ) -> dict[str, Any]:
@@ -66,8 +66,8 @@ class Form:
             **said,
             "logprobs": logprobs,
             "finish_reason": None if end is None else _reason(end),
-            "depth": [piece.depth for piece in pieces],
-            "token_ids": [piece.token_id for piece in pieces],
+            "depth": [delta.depth for delta in deltas],
+            "token_ids": [delta.token_id for delta in deltas],
             **({} if end is None else {"saved": end.saved}),
             **({"warnings": list(end.warnings)} if end is not None and end.warnings else {}),
             **({"deadline": True} if end is not None and end.finish_reason == "deadline" else {}),
@@ -117,18 +117,18 @@ class StreamedChoice:
         self._told = 0  # characters of its text
         self._first = True
 
-    def part(self, piece: Piece | None, end: Generation | None = None) -> dict[str, Any]:
+    def part(self, delta: TextDelta | None, end: Generation | None = None) -> dict[str, Any]:
         """Its next token. ``end``: it is the last; without a token there is only what was held back of the text."""
-        text = piece.text if piece is not None else end.text[self._told :] if end is not None else ""
+        text = delta.text if delta is not None else end.text[self._told :] if end is not None else ""
         role = {"role": "assistant"} if self._first else {}
         said: dict[str, Any] = {"delta": {**role, "content": text}} if self._form.chat else {"text": text}
-        pieces = [] if piece is None else [piece]
-        entries = self._logprobs.add(pieces)
+        deltas = [] if delta is None else [delta]
+        entries = self._logprobs.add(deltas)
         if end is not None:
             entries += self._logprobs.rest()
         self._told += len(text)
         self._first = False
-        return self._form.choice(self._index, said, pieces, entries, end)
+        return self._form.choice(self._index, said, deltas, entries, end)
 
 
 class _Logprobs:
@@ -140,17 +140,17 @@ class _Logprobs:
         self._offsets = None if form.codec is None else Offsets(form.codec.token_bytes)
         self._waiting: deque[tuple[int, Logprobs]] = deque()
 
-    def add(self, pieces: Iterable[Piece]) -> list[Entry]:
+    def add(self, deltas: Iterable[TextDelta]) -> list[Entry]:
         """The next tokens; returns the entries that are complete."""
         found: list[Entry] = []
-        for piece in pieces:
-            if piece.logprobs is None:
+        for delta in deltas:
+            if delta.logprobs is None:
                 continue
             if self._form.chat:
-                found.append(self._form.chat_entry(piece.token_id, piece.logprobs))
+                found.append(self._form.chat_entry(delta.token_id, delta.logprobs))
                 continue
-            self._waiting.append((piece.token_id, piece.logprobs))
-            found += self._known(self._place(piece.token_id))
+            self._waiting.append((delta.token_id, delta.logprobs))
+            found += self._known(self._place(delta.token_id))
         return found
 
     def rest(self) -> list[Entry]:

@@ -143,7 +143,7 @@ def _prompts(ask: CompletionAsk | ChatAsk) -> int:
 
 
 def _logprobs(ask: Ask) -> int | None:
-    """How many of the likeliest tokens each piece names, as the scheduler takes it."""
+    """How many of the likeliest tokens each delta names, as the scheduler takes it."""
     if isinstance(ask, ChatAsk):
         return (ask.top_logprobs or 0) if ask.logprobs else None
     return ask.logprobs if isinstance(ask, CompletionAsk) else None

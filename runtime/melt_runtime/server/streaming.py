@@ -13,11 +13,11 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import MeltError
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 
-Event = Piece | Generation | MeltError
+Event = TextDelta | Generation | MeltError
 
 
 class Backlog:
@@ -89,16 +89,16 @@ class Feed:
 
     def cancel(self) -> None:
         """Ends what still runs, each with its next token at the latest."""
-        for ticket in self._tickets:
-            if not ticket.done:
-                ticket.cancel()
+        for handle in self._tickets:
+            if not handle.done:
+                handle.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
             index, event = await self._events.get()
             if not self._closed:
                 self._backlog.take(self)
-            self._open -= not isinstance(event, Piece)
+            self._open -= not isinstance(event, TextDelta)
             yield index, event
 
     @asynccontextmanager

@@ -62,11 +62,11 @@ class Conversation:
         over = False
         try:
             self._run(ids, known, stopped)
-            for piece in () if stopped() else self.session.pieces(**self._ends()):
-                if piece.text:
-                    said.append(piece.text)
-                    yield piece.text
-                over = piece.finish_reason is not None
+            for delta in () if stopped() else self.session.deltas(**self._ends()):
+                if delta.text:
+                    said.append(delta.text)
+                    yield delta.text
+                over = delta.finish_reason is not None
                 if stopped():
                     break
             if not said and not over:

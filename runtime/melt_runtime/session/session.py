@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from ..decoding.next_logits import NextLogits
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
-from ..decoding.sequence import Track
+from ..decoding.sequence import TokenSequence
 from ..decoding.settings import GenerationOptions, LoopSettings
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..loaded_model import LoadedModel
-from ..results import Generation, Piece
+from ..results import Generation, TextDelta
 from ..sampling.sampler import Sampler, SamplingParams
 from ..text.prompts import Prompt
 from ..text.tokenizer import Message
@@ -124,22 +124,22 @@ class Session:
         """Continues the conversation. Its ``prompt_tokens`` are all that there were before.
 
         Raises PromptError, ArgumentError."""
-        track = self._track(options, streamed=False)
-        for _ in self._pieces(track, self._turn):
+        sequence = self._sequence(options, streamed=False)
+        for _ in self._deltas(sequence, self._turn):
             pass
-        return track.result(self.driver.depth[0])
+        return sequence.result(self.driver.depth[0])
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continues the conversation and yields text as it comes. What was drawn stays, wherever the caller stops; once
         another call has moved the session on, the stream raises OvertakenError."""
         if self.runtime.codec is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
-        return (piece.text for piece in self.pieces(**options) if piece.text)
+        return (delta.text for delta in self.deltas(**options) if delta.text)
 
     @in_turn
-    def pieces(self, **options: Unpack[GenerateOptions]) -> Iterator[Piece]:
-        """As ``stream``, but a piece for every token, whether or not it has text yet."""
-        return self._pieces(self._track(options), self._turn)
+    def deltas(self, **options: Unpack[GenerateOptions]) -> Iterator[TextDelta]:
+        """As ``stream``, but a delta for every token, whether or not it has text yet."""
+        return self._deltas(self._sequence(options), self._turn)
 
     @in_turn
     def logits(self, **options: Unpack[GenerateOptions]) -> NDArray[np.float32]:
@@ -262,7 +262,7 @@ class Session:
         self.runtime.warn(request)
         return request
 
-    def _track(self, options: GenerateOptions, *, streamed: bool = True) -> Track:
+    def _sequence(self, options: GenerateOptions, *, streamed: bool = True) -> TokenSequence:
         """A call's request, checked; from now on no other stream may go on."""
         request = self._request(options)
         if request.stop and self.runtime.codec is None:
@@ -270,21 +270,21 @@ class Session:
         if not len(self):
             raise PromptError("the session is empty; append a prompt first")
         self.driver.check([self._waiting()])
-        track = Track(0, self.tokens, request, self.runtime.codec, streamed=streamed)
+        sequence = TokenSequence(0, self.tokens, request, self.runtime.codec, streamed=streamed)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
-            track.sampler = self.sampler
+            sequence.sampler = self.sampler
         self._turn = object()
-        return track
+        return sequence
 
-    def _pieces(self, track: Track, turn: object) -> Iterator[Piece]:
-        while track.finish_reason is None:
+    def _deltas(self, sequence: TokenSequence, turn: object) -> Iterator[TextDelta]:
+        while sequence.finish_reason is None:
             with self._lock:
                 if self._turn is not turn:
                     raise OvertakenError("the session moved on while this stream was open; begin another")
-                logits = self._ready(track.options.loops)
-                piece = track.draw(logits, self.driver.room(0), self.driver.depth[0][-1])
-                self._drawn, self._logits = piece.token_id, None
-            yield piece
+                logits = self._ready(sequence.options.loops)
+                delta = sequence.sample(logits, self.driver.room(0), self.driver.depth[0][-1])
+                self._drawn, self._logits = delta.token_id, None
+            yield delta
 
     def _ready(self, settings: LoopSettings) -> NextLogits:
         """The logits after the last token. It runs if it has not; after going back its chunk runs again as far as it is
