@@ -19,7 +19,7 @@ class Generator:
     """Generates a continuation of every sequence of a batch.
 
     Iterating yields the deltas as they come; ``results`` returns the finished sequences afterwards. Sequences that end
-    stay idle while the others go on. ``streamed``: as for ``TokenSequence``. ``first``: which of a seed's random streams
+    stay idle while the others go on. ``streamed``: as in ``TokenSequence``. ``first``: which of a seed's random streams
     the first sequence samples from; the others use those after it. Raises PromptError for an empty prompt or one that
     does not fit; OvertakenError when somebody else has used the driver in the meantime.
     """
