@@ -25,7 +25,7 @@ WAIT = 120.0  # seconds after which a test gives up
 PROGRAM = """
 import fcntl, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from melt_runtime.decoding.sequence import TokenSequence
+from melt_runtime.decoding.generator import TokenSequence
 draw = TokenSequence.draw
 def slowly(track, *arguments):
     if track.prompt_tokens < 30:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from melt_runtime import GenerationOptions, Logprobs, TextDelta
-from melt_runtime.decoding.sequence import TokenSequence
+from melt_runtime.decoding.generator import TokenSequence
 from melt_runtime.decoding.settings import LoopSettings
 from melt_runtime.results import Generation
 from melt_runtime.server.replies import Form, StreamedChoice

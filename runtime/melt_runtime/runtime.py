@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -18,7 +19,7 @@ from .decoding.state_pool import StatePool
 from .errors import ArgumentError
 from .loaded_model import LoadedModel
 from .package.reader import Package
-from .results import Generation, TextDelta
+from .results import Generation
 from .session.session import Session
 from .text.prompts import Array, Prompt, separate
 from .text.tokenizer import TextCodec
@@ -115,13 +116,8 @@ class Runtime(LoadedModel):
         ids, request = self.encode(prompt), self.options(**options)
         check_request([ids], [self.manifest.max_seq_len], self.manifest, request, self.codec is not None)
         self.warn(request)
-        return self._texts(ids, request)
 
-    def _texts(self, ids: list[int], request: GenerationOptions) -> Iterator[str]:
-        def begin(driver: LoopDriver) -> Iterator[TextDelta]:
-            return iter(Generator(driver, [ids], request, self.codec))
+        def begin(driver: LoopDriver) -> Iterator[str]:
+            return filter(None, map(attrgetter("text"), Generator(driver, [ids], request, self.codec)))
 
-        with self._states.lease(1) as lease:
-            for delta in lease.steps(begin):
-                if delta.text:
-                    yield delta.text
+        return self._states.steps(1, begin)

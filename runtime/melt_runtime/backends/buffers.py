@@ -62,6 +62,7 @@ class BufferState(ABC):
         self.loops_run = 0  # of the open chunk: whose caches are bound next, where each loop has its own
         self.headed = False  # whether the head ran with the open chunk
         self.hidden = manifest.states[0]
+        self._hidden_buffers = (behind(self.hidden, 0), behind(self.hidden, 1))
         self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
         self.first = 0  # of a part: which of the whole's sequences is its first
         self.offsets: dict[str, int] = {}  # and where that one's caches begin in their buffers
@@ -329,12 +330,12 @@ class BufferState(ABC):
             return
         row = int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
         for slot, column in enumerate(columns.tolist()):
-            source = Strip(behind(self.hidden, self.current), (slot * self.width + column) * row, row)
+            source = Strip(self._hidden_buffers[self.current], (slot * self.width + column) * row, row)
             self.copy(Strip("head_hidden", slot * row, row), source, row, 1)
 
     def run_head(self) -> None:
         """The head, on what ``gather`` brought together."""
-        source = behind(self.hidden, self.current) if self.width == 1 else "head_hidden"
+        source = self._hidden_buffers[self.current] if self.width == 1 else "head_hidden"
         key = ("lm_head", source)
         bound = self._bindings.get(key) or self._bind(key, self.head_bindings(source))
         self.run("lm_head", bound)

@@ -2,17 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..package.manifest import Manifest
 from ..results import Generation, TextDelta
+from ..sampling.constraint import Constraint, masked
+from ..sampling.logprobs import logprobs_of
+from ..sampling.sampler import Sampler
 from ..text.prompts import token_ids
+from ..text.stop_strings import StopMatcher
+from ..text.stream_decoder import StreamDecoder
 from ..text.tokenizer import TextCodec
-from .loop_driver import LoopDriver, checked_ids
-from .sequence import TokenSequence
+from .chunking import checked_ids
+from .loop_driver import LoopDriver, NextLogits
 from .settings import GenerationOptions
+
+Result = TypeVar("Result")
+
+
+class TokenSequence:
+    """Draws the tokens of one sequence and turns them into text.
+
+    stream: which of a seed's random streams it draws from (None: its slot's). logprobs: how many of the likeliest
+    tokens each delta names (None: no logprobs at all). constraint: what may be drawn. streamed: whether
+    deltas have text; else all of it comes with the last one, which takes less time.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        codec: TextCodec | None,
+        *,
+        stream: int | None = None,
+        logprobs: int | None = None,
+        constraint: Constraint | None = None,
+        streamed: bool = True,
+    ):
+        self.slot, self.options = slot, options
+        self.logprobs, self.constraint = logprobs, constraint
+        self.history = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.sampler = Sampler(options.sampling, stream=slot if stream is None else stream)
+        self.decoder = StreamDecoder(codec) if codec is not None else None
+        self.matcher = StopMatcher(options.stop, None if codec is None else codec.special_tokens_in(options.stop))
+        self.text: list[str] = []
+        self.finish_reason: str | None = None
+        self._streamed = streamed or bool(options.stop)  # stop strings are looked for in every token's text
+        self._unread: list[int] = []  # tokens whose text is not decoded yet
+
+    def sample(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> TextDelta:
+        """Draws the next token; ``room`` is how many more tokens the cache can take, ``depth`` the loops spent on the
+        last one, ``row`` which of the logits are this sequence's (None: its slot's). Raises ArgumentError."""
+        row = self.slot if row is None else row
+        if self.constraint is None:
+            token = logits.sample(row, self.sampler, self.history)
+        else:
+            token = self._allowed(logits, row, self.constraint)
+        found = None if self.logprobs is None else logprobs_of(logits.row(row), token, self.logprobs)
+        self.history.append(token)
+        if self.constraint is not None:
+            _asked(self.constraint.accept, token)
+        if token in self.options.stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.history) - self.prompt_tokens >= self.options.max_tokens or room < 1:
+            self.finish_reason = "length"
+        return TextDelta(self.slot, self._show(token), token, self.finish_reason, depth, found)
+
+    def _allowed(self, logits: NextLogits, row: int, constraint: Constraint) -> int:
+        allowed = _asked(constraint.mask, self.history[self.prompt_tokens :])
+        if allowed is None:
+            return logits.sample(row, self.sampler, self.history)
+        return self.sampler.sample(masked(logits.row(row), allowed), self.history)
+
+    def _show(self, token: int) -> str:
+        if self.decoder is None:
+            return ""
+        if token not in self.options.stop_ids:
+            self._unread.append(token)
+        if not self._streamed and self.finish_reason is None:
+            return ""
+        shown = self._read(self.decoder)
+        if self.finish_reason is not None:
+            shown += self._rest(self.decoder)
+        if self.matcher.found is not None:
+            self.finish_reason = "stop"
+        self.text.append(shown)
+        return shown
+
+    def end(self, reason: str) -> None:
+        """Ends the sequence before it would have ended itself; text that was held back is part of it now."""
+        self.finish_reason = reason
+        if self.decoder is not None and self.matcher.found is None:
+            self.text.append(self._read(self.decoder) + self._rest(self.decoder))
+
+    def _read(self, decoder: StreamDecoder) -> str:
+        """What may be shown of the tokens that were drawn since the last time."""
+        unread, self._unread = self._unread, []
+        if not self.options.stop:
+            return "".join(map(decoder.push, unread))
+        if not self.matcher.special:
+            return self.matcher.push("".join(map(decoder.push, unread)))[0]
+        shown = []
+        for token in unread:
+            if token in self.matcher.special:
+                shown += [self.matcher.push(decoder.settle())[0], self.matcher.push_special(token)[0]]
+            else:
+                shown.append(self.matcher.push(decoder.push(token))[0])
+        return "".join(shown)
+
+    def _rest(self, decoder: StreamDecoder) -> str:
+        """What may be shown of the text that was held back, at its end."""
+        return self.matcher.push(decoder.flush())[0] + self.matcher.flush()
+
+    def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
+        """The finished sequence."""
+        assert self.finish_reason is not None
+        tokens = tuple(self.history[self.prompt_tokens :])
+        text, loops = "".join(self.text), self.options.loops.loops
+        return Generation(
+            text,
+            tokens,
+            self.finish_reason,
+            self.prompt_tokens,
+            tuple(depth),
+            loops,
+            cached_tokens,
+            self.options.warnings,
+        )
+
+
+def _asked(method: Callable[[Any], Result], argument: Any) -> Result:
+    """What a constraint answers. Raises ArgumentError for whatever it raises."""
+    try:
+        return method(argument)
+    except Exception as error:
+        raise ArgumentError(f"the request's constraint failed: {error!r}") from error
 
 
 class Generator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from ..backends.base import BackendState, LoopControl
 from ..errors import ArgumentError, PromptError
 from ..package.manifest import Manifest
+from ..sampling.sampler import Sampler
+from ..sampling.top_candidates import Candidates, sample_candidates
 from ..untrusted import whole_number
+from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .next_logits import NextLogits
 from .settings import LoopSettings
 
 __all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
@@ -26,16 +28,6 @@ _LAUNCHED = 4  # times the package's loops: more are launched one by one where s
 
 class Interrupted(Exception):
     """Nobody wants a call's tokens any more; the sequences are as they were before it."""
-
-
-class Chunk(NamedTuple):
-    """A slice of every sequence's new tokens: ids (batch, width) right-padded, counts (batch,) real tokens in each
-    row, ``last`` (batch,) whether a sequence's last new token is in it, ``present`` (batch, width) what is a token."""
-
-    ids: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    last: NDArray[np.bool_]
-    present: NDArray[np.bool_]
 
 
 class LoopDriver:
@@ -180,17 +172,7 @@ class LoopDriver:
         most = np.array([self.manifest.chunk if one is None else one for one in sizes], np.int64)
         if most.max() > self.manifest.chunk:
             raise ArgumentError(f"chunk is {most.max()}; this package was exported for at most {self.manifest.chunk}")
-        arrays = self.check(tokens)
-        counts = np.array([len(array) for array in arrays], np.int64)
-        chunks, done = [], np.zeros(self.batch, np.int64)
-        while (done < counts).any():
-            here = np.minimum(counts - done, most)
-            ids = np.zeros((self.batch, int(here.max())), np.int64)
-            for slot, array in enumerate(arrays):
-                ids[slot, : here[slot]] = array[done[slot] : done[slot] + here[slot]]
-            done = done + here
-            chunks.append(_chunk(ids, here, (here > 0) & (done == counts)))
-        return chunks
+        return cut(self.check(tokens), most)
 
     def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
         """The chunk of at most one new token a sequence; ``_each_one`` where each has one. The next call writes over
@@ -217,7 +199,7 @@ class LoopDriver:
             return None
         counts = np.array([len(new) for new in tokens], np.int64)
         self._ids[counts == 0] = 0
-        return _chunk(self._ids, counts, counts > 0)
+        return make_chunk(self._ids, counts, counts > 0)
 
     def loops(self, chunk: Chunk, settings: Settings, between: Between | None = None) -> Iterator[LoopControl]:
         """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
@@ -269,7 +251,7 @@ class LoopDriver:
         groups = []
         for depth in depths:
             counts = np.where(loops == depth, chunk.counts, 0)
-            groups.append(_chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
+            groups.append(make_chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
         return groups
 
     def _count(self, spent: Sequence[Sequence[int]]) -> None:
@@ -303,21 +285,57 @@ class LoopDriver:
         return [checked_ids(ids, self.room(slot), self.manifest) for slot, ids in enumerate(tokens)]
 
 
-def checked_ids(ids: Sequence[int], room: int, manifest: Manifest) -> NDArray[np.int64]:
-    """Token ids as an array. Raises PromptError if one is out of range or they are more than ``room``."""
-    try:
-        array = np.asarray(ids).reshape(-1)
-    except (TypeError, ValueError) as error:
-        raise PromptError("token ids must be whole numbers inside the vocabulary") from error
-    if len(array) > room:
-        raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {manifest.max_seq_len}")
-    if len(array) and array.dtype.kind not in "iu":
-        raise PromptError("token ids must be whole numbers inside the vocabulary")
-    wrong = array[(array < 0) | (array >= manifest.vocab_size)]
-    if len(wrong):
-        raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {manifest.vocab_size}")
-    return array.astype(np.int64, copy=False)
+class NextLogits:
+    """The logits after each sequence's last new token. Valid until the session moves on."""
 
+    def __init__(self, state: BackendState, vocab: int):
+        self._state, self._vocab = state, vocab
+        self._rows: dict[int, NDArray[np.float32]] = {}  # of sequences that ended in an earlier chunk
+        self._columns: NDArray[np.int64]  # of the chunk that ran last
+        self._last: NDArray[np.bool_] | None = None  # the sequences that ended in it
+        self._likeliest: dict[int, Candidates] | None = None
+        self._whole: NDArray[np.float32] | None = None  # (batch, 1, vocab)
 
-def _chunk(ids: NDArray[np.int64], counts: NDArray[np.int64], last: NDArray[np.bool_]) -> Chunk:
-    return Chunk(ids, counts, last, np.arange(ids.shape[1]) < counts[:, None])
+    def follow(self, columns: NDArray[np.int64], last: NDArray[np.bool_]) -> None:
+        """A chunk ran: its columns (batch, 1) hold the logits of the sequences that ended in it."""
+        self._columns, self._last = columns, last
+
+    def keep(self) -> None:
+        """Copies what there is, for the next chunk takes its place."""
+        for slot in self._ended():
+            self._rows[slot] = self.row(slot).copy()
+        self._last = self._likeliest = self._whole = None
+
+    def sample(self, slot: int, sampler: Sampler, history: Sequence[int]) -> int:
+        """The sampler's next token: from the likeliest few where they settle it, else from the whole row."""
+        candidates = self.candidates(slot) if self._state.likeliest else None
+        token = None if candidates is None else sample_candidates(sampler, candidates, history)
+        return sampler.sample(self.row(slot), history) if token is None else token
+
+    def candidates(self, slot: int) -> Candidates | None:
+        """The likeliest tokens of a sequence, where the backend picks them out; else None."""
+        if slot in self._rows or self._whole is not None:
+            return None
+        if self._likeliest is None:
+            found = self._state.candidates(self._columns)
+            self._likeliest = {} if found is None else dict(enumerate(found))
+        return self._likeliest.get(slot)
+
+    def row(self, slot: int) -> NDArray[np.float32]:
+        """All logits of a sequence (vocab,)."""
+        if slot in self._rows:
+            return self._rows[slot]
+        if self._whole is None:
+            self._whole = self._state.logits(self._columns)
+        return self._whole[slot, 0]
+
+    def full(self) -> NDArray[np.float32]:
+        """A copy of all logits (batch, vocab); zero for a sequence without new tokens."""
+        logits = np.zeros((self._state.batch, self._vocab), np.float32)
+        for slot in {*self._rows, *self._ended()}:
+            logits[slot] = self.row(slot)
+        return logits
+
+    def _ended(self) -> list[int]:
+        """The sequences whose logits the backend has."""
+        return [] if self._last is None else np.flatnonzero(self._last).tolist()

@@ -37,6 +37,11 @@ class StatePool:
         finally:
             self._end(lease)
 
+    def steps(self, batch: int, begin: Callable[[LoopDriver], Iterator[T]]) -> Iterator[T]:
+        """What ``begin`` makes of an empty state, one item per step. Raises BackendError, OvertakenError."""
+        with self.lease(batch) as lease:
+            yield from lease.steps(begin)
+
     def _take(self, batch: int) -> Lease:
         with self._changed:
             while True:

@@ -11,10 +11,9 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding.loop_driver import Interrupted, LoopDriver
-from ..decoding.next_logits import NextLogits
+from ..decoding.generator import TokenSequence
+from ..decoding.loop_driver import Interrupted, LoopDriver, NextLogits
 from ..decoding.prefix_cache import Prefixes
-from ..decoding.sequence import TokenSequence
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
 from ..results import Generation, TextDelta

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Un
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding.next_logits import NextLogits
+from ..decoding.generator import TokenSequence
+from ..decoding.loop_driver import NextLogits
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
-from ..decoding.sequence import TokenSequence
 from ..decoding.settings import GenerationOptions, LoopSettings
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..loaded_model import LoadedModel
@@ -314,7 +314,7 @@ class Session:
         finally:
             ran = int(self.driver.lengths[0]) - before
             self._ids += ids[:ran]
-            size = settings.chunk or self.runtime.manifest.chunk
+            size = settings.chunk or self.driver.manifest.chunk
             self._chunks += [(start, settings) for start in range(before, before + ran, size)]
 
     def _cut(self, length: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..errors import PromptError
+from .token_bytes import BYTE_PIECE
 from .tokenizer import TextCodec
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -21,40 +23,51 @@ class StreamDecoder:
     _CONTEXT = 8
 
     def __init__(self, codec: TextCodec, skip_special_tokens: bool = True) -> None:
-        self._codec = codec
-        self._skip = skip_special_tokens
+        # Held here, because this runs for every token, when the processor's caches are full of weights.
+        self._tokenizer, self._skip = codec.tokenizer, skip_special_tokens
+        self._hidden = codec.special if skip_special_tokens else {}
+        self._byte_fallback = codec.token_bytes.byte_fallback
         self._window: list[int] = []
         self._shown = 0  # characters of the decoded window that were given out
 
     def push(self, token_id: int) -> str:
         """The text that is certain now that this token came: often its own, "" while a character is incomplete."""
         token_id = int(token_id)
-        if not self._codec.shows(token_id, self._skip):
+        if token_id in self._hidden:
+            return ""
+        try:
+            token = self._tokenizer.id_to_token(token_id)
+        except OverflowError as error:
+            raise PromptError(f"Token ids must be from 0 to 4,294,967,295, not {token_id}.") from error
+        if token is None:
             return ""
         self._window.append(token_id)
-        if self._codec.token_bytes.is_byte(token_id):
+        if self._byte_fallback and BYTE_PIECE.fullmatch(token):
             return ""
-        text = self._codec.decode(self._window, self._skip)
+        text = self._decode()
         end = _certain(text)
         piece = text[self._shown : end]
         self._shown = max(self._shown, end)
         if len(self._window) >= 2 * self._CONTEXT:
             self._window = self._window[-self._CONTEXT :]
-            self._shown = _certain(self._codec.decode(self._window, self._skip))
+            self._shown = _certain(self._decode())
         return piece
 
     def settle(self) -> str:
         """The rest of the text so far, as ``flush`` gives it; but the next push goes on with the same text."""
-        text = self._codec.decode(self._window, self._skip)
+        text = self._decode()
         rest = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return rest
 
     def flush(self) -> str:
         """The rest of the text, an incomplete character as decode() gives it; the next push begins a new text."""
-        rest = self._codec.decode(self._window, self._skip)[self._shown :]
+        rest = self._decode()[self._shown :]
         self._window, self._shown = [], 0
         return rest
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
 
 
 def _certain(text: str) -> int:

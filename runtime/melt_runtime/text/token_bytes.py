@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LEFT, _RIGHT = "q", "z"  # neighbours that no decoder changes, to see a piece in the middle of a text
 
 
@@ -80,7 +80,7 @@ class TokenBytes:
 
 def byte_of(piece: str) -> int | None:
     """The byte that a byte-fallback piece such as <0xE4> stands for, or None."""
-    found = _BYTE_PIECE.fullmatch(piece)
+    found = BYTE_PIECE.fullmatch(piece)
     return None if found is None else int(found[1], 16)
 
 

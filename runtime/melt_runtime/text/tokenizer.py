@@ -55,7 +55,7 @@ class TextCodec:
         self._template = None if chat_template is None else ChatTemplate(chat_template)
         self._tool_template = self._template if tool_template is None else ChatTemplate(tool_template)
         added = tokenizer.get_added_tokens_decoder()
-        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.special = {token_id: token.content for token_id, token in added.items() if token.special}
         self.token_bytes = TokenBytes(tokenizer)
         self._drops_characters = drops_characters(tokenizer)
 
@@ -156,7 +156,7 @@ class TextCodec:
 
     def shows(self, token_id: int, skip_special_tokens: bool) -> bool:
         """Whether decode() would take any notice of this id."""
-        if skip_special_tokens and token_id in self._special:
+        if skip_special_tokens and token_id in self.special:
             return False
         try:
             return self.tokenizer.id_to_token(token_id) is not None
@@ -166,7 +166,7 @@ class TextCodec:
     def special_tokens_in(self, texts: Sequence[str]) -> dict[str, int]:
         """The special tokens whose text occurs in one of some texts: text -> id."""
         joined = "\0".join(texts)
-        return {text: token_id for token_id, text in self._special.items() if text and text in joined}
+        return {text: token_id for token_id, text in self.special.items() if text and text in joined}
 
 
 def _template_sources(config: Mapping[str, Any]) -> dict[str, str]:
