@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from melt_runtime import Runtime, backends
-from melt_runtime.backends.choose import NAMES, Facts
+from melt_runtime import Runtime
+from melt_runtime.backends import open as opening
+from melt_runtime.backends.base import Backend
+from melt_runtime.backends.choose import NAMES, Choice, Facts
 from melt_runtime.backends.devices import devices
 from melt_runtime.backends.open import open_backend
 from melt_runtime.cli.main import app
@@ -48,15 +50,15 @@ def test_auto_passes_over_what_fails_to_load(tiny_package: Path, monkeypatch: py
         providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
         cuda_bindings=True,
     )
-    load = backends._load
+    load = opening._load
 
-    def broken(package: Package, choice: backends.Choice, *rest: object) -> backends.Backend:
+    def broken(package: Package, choice: Choice, *rest: object) -> Backend:
         if choice.name == "onnxruntime-cuda":
             raise BackendError("its CUDA libraries cannot be loaded")
         return load(package, choice, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(backends, "survey", lambda _: facts)
-    monkeypatch.setattr(backends, "_load", broken)
+    monkeypatch.setattr(opening, "survey", lambda _: facts)
+    monkeypatch.setattr(opening, "_load", broken)
     opened = open_backend(package)
     assert opened.backend.name == "onnxruntime"
     assert "not onnxruntime-cuda: its CUDA libraries cannot be loaded" in opened.reason

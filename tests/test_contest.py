@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 
-from melt_export.quantization.matmul_weights import stored_values
 from melt_export.quantization.options import WeightOptions
+from melt_export.quantization.stored_values import stored_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import contest

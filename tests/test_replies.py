@@ -37,7 +37,7 @@ def draw(codec: TextCodec, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[
     deltas: list[TextDelta] = []
     for token in ids:
         if sequence.finish_reason is None:
-            deltas.append(sequence.draw(Row(token, codec.vocab_size), 100, 1))  # type: ignore[arg-type]
+            deltas.append(sequence.sample(Row(token, codec.vocab_size), 100, 1))  # type: ignore[arg-type]
     return deltas, sequence.result([1] * len(deltas))
 
 
