@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 # Runs each command in a process of its own that has imported everything already, which takes longer than most commands.
 SERVER = """
 import json, os, resource, signal, sys, traceback
-from melt_export import cli, export, quality, verify
+from melt_export import cli, export
+from melt_export.parity import quality, verify
 
 for line in sys.stdin:
     job = json.loads(line)

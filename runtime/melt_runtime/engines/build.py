@@ -21,7 +21,7 @@ from ..package.specs import GRAPHS
 from ..progress import Step, no_progress
 from .library import Library, current_capability, open_library
 from .monitor import make_monitor, signals_deferred
-from .network import add_candidates, add_profiles, allow_decomposition, parse, quantize_products
+from .network import add_candidates, add_profiles, allow_decomposition, parse, quantize_matmuls
 from .network_checks import inspect_network, inspect_operators, require_small
 from .profiles import length_buckets, make_profiles
 from .store import keep_engine, new_engine
@@ -192,7 +192,7 @@ def _build_plan(
             allow_decomposition(network)
         if options.weights is not None:
             progress(f"quantizing {graph}", 0, 0)
-            savings = quantize_products(network, file, options.weights, manifest.states[0].dtype)
+            savings = quantize_matmuls(network, file, options.weights, manifest.states[0].dtype)
     inspect_network(network, graph, manifest, options.weights if savings else None)
     if graph == "lm_head":
         add_candidates(network, manifest.vocab_size)

@@ -184,7 +184,7 @@ def add_candidates(network: Network, vocab: int) -> int:
     return k
 
 
-def quantize_products(network: Network, file: Path, kind: str, dtype: str) -> Savings:
+def quantize_matmuls(network: Network, file: Path, kind: str, dtype: str) -> Savings:
     """Stores the weights of the matrix products as int4, int8 or fp8, behind a DEQUANTIZE back to ``dtype``.
 
     The weights are read from the ONNX file, where the parser's names find them. Raises BackendError for a model that
