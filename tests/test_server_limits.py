@@ -31,7 +31,7 @@ UNREAD["messages"] = [{"role": "user", "content": UNREAD.pop("prompt")}]
 # After several hundred tokens the backend is so slow that no long answer is over before the test gives up.
 SLOWS_DOWN = """
 import time
-from melt_runtime.backends.onnxruntime import OnnxRuntimeState
+from melt_runtime.backends.onnxruntime_cpu import OnnxRuntimeState
 run, count = OnnxRuntimeState.run, 0
 def slows_down(*arguments):
     global count
