@@ -127,6 +127,23 @@ def test_a_signal_that_comes_before_the_loop_runs_ends_the_server(served_package
     assert json.loads(written.splitlines()[-1])["event"] == "stopped"
 
 
+# Python itself does not come to its end.
+LINGERS = """
+import time
+class Lingers:
+    def __del__(self):
+        time.sleep(3600)
+lingers = Lingers()
+"""
+
+
+def test_the_process_ends_without_pythons_own_end(served_package: Path) -> None:
+    with Server(served_package, before=LINGERS) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        assert server.log()[-1]["event"] == "stopped"
+
+
 @pytest.mark.parametrize("loops", [4, 1000])
 def test_a_stream_that_is_cut_at_the_end_says_so_in_its_last_event(served_package: Path, loops: int) -> None:
     with Server(served_package, "--drain", 0, "--max-loops", 1000) as server:

@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import ssl
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -156,8 +157,8 @@ def serve_command(
         finally:
             scheduler.close(drain=False)
         log("stopped")
-        if server.stuck:  # Python's own end would wait for, or tear down, a thread inside the backend
-            os._exit(0)
+        sys.stdout.flush()
+        os._exit(0)  # Python's own end waits for threads, and tears libraries down, for as long as these take
 
 
 def _require_tls(cert: Path, key: Path) -> None:

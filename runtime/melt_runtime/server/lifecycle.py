@@ -29,7 +29,6 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain: float):
         super().__init__(config)
-        self.stuck = False  # the scheduler's thread was left behind
         self._scheduler, self._drain = scheduler, drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -69,7 +68,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _end(self) -> None:
         due = monotonic() + self._drain
-        self.stuck = not await run_in_threadpool(self._scheduler.close, True, self._drain, GRACE)
+        await run_in_threadpool(self._scheduler.close, True, self._drain, GRACE)
         told = monotonic() + GRACE
         while self._answering() and monotonic() < max(min(due, monotonic() + self._drain), told):
             await asyncio.sleep(0.02)
