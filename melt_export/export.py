@@ -22,12 +22,14 @@ from melt_runtime.backends.choose import too_old
 from melt_runtime.backends.devices import onnxruntime_version
 from melt_runtime.errors import PackageError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
+from melt_runtime.package.example_prompt import EXAMPLE_PROMPT, read_example_prompt
 from melt_runtime.package.files import FileSpec, file_hash
 from melt_runtime.package.manifest import MANIFEST, Manifest
 from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.specs import MAX_LOOPS, PRECISIONS, GraphSpec
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
+from melt_runtime.text.end_tokens import GENERATION, configured_ends
 from melt_runtime.text.tokenizer import TextCodec
 
 from .errors import ExportError
@@ -96,7 +98,7 @@ def build_package(
     chunk, max_seq_len, cache_rows = sizes(wanted, config.max_position_embeddings, options)
     if options.weights is not None:
         check_patterns(options.weights, weights)
-    copy_companions(checkpoint, directory, config.vocab_size)
+    copy_companions(checkpoint, directory, config)
 
     quantized = options.weights
     seen = Statistics()
@@ -180,16 +182,19 @@ def sizes(chunk_size: int, positions: int, options: ExportOptions) -> tuple[int,
     return chunk, max_seq_len, max_seq_len + (chunk if options.max_batch > 1 else 0)
 
 
-def copy_companions(checkpoint: Path, directory: Path, vocab_size: int) -> None:
+def copy_companions(checkpoint: Path, directory: Path, config: LoopedConfig) -> None:
     """Copies the tokenizer and what belongs to it. Raises CheckpointError for what ``check_companions`` refuses,
     ExportError for what no runtime can read."""
-    check_companions(checkpoint, vocab_size)
+    check_companions(checkpoint, config)
     copied = [name for name in COMPANIONS if (checkpoint / name).is_file()]
-    if TOKENIZER in copied:
-        try:
+    try:
+        if TOKENIZER in copied:
             TextCodec.load(checkpoint)
-        except PackageError as error:
-            raise ExportError(str(error).removesuffix("; export the package again.")) from error
+        configured_ends(checkpoint / GENERATION if GENERATION in copied else None, config.to_dict())
+        if EXAMPLE_PROMPT in copied:
+            read_example_prompt(checkpoint / EXAMPLE_PROMPT)
+    except PackageError as error:
+        raise ExportError(str(error).removesuffix("; export the package again.")) from error
     for name in copied:
         shutil.copyfile(checkpoint / name, directory / name)
 

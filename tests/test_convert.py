@@ -236,6 +236,18 @@ WORDS: dict[str, Any] = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 4
         ("generation_config.json", '{"eos_token_id": "<end>"}', "eos_token_id is '<end>'; it must be a token id or a"),
         ("generation_config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\]"),
         ("generation_config.json", '{"pad_token_id": {}}', "pad_token_id is {}"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 50}',
+            "eos_token_id is 50, which the model cannot say: .* 50 t",
+        ),
+        ("generation_config.json", '{"eos_token_id": [1, 99999]}', "eos_token_id is 99999"),
+        (
+            "generation_config.json",
+            json.dumps({"eos_token_id": [1] * 10**6}),
+            "a list of 1,000,000 tokens; 256 can",
+        ),
+        ("tokenizer.json", "[" * 10**7, "more than the 6,000,000 values that are read"),
         ("tokenizer_config.json", "no JSON", "cannot be read as JSON"),
         ("tokenizer.json", json.dumps({**WORDS, "added_tokens": [{"id": 50, "content": "<c>"}]}), "ids up to 50, the"),
         ("tokenizer.json", json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]] * 60}}), "ids up to 59, the"),
@@ -248,6 +260,23 @@ def test_a_companion_that_no_package_could_use_is_refused(name: str, content: st
         convert(tmp_path / "ouro", tmp_path / "melt")
     assert str(tmp_path / "ouro" / name) in str(caught.value)
     assert not (tmp_path / "melt").exists()
+
+
+def test_a_tokenizer_as_large_as_those_of_today_is_taken(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro")
+    content = json.dumps(WORDS) + " " * (40 << 20)
+    (tmp_path / "ouro" / "tokenizer.json").write_text(content)
+    convert(tmp_path / "ouro", tmp_path / "melt")
+    assert (tmp_path / "melt" / "tokenizer.json").read_text() == content
+
+
+def test_an_end_token_of_the_config_that_the_model_cannot_say_is_refused(tmp_path: Path) -> None:
+    ouro(tmp_path / "ouro", eos_token_id=[1, 50])
+    (tmp_path / "ouro" / "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id is 50, which the model cannot say"):
+        convert(tmp_path / "ouro", tmp_path / "melt")
+    (tmp_path / "ouro" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    convert(tmp_path / "ouro", tmp_path / "melt")
 
 
 def test_a_tokenizer_with_too_many_tokens_is_refused_with_a_way_on(tmp_path: Path) -> None:

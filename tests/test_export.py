@@ -268,13 +268,35 @@ def test_a_tokenizer_of_another_model_is_refused(make_checkpoint: MakeCheckpoint
     assert "token ids up to 44, the model rows for 40: they do not belong together" in message
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": {"id": 1}}', '{"eos_token_id": -1}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"eos_token_id": {"id": 1}}', '{"eos_token_id": -1}', '{"eos_token_id": [1, 50]}']
+)
 def test_a_broken_generation_config_is_refused_before_anything_is_traced(
     checkpoint: Path, tmp_path: Path, content: str
 ) -> None:
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
     (broken / "generation_config.json").write_text(content)
     assert str(broken / "generation_config.json") in refusal(CheckpointError, broken, tmp_path / "package")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("generation_config.json", '{"a": %s}' % ("[" * 40 + "]" * 40), "lists and objects lie more than 32 deep"),
+        ("generation_config.json", json.dumps({"a": "x" * (9 << 20)}), "more than the 8,388,608 bytes"),
+        ("example_prompt.txt", "x" * 5000, "more than the 4,096 bytes that are read"),
+        ("special_tokens_map.json", '{"a": %s}' % ("[" * 40 + "]" * 40), "lists and objects lie more than 32 deep"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_no_runtime_would_read_is_refused_before_anything_is_traced(
+    checkpoint: Path, tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    (broken / name).write_text(content)
+    message = refusal(ExportError, broken, tmp_path / "package")
+    assert str(broken / name) in message
+    assert words in message
 
 
 def test_an_absurd_number_of_loops_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import APIStatusError
+from processes import started
 from serving import WAIT, Server, eventually
 from test_server_attacks import HALF, connect
 from test_server_life import LONG, send
@@ -100,6 +103,45 @@ def test_sigterm_ends_a_server_whose_event_loop_hangs(served_package: Path) -> N
             eventually(lambda: not promptly_healthy(server))
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+# A signal comes when the server says that it listens, before its loop runs.
+EARLY = """
+import os, signal
+import uvicorn
+run = uvicorn.Server.run
+def told_before(*arguments, **named):
+    os.kill(os.getpid(), signal.{})
+    run(*arguments, **named)
+uvicorn.Server.run = told_before
+from melt_runtime.cli.main import main; main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_before_the_loop_runs_ends_the_server(served_package: Path, name: str) -> None:
+    command = [sys.executable, "-c", EARLY.format(name), "serve", served_package, "--port", 0, "--threads", 1]
+    with started(command, WAIT, stderr=subprocess.PIPE, text=True) as process:
+        _, written = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(written.splitlines()[-1])["event"] == "stopped"
+
+
+# Python itself does not come to its end.
+LINGERS = """
+import time
+class Lingers:
+    def __del__(self):
+        time.sleep(3600)
+lingers = Lingers()
+"""
+
+
+def test_the_process_ends_without_pythons_own_end(served_package: Path) -> None:
+    with Server(served_package, before=LINGERS) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        assert server.log()[-1]["event"] == "stopped"
 
 
 @pytest.mark.parametrize("loops", [4, 1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -101,6 +102,16 @@ def test_a_teacher_that_is_no_looplm_is_refused(tmp_path: Path, tiny_checkpoint:
     done = melt_train("phase1", "--config", write(tmp_path, teacher={"checkpoint": str(tiny_checkpoint)}))
     assert done.exit_code == 2
     assert "is a 'melt'; a teacher must be a LoopLM" in done.stderr
+
+
+def test_a_teacher_that_says_minus_one_for_no_padding_is_taken(tmp_path: Path) -> None:
+    assert melt_train("teacher", "--config", write(tmp_path)).exit_code == 0
+    teacher = tmp_path / "out" / "teacher"
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
+    done = melt_train("phase1", "--config", write(tmp_path, teacher={"checkpoint": str(teacher)}))
+    assert done.exit_code == 0, done.exception
+    assert "pad_token_id" not in json.loads((tmp_path / "out" / "phase1" / "generation_config.json").read_text())
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

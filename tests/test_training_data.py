@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,15 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path, tokenizer: P
     given = options(tmp_path, "text", tokenizer) | {"tokenizer": str(tmp_path)}
     with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
         make_batches(given, seed=0)
+
+
+def test_a_tokenizer_over_which_its_library_panics_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    broken = Path(shutil.copytree(tokenizer, tmp_path / "broken"))
+    content = json.loads((broken / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+    (broken / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"broken has no tokenizer that transformers can read"):
+        make_batches(options(tmp_path, "text", tokenizer) | {"tokenizer": str(broken)}, seed=0)
 
 
 def test_nothing_held_out_is_said_when_it_is_asked_for(tmp_path: Path, tokenizer: Path) -> None:

@@ -51,6 +51,8 @@ _BESIDES = {
     "quantization_config",
 }
 _MOST_JSON_BYTES = 1 << 24  # an index of 200,000 tensors; as objects it takes up to 25 times as much memory
+MOST_TOKENIZER_BYTES = 1 << 28  # several times the largest vocabularies of today
+_MOST_VALUES = 6_000_000  # of a file, three times those of the largest vocabularies; each takes up to 200 bytes
 # Tensors that are computed from the config, which older checkpoints hold all the same: rotary tables and masks.
 _DERIVED = re.compile(
     r"(^|\.)(rotary_emb\.\w+|(original_)?inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached"
@@ -60,13 +62,16 @@ _MASK = re.compile(r"(^|\.)(self_)?att(n|ention)\.bias$")  # of GPT-2's kind, wh
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
+def read_json(path: Path, most: int = _MOST_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of so many bytes at most. Raises CheckpointError."""
     try:
         size = path.stat().st_size
-        if size > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size:,} bytes; no JSON file of a checkpoint is that large")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+        if size > most:
+            raise CheckpointError(f"{path} has {size:,} bytes; no JSON file of its kind is that large")
+        text = path.read_text(encoding="utf-8")
+        if sum(map(text.count, "[{,")) > _MOST_VALUES:
+            raise CheckpointError(f"{path} has more than the {_MOST_VALUES:,} values that are read")
+        content = json.loads(text, parse_int=_whole)
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:

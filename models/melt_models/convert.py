@@ -17,6 +17,7 @@ from .aggregation import GATE_BIAS_INIT
 from .atomic import new_directory
 from .checkpoint import (
     CONFIG_ERRORS,
+    MOST_TOKENIZER_BYTES,
     Weights,
     check_names,
     check_sizes,
@@ -40,6 +41,7 @@ COMPANIONS = (
 )
 TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
 _SPECIAL = ("pad", "bos", "eos")
+_MOST_ENDS = 256  # tokens that end a text; a runtime reads no more
 # exp(-30): a token never leaves at a gate that nobody trained.
 _CLOSED_EXIT_BIAS = -30.0
 
@@ -109,7 +111,7 @@ def convert(
 ) -> MeltConfig:
     """Writes the MELT starting checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
     config = melt_config(read_config(source), loops=loops, chunk_size=chunk_size)
-    check_companions(source, config.vocab_size)
+    check_companions(source, config)
     weights = Weights(source)
     with new_directory(output, force=force) as build:
         save_state(config, melt_state(config, weights), build)
@@ -119,23 +121,46 @@ def convert(
     return config
 
 
-def check_companions(directory: Path, rows: int) -> None:
-    """Looks at the files that travel with a checkpoint. ``rows``: of its embedding.
+def check_companions(directory: Path, config: LoopedConfig) -> None:
+    """Looks at the files that travel with a checkpoint of this configuration.
 
-    Raises CheckpointError for what is no JSON, for stop ids that are none, and for a tokenizer with more tokens than
-    there are rows.
+    Raises CheckpointError for what is no JSON, for end tokens that are none or outside the vocabulary, and for a
+    tokenizer with more tokens than the embedding has rows.
     """
-    found = {name: read_json(directory / name) for name in COMPANIONS if _is_json(directory / name)}
-    try:
-        check_fields({f"{part}_token_id": found.get(_GENERATION, {}).get(f"{part}_token_id") for part in _SPECIAL})
-    except ValueError as error:
-        raise CheckpointError(f"{directory / _GENERATION}: {error}") from error
+    found = {
+        name: read_json(directory / name, *([MOST_TOKENIZER_BYTES] if name == TOKENIZER else []))
+        for name in COMPANIONS
+        if _is_json(directory / name)
+    }
+    _check_ends(directory, found.get(_GENERATION, {}), config)
+    rows = config.vocab_size
     most = max(_token_ids(found.get(TOKENIZER, {})), default=-1)
     if most >= rows:
         raise CheckpointError(
             f"{directory / TOKENIZER} has token ids up to {most:,}, the model rows for {rows:,}: they do not belong "
             f"together, or tokens were added; then let transformers give the model rows for them, with "
             f"resize_token_embeddings({most + 1}), and save both"
+        )
+
+
+def _check_ends(directory: Path, generation: Mapping[str, Any], config: LoopedConfig) -> None:
+    """Raises CheckpointError for special tokens that are no token ids, and for a token that ends a text and that the
+    model cannot say: as in generation_config.json, else as in the configuration."""
+    file, ends = directory / _GENERATION, generation.get("eos_token_id")
+    try:
+        check_fields({f"{part}_token_id": generation.get(f"{part}_token_id") for part in _SPECIAL})
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if ends is None:
+        file, ends = directory / "config.json", config.eos_token_id
+    ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if len(ids) > _MOST_ENDS:
+        raise CheckpointError(f"{file}: eos_token_id is a list of {len(ids):,} tokens; {_MOST_ENDS} can end a text")
+    outside = next((one for one in ids if one >= config.vocab_size), None)
+    if outside is not None:
+        raise CheckpointError(
+            f"{file}: eos_token_id is {outside}, which the model cannot say: its vocabulary has {config.vocab_size:,} "
+            "tokens"
         )
 
 

@@ -169,7 +169,9 @@ def read_tokenizer(directory: Path) -> Any:
         raise ValueError(f"tokenizer directory {directory} does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # many kinds, of which a panic of the tokenizers library is no Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{directory} has no tokenizer that transformers can read: {reason[0]}") from error
     if tokenizer.eos_token_id is None:

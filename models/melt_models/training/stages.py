@@ -183,7 +183,9 @@ class _Start:
         weights = {name: value.detach().cpu() for name, value in weights.items()}
         with new_directory(output) as build:
             save_state(config, weights, build)
-            ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+            # transformers writes no negative id, with which some configurations say that there is none.
+            pad = config.pad_token_id if config.pad_token_id is None or config.pad_token_id >= 0 else None
+            ids = {"eos_token_id": config.eos_token_id, "pad_token_id": pad}
             GenerationConfig(do_sample=False, **ids).save_pretrained(build)
             batches.save_tokenizer(build)
             for name in COMPANIONS:

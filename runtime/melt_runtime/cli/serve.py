@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import ssl
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,7 @@ def serve_command(
             from ..server.app import Limits, build_app
             from ..server.connection import HEADER_BYTES, bounded, room
             from ..server.guard import Keys, is_loopback
-            from ..server.lifecycle import DrainingServer, quiet_signals
+            from ..server.lifecycle import DrainingServer
             from ..server.logs import configure, log
             from ..server.process import settle
             from ..server.service import Service
@@ -137,6 +138,8 @@ def serve_command(
             timeout_graceful_shutdown=1,  # DrainingServer has waited by then
         )
         config.load()
+        server = DrainingServer(config, scheduler, drain)
+        server.take_signals()
         scheme = "http" if tls_cert is None else "https"
         where = f"[{host}]" if ":" in host else host
         log(
@@ -149,15 +152,13 @@ def serve_command(
             prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
             backend=runtime.backend.name,
         )
-        quiet_signals()
-        server = DrainingServer(config, scheduler, drain)
         try:
             server.run(sockets=[listener])
         finally:
             scheduler.close(drain=False)
         log("stopped")
-        if server.stuck:  # Python's own end would wait for, or tear down, a thread inside the backend
-            os._exit(0)
+        sys.stdout.flush()
+        os._exit(0)  # Python's own end waits for threads, and tears libraries down, for as long as these take
 
 
 def _require_tls(cert: Path, key: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..untrusted import read_text
 from .reader import Package
 
@@ -12,6 +14,9 @@ _MAX_BYTES = 4096
 def example_prompt(package: Package) -> str | None:
     """The text of example_prompt.txt less its last line break; None where the package has none. Raises PackageError."""
     path = package.file(EXAMPLE_PROMPT)
-    if path is None:
-        return None
+    return None if path is None else read_example_prompt(path)
+
+
+def read_example_prompt(path: Path) -> str:
+    """The text of an example_prompt.txt less its last line break. Raises PackageError."""
     return read_text(path, _MAX_BYTES).removesuffix("\n").removesuffix("\r")

@@ -29,11 +29,16 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain: float):
         super().__init__(config)
-        self.stuck = False  # the scheduler's thread was left behind
         self._scheduler, self._drain = scheduler, drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
         self._signalled = False
+
+    def take_signals(self) -> None:
+        """From here on a signal is this server's: one that comes before its loop runs ends it, and one that comes after
+        changes nothing."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
@@ -42,7 +47,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came; for the main thread."""
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             self.should_exit = True
         elif not self._signalled:
             self._signalled = True
@@ -63,7 +68,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _end(self) -> None:
         due = monotonic() + self._drain
-        self.stuck = not await run_in_threadpool(self._scheduler.close, True, self._drain, GRACE)
+        await run_in_threadpool(self._scheduler.close, True, self._drain, GRACE)
         told = monotonic() + GRACE
         while self._answering() and monotonic() < max(min(due, monotonic() + self._drain), told):
             await asyncio.sleep(0.02)
@@ -75,9 +80,3 @@ class DrainingServer(uvicorn.Server):
 
     def _answering(self) -> list[Connection]:
         return [one for one in self.server_state.connections if isinstance(one, Connection) and one.answering]
-
-
-def quiet_signals() -> None:
-    """Signals that come before and after the server's own handlers change nothing; it ends by itself."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ..errors import MeltError, PackageError
 from ..package.manifest_schema import STOP_IDS
@@ -10,7 +13,7 @@ from ..package.reader import Package
 from ..untrusted import FieldError, optional, read_object
 from .tokenizer import TextCodec
 
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 # Words that no template has by itself, and none changes.
 _ANSWER, _NEXT = "zanswerz", "znextz"
 
@@ -32,7 +35,7 @@ def end_tokens(package: Package, codec: TextCodec | None) -> tuple[EndToken, ...
     The configuration's end every text. A checkpoint's configuration often names another token than the one with which
     its chat template ends a turn; in a chat that one, and the tokenizer's own eos_token, stop as well.
     """
-    source, configured = _configured(package)
+    source, configured = configured_ends(package.file(GENERATION), package.manifest.model)
     found = {token_id: [source] for token_id in sorted(configured)}
     if codec is not None:
         chat = {
@@ -51,7 +54,7 @@ def end_tokens(package: Package, codec: TextCodec | None) -> tuple[EndToken, ...
 
 def stop_ids_of(package: Package) -> set[int]:
     """The end-of-text ids of generation_config.json, else of the model's configuration. Raises PackageError."""
-    return _configured(package)[1]
+    return configured_ends(package.file(GENERATION), package.manifest.model)[1]
 
 
 def end_of_turn(codec: TextCodec) -> str | None:
@@ -79,16 +82,17 @@ def _text(codec: TextCodec | None, token_id: int) -> str | None:
     return None if codec is None else codec.tokenizer.id_to_token(token_id)
 
 
-def _configured(package: Package) -> tuple[str, set[int]]:
-    """Which file names the end-of-text ids, and these."""
-    path, source, value = package.file(_GENERATION), _GENERATION, None
+def configured_ends(path: Path | None, model: Mapping[str, Any]) -> tuple[str, set[int]]:
+    """Which file names the end-of-text ids, and these. path: of a generation_config.json, if there is one; model: the
+    model's configuration. Raises PackageError."""
+    source, value = GENERATION, None
     if path is not None:
         try:
             value = optional(STOP_IDS)(read_object(path).get("eos_token_id"), "eos_token_id")
         except FieldError as error:
             raise PackageError(f"{path}: {error}") from error
     if value is None:
-        source, value = "config.json", package.manifest.model.get("eos_token_id")
+        source, value = "config.json", model.get("eos_token_id")
     if value is None:
         return source, set()
     return source, {value} if isinstance(value, int) else set(value)
