@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import onnx_ir as ir
 import torch
 import torch.fx.experimental._config
-from melt_models import MeltConfig, MeltForCausalLM
+from melt_models import MeltConfig
 from melt_models.checkpoint import LoopedModel
 from melt_models.configuration import LoopedConfig
 from melt_models.layers import rotary_tables
@@ -97,7 +97,7 @@ class _MeltStep(_LoopStep[MeltModel]):
 
 
 class _PlainStep(_LoopStep[M]):
-    """A LoopLM, whose caches are those of the loop that runs, or a MELT of one loop: nothing else is kept for a next."""
+    """A LoopLM, whose caches are those of the loop that runs, or a MELT of one loop: nothing else is kept."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)

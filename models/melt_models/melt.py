@@ -48,7 +48,7 @@ class MeltLayer(DecoderLayer):
         return self.attend_and_transform(x, a, self.latent_gate.read(latent), attend), latent
 
     def first(self, x: Tensor, attend: Attend) -> Tensor:
-        """``forward`` in the first loop of all sequences, for whoever runs no second one. x: (batch, chunk, d), kept."""
+        """``forward`` in a first loop that no second one follows. x: (batch, chunk, d), kept."""
         a = self.input_layernorm(x)
         return self.attend_and_transform(x, a, self.latent_gate.first(a), attend)
 
