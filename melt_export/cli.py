@@ -308,7 +308,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
 
     if manifest.cache:
         table.add_row("cache", "{kind}, a scale a channel".format(**manifest.cache))
-    depth = "any loops" if manifest.cache_loops is None else f"caches for {manifest.cache_loops} loops"
+    most = manifest.most_loops
+    depth = "any loops" if most is None else "one loop" if most == 1 else f"caches for {most} loops"
     table.add_row(
         "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"
     )

@@ -24,7 +24,7 @@ from melt_runtime.errors import PackageError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package.example_prompt import EXAMPLE_PROMPT, read_example_prompt
 from melt_runtime.package.files import FileSpec, file_hash
-from melt_runtime.package.manifest import MANIFEST, Manifest
+from melt_runtime.package.manifest import MANIFEST, Manifest, version_for
 from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.specs import MAX_LOOPS, PRECISIONS, GraphSpec
 from melt_runtime.progress import Step as Progress
@@ -160,6 +160,7 @@ def build_package(
         files=_hash_files(directory, progress),
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries=installed_versions(_LIBRARIES),
+        format_version=version_for(states),
         weights=record,
         cache={} if options.cache is None else options.cache.record(),
     )

@@ -400,3 +400,21 @@ def test_the_first_loop_does_not_read_the_latent_it_is_given(init: str, count: i
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         melt()(tokens(3), **arguments)
+
+
+@pytest.mark.parametrize("init", ["first_input", "zeros"])
+@pytest.mark.parametrize("aggregation", ["gate", "scalar_gate", "ema", "mean", "last"])
+def test_the_only_loop_is_the_first_to_the_last_bit(aggregation: str, init: str) -> None:
+    model = melt(loops=1, init=init, aggregation=aggregation).model
+    hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    every = torch.ones(2, 3, dtype=torch.bool)
+
+    def attend() -> ChunkAttention:
+        return ChunkAttention(model.config, MeltCache(2), every)
+
+    latent = hidden.new_zeros(2, 2, 3, model.config.latent_size)
+    with torch.no_grad():
+        step = model.loop_step(hidden, latent, every[:, 0], every, attend())
+        alone = model.only_loop(hidden, attend())
+    assert torch.equal(step.hidden, alone[0])
+    assert torch.equal(step.exit_probability, alone[1])

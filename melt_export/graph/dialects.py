@@ -68,7 +68,7 @@ class Dialect(ABC):
 
     def check(self, config: LoopedConfig) -> None:
         """Raises ExportError for a model that the dialect cannot express."""
-        if isinstance(config, LoopLMConfig) and self.cache_kind != "in_place":
+        if _caches_per_loop(config) and self.cache_kind != "in_place":
             raise ExportError(
                 f"a LoopLM writes its caches in every loop, the {self.name} dialect once after the last: "
                 "export with --dialect onnxruntime or standard"
@@ -83,7 +83,7 @@ class Dialect(ABC):
         """The caches as state tensors, key before value, layer by layer; a LoopLM's with its loops in front."""
         shape: tuple[int | str, ...] = ("batch", config.num_key_value_heads, cache_rows, config.head_dim)
         kind = self.cache_kind
-        if isinstance(config, LoopLMConfig):
+        if _caches_per_loop(config):
             shape, kind = (config.total_ut_steps, *shape), "per_loop"
         return [
             StateSpec(f"{part}_cache.{layer}", self.cache_output(part, layer), dtype, shape, kind)
@@ -97,6 +97,10 @@ class Dialect(ABC):
     def output_shape(self, state: StateSpec) -> tuple[int | str, ...]:
         """The shape of what the graph gives back for a cache."""
         return state.bound_shape
+
+
+def _caches_per_loop(config: LoopedConfig) -> bool:
+    return isinstance(config, LoopLMConfig) and config.total_ut_steps > 1
 
 
 MASK = TensorSpec("attention_mask", "bool", ("batch", 1, "chunk", "context"))

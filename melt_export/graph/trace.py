@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import onnx_ir as ir
 import torch
 import torch.fx.experimental._config
-from melt_models import MeltConfig, MeltForCausalLM
+from melt_models import MeltConfig
 from melt_models.checkpoint import LoopedModel
 from melt_models.configuration import LoopedConfig
 from melt_models.layers import rotary_tables
@@ -96,12 +96,13 @@ class _MeltStep(_LoopStep[MeltModel]):
         return (*step, *attend.outputs)
 
 
-class _LoopLMStep(_LoopStep[LoopLMModel]):
-    """LoopLM: the caches are those of the loop that runs, and nothing else is kept between loops."""
+class _PlainStep(_LoopStep[M]):
+    """A LoopLM, whose caches are those of the loop that runs, or a MELT of one loop: nothing else is kept."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)
-        step = self.model.loop_step(hidden, attend)
+        model = self.model
+        step = model.only_loop(hidden, attend) if isinstance(model, MeltModel) else model.loop_step(hidden, attend)
         return (*step, *attend.outputs)
 
 
@@ -117,7 +118,7 @@ class TracedGraph:
 def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
     """All state tensors of the loop step, in the order of its inputs."""
     states = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", config.hidden_size), "swap")]
-    if isinstance(config, MeltConfig):
+    if isinstance(config, MeltConfig) and config.total_ut_steps > 1:
         latent = (config.num_hidden_layers, "batch", "chunk", config.latent_size)
         states.append(StateSpec("latent", "next_latent", dtype, latent, "swap"))
     return [*states, *dialect.cache_states(config, dtype, cache_rows)]
@@ -136,12 +137,12 @@ def trace_loop_step(
     model: LoopedModel, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
 ) -> TracedGraph:
     """One loop over a chunk: every state tensor in and out, and the exit probability (batch, chunk)."""
-    melt = isinstance(model, MeltForCausalLM)
+    steered = any(state.input == "latent" for state in states)
     swapped, caches = ([s for s in states if (s.kind == "swap") == wanted] for wanted in (True, False))
     steering = (TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk")))
     fixed = (
         *(TensorSpec(s.input, s.dtype, s.shape) for s in swapped),
-        *(steering if melt else ()),
+        *(steering if steered else ()),
         TensorSpec("lengths", "int64", ("batch",)),
         dialect.control,
     )
@@ -151,10 +152,11 @@ def trace_loop_step(
         TensorSpec("exit_probability", "float32", ("batch", "chunk")),
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
-    module: nn.Module = (_MeltStep if melt else _LoopLMStep)(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
+    step = _MeltStep if steered else _PlainStep
+    module: nn.Module = step(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])  # type: ignore[arg-type]
     traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), cache_rows)
     if dialect.fuses:
-        if isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
+        if steered and isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
             skip_first_gate(traced.model.graph)
         merge_matmuls(traced.model.graph)
         fuse_norms(traced.model)

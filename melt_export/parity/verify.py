@@ -190,7 +190,7 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheN
     """One sequence's part of the chunk that just ran a loop, its rows still open."""
     state = driver.state
     latent = None
-    if driver.manifest.cache_loops is None:
+    if driver.manifest.has_latent:
         latent = state.read("latent", (slice(None), slot, slice(count)))
     caches = [s for s in driver.manifest.states if s.kind != "swap"]
 

@@ -30,6 +30,10 @@ class Aggregation(nn.Module):
         """h_t (batch, chunk, d): what keys and values are projected from."""
         return latent
 
+    def first(self, a: Tensor) -> Tensor:
+        """h_1 of a (batch, chunk, d): ``read`` after the first loop, and no work where that is a to the last bit."""
+        return a
+
 
 class LatentGate(Aggregation):
     """``h_t = z_t h_{t-1} + (1 - z_t) a_t`` with ``z_t = sigmoid(a_t W_z + h_{t-1} U_z + b_z)``.
@@ -52,6 +56,9 @@ class LatentGate(Aggregation):
         z = torch.sigmoid(self.input_proj(a) + self.latent_proj(latent) + self.bias)
         return a + z * (latent - a)  # z h + (1 - z) a, and exactly a where h is a
 
+    def first(self, a: Tensor) -> Tensor:
+        return a if self.from_input else self(a, self.start(a))
+
 
 class MovingAverage(Aggregation):
     """``h_t = w a_t + (1 - w) h_{t-1}``: an exponential moving average with a fixed weight."""
@@ -65,6 +72,9 @@ class MovingAverage(Aggregation):
 
     def forward(self, a: Tensor, latent: Tensor) -> Tensor:
         return latent + self.weight * (a - latent)
+
+    def first(self, a: Tensor) -> Tensor:
+        return a if self.from_input else self(a, self.start(a))
 
 
 class Mean(Aggregation):

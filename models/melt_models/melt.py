@@ -47,6 +47,11 @@ class MeltLayer(DecoderLayer):
         latent = torch.where(active.unsqueeze(-1), self.latent_gate(a, latent), latent)
         return self.attend_and_transform(x, a, self.latent_gate.read(latent), attend), latent
 
+    def first(self, x: Tensor, attend: Attend) -> Tensor:
+        """``forward`` in a first loop that no second one follows. x: (batch, chunk, d), kept."""
+        a = self.input_layernorm(x)
+        return self.attend_and_transform(x, a, self.latent_gate.first(a), attend)
+
 
 class LoopStep(NamedTuple):
     """What one loop leaves: hidden (batch, chunk, d), latent (layers, batch, chunk, latent_size), and
@@ -95,6 +100,16 @@ class MeltModel(nn.Module):
         hidden = torch.where(active.unsqueeze(-1), self.norm(x), hidden)
         exit_probability = torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
         return LoopStep(hidden, torch.stack(latents), exit_probability)
+
+    def only_loop(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """``loop_step`` for tokens that run one loop: nothing is kept for a next one, and no token is frozen.
+
+        hidden: (batch, chunk, d). Returns the new hidden and the exit probability (batch, chunk) float32.
+        """
+        for layer in self.layers:
+            hidden = layer.first(hidden, attend)
+        hidden = self.norm(hidden)
+        return hidden, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
 
     def loops(
         self, hidden: Tensor, active: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float

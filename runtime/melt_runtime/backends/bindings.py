@@ -47,16 +47,15 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     hidden = manifest.states[0]
     shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
         "input_ids": ("int64", ("batch", "chunk")),
-        "first_loop/0": ("bool", ("batch",)),
-        "first_loop/1": ("bool", ("batch",)),
-        "first_loop": ("bool", ("batch",)),
-        "active": ("bool", ("batch", "chunk")),
         "lengths": ("int64", ("batch",)),
         "exit_probability": ("float32", ("batch", "chunk")),
         "head_hidden": (hidden.dtype, ("batch", hidden.shape[-1])),
         "logits": ("float32", ("batch", manifest.vocab_size)),
     }
     inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
+    if "active" in inputs:
+        shapes |= dict.fromkeys(("first_loop/0", "first_loop/1", "first_loop"), ("bool", ("batch",)))
+        shapes["active"] = ("bool", ("batch", "chunk"))
     if "chunk_lengths" in inputs:
         shapes["chunk_lengths"] = ("int64", ("batch",))
     if "attention_mask" in inputs:

@@ -63,7 +63,8 @@ class BufferState(ABC):
         self.headed = False  # whether the head ran with the open chunk
         self.hidden = manifest.states[0]
         self._hidden_buffers = (behind(self.hidden, 0), behind(self.hidden, 1))
-        self.masked = any(spec.name == "attention_mask" for spec in manifest.graphs["loop_step"].inputs)
+        inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
+        self.masked, self.steered = "attention_mask" in inputs, "active" in inputs
         self.first = 0  # of a part: which of the whole's sequences is its first
         self.offsets: dict[str, int] = {}  # and where that one's caches begin in their buffers
         sizes = state_buffers(manifest, batch)
@@ -71,7 +72,8 @@ class BufferState(ABC):
         self._read_only = [state for state in manifest.states if state.kind == "read_only"]
         self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
-        self.put("first_loop/1", np.ones(batch, np.bool_))
+        if self.steered:
+            self.put("first_loop/1", np.ones(batch, np.bool_))
 
     @property
     @abstractmethod
@@ -288,8 +290,9 @@ class BufferState(ABC):
             width, context = self._begin_loops(control)
         else:
             width, context = control.active.shape[1], self.context(control)
-            self.put("active", control.active)
-        if len(alike) == 1:
+            if self.steered:
+                self.put("active", control.active)
+        if len(alike) == 1 or not self.steered:
             name = f"first_loop/{int(first[0])}"
         else:
             self.put(name, first)
@@ -303,7 +306,8 @@ class BufferState(ABC):
             self._write_mask(control, width, context)
         else:
             self.put("chunk_lengths", control.chunk_lengths)
-        self.put("active", control.active)
+        if self.steered:
+            self.put("active", control.active)
         return width, context
 
     def run_embed(self) -> None:

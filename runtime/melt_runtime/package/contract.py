@@ -25,7 +25,6 @@ def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ..
     """Inputs and outputs of each graph, in any order, as the states and the dialect want them."""
     states = manifest.states
     hidden = TensorSpec("hidden", states[0].dtype, states[0].shape)
-    melt = manifest.cache_loops is None
     steering = [TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk"))]
     lengths = TensorSpec("lengths", "int64", ("batch",))
     fused = manifest.dialect == "onnxruntime"
@@ -34,7 +33,7 @@ def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ..
     written = [TensorSpec(state.output, state.dtype, state.output_shape) for state in states]
     return {
         "embed": ((TensorSpec("input_ids", "int64", ("batch", "chunk")),), (hidden,)),
-        "loop_step": ((*read, *(steering if melt else ()), lengths, control), (*written, _EXIT)),
+        "loop_step": ((*read, *(steering if manifest.has_latent else ()), lengths, control), (*written, _EXIT)),
         "lm_head": ((hidden,), (TensorSpec("logits", "float32", ("batch", "chunk", manifest.vocab_size)),)),
     }
 
@@ -75,18 +74,20 @@ def _sizes(manifest: Manifest) -> str | None:
 
 
 def _states(manifest: Manifest) -> str | None:
-    """The states are hidden, of a MELT latent, and each layer's key and value cache, sized as the manifest says."""
+    """The states are hidden, of a MELT of more than one loop latent, and each layer's key and value cache, sized as
+    the manifest says."""
     dtype, states = PRECISIONS[manifest.precision], manifest.states
     per_loop = any(state.kind == "per_loop" for state in states)
-    swapped, caches = (states[:1], states[1:]) if per_loop else (states[:2], states[2:])
+    plain = per_loop or not manifest.has_latent
+    swapped, caches = (states[:1], states[1:]) if plain else (states[:2], states[2:])
     layers = len(caches) // 2
-    names = ["hidden"] if per_loop else ["hidden", "latent"]
+    names = ["hidden"] if plain else ["hidden", "latent"]
     names += [f"{part}_cache.{layer}" for layer in range(layers) for part in ("key", "value")]
     if [state.input for state in states] != names or not layers:
         return f"states must be {', '.join(names[:2])} and so on: a key and a value cache for each layer"
     width = states[0].shape[-1]
     wanted = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", width), "swap")]
-    if not per_loop:
+    if not plain:
         last = swapped[1].shape[-1]
         wanted.append(StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", last), "swap"))
     first = caches[0]
@@ -107,6 +108,8 @@ def _states(manifest: Manifest) -> str | None:
             return f"state {state.input} has the impossible shape {list(state.shape)}"
     if per_loop and (isinstance(loops[0], str) or manifest.loops > loops[0]):
         return f"loops is {manifest.loops}; the caches are for {loops[0]}"
+    if manifest.most_loops == 1 and manifest.loops > 1:
+        return f"loops is {manifest.loops}; without the state latent there is one"
     return None
 
 

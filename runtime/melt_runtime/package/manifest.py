@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,8 @@ from .specs import (
     size_of,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; packages that older runtimes can run keep the version that these read
+_ONE_LOOP = 2  # states without a latent, of a package of one loop
 MANIFEST, PARITY = "manifest.json", "parity.json"
 COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
 
@@ -85,8 +86,24 @@ class Manifest:
         """How many loops have a cache of their own (a LoopLM); None where all loops share one (MELT)."""
         return next((int(s.shape[0]) for s in self.states if s.kind == "per_loop"), None)
 
+    @cached_property
+    def has_latent(self) -> bool:
+        """Whether the loop step carries a latent from loop to loop: a MELT of more than one."""
+        return any(state.input == "latent" for state in self.states)
+
+    @property
+    def most_loops(self) -> int | None:
+        """How many loops a token may have: as many as have caches of their own, one where nothing is carried to a
+        second; None: any number."""
+        return None if self.has_latent else self.cache_loops or 1
+
     def check_depth(self, loops: int, exit_threshold: float) -> None:
-        """Raises ArgumentError for a depth that a LoopLM's caches do not allow; MELT allows any."""
+        """Raises ArgumentError for a depth that a LoopLM's caches, or a package of one loop, do not allow."""
+        if self.most_loops == 1 and loops > 1:
+            raise ArgumentError(
+                f"loops is {loops}; this package runs one: its checkpoint has total_ut_steps 1, and nothing that a "
+                "second loop would need was exported"
+            )
         if self.cache_loops is None:
             return
         if loops > self.cache_loops:
@@ -104,6 +121,12 @@ class Manifest:
             if not content[name]:
                 del content[name]
         return manifest_text(content)
+
+
+def version_for(states: Sequence[StateSpec]) -> int:
+    """The oldest format that has such states."""
+    carried = any(state.input == "latent" or state.kind == "per_loop" for state in states)
+    return 1 if carried else _ONE_LOOP
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:

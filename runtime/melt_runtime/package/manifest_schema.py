@@ -63,11 +63,11 @@ def read_manifest(content: str | bytes) -> Manifest:
 
 
 def _check_version(version: Any) -> None:
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         advice = "update melt-export" if newer else "export the checkpoint again"
         raise FieldError(
-            f"the package has format version {shown(version)}, this runtime reads {FORMAT_VERSION}: {advice}"
+            f"the package has format version {shown(version)}, this runtime reads 1 to {FORMAT_VERSION}: {advice}"
         )
 
 
