@@ -207,7 +207,7 @@ def test_going_back_into_a_prompt_is_having_been_given_its_beginning(every_backe
 
 def test_going_back_and_appending_runs_no_kept_token_again(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(runtime)
-    kept, ran = session.driver.state.rows(0, 0, 13), list[int]()
+    kept, ran = session.driver.state.read_positions(0, 0, 13), list[int]()
     session.truncate(13)
     advance = LoopDriver.advance
     monkeypatch.setattr(
@@ -218,7 +218,9 @@ def test_going_back_and_appending_runs_no_kept_token_again(runtime: Runtime, mon
     session.append(MORE)
     assert ran == [4]
     assert session.chunks == (0, 8, 13)
-    assert all(np.array_equal(values, kept[name]) for name, values in session.driver.state.rows(0, 0, 13).items())
+    assert all(
+        np.array_equal(values, kept[name]) for name, values in session.driver.state.read_positions(0, 0, 13).items()
+    )
 
 
 def test_going_back_keeps_the_depth_that_tokens_ran_at(runtime: Runtime) -> None:

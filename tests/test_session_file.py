@@ -200,10 +200,14 @@ IMPOSSIBLE: dict[str, Callable[[session_file.Saved], dict[str, Any]]] = {
     "chunks out of order": lambda s: {"chunk_starts": s.chunk_starts[::-1].copy()},
     "chunks that are too long": lambda s: {"chunk_starts": s.chunk_starts[:1], "chunk_settings": s.chunk_settings[:1]},
     "chunks without settings": lambda s: {"settings": []},
-    "rows of fewer tokens": lambda s: {"rows": {name: values[:, :-1].copy() for name, values in s.rows.items()}},
-    "rows of another type": lambda s: {"rows": {name: values.astype("f2") for name, values in s.rows.items()}},
-    "a cache without rows": lambda s: {"rows": dict(list(s.rows.items())[1:])},
-    "rows of something else": lambda s: {"rows": {**s.rows, "hidden": s.tokens}},
+    "positions of fewer tokens": lambda s: {
+        "positions": {name: values[:, :-1].copy() for name, values in s.positions.items()}
+    },
+    "positions of another type": lambda s: {
+        "positions": {name: values.astype("f2") for name, values in s.positions.items()}
+    },
+    "a cache without positions": lambda s: {"positions": dict(list(s.positions.items())[1:])},
+    "positions of something else": lambda s: {"positions": {**s.positions, "hidden": s.tokens}},
     "an unknown option": lambda s: {"options": {"looops": 1}},
     "an option out of range": lambda s: {"options": {"temperature": -1}},
     "a random state that is none": lambda s: {"random": {"state": 1}},

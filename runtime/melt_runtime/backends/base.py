@@ -79,10 +79,10 @@ class BackendState(Protocol):
     def read(self, name: str, index: Any = ...) -> NDArray[Any]:
         """A copy of a state as it stands, by its name in the manifest; ``index`` picks a part of it."""
 
-    def rows(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
+    def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
         """A copy of the cache rows ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, rows, head_dim)."""
 
-    def write_rows(self, slot: int, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
+    def write_positions(self, slot: int, start: int, positions: Mapping[str, NDArray[Any]]) -> None:
         """Writes what ``rows`` gave into the cache rows of a sequence from ``start`` on."""
 
 

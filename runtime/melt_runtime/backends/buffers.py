@@ -231,7 +231,7 @@ class BufferState(ABC):
                 return self._read(name, rows_shape(state.shape), state.dtype, index)
         raise ArgumentError(f"the package has no state {name!r}")
 
-    def rows(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
+    def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
         """A copy of the cache rows ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, rows, head_dim).
 
         bfloat16 comes as its bits. ``loops``: of a LoopLM only the caches of so many. Between chunks only. Raises
@@ -239,34 +239,32 @@ class BufferState(ABC):
         """
         found = {}
         for name, state in cache_buffers(self.manifest, loops).items():
-            strip, heads, size = self._rows_of(name, state, slot, start, stop)
+            strip, heads, size = self._region_of(name, state, slot, start, stop)
             dtype = host_dtype(state.dtype)
             values = self.fetch(strip, (stop - start) * size * dtype.itemsize, heads)
             found[name] = values.view(dtype).reshape(heads, stop - start, size)
         return found
 
-    def write_rows(self, slot: int, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
+    def write_positions(self, slot: int, start: int, positions: Mapping[str, NDArray[Any]]) -> None:
         """Writes what ``rows`` gave into the cache rows of a sequence from ``start`` on. Raises ArgumentError, before
         anything is written, for names, types or shapes that are not this state's."""
         strips, known = [], cache_buffers(self.manifest)
-        for name, values in rows.items():
+        for name, values in positions.items():
             if name not in known or values.ndim != 3 or values.dtype != host_dtype(known[name].dtype):
-                raise ArgumentError(
-                    f"rows of {name!r} as {values.dtype} with {values.ndim} axes are no rows of this state"
-                )
-            strip, heads, size = self._rows_of(name, known[name], slot, start, start + values.shape[1])
+                raise ArgumentError(f"{name!r} as {values.dtype} with {values.ndim} axes is no cache of this state")
+            strip, heads, size = self._region_of(name, known[name], slot, start, start + values.shape[1])
             if values.shape[::2] != (heads, size):
-                raise ArgumentError(f"rows of {name} have the shape {values.shape}, not ({heads}, rows, {size})")
+                raise ArgumentError(f"{name} has the shape {values.shape}, not ({heads}, positions, {size})")
             strips.append((strip, np.ascontiguousarray(values).reshape(heads, -1).view(np.uint8)))
         for strip, values in strips:
             self.store(strip, values)
 
-    def _rows_of(self, buffer: str, state: StateSpec, slot: int, start: int, stop: int) -> tuple[Strip, int, int]:
+    def _region_of(self, buffer: str, state: StateSpec, slot: int, start: int, stop: int) -> tuple[Strip, int, int]:
         """Where rows of a sequence lie, a piece a head; heads and head size."""
         heads, rows, size = (int(dim) for dim in state.bound_shape[1:])
         if not (0 <= slot < self.batch and 0 <= start < stop <= rows):
             raise ArgumentError(
-                f"rows {start} to {stop - 1} of slot {slot} are not among {rows} rows of {self.batch} slots"
+                f"positions {start} to {stop - 1} of slot {slot} are not among {rows} positions of {self.batch} slots"
             )
         row = size * ITEM_BYTES[state.dtype]
         begin = self.offsets.get(buffer, 0) + (slot * heads * rows + start) * row

@@ -49,7 +49,7 @@ class Saved:
     chunk_starts: NDArray[np.int64]
     chunk_settings: NDArray[np.int64]
     settings: list[LoopSettings]
-    rows: dict[str, NDArray[Any]]
+    positions: dict[str, NDArray[Any]]
     messages: tuple[Message, ...] | None = None
 
 
@@ -79,7 +79,7 @@ def write(path: Path, saved: Saved) -> None:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ArgumentError(f"the session's options cannot be written to a file: {error}") from error
     arrays = {name: getattr(saved, name) for name in _ARRAYS}
-    arrays |= {_ROWS + name: values for name, values in saved.rows.items()}
+    arrays |= {_ROWS + name: values for name, values in saved.positions.items()}
     metadata = {"format": FORMAT, "package": saved.package, "session": content}
     metadata["sha256"] = _digest(metadata, arrays)
     try:
@@ -131,7 +131,7 @@ def _parsed(metadata: Mapping[str, str], arrays: dict[str, NDArray[Any]]) -> Sav
     content = parse_json(metadata["session"])
     known = {name: arrays.pop(name) for name in _ARRAYS}
     if any(not name.startswith(_ROWS) for name in arrays):
-        raise ValueError(f"it has more than rows: {', '.join(arrays)}")
+        raise ValueError(f"it has more than positions: {', '.join(arrays)}")
     if any(values.dtype != np.int64 or values.ndim != 1 for values in known.values()):
         raise ValueError("tokens, depth and chunks must be lists of whole numbers")
     if not isinstance(content, dict) or content["length"] != len(known["tokens"]):
@@ -142,7 +142,7 @@ def _parsed(metadata: Mapping[str, str], arrays: dict[str, NDArray[Any]]) -> Sav
         random=dict(content["random"]),
         drawn=content["drawn"],
         settings=[LoopSettings(**one) for one in content["settings"]],
-        rows={name.removeprefix(_ROWS): values for name, values in arrays.items()},
+        positions={name.removeprefix(_ROWS): values for name, values in arrays.items()},
         messages=_messages(content.get("messages")),
         **known,
     )
@@ -175,12 +175,12 @@ def _check(saved: Saved, manifest: Manifest) -> None:
     if ends[0] != 0 or (np.diff(ends) < 1).any() or (np.diff(ends) > most).any():
         raise ValueError("its chunks are not those of its tokens")
     expected = cache_buffers(manifest, int(saved.depth.max())) if length else {}
-    if saved.rows.keys() != expected.keys():
-        raise ValueError("its rows are not those of the caches")
+    if saved.positions.keys() != expected.keys():
+        raise ValueError("its positions are not those of the caches")
     for name, state in expected.items():
         shape = (state.bound_shape[1], length, state.bound_shape[3])
-        if saved.rows[name].shape != shape or saved.rows[name].dtype != host_dtype(state.dtype):
-            raise ValueError(f"its rows of {name} have another type or shape than the cache's")
+        if saved.positions[name].shape != shape or saved.positions[name].dtype != host_dtype(state.dtype):
+            raise ValueError(f"its positions of {name} have another type or shape than the cache's")
 
 
 def _digest(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -154,7 +154,7 @@ class Session:
         Raises BackendError where there is no memory for it."""
         made = type(self)(self.runtime, prefixes=self.prefixes, **self.options)
         made.sampler.restore(self.sampler.state())
-        made._take(self._ids, self.driver.depth[0], self._chunks, self._drawn, self._rows())
+        made._take(self._ids, self.driver.depth[0], self._chunks, self._drawn, self._positions())
         made.messages = self.messages
         return made
 
@@ -207,7 +207,7 @@ class Session:
                 chunk_starts=np.array(self.chunks, np.int64),
                 chunk_settings=np.array([settings.index(one) for _, one in self._chunks], np.int64),
                 settings=settings,
-                rows=self._rows(),
+                positions=self._positions(),
                 messages=self.messages,
             ),
         )
@@ -230,7 +230,7 @@ class Session:
         which = zip(saved.chunk_starts.tolist(), saved.chunk_settings.tolist(), strict=True)
         chunks = [(start, saved.settings[index]) for start, index in which]
         self.reset()
-        self._take(saved.tokens.tolist(), saved.depth.tolist(), chunks, saved.drawn, saved.rows)
+        self._take(saved.tokens.tolist(), saved.depth.tolist(), chunks, saved.drawn, saved.positions)
         self.options, self.messages = saved.options, saved.messages
         self.sampler = Sampler(self.runtime.options(**saved.options).sampling)
         self.sampler.restore(saved.random)
@@ -241,16 +241,16 @@ class Session:
         depth: Sequence[int],
         chunks: Sequence[tuple[int, LoopSettings]],
         drawn: int | None,
-        rows: dict[str, NDArray[Any]],
+        positions: dict[str, NDArray[Any]],
     ) -> None:
         """Fills an empty session."""
-        self.driver.restore(0, rows, depth)
+        self.driver.restore(0, positions, depth)
         self._ids, self._chunks, self._drawn = list(ids), list(chunks), drawn
 
-    def _rows(self) -> dict[str, NDArray[Any]]:
+    def _positions(self) -> dict[str, NDArray[Any]]:
         """The used rows of all caches."""
         depth = self.driver.depth[0]
-        return self.driver.state.rows(0, 0, len(depth), max(depth)) if depth else {}
+        return self.driver.state.read_positions(0, 0, len(depth), max(depth)) if depth else {}
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and self.runtime.codec is not None and len(self):
