@@ -146,8 +146,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         if not scheduler.open:
             return ApiError(503, "the scheduler takes no more requests", code="closed").response()
-        if (still := scheduler.still) > service.still:
-            return ApiError(503, f"the scheduler has not moved for {still:.0f} seconds", code="stuck").response()
+        if (stalled := scheduler.stalled) > service.stalled:
+            return ApiError(503, f"the scheduler has not moved for {stalled:.0f} seconds", code="stuck").response()
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
