@@ -40,7 +40,7 @@ class Loops:
                     self.act()
 
         patch.setattr(OnnxRuntimeState, "run", counted)
-        patch.setattr(scheduler_module, "_LOOK", 0.0)
+        patch.setattr(scheduler_module, "_SWEEP_SECONDS", 0.0)
 
 
 @pytest.fixture

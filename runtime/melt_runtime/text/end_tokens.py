@@ -1,4 +1,4 @@
-"""Which tokens end a text, which a turn of a chat, and who says so."""
+"""End tokens: those that end a text, those that end a chat turn, and where they are configured."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from ..untrusted import FieldError, optional, read_object
 from .tokenizer import TextCodec
 
 _GENERATION = "generation_config.json"
-# Words that no template has by itself, and none changes.
+# Words that occur in no template and that none changes.
 _ANSWER, _NEXT = "zanswerz", "znextz"
 
 
 @dataclass(frozen=True)
 class EndToken:
-    """A token that stops generation: everywhere, or in chats alone. ``text``: as the tokenizer has it; None: it has
-    none. ``sources``: what names it, such as "generation_config.json"."""
+    """A token that stops generation, everywhere or only in chats.
+
+    ``text``: its text in the vocabulary, or None. ``sources``: where it is configured, such as
+    "generation_config.json".
+    """
 
     id: int
     text: str | None
@@ -27,10 +30,10 @@ class EndToken:
 
 
 def end_tokens(package: Package, codec: TextCodec | None) -> tuple[EndToken, ...]:
-    """The tokens that end a text or a turn. Raises PackageError.
+    """Return the tokens that end a text or a chat turn. Raises PackageError.
 
-    The configuration's end every text. A checkpoint's configuration often names another token than the one with which
-    its chat template ends a turn; in a chat that one, and the tokenizer's own eos_token, stop as well.
+    The configured tokens end every text. Chat templates often end turns with another token; that token and the
+    tokenizer's eos_token end answers in chats only.
     """
     source, configured = _configured(package)
     found = {token_id: [source] for token_id in sorted(configured)}
@@ -50,19 +53,19 @@ def end_tokens(package: Package, codec: TextCodec | None) -> tuple[EndToken, ...
 
 
 def stop_ids_of(package: Package) -> set[int]:
-    """The end-of-text ids of generation_config.json, else of the model's configuration. Raises PackageError."""
+    """Return the end-of-text ids of generation_config.json, else of the model's configuration. Raises PackageError."""
     return _configured(package)[1]
 
 
 def end_of_turn(codec: TextCodec) -> str | None:
-    """The token that the chat template writes behind an answer; None: it writes none, or cannot be asked."""
+    """Return the token that the chat template writes after an answer; None if there is none or the template fails."""
     if not codec.has_chat_template:
         return None
     question, answer = {"role": "user", "content": _NEXT}, {"role": "assistant", "content": _ANSWER}
     added = (token.content for token in codec.tokenizer.get_added_tokens_decoder().values())
-    # Blanks can be tokens, too, and stand in answers.
+    # Tokens of white space also occur inside answers.
     tokens = sorted((text for text in added if text.strip()), key=len, reverse=True)
-    # An end that stands only between two turns shows with a question behind the answer.
+    # Some templates write the end only if another turn follows.
     for messages in ([question, answer], [question, answer, question]):
         try:
             text = codec.render_chat(messages, add_generation_prompt=False)
@@ -80,7 +83,7 @@ def _text(codec: TextCodec | None, token_id: int) -> str | None:
 
 
 def _configured(package: Package) -> tuple[str, set[int]]:
-    """Which file names the end-of-text ids, and these."""
+    """Return the file that names the end-of-text ids, and the ids."""
     path, source, value = package.file(_GENERATION), _GENERATION, None
     if path is not None:
         try:

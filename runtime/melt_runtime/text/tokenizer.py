@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer of a package, its chat template, and decoding token by token."""
+"""A package's tokenizer: text to token ids and back, and its chat template."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .token_bytes import TokenBytes
 from .tokenizer_file import tokenizer_of
 from .unencodable import drops_characters, lacking
 
-MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest vocabularies of today
+MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest tokenizer files of today
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. ``role``: "system", "user" or "assistant"."""
+    """One message of a chat. ``role``: "system", "user" or "assistant"."""
 
     role: str
     content: str
 
     def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
+        """Return the message as a dict for the chat template."""
         return {"role": self.role, "content": self.content}
 
 
 class TextCodec:
-    """The tokenizer of a package and its chat template; `TextCodec.load` reads them from its directory.
+    """A package's tokenizer and chat template; ``load`` reads them from its directory.
 
-    tokenizer: any tokenizer of the tokenizers library; its truncation and padding are switched off.
-    special_tokens: text by name, such as "bos_token", for the chat template. chat_template: Jinja source, or None;
-    tool_template: one to be used where tools are given. Raises PackageError for one that is not valid Jinja.
+    ``tokenizer``: any tokenizer of the tokenizers library; its truncation and padding are switched off.
+    ``special_tokens``: text by name, such as "bos_token", for the chat template. ``chat_template``: Jinja source, or
+    None. ``tool_template``: the template for requests with tools. Raises PackageError for invalid Jinja.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TextCodec:
         chat_template: str | None = None,
         tool_template: str | None = None,
     ) -> None:
-        # Both would silently change prompts: the runtime checks lengths itself and pads with its own mask.
+        # Both would silently change prompts: the runtime checks lengths and masks padding itself.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
@@ -61,11 +61,11 @@ class TextCodec:
 
     @classmethod
     def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
-        """Read `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json` and
-        `chat_template.jinja`.
+        """Read ``tokenizer.json`` and, where present, ``tokenizer_config.json``, ``special_tokens_map.json`` and
+        ``chat_template.jinja``.
 
-        listed: the files that may be read, as a package's manifest names them; None: all that are there. Raises
-        PackageError if tokenizer.json is missing or any of them cannot be read.
+        ``listed``: the files that may be read, as the manifest names them; None: all. Raises PackageError if
+        tokenizer.json is missing or a file cannot be read.
         """
 
         def there(name: str) -> Path | None:
@@ -90,22 +90,24 @@ class TextCodec:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the tokenizer knows, added ones included."""
+        """The number of tokens, added tokens included."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `render_chat` can be used."""
+        """Whether ``render_chat`` can be used."""
         return self._template is not None
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token given by its exact text in the vocabulary, or None."""
+        """Return the id of a token, given its exact text in the vocabulary, or None."""
         return self.tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text. add_special_tokens: add what the tokenizer puts around a plain text, such as BOS;
-        pass False for a rendered chat, whose template wrote them already. Raises PromptError for text that is not
-        valid Unicode, or has a character that the tokenizer has no token for, not even one for unknown ones."""
+        """Return the token ids of a text.
+
+        ``add_special_tokens``: add the tokenizer's special tokens, such as BOS; pass False for a rendered chat, whose
+        template wrote them. Raises PromptError for text that is not valid Unicode or has a character without any token.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -123,8 +125,10 @@ class TextCodec:
         return list(encoded.ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Ids without a token give no text, as a model may have more rows than the tokenizer
-        has tokens; negative ids raise PromptError."""
+        """Return the text of token ids. Raises PromptError for ids below 0.
+
+        Ids without a token give no text: a model may have more embeddings than the tokenizer has tokens.
+        """
         try:
             return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
@@ -133,14 +137,15 @@ class TextCodec:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The prompt text of a conversation, as transformers renders it; encode it with add_special_tokens=False.
+        """Return the prompt text of a conversation, as transformers renders it. Encode it with
+        ``add_special_tokens=False``.
 
-        messages: dicts with the text "role", the "content", and what else the template knows. add_generation_prompt:
-        end with the opening of the assistant's turn. variables: what else the template is given, plain values, such as
+        ``messages``: dicts with "role", "content" and further fields of the template. ``add_generation_prompt``: end
+        with the start of the assistant's turn. ``variables``: further plain values for the template, such as
         ``enable_thinking=False`` or ``tools=[...]``.
 
-        Raises ArgumentError if the package has no chat template, PromptError for messages that are malformed or that
-        the template refuses and for variables that it cannot use, PackageError if the template itself fails.
+        Raises ArgumentError if the package has no chat template, PromptError for malformed messages, messages that the
+        template refuses, and unusable variables, PackageError if the template itself fails.
         """
         template = self._template if variables.get("tools") is None else self._tool_template
         if template is None:
@@ -155,7 +160,7 @@ class TextCodec:
             raise PromptError(f"The chat template failed where {names} was given: {error}") from error
 
     def shows(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether decode() would take any notice of this id."""
+        """Return whether decode() gives any text for this id."""
         if skip_special_tokens and token_id in self.special:
             return False
         try:
@@ -164,13 +169,13 @@ class TextCodec:
             raise PromptError(f"Token ids must be from 0 to 4,294,967,295, not {token_id}.") from error
 
     def special_tokens_in(self, texts: Sequence[str]) -> dict[str, int]:
-        """The special tokens whose text occurs in one of some texts: text -> id."""
+        """Return the special tokens that occur in some texts: text -> id."""
         joined = "\0".join(texts)
         return {text: token_id for token_id, text in self.special.items() if text and text in joined}
 
 
 def _template_sources(config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates in tokenizer_config.json by name; a single one is called "default"."""
+    """Return the templates in tokenizer_config.json by name; a single one is called "default"."""
     given = config.get("chat_template")
     entries = given if isinstance(given, list) else [] if given is None else [{"name": "default", "template": given}]
     if not all(
