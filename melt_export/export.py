@@ -28,7 +28,7 @@ from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.specs import MAX_LOOPS, PRECISIONS, GraphSpec
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 
 from .errors import ExportError
 from .graph.dialects import DIALECTS
@@ -187,7 +187,7 @@ def copy_companions(checkpoint: Path, directory: Path, vocab_size: int) -> None:
     copied = [name for name in COMPANIONS if (checkpoint / name).is_file()]
     if TOKENIZER in copied:
         try:
-            TextCodec.load(checkpoint)
+            TextTokenizer.load(checkpoint)
         except PackageError as error:
             raise ExportError(str(error).removesuffix("; export the package again.")) from error
     for name in copied:

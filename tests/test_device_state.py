@@ -75,7 +75,7 @@ def runtimes(package: Path, backend: type[OnStandIn]) -> tuple[Runtime, Runtime]
     """The package on the device and on the CPU."""
     opened = Package.open(package)
     on_cpu = Runtime.load(package, backend="onnxruntime")
-    return Runtime(opened, backend(opened), on_cpu.codec), on_cpu
+    return Runtime(opened, backend(opened), on_cpu.tokenizer), on_cpu
 
 
 @pytest.mark.parametrize("backend", [OnStandIn, ControlsOnTheHost])

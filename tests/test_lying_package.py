@@ -360,13 +360,13 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(package_copy: Path, 
     (package_copy / "generation_config.json").write_text('{"eos_token_id": 7}')
     edit(package_copy, lambda m: [m["files"].pop(n) for n in ("chat_template.jinja", "generation_config.json")])
     runtime = Runtime.load(package_copy)
-    assert runtime.codec is not None
-    assert not runtime.codec.has_chat_template
+    assert runtime.tokenizer is not None
+    assert not runtime.tokenizer.has_chat_template
     assert runtime.stop_ids == {1}
     (package_copy / "tokenizer.json").unlink()
     (package_copy / "tokenizer.json").symlink_to(tmp_path / "secret.json")
     edit(package_copy, lambda m: m["files"].pop("tokenizer.json"))
-    assert Runtime.load(package_copy).codec is None
+    assert Runtime.load(package_copy).tokenizer is None
     assert json.loads(CliRunner().invoke(app, ["inspect", str(package_copy), "--json"]).stdout)["tokenizer"] is False
 
 

@@ -107,10 +107,10 @@ def test_a_calls_own_sampling_leaves_the_sessions_random_stream_alone(runtime: R
 def test_only_the_first_text_gets_what_the_tokenizer_puts_around_one(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runtime.codec is not None
-    encode = runtime.codec.encode
+    assert runtime.tokenizer is not None
+    encode = runtime.tokenizer.encode
     monkeypatch.setattr(
-        runtime.codec, "encode", lambda text, add_special_tokens=True: [2] * add_special_tokens + encode(text)
+        runtime.tokenizer, "encode", lambda text, add_special_tokens=True: [2] * add_special_tokens + encode(text)
     )
     session = runtime.session()
     session.append("ab")

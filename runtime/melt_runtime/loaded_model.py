@@ -22,16 +22,16 @@ from .sampling.sampler import SamplingParams
 from .text.end_tokens import end_tokens
 from .text.prompts import Prompt, token_ids
 from .text.stop_strings import stop_strings, stop_tokens
-from .text.tokenizer import TextCodec
+from .text.tokenizer import TextTokenizer
 
 
 class LoadedModel:
     """A loaded package, ready to open states; ``Runtime`` adds generation. All errors are MeltErrors."""
 
-    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
-        self.package, self.backend, self.codec = package, backend, codec
+    def __init__(self, package: Package, backend: Backend, tokenizer: TextTokenizer | None, backend_reason: str = ""):
+        self.package, self.backend, self.tokenizer = package, backend, tokenizer
         self.backend_reason = backend_reason  # a sentence that says why this backend was chosen
-        self.end_tokens = end_tokens(package, codec)
+        self.end_tokens = end_tokens(package, tokenizer)
         self.stop_ids = {token.id for token in self.end_tokens if not token.chats_only}
         self.chat_stop_ids = {token.id for token in self.end_tokens}  # with those that end only a chat's answers
         self._warned: set[str] = set()
@@ -66,9 +66,9 @@ class LoadedModel:
         with the number of bytes hashed since its last call.
         """
         package = Package.open(directory, check_hashes=check_hashes, expected_hash=expected_hash, progress=progress)
-        codec = codec_of(package)
+        tokenizer = load_tokenizer(package)
         opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
-        return cls(package, opened.backend, codec, opened.reason)
+        return cls(package, opened.backend, tokenizer, opened.reason)
 
     @property
     def manifest(self) -> Manifest:
@@ -88,9 +88,9 @@ class LoadedModel:
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, which may be ids already. Raises PromptError."""
         if isinstance(prompt, str):
-            if self.codec is None:
+            if self.tokenizer is None:
                 raise PromptError("the package has no tokenizer; give the prompt as token ids")
-            return self.codec.encode(prompt)
+            return self.tokenizer.encode(prompt)
         return token_ids(prompt)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
@@ -99,9 +99,9 @@ class LoadedModel:
         ``variables`` are passed to the template, for example ``enable_thinking=False``. To end generation with the
         turn, pass ``stop_ids=runtime.chat_stop_ids``. Raises ArgumentError, PromptError.
         """
-        if self.codec is None:
+        if self.tokenizer is None:
             raise ArgumentError("the package has no tokenizer, so no chat template")
-        return self.codec.encode(self.codec.render_chat(messages, **variables), add_special_tokens=False)
+        return self.tokenizer.encode(self.tokenizer.render_chat(messages, **variables), add_special_tokens=False)
 
     def warn(self, request: GenerationOptions) -> None:
         """Emit a request's warnings as MeltWarning, each sentence once per model."""
@@ -151,7 +151,7 @@ def _callers_level() -> int:
     return level
 
 
-def codec_of(package: Package) -> TextCodec | None:
+def load_tokenizer(package: Package) -> TextTokenizer | None:
     """Load the tokenizer among the files that the manifest lists; None where there is none. Raises PackageError."""
     files = package.manifest.files
-    return TextCodec.load(package.directory, files) if "tokenizer.json" in files else None
+    return TextTokenizer.load(package.directory, files) if "tokenizer.json" in files else None

@@ -22,7 +22,7 @@ from .package.reader import Package
 from .results import Generation
 from .session.session import Session
 from .text.prompts import Array, Prompt, separate
-from .text.tokenizer import TextCodec
+from .text.tokenizer import TextTokenizer
 
 
 class Runtime(LoadedModel):
@@ -40,8 +40,8 @@ class Runtime(LoadedModel):
     MeltErrors.
     """
 
-    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
-        super().__init__(package, backend, codec, backend_reason)
+    def __init__(self, package: Package, backend: Backend, tokenizer: TextTokenizer | None, backend_reason: str = ""):
+        super().__init__(package, backend, tokenizer, backend_reason)
         self._states = StatePool(self.driver)
         self._generating = threading.RLock()
 
@@ -98,7 +98,7 @@ class Runtime(LoadedModel):
         prompts = [self.encode(one) for one in given]
         request = self.options(**options)
         check_request(
-            prompts, [self.manifest.max_seq_len] * len(prompts), self.manifest, request, self.codec is not None
+            prompts, [self.manifest.max_seq_len] * len(prompts), self.manifest, request, self.tokenizer is not None
         )
         self.warn(request)
         results: list[Generation] = []
@@ -109,7 +109,7 @@ class Runtime(LoadedModel):
 
     def _together(self, prompts: list[list[int]], request: GenerationOptions, first: int) -> list[Generation]:
         with self._states.lease(len(prompts)) as lease, lease.step() as driver:
-            generator = Generator(driver, prompts, request, self.codec, streamed=False, first=first)
+            generator = Generator(driver, prompts, request, self.tokenizer, streamed=False, first=first)
             for _ in generator:
                 pass
             return generator.results()
@@ -119,13 +119,13 @@ class Runtime(LoadedModel):
 
         Options: as in ``generate``. The prompt is checked at the call, not at the first delta.
         """
-        if self.codec is None:
+        if self.tokenizer is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
         ids, request = self.encode(prompt), self.options(**options)
-        check_request([ids], [self.manifest.max_seq_len], self.manifest, request, self.codec is not None)
+        check_request([ids], [self.manifest.max_seq_len], self.manifest, request, self.tokenizer is not None)
         self.warn(request)
 
         def begin(driver: LoopDriver) -> Iterator[str]:
-            return filter(None, map(attrgetter("text"), Generator(driver, [ids], request, self.codec)))
+            return filter(None, map(attrgetter("text"), Generator(driver, [ids], request, self.tokenizer)))
 
         return self._states.steps(1, begin)

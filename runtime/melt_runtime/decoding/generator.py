@@ -14,7 +14,7 @@ from ..sampling.sampler import Sampler
 from ..text.prompts import token_ids
 from ..text.stop_strings import StopMatcher
 from ..text.stream_decoder import StreamDecoder
-from ..text.tokenizer import TextCodec
+from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
 from .loop_driver import LoopDriver, NextLogits
 from .settings import GenerationOptions
@@ -35,7 +35,7 @@ class TokenSequence:
         slot: int,
         prompt: Sequence[int],
         options: GenerationOptions,
-        codec: TextCodec | None,
+        tokenizer: TextTokenizer | None,
         *,
         stream: int | None = None,
         logprobs: int | None = None,
@@ -47,8 +47,10 @@ class TokenSequence:
         self.history = list(prompt)
         self.prompt_tokens = len(prompt)
         self.sampler = Sampler(options.sampling, stream=slot if stream is None else stream)
-        self.decoder = StreamDecoder(codec) if codec is not None else None
-        self.matcher = StopMatcher(options.stop, None if codec is None else codec.special_tokens_in(options.stop))
+        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.matcher = StopMatcher(
+            options.stop, None if tokenizer is None else tokenizer.special_tokens_in(options.stop)
+        )
         self.text: list[str] = []
         self.finish_reason: str | None = None
         self._streamed = streamed or bool(options.stop)  # stop strings are searched in every token's text
@@ -159,7 +161,7 @@ class Generator:
         driver: LoopDriver,
         prompts: Sequence[Any],
         options: GenerationOptions,
-        codec: TextCodec | None,
+        tokenizer: TextTokenizer | None,
         *,
         streamed: bool = True,
         first: int = 0,
@@ -171,10 +173,10 @@ class Generator:
             [driver.room(slot) for slot in range(driver.batch)],
             driver.manifest,
             options,
-            codec is not None,
+            tokenizer is not None,
         )
         self.sequences = [
-            TokenSequence(slot, prompt, options, codec, stream=first + slot, streamed=streamed)
+            TokenSequence(slot, prompt, options, tokenizer, stream=first + slot, streamed=streamed)
             for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
@@ -209,17 +211,17 @@ def check_request(
     room: Sequence[int],
     manifest: Manifest,
     options: GenerationOptions,
-    tokenizer: bool,
+    has_tokenizer: bool,
 ) -> None:
     """Raise PromptError or ArgumentError for a request that cannot run.
 
-    ``room``: free positions per sequence. ``tokenizer``: whether the package has one.
+    ``room``: free positions per sequence. ``has_tokenizer``: whether the package has a tokenizer.
     """
     if len(prompts) != len(room):
         raise PromptError(f"the batch has {len(room)} sequences, tokens were given for {len(prompts)}")
     if not all(len(prompt) for prompt in prompts):
         raise PromptError("the prompt is empty; give at least one token")
-    if options.stop and not tokenizer:
+    if options.stop and not has_tokenizer:
         raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
     for prompt, free in zip(prompts, room, strict=True):
         checked_ids(prompt, free, manifest)

@@ -40,12 +40,11 @@ class Request:
             raise PromptError("a request's prompt is token ids, and this one is text; give Runtime.encode(prompt)")
         object.__setattr__(self, "prompt", tuple(token_ids(self.prompt)))
 
-    def check(self, manifest: Manifest, tokenizer: bool) -> None:
-        """Raise PromptError or ArgumentError for a request that this package cannot run. ``tokenizer``: whether it has
-        one."""
+    def check(self, manifest: Manifest, has_tokenizer: bool) -> None:
+        """Raise PromptError or ArgumentError for a request that this package cannot run."""
         if not isinstance(self.options, GenerationOptions):
             raise ArgumentError("a request's options must be GenerationOptions, as Runtime.options makes them")
-        check_request([self.prompt], [manifest.max_seq_len], manifest, self.options, tokenizer)
+        check_request([self.prompt], [manifest.max_seq_len], manifest, self.options, has_tokenizer)
         self.options.loops.check(manifest)
         limit = self.deadline
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):

@@ -56,7 +56,7 @@ class Scheduler:
         self._weights_bytes = runtime.manifest.weights_bytes
         self._prefixes = prefixes
         self._slots = Slots(
-            driver, runtime.codec, prefixes, self._meter.prefilled, self._meter.reused, self._between_loops
+            driver, runtime.tokenizer, prefixes, self._meter.prefilled, self._meter.reused, self._between_loops
         )
         self._moved: float | None = None  # time of the last loop or step; None: nothing to do
         self._swept = 0.0
@@ -75,7 +75,7 @@ class Scheduler:
         (finish_reason "stop", "length", "cancelled" or "deadline") or the MeltError that ended the request. It must not
         block. An exception in it ends only this request.
         """
-        request.check(self.runtime.manifest, self.runtime.codec is not None)
+        request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
         handle = RequestHandle(request, listener, self._wake)
         with self._changed:
             if self._closing or not self._thread.is_alive():

@@ -17,7 +17,7 @@ from ..decoding.prefix_cache import Prefixes
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
 from ..results import Generation, TextDelta
-from ..text.tokenizer import TextCodec
+from ..text.tokenizer import TextTokenizer
 from .request import RequestHandle
 
 _IDLE = LoopSettings(1)  # of an empty slot
@@ -59,7 +59,7 @@ class Slots:
     def __init__(
         self,
         driver: LoopDriver,
-        codec: TextCodec | None,
+        tokenizer: TextTokenizer | None,
         prefixes: Prefixes | None = None,
         prefilled: Callable[[int], None] = lambda tokens: None,
         reused: Callable[[int], None] = lambda tokens: None,
@@ -67,7 +67,7 @@ class Slots:
     ):
         if prefixes is not None:
             prefixes.claim(driver)
-        self.driver, self.codec, self.prefixes = driver, codec, prefixes
+        self.driver, self.tokenizer, self.prefixes = driver, tokenizer, prefixes
         self.prefilled, self.reused, self._between_loops = prefilled, reused, between_loops
         self.running: dict[int, RunningRequest] = {}
         self._prefilling: deque[RunningRequest] = deque()
@@ -86,7 +86,7 @@ class Slots:
             slot,
             request.prompt,
             request.options,
-            self.codec,
+            self.tokenizer,
             stream=0,
             logprobs=request.logprobs,
             constraint=request.constraint,

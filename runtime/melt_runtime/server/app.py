@@ -134,7 +134,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "max_tokens": service.max_tokens,
         "max_seconds": service.max_seconds,
         "max_loops": service.max_loops,
-        "chat": service.runtime.codec is not None and service.runtime.codec.has_chat_template,
+        "chat": service.runtime.tokenizer is not None and service.runtime.tokenizer.has_chat_template,
         "example_prompt": service.runtime.example_prompt,
     }
 
@@ -172,7 +172,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatAsk, job: Job) -> Response:
     chat = isinstance(ask, ChatAsk)
-    form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.codec)
+    form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
     feed = Feed(service.scheduler, job.requests, service.backlog)
     note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(ask.stream))
     if ask.stream:

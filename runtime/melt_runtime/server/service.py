@@ -88,7 +88,7 @@ class Service:
         prompts = encoded(self.runtime, ask)
         requests = [Request(tuple(prompt), one, deadline, _logprobs(ask)) for prompt in prompts for one in chosen]
         for request in requests[::count]:
-            request.check(self.runtime.manifest, self.runtime.codec is not None)
+            request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
         constraints = self._constraints(ask, len(requests), chosen[0].stop_ids)
         pairs = zip(requests, constraints, strict=True)
         return Job(

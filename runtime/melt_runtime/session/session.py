@@ -139,7 +139,7 @@ class Session:
         Tokens sampled until the caller stops reading stay in the session. Raises OvertakenError once another call has
         moved the session on.
         """
-        if self.runtime.codec is None:
+        if self.runtime.tokenizer is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
         return (delta.text for delta in self.deltas(**options) if delta.text)
 
@@ -261,8 +261,8 @@ class Session:
         return self.driver.state.read_positions(0, 0, len(depth), max(depth)) if depth else {}
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str) and self.runtime.codec is not None and len(self):
-            return self.runtime.codec.encode(prompt, add_special_tokens=False)
+        if isinstance(prompt, str) and self.runtime.tokenizer is not None and len(self):
+            return self.runtime.tokenizer.encode(prompt, add_special_tokens=False)
         return self.runtime.encode(prompt)
 
     def _request(self, options: GenerateOptions) -> GenerationOptions:
@@ -273,12 +273,12 @@ class Session:
     def _sequence(self, options: GenerateOptions, *, streamed: bool = True) -> TokenSequence:
         """Check a call's options and start a stream; earlier streams can no longer continue."""
         request = self._request(options)
-        if request.stop and self.runtime.codec is None:
+        if request.stop and self.runtime.tokenizer is None:
             raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
         if not len(self):
             raise PromptError("the session is empty; append a prompt first")
         self.driver.check([self._pending_ids()])
-        sequence = TokenSequence(0, self.tokens, request, self.runtime.codec, streamed=streamed)
+        sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
             sequence.sampler = self.sampler
         self._stream = object()

@@ -8,7 +8,7 @@ from ..errors import MeltError, PackageError
 from ..package.manifest_schema import STOP_IDS
 from ..package.reader import Package
 from ..untrusted import FieldError, optional, read_object
-from .tokenizer import TextCodec
+from .tokenizer import TextTokenizer
 
 _GENERATION = "generation_config.json"
 # Words that occur in no template and that none changes.
@@ -29,7 +29,7 @@ class EndToken:
     sources: tuple[str, ...]
 
 
-def end_tokens(package: Package, codec: TextCodec | None) -> tuple[EndToken, ...]:
+def end_tokens(package: Package, tokenizer: TextTokenizer | None) -> tuple[EndToken, ...]:
     """Return the tokens that end a text or a chat turn. Raises PackageError.
 
     The configured tokens end every text. Chat templates often end turns with another token; that token and the
@@ -37,17 +37,17 @@ def end_tokens(package: Package, codec: TextCodec | None) -> tuple[EndToken, ...
     """
     source, configured = _configured(package)
     found = {token_id: [source] for token_id in sorted(configured)}
-    if codec is not None:
+    if tokenizer is not None:
         chat = {
-            "the tokenizer's eos_token": codec.special_tokens.get("eos_token"),
-            "the chat template": end_of_turn(codec),
+            "the tokenizer's eos_token": tokenizer.special_tokens.get("eos_token"),
+            "the chat template": end_of_turn(tokenizer),
         }
         for name, text in chat.items():
-            token_id = None if text is None or not codec.has_chat_template else codec.token_id(text)
+            token_id = None if text is None or not tokenizer.has_chat_template else tokenizer.token_id(text)
             if token_id is not None and token_id < package.manifest.vocab_size:
                 found.setdefault(token_id, []).append(name)
     return tuple(
-        EndToken(token_id, _text(codec, token_id), token_id not in configured, tuple(sources))
+        EndToken(token_id, _text(tokenizer, token_id), token_id not in configured, tuple(sources))
         for token_id, sources in found.items()
     )
 
@@ -57,18 +57,18 @@ def stop_ids_of(package: Package) -> set[int]:
     return _configured(package)[1]
 
 
-def end_of_turn(codec: TextCodec) -> str | None:
+def end_of_turn(tokenizer: TextTokenizer) -> str | None:
     """Return the token that the chat template writes after an answer; None if there is none or the template fails."""
-    if not codec.has_chat_template:
+    if not tokenizer.has_chat_template:
         return None
     question, answer = {"role": "user", "content": _NEXT}, {"role": "assistant", "content": _ANSWER}
-    added = (token.content for token in codec.tokenizer.get_added_tokens_decoder().values())
+    added = (token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values())
     # Tokens of white space also occur inside answers.
     tokens = sorted((text for text in added if text.strip()), key=len, reverse=True)
     # Some templates write the end only if another turn follows.
     for messages in ([question, answer], [question, answer, question]):
         try:
-            text = codec.render_chat(messages, add_generation_prompt=False)
+            text = tokenizer.render_chat(messages, add_generation_prompt=False)
         except MeltError:
             continue
         _, said, rest = text.rpartition(_ANSWER)
@@ -78,8 +78,8 @@ def end_of_turn(codec: TextCodec) -> str | None:
     return None
 
 
-def _text(codec: TextCodec | None, token_id: int) -> str | None:
-    return None if codec is None else codec.tokenizer.id_to_token(token_id)
+def _text(tokenizer: TextTokenizer | None, token_id: int) -> str | None:
+    return None if tokenizer is None else tokenizer.backend_tokenizer.id_to_token(token_id)
 
 
 def _configured(package: Package) -> tuple[str, set[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import PromptError
 from .token_bytes import BYTE_PIECE
-from .tokenizer import TextCodec
+from .tokenizer import TextTokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -22,11 +22,11 @@ class StreamDecoder:
     # boundary after which decoding from mid-text agrees with decoding everything.
     _CONTEXT = 8
 
-    def __init__(self, codec: TextCodec, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True) -> None:
         # Kept as attributes: this runs per token, when the processor's caches are full of weights.
-        self._tokenizer, self._skip = codec.tokenizer, skip_special_tokens
-        self._hidden = codec.special if skip_special_tokens else {}
-        self._byte_fallback = codec.token_bytes.byte_fallback
+        self._tokenizer, self._skip = tokenizer.backend_tokenizer, skip_special_tokens
+        self._hidden = tokenizer.special if skip_special_tokens else {}
+        self._byte_fallback = tokenizer.token_bytes.byte_fallback
         self._window: list[int] = []
         self._shown = 0  # characters of the decoded window already returned
 

@@ -32,35 +32,35 @@ class Message:
         return {"role": self.role, "content": self.content}
 
 
-class TextCodec:
+class TextTokenizer:
     """A package's tokenizer and chat template; ``load`` reads them from its directory.
 
-    ``tokenizer``: any tokenizer of the tokenizers library; its truncation and padding are switched off.
+    ``backend_tokenizer``: any tokenizer of the tokenizers library; its truncation and padding are switched off.
     ``special_tokens``: text by name, such as "bos_token", for the chat template. ``chat_template``: Jinja source, or
     None. ``tool_template``: the template for requests with tools. Raises PackageError for invalid Jinja.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        backend_tokenizer: Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         tool_template: str | None = None,
     ) -> None:
         # Both would silently change prompts: the runtime checks lengths and masks padding itself.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self.tokenizer = tokenizer
+        backend_tokenizer.no_truncation()
+        backend_tokenizer.no_padding()
+        self.backend_tokenizer = backend_tokenizer
         self.special_tokens = dict(special_tokens or {})
         self._template = None if chat_template is None else ChatTemplate(chat_template)
         self._tool_template = self._template if tool_template is None else ChatTemplate(tool_template)
-        added = tokenizer.get_added_tokens_decoder()
+        added = backend_tokenizer.get_added_tokens_decoder()
         self.special = {token_id: token.content for token_id, token in added.items() if token.special}
-        self.token_bytes = TokenBytes(tokenizer)
-        self._drops_characters = drops_characters(tokenizer)
+        self.token_bytes = TokenBytes(backend_tokenizer)
+        self._drops_characters = drops_characters(backend_tokenizer)
 
     @classmethod
-    def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
+    def load(cls, directory: Path, listed: Container[str] | None = None) -> TextTokenizer:
         """Read ``tokenizer.json`` and, where present, ``tokenizer_config.json``, ``special_tokens_map.json`` and
         ``chat_template.jinja``.
 
@@ -91,7 +91,7 @@ class TextCodec:
     @property
     def vocab_size(self) -> int:
         """The number of tokens, added tokens included."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:
@@ -100,7 +100,7 @@ class TextCodec:
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token, given its exact text in the vocabulary, or None."""
-        return self.tokenizer.token_to_id(token)
+        return self.backend_tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text.
@@ -114,13 +114,13 @@ class TextCodec:
             message = f"The prompt is not valid Unicode at character {error.start}; remove the lone surrogate."
             raise PromptError(message) from error
         try:
-            encoded = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            encoded = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            reason: str | None = lacking(self.tokenizer, text) or f"The tokenizer failed: {brief(error)}"
+            reason: str | None = lacking(self.backend_tokenizer, text) or f"The tokenizer failed: {brief(error)}"
             raise PromptError(f"{reason}.") from error
-        if self._drops_characters and (reason := lacking(self.tokenizer, text)) is not None:
+        if self._drops_characters and (reason := lacking(self.backend_tokenizer, text)) is not None:
             raise PromptError(f"{reason}.")
         return list(encoded.ids)
 
@@ -130,7 +130,7 @@ class TextCodec:
         Ids without a token give no text: a model may have more embeddings than the tokenizer has tokens.
         """
         try:
-            return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+            return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise PromptError("Token ids must be from 0 to 4,294,967,295.") from error
 
@@ -164,7 +164,7 @@ class TextCodec:
         if skip_special_tokens and token_id in self.special:
             return False
         try:
-            return self.tokenizer.id_to_token(token_id) is not None
+            return self.backend_tokenizer.id_to_token(token_id) is not None
         except OverflowError as error:
             raise PromptError(f"Token ids must be from 0 to 4,294,967,295, not {token_id}.") from error
 
