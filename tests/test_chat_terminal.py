@@ -26,12 +26,12 @@ PROGRAM = """
 import fcntl, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from melt_runtime.decoding.generator import TokenSequence
-draw = TokenSequence.draw
-def slowly(track, *arguments):
-    if track.prompt_tokens < 30:
+sample = TokenSequence.sample
+def slowly(sequence, *arguments):
+    if sequence.prompt_tokens < 30:
         time.sleep(0.1)
-    return draw(track, *arguments)
-TokenSequence.draw = slowly
+    return sample(sequence, *arguments)
+TokenSequence.sample = slowly
 from melt_runtime.cli.main import main
 main()
 """

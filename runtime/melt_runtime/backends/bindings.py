@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..package.manifest import Manifest
-from ..package.specs import StateSpec, TensorSpec, rows_shape, size_of
+from ..package.specs import StateSpec, TensorSpec, new_positions_shape, size_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def state_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
         for name in buffers_of(state):
             sizes[name] = size_of(state.bound_shape, state.dtype, batch=batch, chunk=manifest.chunk)
         if state.kind == "read_only":
-            sizes[state.output] = size_of(rows_shape(state.shape), state.dtype, batch=batch, chunk=manifest.chunk)
+            sizes[state.output] = size_of(
+                new_positions_shape(state.shape), state.dtype, batch=batch, chunk=manifest.chunk
+            )
     return sizes
 
 

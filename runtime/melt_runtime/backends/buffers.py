@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
-from ..package.specs import ITEM_BYTES, StateSpec, rows_shape
+from ..package.specs import ITEM_BYTES, StateSpec, new_positions_shape
 from ..sampling.top_candidates import Candidates
 from .base import LoopControl
 from .bindings import (
@@ -228,7 +228,7 @@ class BufferState(ABC):
             if name == state.input:
                 return self._read(behind(state, self.current), state.shape, state.dtype, index)
             if name == state.output and state.kind == "read_only":
-                return self._read(name, rows_shape(state.shape), state.dtype, index)
+                return self._read(name, new_positions_shape(state.shape), state.dtype, index)
         raise ArgumentError(f"the package has no state {name!r}")
 
     def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:

@@ -55,7 +55,7 @@ class LoopSettings:
         manifest.check_depth(self.loops, self.exit_threshold)
         if manifest.cache_loops is not None and self.exit_change > 0.0:
             raise ArgumentError(
-                f"exit_change is {self.exit_change}; a token of a LoopLM that left early would lack its rows in the "
+                f"exit_change is {self.exit_change}; a token of a LoopLM that left early would be missing from the "
                 "later loops' caches, so only 0 is possible"
             )
         if self.chunk is not None and self.chunk > manifest.chunk:
