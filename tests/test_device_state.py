@@ -57,8 +57,8 @@ class OnStandIn(DeviceBackend):
     def reads_on_device(self, session: Any) -> dict[str, bool]:
         return {spec.name: self.controls or spec.name.startswith(STATES) for spec in session.get_inputs()}
 
-    def buffers(self, sizes: dict[str, int], twins: Iterable[str]) -> CountedBuffers:
-        return CountedBuffers(self.device, sizes, twins)
+    def buffers(self, sizes: dict[str, int], staged: Iterable[str]) -> CountedBuffers:
+        return CountedBuffers(self.device, sizes, staged)
 
 
 class ControlsOnTheHost(OnStandIn):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..backends.choose import Choice, choices
-from ..backends.devices import survey
+from ..backends.devices import detect_environment
 from ..errors import ArgumentError, PackageError
 from ..loaded_model import load_tokenizer
 from ..package.engine_spec import EngineSpec
@@ -198,7 +198,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         memory=_memory(package, length, batch),
         libraries=dict(manifest.libraries),
         engines=dict(manifest.engines),
-        backends=choices(survey(package), device),
+        backends=choices(detect_environment(package), device),
     )
 
 

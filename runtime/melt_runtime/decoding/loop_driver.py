@@ -301,7 +301,7 @@ class NextLogits:
         self._rows: dict[int, NDArray[np.float32]] = {}  # of sequences whose last token was in an earlier chunk
         self._columns: NDArray[np.int64]  # of the last chunk
         self._last: NDArray[np.bool_] | None = None  # sequences whose last token was in that chunk
-        self._likeliest: dict[int, Candidates] | None = None
+        self._candidates: dict[int, Candidates] | None = None
         self._whole: NDArray[np.float32] | None = None  # (batch, 1, vocab)
 
     def follow(self, columns: NDArray[np.int64], last: NDArray[np.bool_]) -> None:
@@ -312,11 +312,11 @@ class NextLogits:
         """Copy the logits that the next chunk will overwrite."""
         for slot in self._ended():
             self._rows[slot] = self.row(slot).copy()
-        self._last = self._likeliest = self._whole = None
+        self._last = self._candidates = self._whole = None
 
     def sample(self, slot: int, sampler: Sampler, history: Sequence[int]) -> int:
         """Sample the next token: from the top candidates if they are enough, else from all logits."""
-        candidates = self.candidates(slot) if self._state.likeliest else None
+        candidates = self.candidates(slot) if self._state.candidate_count else None
         token = None if candidates is None else sample_candidates(sampler, candidates, history)
         return sampler.sample(self.row(slot), history) if token is None else token
 
@@ -324,10 +324,10 @@ class NextLogits:
         """Return a sequence's top candidates; None where the backend does not select them."""
         if slot in self._rows or self._whole is not None:
             return None
-        if self._likeliest is None:
+        if self._candidates is None:
             found = self._state.candidates(self._columns)
-            self._likeliest = {} if found is None else dict(enumerate(found))
-        return self._likeliest.get(slot)
+            self._candidates = {} if found is None else dict(enumerate(found))
+        return self._candidates.get(slot)
 
     def row(self, slot: int) -> NDArray[np.float32]:
         """Return all logits of a sequence (vocab,)."""
