@@ -30,7 +30,7 @@ from melt_runtime.package.specs import MAX_LOOPS, PRECISIONS, GraphSpec
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from melt_runtime.text.end_tokens import GENERATION, configured_ends
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 
 from .errors import ExportError
 from .graph.dialects import DIALECTS
@@ -190,7 +190,7 @@ def copy_companions(checkpoint: Path, directory: Path, config: LoopedConfig) -> 
     copied = [name for name in COMPANIONS if (checkpoint / name).is_file()]
     try:
         if TOKENIZER in copied:
-            TextCodec.load(checkpoint)
+            TextTokenizer.load(checkpoint)
         configured_ends(checkpoint / GENERATION if GENERATION in copied else None, config.to_dict())
         if EXAMPLE_PROMPT in copied:
             read_example_prompt(checkpoint / EXAMPLE_PROMPT)

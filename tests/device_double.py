@@ -84,10 +84,10 @@ class HostStream:
         self.copies += self.recorded is None
         self.put(lambda: ctypes.memmove(target, source, count) and None)
 
-    def copy_pieces(self, target: int, to: int, source: int, of: int, count: int, pieces: int) -> None:
+    def copy_blocks(self, target: int, to: int, source: int, of: int, count: int, blocks: int) -> None:
         def work() -> None:
-            for piece in range(pieces):
-                ctypes.memmove(target + piece * to, source + piece * of, count)
+            for block in range(blocks):
+                ctypes.memmove(target + block * to, source + block * of, count)
 
         assert self.recorded is None
         self.put(work)

@@ -1,4 +1,4 @@
-"""Which backend runs a package: decided from facts alone, with a reason for each that cannot."""
+"""Which backend runs a package: decided from plain facts, with a reason for each that cannot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from melt_runtime.backends.choose import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Facts, choices, explain, ranked
+from melt_runtime.backends.choose import BY_NAME_ONLY, CUDA_PROVIDER, NAMES, Environment, choices, explain, ranked
 from melt_runtime.errors import ArgumentError, BackendError
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package.engine_spec import EngineSpec, ProfileSpec
@@ -27,7 +27,7 @@ RTX = EngineSpec(
     files={},
 )
 # A machine on which everything is installed and a package that all of it can run.
-ALL = Facts(
+ALL = Environment(
     dialect="standard",
     precision="fp16",
     engines={"tensorrt-rtx-fp16": RTX},
@@ -61,34 +61,34 @@ MACHINES = list(
 )
 
 
-def reason(facts: Facts, name: str, device: int = 0) -> str:
+def reason(environment: Environment, name: str, device: int = 0) -> str:
     """Why a backend cannot run the package."""
-    found = next(c for c in choices(facts, device) if c.name == name)
+    found = next(c for c in choices(environment, device) if c.name == name)
     assert not found.usable
     return found.reason
 
 
 def test_auto_takes_the_first_usable_in_the_order_of_preference_on_every_machine() -> None:
     for combination in MACHINES:
-        facts = Facts(*combination)
+        environment = Environment(*combination)
         for device in (0, 1):
-            found = choices(facts, device)
+            found = choices(environment, device)
             usable = [c.name for c in found if c.usable and c.name not in BY_NAME_ONLY]
             assert [c.name for c in found] == list(NAMES)
             assert all(c.reason for c in found)
             if usable:
-                tried = ranked(facts, "auto", device)
+                tried = ranked(environment, "auto", device)
                 assert [c.name for c in tried] == usable
-                assert explain(facts, tried[0], "auto", device, {})
+                assert explain(environment, tried[0], "auto", device, {})
             else:
                 with pytest.raises(BackendError, match="nothing here can run this package"):
-                    ranked(facts, "auto", device)
+                    ranked(environment, "auto", device)
 
 
 def test_no_backend_on_a_device_is_usable_without_a_driver() -> None:
     for combination in MACHINES:
-        facts = replace(Facts(*combination), devices=())
-        assert [c.name for c in choices(facts) if c.usable] in ([], ["onnxruntime"])
+        environment = replace(Environment(*combination), devices=())
+        assert [c.name for c in choices(environment) if c.usable] in ([], ["onnxruntime"])
 
 
 def test_everything_installed_means_tensorrt() -> None:
@@ -99,17 +99,17 @@ def test_everything_installed_means_tensorrt() -> None:
 
 
 def test_without_an_engine_it_is_onnx_runtime_on_cuda_and_says_why_not_tensorrt() -> None:
-    facts = replace(ALL, engines={})
-    chosen = ranked(facts)[0]
+    environment = replace(ALL, engines={})
+    chosen = ranked(environment)[0]
     assert chosen.name == "onnxruntime-cuda"
-    assert "not tensorrt: the package has no engine" in explain(facts, chosen, "auto", 0, {})
+    assert "not tensorrt: the package has no engine" in explain(environment, chosen, "auto", 0, {})
 
 
 def test_a_machine_without_a_gpu_runs_on_the_cpu() -> None:
-    facts = replace(ALL, devices=(), providers=("CPUExecutionProvider",))
-    (chosen,) = ranked(facts)
+    environment = replace(ALL, devices=(), providers=("CPUExecutionProvider",))
+    (chosen,) = ranked(environment)
     assert chosen.name == "onnxruntime"
-    text = explain(facts, chosen, "auto", 0, {})
+    text = explain(environment, chosen, "auto", 0, {})
     assert text.endswith("; not tensorrt or onnxruntime-cuda: there is no NVIDIA driver with a device here")
 
 
@@ -120,9 +120,9 @@ def test_what_failed_to_open_is_in_the_reason_of_what_runs_instead() -> None:
 
 
 def test_an_engine_with_the_packages_own_weights_comes_before_a_smaller_one() -> None:
-    facts = replace(ALL, engines={"int4": replace(RTX, weights="int4"), "fp16": RTX})
-    assert ranked(facts, "tensorrt")[0].engine == "fp16"
-    assert ranked(replace(facts, engines={"int4": replace(RTX, weights="int4")}), "tensorrt")[0].engine == "int4"
+    environment = replace(ALL, engines={"int4": replace(RTX, weights="int4"), "fp16": RTX})
+    assert ranked(environment, "tensorrt")[0].engine == "fp16"
+    assert ranked(replace(environment, engines={"int4": replace(RTX, weights="int4")}), "tensorrt")[0].engine == "int4"
 
 
 @pytest.mark.parametrize(
@@ -194,15 +194,15 @@ def test_an_unknown_backend_or_device_is_refused(name: str, device: int) -> None
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-cuda"])
 def test_an_onnx_runtime_older_than_the_dialects_operator_is_refused_with_the_way_out(name: str) -> None:
-    facts = replace(ALL, dialect="onnxruntime", onnxruntime="1.31.1")
-    assert reason(facts, name) == (
+    environment = replace(ALL, dialect="onnxruntime", onnxruntime="1.31.1")
+    assert reason(environment, name) == (
         "the onnxruntime dialect needs ONNX Runtime 1.32 or newer, here is 1.31.1; "
         "install a newer one, or export with --dialect standard"
     )
     for fits in (
-        replace(facts, onnxruntime="1.32.0"),
-        replace(facts, dialect="standard"),
-        replace(facts, onnxruntime="2.0"),
+        replace(environment, onnxruntime="1.32.0"),
+        replace(environment, dialect="standard"),
+        replace(environment, onnxruntime="2.0"),
     ):
         assert next(c for c in choices(fits) if c.name == name).usable
 

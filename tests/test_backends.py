@@ -9,7 +9,7 @@ import pytest
 from melt_runtime import Runtime
 from melt_runtime.backends import open as opening
 from melt_runtime.backends.base import Backend
-from melt_runtime.backends.choose import NAMES, Choice, Facts
+from melt_runtime.backends.choose import NAMES, Choice, Environment
 from melt_runtime.backends.devices import devices
 from melt_runtime.backends.open import open_backend
 from melt_runtime.cli.main import app
@@ -41,7 +41,7 @@ def test_a_backend_that_cannot_run_here_is_refused_with_its_reason(tiny_package:
 
 def test_auto_passes_over_what_fails_to_load(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Package.open(tiny_package)
-    facts = Facts(
+    environment = Environment(
         "standard",
         "fp16",
         {},
@@ -57,7 +57,7 @@ def test_auto_passes_over_what_fails_to_load(tiny_package: Path, monkeypatch: py
             raise BackendError("its CUDA libraries cannot be loaded")
         return load(package, choice, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(opening, "survey", lambda _: facts)
+    monkeypatch.setattr(opening, "detect_environment", lambda _: environment)
     monkeypatch.setattr(opening, "_load", broken)
     opened = open_backend(package)
     assert opened.backend.name == "onnxruntime"

@@ -170,7 +170,7 @@ def test_a_looplm_that_thinks_deeper_runs_again_what_ran_too_few_loops(
     make_looplm: MakeCheckpoint, make_package: MakePackage, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looplm, tokenizer = Runtime.load(make_package(make_looplm(), chunk=8)), Runtime.load(make_package(tiny_checkpoint))
-    monkeypatch.setattr(looplm, "codec", tokenizer.codec)
+    monkeypatch.setattr(looplm, "tokenizer", tokenizer.tokenizer)
     conversation = Conversation(looplm.session(max_tokens=4, ignore_eos=True, loops=2))
     first = said(conversation, "abc")
     conversation.think(3)

@@ -135,7 +135,7 @@ def test_a_device_that_fails_while_loading_leaves_a_conversation_that_goes_on(
         raise BackendError("it broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(here.session.driver.state, "write_rows", fails)
+        patch.setattr(here.session.driver.state, "write_positions", fails)
         with pytest.raises(BackendError, match="it broke"):
             here.load(tmp_path / "chat")
     assert here.messages == same.messages

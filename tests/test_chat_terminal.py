@@ -132,9 +132,9 @@ def test_an_interrupted_conversation_is_kept_left_and_goes_on_with_the_same_toke
     assert 3 <= len(begun) < 40
     assert len(answer) > 5
     one, other = (saved(tiny_package, files[name]) for name in ("one", "other"))
-    assert (one.messages, one.drawn, one.random) == (other.messages, other.drawn, other.random)
+    assert (one.messages, one.pending, one.random) == (other.messages, other.pending, other.random)
     assert np.array_equal(one.tokens, other.tokens)
-    assert all(np.array_equal(values, other.rows[name]) for name, values in one.rows.items())
+    assert all(np.array_equal(values, other.positions[name]) for name, values in one.positions.items())
     runtime = Runtime.load(tiny_package)
     first = runtime.chat_prompt([{"role": "user", "content": "hello"}])
     assert runtime.generate(first, max_tokens=40, temperature=1.0, seed=3).text.startswith(begun)

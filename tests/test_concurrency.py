@@ -118,7 +118,7 @@ def calls_of(runtime: Runtime) -> list[Job]:
         lambda: conversation(runtime),
         lambda: conversation(runtime, prefixes, temperature=1.1, seed=3),
     ]
-    if runtime.codec is not None:
+    if runtime.tokenizer is not None:
         jobs += [
             lambda: list(runtime.stream("hello there", **LONG)),
             lambda: list(runtime.stream(OTHER, **SAMPLED)),
@@ -293,11 +293,11 @@ def test_a_batch_that_does_not_fit_at_all_is_refused(runtime: Runtime, monkeypat
 
 def test_generators_over_one_driver_overtake_each_other(runtime: Runtime) -> None:
     driver, request = runtime.driver(), runtime.options(**LONG)
-    alone = list(Generator(runtime.driver(), [PROMPT], request, runtime.codec))
-    first = iter(Generator(driver, [PROMPT], request, runtime.codec))
+    alone = list(Generator(runtime.driver(), [PROMPT], request, runtime.tokenizer))
+    first = iter(Generator(driver, [PROMPT], request, runtime.tokenizer))
     assert [next(first) for _ in range(3)] == alone[:3]
     driver.reset()
-    second = Generator(driver, [PROMPT], request, runtime.codec)
+    second = Generator(driver, [PROMPT], request, runtime.tokenizer)
     assert list(second) == alone
     driver.append([OTHER], request.loops)
     with pytest.raises(OvertakenError, match="a driver of its own"):

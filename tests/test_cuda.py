@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from device_double import add_plans
 from melt_runtime import ArgumentError, BackendError, Runtime
-from melt_runtime.backends.cuda import Device, Memory, Stream, host_array, open_device
+from melt_runtime.backends.cuda import Allocation, Device, Stream, host_array, open_device
 
 
 class Status(IntEnum):
@@ -133,7 +133,7 @@ def test_a_capture_that_fails_is_ended_and_its_graph_destroyed() -> None:
 
 def test_memory_is_freed_once() -> None:
     api = Api()
-    memory = Memory(api, 1 << 20, 8, "cudaFree")
+    memory = Allocation(api, 1 << 20, 8, "cudaFree")
     memory.free()
     del memory
     assert api.calls == ["cudaFree"]
@@ -141,7 +141,7 @@ def test_memory_is_freed_once() -> None:
 
 def test_an_array_over_pinned_memory_keeps_it_alive() -> None:
     api, block = Api(), np.zeros(16, np.uint8)
-    array = Memory(api, block.ctypes.data, 16, "cudaFreeHost").array()[4:]
+    array = Allocation(api, block.ctypes.data, 16, "cudaFreeHost").array()[4:]
     array[0] = 7
     assert block[4] == 7
     assert api.calls == []

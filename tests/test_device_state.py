@@ -57,8 +57,8 @@ class OnStandIn(DeviceBackend):
     def reads_on_device(self, session: Any) -> dict[str, bool]:
         return {spec.name: self.controls or spec.name.startswith(STATES) for spec in session.get_inputs()}
 
-    def buffers(self, sizes: dict[str, int], twins: Iterable[str]) -> CountedBuffers:
-        return CountedBuffers(self.device, sizes, twins)
+    def buffers(self, sizes: dict[str, int], staged: Iterable[str]) -> CountedBuffers:
+        return CountedBuffers(self.device, sizes, staged)
 
 
 class ControlsOnTheHost(OnStandIn):
@@ -75,7 +75,7 @@ def runtimes(package: Path, backend: type[OnStandIn]) -> tuple[Runtime, Runtime]
     """The package on the device and on the CPU."""
     opened = Package.open(package)
     on_cpu = Runtime.load(package, backend="onnxruntime")
-    return Runtime(opened, backend(opened), on_cpu.codec), on_cpu
+    return Runtime(opened, backend(opened), on_cpu.tokenizer), on_cpu
 
 
 @pytest.mark.parametrize("backend", [OnStandIn, ControlsOnTheHost])

@@ -14,7 +14,7 @@ from conftest import MakeCheckpoint, MakePackage, write_tokenizer
 from melt_runtime import Runtime
 from melt_runtime.session.conversation import Conversation
 from melt_runtime.text.end_tokens import EndToken, end_of_turn, end_tokens
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from test_run_cli import run
 from tokenizers import Tokenizer, models
 
@@ -49,8 +49,8 @@ SYSTEM_ONLY = "{% if messages[0].role != 'system' %}{{ raise_exception('no syste
 def test_the_token_that_ends_a_turn_is_found_in_the_template(template: str | None, token: str | None) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
     tokenizer.add_special_tokens([*SPECIAL, "\n\n"])
-    codec = TextCodec(tokenizer, {"bos_token": "<s>", "eos_token": "</s>"}, template)
-    assert end_of_turn(codec) == token
+    ours = TextTokenizer(tokenizer, {"bos_token": "<s>", "eos_token": "</s>"}, template)
+    assert end_of_turn(ours) == token
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def runtime(package: Path) -> Runtime:
 
 
 def test_it_is_said_which_tokens_stop_and_who_says_so(package: Path, runtime: Runtime) -> None:
-    assert end_tokens(runtime.package, runtime.codec) == (
+    assert end_tokens(runtime.package, runtime.tokenizer) == (
         EndToken(0, "<pad>", False, ("generation_config.json",)),
         EndToken(49, "<|endoftext|>", True, ("the tokenizer's eos_token",)),
         EndToken(48, "<|im_end|>", True, ("the chat template",)),
@@ -112,10 +112,10 @@ def test_a_chat_stops_with_the_templates_end_of_a_turn(package: Path, runtime: R
     question = [{"role": "user", "content": "hello"}]
     certain[0] = len(runtime.chat_prompt(question))
     conversation = Conversation(runtime.session(max_tokens=5, temperature=1, seed=1))
-    assert "".join(conversation.answer("hello")) == runtime.codec.decode([10, 11])  # type: ignore[union-attr]
+    assert "".join(conversation.answer("hello")) == runtime.tokenizer.decode([10, 11])  # type: ignore[union-attr]
     assert conversation.session.tokens[-1] == 48
     on = Conversation(runtime.session(max_tokens=5, temperature=1, seed=1, ignore_eos=True))
-    assert "".join(on.answer("hello")) == runtime.codec.decode([10, 11, 12, 13])  # type: ignore[union-attr]
+    assert "".join(on.answer("hello")) == runtime.tokenizer.decode([10, 11, 12, 13])  # type: ignore[union-attr]
     options = ["--max-tokens", 5, "--temperature", 1, "--seed", 1, "--json"]
     wrapped = json.loads(run("generate", package, "hello", "--chat", *options).stdout)
     assert (wrapped["token_ids"], wrapped["finish_reason"]) == ([10, 11, 48], "stop")
@@ -147,13 +147,15 @@ def test_a_template_is_given_variables_by_the_api_the_server_and_the_chat(packag
     from melt_runtime.server.schema import ChatAsk
     from melt_runtime.server.service import Service
 
-    codec, question = runtime.codec, [{"role": "user", "content": "a"}]
-    assert codec is not None
-    thinking = TextCodec(codec.tokenizer, codec.special_tokens, "{{ messages[0].content }}{{ 'xy' if think else 'z' }}")
+    ours, question = runtime.tokenizer, [{"role": "user", "content": "a"}]
+    assert ours is not None
+    thinking = TextTokenizer(
+        ours.backend_tokenizer, ours.special_tokens, "{{ messages[0].content }}{{ 'xy' if think else 'z' }}"
+    )
     with pytest.MonkeyPatch.context() as patch, Scheduler(runtime, slots=1) as scheduler:
-        patch.setattr(runtime, "codec", thinking)
-        patch.setattr(TextCodec, "load", lambda *_, **__: thinking)
-        expected = codec.encode("axy")
+        patch.setattr(runtime, "tokenizer", thinking)
+        patch.setattr(TextTokenizer, "load", lambda *_, **__: thinking)
+        expected = ours.encode("axy")
         assert runtime.chat_prompt(question, think=True) == expected
         ask = {"model": "m", "messages": question, "chat_template_kwargs": {"think": True}}
         assert Service(runtime, scheduler, "m").job(ChatAsk.model_validate(ask)).requests[0].prompt == tuple(expected)

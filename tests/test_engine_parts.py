@@ -199,7 +199,7 @@ def test_buckets_grow_to_the_whole_cache_and_waste_less_than_half(rows: int) -> 
 
 
 def test_a_length_beyond_the_cache_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"81 tokens are more than the engine's 80 rows"):
+    with pytest.raises(ArgumentError, match=r"81 tokens are more than the engine's 80 cache positions"):
         bucket_for(length_buckets(80), 81)
 
 
@@ -217,7 +217,7 @@ def test_a_package_that_runs_token_by_token_has_one_profile() -> None:
 
 def test_sizes_above_every_profile_are_refused() -> None:
     profiles = make_profiles(8, 128, 16, length_buckets(4096))
-    with pytest.raises(ArgumentError, match=r"batch 9, chunk 1 .* batch 8, chunk 128 and 4096 rows"):
+    with pytest.raises(ArgumentError, match=r"batch 9, chunk 1 .* batch 8, chunk 128 and 4096 positions"):
         profile_for(profiles, 9, 1, 64)
 
 

@@ -143,7 +143,7 @@ def test_small_weights_are_smaller_in_the_engine(
 def test_every_wide_product_is_quantized(standard: Package, library: Library) -> None:
     network = parsed(standard, library)
     quantize_matmuls(network, standard.path("loop_step"), "int4", "float16")
-    kinds = [network.kind(source) for _, source in network.products()]
+    kinds = [network.kind(source) for _, source in network.matmuls()]
     # Per layer: two of the gate, four of the attention, three of the MLP; the exit gate is a vector.
     assert (kinds.count("DEQUANTIZE"), kinds.count("CONSTANT")) == (2 * 9, 1)
     inspect_network(network, "loop_step", standard.manifest, "int4")

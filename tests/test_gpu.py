@@ -144,7 +144,7 @@ def test_a_state_too_large_for_the_device_is_refused_and_takes_nothing(
     runtime = load(directory)
     before = device.memory()[0]
     held = device.allocate(before - (8 << 20))
-    monkeypatch.setattr(runtime.backend.plans["embed"], "scratch_bytes", 1 << 30)  # type: ignore[attr-defined]
+    monkeypatch.setattr(runtime.backend.graph_engines["embed"], "scratch_bytes", 1 << 30)  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match=r"needs [0-9,]+ bytes of device memory .* are free on"):
         runtime.driver()
     held.free()

@@ -9,7 +9,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
 from melt_runtime.backends.choose import choices, too_old
-from melt_runtime.backends.devices import devices, onnxruntime_version, survey
+from melt_runtime.backends.devices import detect_environment, devices, onnxruntime_version
 from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS
 from test_concurrency import calls_of, together
@@ -33,7 +33,7 @@ def package_for(backend: str, checkpoint: Path, make_package: MakePackage, diale
     if old:
         pytest.skip(old)
     package = make_package(checkpoint, dialect=dialect, precision=precision, max_batch=3)
-    choice = next(c for c in choices(survey(Package.open(package))) if c.name == backend)
+    choice = next(c for c in choices(detect_environment(Package.open(package))) if c.name == backend)
     if not choice.usable:
         pytest.skip(choice.reason)
     return package

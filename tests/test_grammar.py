@@ -19,7 +19,7 @@ from melt_runtime.errors import BusyError
 from melt_runtime.server import grammar
 from melt_runtime.server.grammar import Grammars, JsonConstraint
 from melt_runtime.server.schema_weight import weigh
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 END = "</s>"
@@ -126,10 +126,10 @@ SCHEMAS: dict[str, Any] = {
 
 def grammars(make: Callable[[], Tokenizer], rows: int = 0) -> Grammars:
     """rows: how many tokens a model has beyond its tokenizer's."""
-    codec = TextCodec(make())
-    end = codec.token_id(END)
-    vocab = SimpleNamespace(vocab_size=codec.vocab_size + rows)
-    return Grammars(SimpleNamespace(codec=codec, stop_ids={end}, manifest=vocab))  # type: ignore[arg-type]
+    tokenizer = TextTokenizer(make())
+    end = tokenizer.token_id(END)
+    vocab = SimpleNamespace(vocab_size=tokenizer.vocab_size + rows)
+    return Grammars(SimpleNamespace(tokenizer=tokenizer, stop_ids={end}, manifest=vocab))  # type: ignore[arg-type]
 
 
 def say(constraint: JsonConstraint, end: int, rng: random.Random, most: int = 400) -> list[int] | None:
@@ -150,28 +150,28 @@ def say(constraint: JsonConstraint, end: int, rng: random.Random, most: int = 40
 def test_every_answer_parses_and_fits_its_schema(make: Callable[[], Tokenizer], name: str) -> None:
     if make is word_pieces and name == "const with spaces":
         pytest.skip("words cannot spell two spaces")
-    chosen, codec, schema = grammars(make), TextCodec(make()), SCHEMAS[name]
-    end = codec.token_id(END)
+    chosen, tokenizer, schema = grammars(make), TextTokenizer(make()), SCHEMAS[name]
+    end = tokenizer.token_id(END)
     assert end is not None
     ended = 0
     for seed in range(12):
         ids = say(chosen.constraint(schema), end, random.Random(seed))
         if ids is not None:
             ended += 1
-            jsonschema.validate(json.loads(codec.decode(ids)), schema)
+            jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
     assert ended > 8
 
 
 @every_kind
 @pytest.mark.parametrize("schema", [True, {}, {"type": "object"}, {"type": "array", "items": {"type": "string"}}])
 def test_free_json_parses(make: Callable[[], Tokenizer], schema: Any) -> None:
-    chosen, codec = grammars(make), TextCodec(make())
-    end = codec.token_id(END)
+    chosen, tokenizer = grammars(make), TextTokenizer(make())
+    end = tokenizer.token_id(END)
     assert end is not None
     answers = [say(chosen.constraint(schema), end, random.Random(seed), 150) for seed in range(20)]
     for ids in answers:
         if ids is not None:
-            jsonschema.validate(json.loads(codec.decode(ids)), schema)
+            jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
     assert any(ids is not None for ids in answers)
 
 

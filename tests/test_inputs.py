@@ -53,7 +53,7 @@ def scheduled(runtime: Runtime, prompt: Any, **options: Any) -> str:
 
 
 def by_hand(runtime: Runtime, prompt: Any, **options: Any) -> str:
-    generator = Generator(runtime.driver(), [prompt], runtime.options(**options), runtime.codec)
+    generator = Generator(runtime.driver(), [prompt], runtime.options(**options), runtime.tokenizer)
     return "".join(delta.text for delta in generator)
 
 

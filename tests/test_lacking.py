@@ -9,7 +9,7 @@ import httpx
 import pytest
 from conftest import MakePackage
 from melt_runtime import PromptError, Runtime
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from serving import WAIT, Server
 from test_run_cli import refused, run
 from test_text import byte_fallback, byte_level, characters, metaspace, word_pieces, words
@@ -77,9 +77,9 @@ def whole_words() -> Tokenizer:
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_the_tokenizer_lacks_is_named(make: object, text: str, what: str) -> None:
-    codec = TextCodec(make())  # type: ignore[operator]
+    ours = TextTokenizer(make())  # type: ignore[operator]
     with pytest.raises(PromptError) as caught:
-        codec.encode(text)
+        ours.encode(text)
     assert str(caught.value) == f"The tokenizer has no token for {what}, and none for unknown ones."
 
 
@@ -89,13 +89,13 @@ def test_what_the_tokenizer_lacks_is_named(make: object, text: str, what: str) -
 def test_a_tokenizer_that_knows_unknown_ones_takes_any_text(make: object) -> None:
     tokenizer = make()  # type: ignore[operator]
     for text in ("Hello, wörld! 😀\x00", "", " ", "ẞ\u0301"):
-        assert TextCodec(tokenizer).encode(text) == tokenizer.encode(text).ids
+        assert TextTokenizer(tokenizer).encode(text) == tokenizer.encode(text).ids
 
 
 def test_known_text_is_taken_by_those_that_lack_others() -> None:
     for make, text in ((split, "<pad>1+2"), (bare_bpe, " ab  ba "), (lowered, "AbA"), (short_byte_level, "a b")):
         tokenizer = make()
-        assert TextCodec(tokenizer).encode(text) == tokenizer.encode(text).ids
+        assert TextTokenizer(tokenizer).encode(text) == tokenizer.encode(text).ids
 
 
 def test_the_demo_says_it_in_one_line_everywhere(addition: Path) -> None:

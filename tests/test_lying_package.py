@@ -15,7 +15,7 @@ import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Package, PackageError, Runtime
-from melt_runtime.backends.execution import Plan
+from melt_runtime.backends.execution import GraphEngine
 from melt_runtime.cli.main import app
 from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.specs import GRAPHS
@@ -184,15 +184,15 @@ class _Engine:
 )
 def test_an_engine_of_another_graph_is_refused(tiny_package: Path, tensor: str, found: Any) -> None:
     spec = Package.open(tiny_package).manifest.graphs["embed"]
-    plan = object.__new__(Plan)
-    plan.graph, plan.fixed = "embed", {"batch": 1}
-    plan.engine = _Engine()
-    assert plan._check(spec, Path("embed.plan")) == 0
-    plan.engine = _Engine(hidden=("TensorIOMode.OUTPUT", "DataType.FLOAT", (1, -1, 64)))
-    assert plan._check(spec, Path("embed.plan")) == 0
-    plan.engine = _Engine(**{tensor: found})
+    graph_engine = object.__new__(GraphEngine)
+    graph_engine.graph, graph_engine.fixed = "embed", {"batch": 1}
+    graph_engine.engine = _Engine()
+    assert graph_engine._check(spec, Path("embed.plan")) == 0
+    graph_engine.engine = _Engine(hidden=("TensorIOMode.OUTPUT", "DataType.FLOAT", (1, -1, 64)))
+    assert graph_engine._check(spec, Path("embed.plan")) == 0
+    graph_engine.engine = _Engine(**{tensor: found})
     with pytest.raises(PackageError, match=r"embed\.plan is not of the graph that the manifest describes"):
-        plan._check(spec, Path("embed.plan"))
+        graph_engine._check(spec, Path("embed.plan"))
 
 
 OUT_OF_BOUNDS: dict[str, Lie] = {
@@ -360,13 +360,13 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(package_copy: Path, 
     (package_copy / "generation_config.json").write_text('{"eos_token_id": 7}')
     edit(package_copy, lambda m: [m["files"].pop(n) for n in ("chat_template.jinja", "generation_config.json")])
     runtime = Runtime.load(package_copy)
-    assert runtime.codec is not None
-    assert not runtime.codec.has_chat_template
+    assert runtime.tokenizer is not None
+    assert not runtime.tokenizer.has_chat_template
     assert runtime.stop_ids == {1}
     (package_copy / "tokenizer.json").unlink()
     (package_copy / "tokenizer.json").symlink_to(tmp_path / "secret.json")
     edit(package_copy, lambda m: m["files"].pop("tokenizer.json"))
-    assert Runtime.load(package_copy).codec is None
+    assert Runtime.load(package_copy).tokenizer is None
     assert json.loads(CliRunner().invoke(app, ["inspect", str(package_copy), "--json"]).stdout)["tokenizer"] is False
 
 

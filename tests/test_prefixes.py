@@ -111,7 +111,7 @@ def refused(store: PrefixCache, other: Runtime) -> None:
         lambda: Scheduler(other, 1, prefixes=store),
         lambda: store.keep(other.driver(), 0, SYSTEM, SETTINGS),
     ):
-        with pytest.raises(ArgumentError, match=r"^the prefix store holds rows of another package, backend or engine;"):
+        with pytest.raises(ArgumentError, match=r"^the prefix cache holds positions of another package, "):
             use()
     assert (len(store), store.bytes) == before
 
@@ -261,7 +261,7 @@ def test_a_session_that_cannot_have_the_rows_back_is_empty(runtime: Runtime, mon
     store = PrefixCache(PLENTY)
     runtime.session(prefixes=store).append(SYSTEM)
     session, left = runtime.session(prefixes=store), [1]
-    write = session.driver.state.write_rows
+    write = session.driver.state.write_positions
 
     def fails(*arguments: Any) -> None:
         left[0] -= 1
@@ -269,7 +269,7 @@ def test_a_session_that_cannot_have_the_rows_back_is_empty(runtime: Runtime, mon
             raise BackendError("it broke")
         write(*arguments)
 
-    monkeypatch.setattr(session.driver.state, "write_rows", fails)
+    monkeypatch.setattr(session.driver.state, "write_positions", fails)
     with pytest.raises(BackendError, match="it broke"):
         session.append(SYSTEM)
     assert session.tokens == tuple(SYSTEM[:8])  # the chunk that came back

@@ -11,7 +11,7 @@ from melt_runtime.decoding.generator import TokenSequence
 from melt_runtime.decoding.settings import LoopSettings
 from melt_runtime.results import Generation
 from melt_runtime.server.replies import Form, StreamedChoice
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from test_text import byte_fallback, byte_id, byte_level
 from tokenizers import Tokenizer
 
@@ -30,19 +30,19 @@ class Row:
         return self.values
 
 
-def draw(codec: TextCodec, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[TextDelta], Generation]:
+def draw(tokenizer: TextTokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[TextDelta], Generation]:
     """The deltas of a sequence that draws these tokens."""
     options = GenerationOptions(LoopSettings(1), max_tokens=len(ids), stop=stop)
-    sequence = TokenSequence(0, [1], options, codec, logprobs=3)
+    sequence = TokenSequence(0, [1], options, tokenizer, logprobs=3)
     deltas: list[TextDelta] = []
     for token in ids:
         if sequence.finish_reason is None:
-            deltas.append(sequence.sample(Row(token, codec.vocab_size), 100, 1))  # type: ignore[arg-type]
+            deltas.append(sequence.sample(Row(token, tokenizer.vocab_size), 100, 1))  # type: ignore[arg-type]
     return deltas, sequence.result([1] * len(deltas))
 
 
 def form(tokenizer: Tokenizer, chat: bool) -> Form:
-    return Form(chat, "1", "model", "print", TextCodec(tokenizer))
+    return Form(chat, "1", "model", "print", TextTokenizer(tokenizer))
 
 
 def both(chosen: Form, deltas: list[TextDelta], end: Generation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -54,7 +54,7 @@ def both(chosen: Form, deltas: list[TextDelta], end: Generation) -> tuple[list[d
 
 def completion(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> dict[str, Any]:
     """The logprobs of a completion, which are the same streamed and not."""
-    deltas, end = draw(TextCodec(tokenizer), ids, stop)
+    deltas, end = draw(TextTokenizer(tokenizer), ids, stop)
     parts, whole = both(form(tokenizer, False), deltas, end)
     assert "".join(part["text"] for part in parts) == whole["text"]
     for name, values in whole["logprobs"].items():
@@ -64,7 +64,7 @@ def completion(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ())
 
 def chat(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[dict[str, Any]], str]:
     """The entries of a chat, which are the same streamed and not, and its text."""
-    deltas, end = draw(TextCodec(tokenizer), ids)
+    deltas, end = draw(TextTokenizer(tokenizer), ids)
     parts, whole = both(form(tokenizer, True), deltas, end)
     entries = whole["logprobs"]["content"]
     assert [entry for part in parts for entry in part["logprobs"]["content"]] == entries
@@ -72,8 +72,8 @@ def chat(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[dict[str, Any]], st
 
 
 def test_a_token_that_is_part_of_a_character_has_its_own_bytes() -> None:
-    codec = TextCodec(byte_level())
-    entries, text = chat(byte_level(), [byte_id(codec, byte) for byte in "😀".encode()])
+    tokenizer = TextTokenizer(byte_level())
+    entries, text = chat(byte_level(), [byte_id(tokenizer, byte) for byte in "😀".encode()])
     assert [entry["bytes"] for entry in entries] == [[240], [159], [152], [128]]
     assert [entry["token"] for entry in entries] == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x98", "bytes:\\x80"]
     assert text == "😀"
@@ -81,7 +81,7 @@ def test_a_token_that_is_part_of_a_character_has_its_own_bytes() -> None:
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=lambda make: make.__name__)
 def test_joined_bytes_are_the_text(make: Any) -> None:
-    entries, text = chat(make(), TextCodec(make()).encode("two words 日本 😀 naïve", add_special_tokens=False))
+    entries, text = chat(make(), TextTokenizer(make()).encode("two words 日本 😀 naïve", add_special_tokens=False))
     assert text == "two words 日本 😀 naïve"
     assert bytes(byte for entry in entries for byte in entry["bytes"]).decode().removeprefix(" ") == text
     assert all(entry["token"].encode() == bytes(entry["bytes"]) or "bytes:" in entry["token"] for entry in entries)

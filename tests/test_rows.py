@@ -1,4 +1,4 @@
-"""The used rows of the caches cross to the host and back, raw, on every backend's stand-in."""
+"""The used positions of the caches cross to the host and back, raw, on every backend's stand-in."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ def filled(runtime: Runtime) -> LoopDriver:
 
 def test_rows_are_those_of_the_caches(every_backend: Runtime) -> None:
     driver = filled(every_backend)
-    rows = driver.state.rows(2, 1, 7)
+    positions = driver.state.read_positions(2, 1, 7)
     for state in driver.manifest.states:
         if state.kind == "per_loop":
             for loop in range(int(state.shape[0])):
                 expected = driver.state.read(state.input, (loop, 2, slice(None), slice(1, 7)))
-                assert np.array_equal(rows.pop(f"{state.input}/{loop}"), expected)
+                assert np.array_equal(positions.pop(f"{state.input}/{loop}"), expected)
         elif state.kind != "swap":
-            assert np.array_equal(rows.pop(state.input), driver.state.read(state.input, (2, slice(None), slice(1, 7))))
-    assert rows == {}
+            assert np.array_equal(
+                positions.pop(state.input), driver.state.read(state.input, (2, slice(None), slice(1, 7)))
+            )
+    assert positions == {}
 
 
 def test_a_sequence_whose_rows_were_written_elsewhere_goes_on_as_before(every_backend: Runtime) -> None:
@@ -43,8 +45,8 @@ def test_a_sequence_whose_rows_were_written_elsewhere_goes_on_as_before(every_ba
     for slot in (0, 2):  # into the middle, and past it
         other.clear(slot)
         half = len(PROMPTS[slot]) // 2
-        other.restore(slot, driver.state.rows(slot, 0, half), driver.depth[slot][:half])
-        other.restore(slot, driver.state.rows(slot, half, len(PROMPTS[slot])), driver.depth[slot][half:])
+        other.restore(slot, driver.state.read_positions(slot, 0, half), driver.depth[slot][:half])
+        other.restore(slot, driver.state.read_positions(slot, half, len(PROMPTS[slot])), driver.depth[slot][half:])
     for token in range(3):
         tokens = [[7 + token], [9], [11 + token]]
         assert np.array_equal(other.append(tokens, SETTINGS), driver.append(tokens, SETTINGS))
@@ -55,28 +57,28 @@ def test_a_part_reads_and_writes_its_own_rows(every_backend: Runtime) -> None:
     driver = filled(every_backend)
     part = driver.part(1, 2)
     assert part is not None
-    expected = driver.state.rows(2, 0, 9)
-    untouched = driver.state.rows(1, 0, 3)
-    assert all(np.array_equal(values, expected[name]) for name, values in part.state.rows(1, 0, 9).items())
+    expected = driver.state.read_positions(2, 0, 9)
+    untouched = driver.state.read_positions(1, 0, 3)
+    assert all(np.array_equal(values, expected[name]) for name, values in part.state.read_positions(1, 0, 9).items())
     zeros = {name: np.zeros_like(values) for name, values in expected.items()}
-    part.state.write_rows(1, 0, zeros)
-    assert not any(values.any() for values in driver.state.rows(2, 0, 9).values())
-    assert all(np.array_equal(values, untouched[name]) for name, values in driver.state.rows(1, 0, 3).items())
+    part.state.write_positions(1, 0, zeros)
+    assert not any(values.any() for values in driver.state.read_positions(2, 0, 9).values())
+    assert all(np.array_equal(values, untouched[name]) for name, values in driver.state.read_positions(1, 0, 3).items())
 
 
 def test_reading_rows_between_a_token_and_its_draw_changes_no_logits(every_backend: Runtime) -> None:
     driver, other = filled(every_backend), filled(every_backend)
     expected = other.advance([[7], [8], [9]], SETTINGS)
     logits = driver.advance([[7], [8], [9]], SETTINGS)
-    driver.state.rows(0, 0, 14)
+    driver.state.read_positions(0, 0, 14)
     assert np.array_equal(logits.full(), expected.full())
 
 
 def test_rows_that_do_not_fit_are_refused_and_nothing_is_written(every_backend: Runtime) -> None:
     driver = filled(every_backend)
-    rows = driver.state.rows(0, 0, 5)
-    *_, last = rows
-    zeros = {name: np.zeros_like(values) for name, values in rows.items()}
+    positions = driver.state.read_positions(0, 0, 5)
+    *_, last = positions
+    zeros = {name: np.zeros_like(values) for name, values in positions.items()}
     most = driver.manifest.cache_rows
     for wrong in (
         {**zeros, "hidden/0": zeros[last]},
@@ -85,15 +87,15 @@ def test_rows_that_do_not_fit_are_refused_and_nothing_is_written(every_backend: 
         {**zeros, last: zeros[last][0]},
     ):
         with pytest.raises(ArgumentError):
-            driver.state.write_rows(0, 0, wrong)
+            driver.state.write_positions(0, 0, wrong)
     for slot, start in ((3, 0), (-1, 0), (0, most - 4), (0, -1)):
         with pytest.raises(ArgumentError, match="are not among"):
-            driver.state.write_rows(slot, start, zeros)
+            driver.state.write_positions(slot, start, zeros)
         with pytest.raises(ArgumentError, match="are not among"):
-            driver.state.rows(slot, start, start + 5)
+            driver.state.read_positions(slot, start, start + 5)
     with pytest.raises(ArgumentError, match="not those of 4 tokens"):
-        driver.restore(1, rows, [3] * 4)
-    assert all(np.array_equal(values, rows[name]) for name, values in driver.state.rows(0, 0, 5).items())
+        driver.restore(1, positions, [3] * 4)
+    assert all(np.array_equal(values, positions[name]) for name, values in driver.state.read_positions(0, 0, 5).items())
 
 
 def test_a_looplm_may_read_the_caches_of_the_loops_that_ran(
@@ -101,8 +103,8 @@ def test_a_looplm_may_read_the_caches_of_the_loops_that_ran(
 ) -> None:
     driver = Runtime.load(make_package(make_looplm(), chunk=8)).driver()
     driver.append([PROMPTS[0]], LoopSettings(2))
-    assert {name.split("/")[1] for name in driver.state.rows(0, 0, 5, loops=2)} == {"0", "1"}
-    assert {name.split("/")[1] for name in driver.state.rows(0, 0, 5)} == {"0", "1", "2", "3"}
+    assert {name.split("/")[1] for name in driver.state.read_positions(0, 0, 5, loops=2)} == {"0", "1"}
+    assert {name.split("/")[1] for name in driver.state.read_positions(0, 0, 5)} == {"0", "1", "2", "3"}
 
 
 def test_bfloat16_rows_are_bits(tiny_package: Path) -> None:
@@ -112,10 +114,10 @@ def test_bfloat16_rows_are_bits(tiny_package: Path) -> None:
     state.manifest = replace(state.manifest, states=tuple(narrow))
     name = next(iter(cache_buffers(state.manifest)))
     bits = np.arange(1, 2 * 3 * 16 + 1, dtype=np.uint16).reshape(2, 3, 16) + np.uint16(0x3F00)
-    state.write_rows(1, 4, {name: bits})
-    rows = state.rows(1, 4, 7)[name]
-    assert rows.dtype == np.uint16
-    assert np.array_equal(rows, bits)
+    state.write_positions(1, 4, {name: bits})
+    positions = state.read_positions(1, 4, 7)[name]
+    assert positions.dtype == np.uint16
+    assert np.array_equal(positions, bits)
     assert np.array_equal(state.read(name, (1, slice(None), slice(4, 7))), widened(bits))
 
 

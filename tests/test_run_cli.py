@@ -14,7 +14,7 @@ import pytest
 from melt_runtime import Package, Runtime
 from melt_runtime.cli.inspect import describe, untrained_warnings
 from melt_runtime.cli.main import app
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from typer.testing import CliRunner, Result
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "fastapi", "uvicorn", "llguidance")
@@ -42,8 +42,8 @@ def refused(result: Result) -> str:
 def letters(package: Path) -> str:
     """The letters and digits that the tokenizer has a token of their own for."""
     known = [character for character in map(chr, range(33, 127)) if character.isalnum()]
-    codec = TextCodec.load(package)
-    return "".join(character for character in known if codec.token_id(character) is not None)
+    tokenizer = TextTokenizer.load(package)
+    return "".join(character for character in known if tokenizer.token_id(character) is not None)
 
 
 @pytest.fixture

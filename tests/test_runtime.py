@@ -111,15 +111,15 @@ def test_a_stop_string_that_names_a_special_token_stops_there(runtime: Runtime, 
 
 
 def test_a_special_token_within_a_stop_string_counts(runtime: Runtime) -> None:
-    assert runtime.codec is not None
+    assert runtime.tokenizer is not None
     options: dict[str, Any] = {"max_tokens": 200, "temperature": 5.0, "seed": 2, "ignore_eos": True}
     free = runtime.generate("abc", **options)
     at = free.token_ids.index(0)
-    around = [runtime.codec.decode([free.token_ids[at + step]], skip_special_tokens=False) for step in (-1, 1)]
+    around = [runtime.tokenizer.decode([free.token_ids[at + step]], skip_special_tokens=False) for step in (-1, 1)]
     stopped = runtime.generate("abc", **options, stop="<pad>".join(around))
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: at + 2]
-    assert stopped.text == runtime.codec.decode(free.token_ids[: at - 1])
+    assert stopped.text == runtime.tokenizer.decode(free.token_ids[: at - 1])
 
 
 @pytest.mark.parametrize("kind", [list, tuple, set, np.array, range, np.int64], ids=lambda kind: kind.__name__)
@@ -178,8 +178,8 @@ def test_a_smaller_chunk_is_the_models_other_meaning(runtime: Runtime, tiny_chec
 
 def test_chat_messages_go_through_the_template(runtime: Runtime) -> None:
     ids = runtime.chat_prompt([{"role": "user", "content": "hello"}])
-    assert runtime.codec is not None
-    assert runtime.codec.decode(ids) == "user: hello!assistant: "
+    assert runtime.tokenizer is not None
+    assert runtime.tokenizer.decode(ids) == "user: hello!assistant: "
 
 
 @pytest.mark.parametrize(

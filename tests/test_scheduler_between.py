@@ -40,7 +40,7 @@ class Loops:
                     self.act()
 
         patch.setattr(OnnxRuntimeState, "run", counted)
-        patch.setattr(scheduler_module, "_LOOK", 0.0)
+        patch.setattr(scheduler_module, "_SWEEP_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -150,11 +150,11 @@ def test_a_thread_that_stands_still_is_seen_and_one_without_work_is_not(runtime:
         loops.at, loops.act = 3, stand
         handle = scheduler.submit(request(runtime, [5], max_tokens=2))
         assert stood.wait(WAIT)
-        before = scheduler.still
-        eventually(lambda: scheduler.still > before > 0)
+        before = scheduler.stalled
+        eventually(lambda: scheduler.stalled > before > 0)
         go.set()
         handle.result(WAIT)
-        eventually(lambda: scheduler.still == 0.0)
+        eventually(lambda: scheduler.stalled == 0.0)
 
 
 # One bound for everybody

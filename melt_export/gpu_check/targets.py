@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from melt_runtime.backends.choose import choices
-from melt_runtime.backends.devices import survey
+from melt_runtime.backends.devices import detect_environment
 from melt_runtime.engines.build import EngineOptions, build_engine, check_package, engine_name
 from melt_runtime.engines.library import open_library
 from melt_runtime.engines.store import remove_engine
@@ -77,6 +77,6 @@ def ready(target: Target, package: Package, device: int, progress: Step) -> Pack
 
 
 def _require(target: Target, package: Package, device: int) -> None:
-    choice = next(c for c in choices(survey(package), device) if c.name == target.backend)
+    choice = next(c for c in choices(detect_environment(package), device) if c.name == target.backend)
     if not choice.usable:
         raise NotHere(choice.reason)

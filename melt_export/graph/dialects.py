@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from melt_models import LoopLMConfig
 from melt_models.configuration import LoopedConfig
 from melt_models.layers import merge_heads, rotate, split_heads
-from melt_runtime.package.specs import StateSpec, TensorSpec, rows_shape
+from melt_runtime.package.specs import StateSpec, TensorSpec, new_positions_shape
 from torch import Tensor
 
 from ..errors import ExportError
@@ -233,7 +233,7 @@ class PortableDialect(Dialect):
         return f"{part}_rows.{layer}"
 
     def output_shape(self, state: StateSpec) -> tuple[int | str, ...]:
-        return rows_shape(state.shape)
+        return new_positions_shape(state.shape)
 
 
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (OnnxRuntimeDialect(), StandardDialect(), PortableDialect())}

@@ -10,7 +10,7 @@ from melt_runtime import ArgumentError, Runtime
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, no_progress
 from melt_runtime.text.end_tokens import stop_ids_of
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 
 from ..reference.pytorch import open_reference
 
@@ -29,7 +29,7 @@ def read_problems(path: Path, package: Package) -> list[Problem]:
     """The problems of a file: JSON lines with "prompt" and "answer". Raises ArgumentError for one that is none."""
     if not (package.directory / "tokenizer.json").is_file():
         raise ArgumentError("--eval-answers needs a tokenizer, and the package has none")
-    codec, found = TextCodec.load(package.directory, package.manifest.files), []
+    tokenizer, found = TextTokenizer.load(package.directory, package.manifest.files), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -37,8 +37,8 @@ def read_problems(path: Path, package: Package) -> list[Problem]:
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
-            prompt, answer = codec.encode(content["prompt"]), str(content["answer"])
-            tokens = len(codec.encode(answer, add_special_tokens=False)) + 1
+            prompt, answer = tokenizer.encode(content["prompt"]), str(content["answer"])
+            tokens = len(tokenizer.encode(answer, add_special_tokens=False)) + 1
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(
                 f'{path}, line {number} is not a JSON object with "prompt" and "answer": {error!r}'
@@ -57,16 +57,16 @@ def checkpoint_accuracy(
     checkpoint: Path, package: Package, problems: list[Problem], progress: Step = no_progress
 ) -> float:
     """The share that PyTorch answers, greedily. The model is freed when this returns. Raises CheckpointError."""
-    reference, codec, stops = (
+    reference, tokenizer, stops = (
         open_reference(checkpoint),
-        TextCodec.load(package.directory, package.manifest.files),
+        TextTokenizer.load(package.directory, package.manifest.files),
         stop_ids_of(package),
     )
     right = 0
     for problem in problems:
         written, _ = reference.greedy(problem.prompt, problem.tokens, package.manifest.loops, package.manifest.chunk)
         end = next((at for at, token in enumerate(written) if token in stops), len(written))
-        right += codec.decode(written[:end]) == problem.answer
+        right += tokenizer.decode(written[:end]) == problem.answer
         progress("PyTorch: answers", len(problems), 1)
     return right / len(problems)
 

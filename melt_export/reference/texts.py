@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from melt_runtime.errors import MeltError
-from melt_runtime.text.tokenizer import TextCodec
+from melt_runtime.text.tokenizer import TextTokenizer
 
 _FEWEST_TOKENS = 1000  # in a vocabulary that can write more than the task it was made for
 
@@ -25,14 +25,14 @@ def encode_text(
     directory: where the tokenizer is. option: how a user names the file. most: characters read of it (-1: all).
     Raises ``refused`` for a file that cannot be used.
     """
-    codec = TextCodec.load(directory) if (directory / "tokenizer.json").is_file() else None
+    tokenizer = TextTokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     if path is None:
-        return None if codec is None or codec.vocab_size < _FEWEST_TOKENS else codec.encode(builtin())
-    if codec is None:
+        return None if tokenizer is None or tokenizer.vocab_size < _FEWEST_TOKENS else tokenizer.encode(builtin())
+    if tokenizer is None:
         raise refused(f"{option} needs a tokenizer, and the checkpoint has none")
     try:
         with path.open(encoding="utf-8") as file:
-            ids = codec.encode(file.read(most))
+            ids = tokenizer.encode(file.read(most))
     except (OSError, UnicodeDecodeError) as error:
         raise refused(f"{option} {path} cannot be read: {error}") from error
     if len(ids) < 2:

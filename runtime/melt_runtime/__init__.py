@@ -1,4 +1,4 @@
-"""Runs MELT packages in constant memory, without PyTorch.
+"""Run MELT packages in constant memory, without PyTorch.
 
 from melt_runtime import Runtime
 runtime = Runtime.load("package")

@@ -1,4 +1,4 @@
-"""Every way in which the runtime refuses: one family, so that an application can catch it as a whole."""
+"""The errors that the runtime raises on purpose. All of them are MeltError."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from .results import Generation
 
 
 class MeltError(Exception):
-    """Base of all errors the runtime raises on purpose. The message is one clear sentence."""
+    """Base class of all errors that the runtime raises on purpose. The message is one sentence."""
 
 
 class MeltWarning(UserWarning):
-    """What was asked for runs, and the answers may disappoint."""
+    """A warning that a request runs, but its answers may be poor."""
 
 
 class PackageError(MeltError):
-    """A package is missing something, was changed, or was made for another version."""
+    """A package that is incomplete, was changed, or has another format version."""
 
 
 class BackendError(MeltError):
-    """A backend is not installed, cannot run this package, or failed while running it."""
+    """A backend that is not installed, cannot run this package, or failed while running it."""
 
 
 class ArgumentError(MeltError, ValueError):
-    """An argument makes no sense: loops below 1, a temperature below 0, an unknown option."""
+    """An argument out of range (loops below 1, a temperature below 0) or an unknown option."""
 
 
 class OvertakenError(ArgumentError):
-    """A stream cannot go on: another call has moved its session on, or has taken its state. Begin another."""
+    """A stream that cannot go on: another call moved its session on or took its state. Start a new stream."""
 
 
 class PromptError(MeltError, ValueError):
-    """A prompt cannot be used: empty, longer than the cache, or with token ids outside the vocabulary."""
+    """A prompt that is empty, longer than the cache, or has token ids outside the vocabulary."""
 
 
 class SessionError(MeltError):
-    """A saved session cannot be read or written: it is damaged, was changed, or belongs to another package."""
+    """A saved session that cannot be read or written: damaged, changed, or of another package."""
 
 
 class BusyError(MeltError):
-    """No room: the queue is full. ``retry_after``: seconds until there may be, by how fast requests ended lately."""
+    """The queue is full. ``retry_after``: seconds until there may be room, estimated from recent requests."""
 
     def __init__(self, message: str, retry_after: float):
         super().__init__(message)
@@ -46,11 +46,11 @@ class BusyError(MeltError):
 
 
 class ClosedError(MeltError):
-    """A scheduler takes no more requests, or ended before this one did."""
+    """The scheduler is closed, or closed before this request ended."""
 
 
 class CancelledError(MeltError):
-    """A request was cancelled. ``generation``: what there was by then."""
+    """The request was cancelled. ``generation`` holds the tokens and text generated until then."""
 
     def __init__(self, message: str, generation: Generation):
         super().__init__(message)
@@ -58,4 +58,4 @@ class CancelledError(MeltError):
 
 
 class DeadlineError(CancelledError):
-    """A request's time was over before it was."""
+    """The request did not end before its deadline."""

@@ -1,4 +1,4 @@
-"""A package in a backend, with its tokenizer: what sessions, the scheduler and the Python API share."""
+"""A package loaded into a backend, with its tokenizer: shared by sessions, the scheduler and the Python API."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from .sampling.sampler import SamplingParams
 from .text.end_tokens import end_tokens
 from .text.prompts import Prompt, token_ids
 from .text.stop_strings import stop_strings, stop_tokens
-from .text.tokenizer import TextCodec
+from .text.tokenizer import TextTokenizer
 
 
 class LoadedModel:
-    """A package that is loaded and ready to open states; ``Runtime`` adds generation. Raises errors of the MeltError
-    family only."""
+    """A loaded package, ready to open states; ``Runtime`` adds generation. All errors are MeltErrors."""
 
-    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
-        self.package, self.backend, self.codec = package, backend, codec
-        self.backend_reason = backend_reason  # why this backend, in a sentence
-        self.end_tokens = end_tokens(package, codec)
+    def __init__(self, package: Package, backend: Backend, tokenizer: TextTokenizer | None, backend_reason: str = ""):
+        self.package, self.backend, self.tokenizer = package, backend, tokenizer
+        self.backend_reason = backend_reason  # a sentence that says why this backend was chosen
+        self.end_tokens = end_tokens(package, tokenizer)
         self.stop_ids = {token.id for token in self.end_tokens if not token.chats_only}
-        self.chat_stop_ids = {token.id for token in self.end_tokens}  # what else ends an answer in a chat, too
+        self.chat_stop_ids = {token.id for token in self.end_tokens}  # with those that end only a chat's answers
         self._warned: set[str] = set()
 
     @classmethod
@@ -51,61 +50,68 @@ class LoadedModel:
         expected_hash: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Self:
-        """Opens a package directory. Raises PackageError, BackendError, ArgumentError.
+        """Open a package directory. Raises PackageError, BackendError, ArgumentError.
 
-        ``backend``: "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime" (the CPU), or "auto" for
-        the first of tensorrt, onnxruntime-cuda and onnxruntime that can run the package here; ``backend.name`` and
-        ``backend_reason`` say which it was and why. ``device``: index of the NVIDIA device. ``engine``, for tensorrt:
-        one of the package by name; None: the first that runs here. ``threads``, of the CPU: None uses the physical
-        cores. ``low_memory``, of the CPU too, leaves the weights on disk, mapped, at several times the time a loop:
-        an fp16 package otherwise takes twice its size there, because a CPU computes in float32. ``expected_hash``:
-        refuse a package of another hash than this, as ``melt-run inspect`` shows it. ``progress`` is called with the
-        bytes hashed since its last call.
+        ``backend``: "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime" (CPU), or "auto" for the
+        first of tensorrt, onnxruntime-cuda and onnxruntime that can run the package here; ``backend.name`` and
+        ``backend_reason`` tell which was chosen and why.
+
+        ``device``: index of the NVIDIA device. ``engine`` (tensorrt only): the name of one of the package's engines;
+        None takes the first that runs here. ``threads`` (CPU only): None takes the physical cores.
+
+        ``low_memory`` (CPU only): leave weights memory-mapped, so that each loop takes several times longer. Otherwise
+        an fp16 package needs twice its size in memory, because CPUs compute in float32.
+
+        ``expected_hash``: refuse a package whose hash, as shown by ``melt-run inspect``, differs. ``progress``: called
+        with the number of bytes hashed since its last call.
         """
         package = Package.open(directory, check_hashes=check_hashes, expected_hash=expected_hash, progress=progress)
-        codec = codec_of(package)
+        tokenizer = load_tokenizer(package)
         opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
-        return cls(package, opened.backend, codec, opened.reason)
+        return cls(package, opened.backend, tokenizer, opened.reason)
 
     @property
     def manifest(self) -> Manifest:
-        """What the package says about itself."""
+        """The package's manifest."""
         return self.package.manifest
 
     @property
     def example_prompt(self) -> str | None:
-        """A prompt that the package carries as an example, or None. Raises PackageError."""
+        """The package's example prompt, or None. Raises PackageError."""
         return example_prompt(self.package)
 
     def driver(self, batch: int = 1) -> LoopDriver:
-        """A loop driver with state of its own. Raises ArgumentError above the package's max_batch, BackendError."""
+        """Open a loop driver with its own state. Raises ArgumentError for a batch above the package's max_batch,
+        BackendError."""
         return LoopDriver(self.backend.open_state(batch), self.manifest)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, which may be ids already. Raises PromptError."""
+        """Return the token ids of a prompt, which may be ids already. Raises PromptError."""
         if isinstance(prompt, str):
-            if self.codec is None:
+            if self.tokenizer is None:
                 raise PromptError("the package has no tokenizer; give the prompt as token ids")
-            return self.codec.encode(prompt)
+            return self.tokenizer.encode(prompt)
         return token_ids(prompt)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
-        """Token ids of a conversation in the package's chat template, which is given ``variables`` as well, such as
-        ``enable_thinking=False``. ``generate`` ends with the turn if it is given ``stop_ids=runtime.chat_stop_ids``.
-        Raises ArgumentError, PromptError."""
-        if self.codec is None:
+        """Return the token ids of a conversation, rendered by the package's chat template.
+
+        ``variables`` are passed to the template, for example ``enable_thinking=False``. To end generation with the
+        turn, pass ``stop_ids=runtime.chat_stop_ids``. Raises ArgumentError, PromptError.
+        """
+        if self.tokenizer is None:
             raise ArgumentError("the package has no tokenizer, so no chat template")
-        return self.codec.encode(self.codec.render_chat(messages, **variables), add_special_tokens=False)
+        return self.tokenizer.encode(self.tokenizer.render_chat(messages, **variables), add_special_tokens=False)
 
     def warn(self, request: GenerationOptions) -> None:
-        """Tells through ``warnings`` (MeltWarning) why a request's answers may disappoint, each sentence once."""
+        """Emit a request's warnings as MeltWarning, each sentence once per model."""
         for sentence in request.warnings:
             if sentence not in self._warned:
                 self._warned.add(sentence)
                 warnings.warn(sentence, MeltWarning, stacklevel=_callers_level())
 
     def options(self, **options: Unpack[GenerateOptions]) -> GenerationOptions:
-        """A request's options with the package's defaults filled in. Raises ArgumentError, for unknown names too."""
+        """Fill in the package's defaults. Raises ArgumentError for unknown names and values out of range."""
         return self._options(**plain_options(options))
 
     def _options(
@@ -138,15 +144,14 @@ class LoadedModel:
 
 
 def _callers_level() -> int:
-    """How many frames above ``warn`` the first line is that is not this package's."""
+    """Return the ``stacklevel`` of the first frame outside this package."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
         level, frame = level + 1, frame.f_back
     return level
 
 
-def codec_of(package: Package) -> TextCodec | None:
-    """The tokenizer of a package, from the files that its manifest lists; None where it lists none. Raises
-    PackageError."""
+def load_tokenizer(package: Package) -> TextTokenizer | None:
+    """Load the tokenizer among the files that the manifest lists; None where there is none. Raises PackageError."""
     files = package.manifest.files
-    return TextCodec.load(package.directory, files) if "tokenizer.json" in files else None
+    return TextTokenizer.load(package.directory, files) if "tokenizer.json" in files else None

@@ -1,4 +1,4 @@
-"""The machine that figures come from: what it is, how fast it reads memory, how much of it a process holds."""
+"""Facts about the machine: processor, memory bandwidth, memory use of a process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# ONNX Runtime's module comes in one of several distributions.
+# The distributions that provide the onnxruntime module.
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
-# Far more than any cache holds, so that every byte comes from memory.
+# Far above any cache's size, so that every byte is read from memory.
 READ_BYTES = 1 << 28
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine by what matters for figures; nothing that names it. What the system does not tell is None."""
+    """Describe the hardware and system that measurements ran on, without identifying the machine. Unknown facts are
+    None."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
@@ -40,7 +41,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """The version of each of these distributions that is installed here."""
+    """Return the versions of those distributions that are installed."""
     found = {}
     for name in distributions:
         try:
@@ -51,10 +52,10 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def resident(field: str, process: int | None = None) -> int | None:
-    """Bytes of memory of a process (None: this one): "VmRSS" now, "VmHWM" at its peak; None where the system does not
-    tell, or the process has ended.
+    """Return a process's resident memory in bytes (process None: this one), or None where it is unknown or has ended.
 
-    Not getrusage: a child's peak there starts at its parent's.
+    ``field``: "VmRSS" for the present, "VmHWM" for the peak. getrusage does not serve: a child's peak starts at its
+    parent's.
     """
     status = Path(f"/proc/{process or 'self'}/status")
     if not status.is_file():
@@ -66,7 +67,7 @@ def resident(field: str, process: int | None = None) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping (MemAvailable); None where the system does not tell."""
+    """Return the bytes that can be allocated without swapping (MemAvailable), or None where unknown."""
     info = Path("/proc/meminfo")
     if not info.is_file():
         return None
@@ -75,10 +76,10 @@ def available_memory() -> int | None:
 
 
 class ReadBandwidth:
-    """Reads a large buffer with several threads, in the fastest of a few ways, and says how many bytes a second came.
+    """A measurement of memory read bandwidth: several threads over one large buffer.
 
-    Every byte is used (a maximum, or the bits of all), so nothing can be skipped; numpy lets go of the interpreter
-    while it reads. ``threads``: as many as the measured package uses.
+    Of a few ways to read, the fastest is used. Each depends on every byte, so none can be skipped, and NumPy releases
+    the interpreter lock meanwhile. ``threads``: as many as the measured package uses.
     """
 
     def __init__(self, threads: int, total: int = READ_BYTES):
@@ -89,7 +90,7 @@ class ReadBandwidth:
         self._way = max(_WAYS, key=lambda way: max(self._rate(way) for _ in range(3)))
 
     def measure(self) -> float:
-        """Bytes a second, the better of two readings."""
+        """Return the bandwidth in bytes per second, the better of two readings."""
         return max(self._rate(self._way) for _ in range(2))
 
     def _rate(self, way: str) -> float:
@@ -98,7 +99,7 @@ class ReadBandwidth:
         return sum(part.nbytes for part in self._parts) / (perf_counter() - started)
 
     def close(self) -> None:
-        """Ends the threads and frees the buffer."""
+        """Stop the threads and free the buffer."""
         self._pool.shutdown()
         self._parts.clear()
 
@@ -119,14 +120,14 @@ _WAYS = {"largest": _largest, "all bits": _all_bits, "largest byte": _largest_by
 
 
 def physical_cores() -> int:
-    """Cores that compute at full speed and that this process may use: what a backend takes when it is not told."""
+    """Return the number of physical cores that this process may use: the default number of threads."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     return max(1, min(cores, _listed_cores() or cores))
 
 
 def _listed_cores() -> int | None:
-    """Counted in /proc/cpuinfo; None where that cannot be read."""
+    """Count the physical cores in /proc/cpuinfo. None where it cannot be read."""
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""One progress display for everything that takes long: steps with names, one below the other, on standard error."""
+"""Progress display on standard error: one line per named step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-# Reports a step: its name, its size (0: unknown), and what was done since the last call.
+# A step's name, its total (0: unknown), and the amount done since the last call.
 Step = Callable[[str, int, int], None]
 
 
 def no_progress(step: str, total: int, done: int) -> None:
-    """For callers that do not watch."""
+    """Ignore progress."""
 
 
 @contextmanager
 def shown_progress() -> Iterator[Step]:
-    """A progress display on stderr: the callable takes a step, its size, and what was done since its last call."""
+    """Show progress on standard error, through a callable of step name, total, and the amount done since its last
+    call."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     display = Progress(*columns, console=Console(stderr=True))
     tasks: dict[str, Any] = {}
@@ -31,7 +32,7 @@ def shown_progress() -> Iterator[Step]:
 
     def step(name: str, total: int, done: int) -> None:
         if not tasks:
-            display.start()  # not before: what is refused at once shows nothing but its reason
+            display.start()  # only now, so that an immediate error is shown alone
         if name not in tasks:
             finish()
             tasks[name] = display.add_task(name, total=total or None)

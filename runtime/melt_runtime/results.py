@@ -1,4 +1,4 @@
-"""What generation gives back: finished sequences, and the deltas of running ones."""
+"""The results of generation: finished sequences, and the deltas of running ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished sequence. ``finish_reason``: "stop" (a stop id or string), "length" (max_tokens, or the cache is
-    full), and from a scheduler also "cancelled" and "deadline". ``depth``: loops spent on each token that went through
-    the model, the prompt's included; ``loops``: the most that one could have had; ``cached_tokens``: how many of the
-    prompt's a scheduler put back from what ran before, which changes nothing else and is not compared; ``warnings``:
-    why the answer may disappoint, a sentence each."""
+    """A finished sequence.
+
+    ``finish_reason``: "stop" (a stop id or string), "length" (max_tokens, or a full cache), and from a scheduler also
+    "cancelled" and "deadline". ``depth``: the loops run for each token in the cache, including the prompt. ``loops``:
+    the most loops that a token could run. ``cached_tokens``: how many prompt tokens were restored from a prefix cache
+    instead of run; not compared. ``warnings``: sentences that say why the answer may be poor.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -25,16 +27,16 @@ class Generation:
 
     @property
     def saved(self) -> float:
-        """The share of the compute that leaving early saved: loops that were not run, of loops times tokens."""
+        """Return the share of loops that early exit saved, of ``loops`` per token."""
         most = self.loops * len(self.depth)
         return 1 - sum(self.depth) / most if most else 0.0
 
 
 @dataclass(frozen=True)
 class Logprobs:
-    """How likely the model found a token, before temperature, penalties and constraints: natural logarithms.
+    """Natural log probabilities of a token, before temperature, penalties and constraints.
 
-    ``token``: of the token that was drawn; ``top``: the likeliest ids and theirs, likeliest first.
+    ``token``: that of the sampled token. ``top``: the likeliest ids with theirs, likeliest first.
     """
 
     token: float
@@ -42,9 +44,10 @@ class Logprobs:
 
 
 class TextDelta(NamedTuple):
-    """What one step added to one sequence: text that is safe to show (perhaps ""), the token, and the end, if it is.
+    """One step of one sequence: the sampled token, and the text that is now safe to show (may be empty).
 
-    ``depth``: loops spent on the token before it, whose logits it was drawn from; ``logprobs``: if they were asked for.
+    ``finish_reason``: None while the sequence runs. ``depth``: loops run for the preceding token, which gave this
+    token's logits. ``logprobs``: None unless requested.
     """
 
     slot: int

@@ -1,4 +1,4 @@
-"""The Python API: load a package once, then generate, stream, or hold sessions of your own."""
+"""The Python API: load a package once, then generate, stream, or hold sessions."""
 
 from __future__ import annotations
 
@@ -22,45 +22,50 @@ from .package.reader import Package
 from .results import Generation
 from .session.session import Session
 from .text.prompts import Array, Prompt, separate
-from .text.tokenizer import TextCodec
+from .text.tokenizer import TextTokenizer
 
 
 class Runtime(LoadedModel):
-    """A package, loaded::
+    """A loaded package::
 
         runtime = Runtime.load("package")
         print(runtime.generate("2+2=", loops=4).text)
         for delta in runtime.stream("Once upon a time", max_tokens=64):
             print(delta, end="")
 
-    For any number of threads: each call gives what it gives alone. Calls of ``generate`` wait for each other. They and
-    ``stream`` reuse one set of state buffers, allocated at the first call; a stream that is read while another call
-    has them has a set of its own until it ends. Where there is no memory for that, the call takes the buffers of the
-    stream that was read longest ago, which raises OvertakenError when it is read again. Raises errors of the MeltError
-    family only.
+    Safe for any number of threads; concurrent calls do not change each other's results. Calls of ``generate`` run one
+    after another. ``generate`` and ``stream`` share one set of state buffers, allocated at the first call. A stream
+    that starts while they are in use gets its own until it ends; if there is no memory for that, it takes over the
+    buffers of the stream that was read longest ago, and reading that one raises OvertakenError. All errors are
+    MeltErrors.
     """
 
-    def __init__(self, package: Package, backend: Backend, codec: TextCodec | None, backend_reason: str = ""):
-        super().__init__(package, backend, codec, backend_reason)
+    def __init__(self, package: Package, backend: Backend, tokenizer: TextTokenizer | None, backend_reason: str = ""):
+        super().__init__(package, backend, tokenizer, backend_reason)
         self._states = StatePool(self.driver)
         self._generating = threading.RLock()
 
     def session(self, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]) -> Session:
-        """A conversation with state of its own. ``options``, as of ``generate``, hold for all its calls; ``prefixes``:
-        beginnings of prompts that need not run again. Raises ArgumentError, BackendError."""
+        """Open a conversation with its own state. Raises ArgumentError, BackendError.
+
+        ``options``: as in ``generate``, the defaults of all its calls. ``prefixes``: a store of prompt beginnings that
+        need not run again.
+        """
         return Session(self, prefixes=prefixes, **options)
 
     def load_session(self, path: Path | str, *, prefixes: Prefixes | None = None) -> Session:
-        """A session as it was saved. Raises SessionError, BackendError."""
+        """Load a saved session. Raises SessionError, BackendError."""
         return Session.load(self, path, prefixes=prefixes)
 
     def memory(self, max_seq_len: int | None = None, batch: int = 1) -> Memory:
-        """What a session of this batch would cost, before it is made. ``max_seq_len``: were the package exported for
-        so many tokens; None: as it is. Raises ArgumentError."""
+        """Return the memory that a session of this batch would need. Raises ArgumentError.
+
+        ``max_seq_len``: as if the package had been exported for this many tokens; None: the package's own.
+        """
         return memory(self.manifest, self.backend, max_seq_len, batch)
 
     def state_bytes(self, batch: int = 1) -> int:
-        """Bytes of state that a session of this batch allocates, whatever the number of loops."""
+        """Return the bytes of state per session of this batch. The number of loops does not change it."""
         return self.manifest.state_bytes(batch)
 
     @overload
@@ -76,21 +81,24 @@ class Runtime(LoadedModel):
     @overload
     def generate(self, prompt: Array, **options: Unpack[GenerateOptions]) -> Any: ...
     def generate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Generation | list[Generation]:
-        """Continues a prompt, or each of a list of prompts; a prompt is a string or token ids: a list, a NumPy array
-        or a tensor, of which two axes are several prompts.
+        """Continue a prompt, or each of several prompts. Raises PromptError, ArgumentError, BackendError.
+
+        A prompt is a string or token ids: a list, a NumPy array or a tensor. An array of two axes holds several
+        prompts.
 
         Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
-        min_loops=1, exit_change=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None,
-        stop=None (a string or several), stop_ids=None, ignore_eos=False; LoopSettings and SamplingParams say what
-        they mean. Prompts of different lengths run together, at most the package's max_batch
-        at a time; each gives what it gives alone. With a temperature each draws by the seed and its place in the list,
-        so that a prompt given several times has several answers. Raises PromptError, ArgumentError, BackendError.
+        min_loops=1, exit_change=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None
+        (a string or several), stop_ids=None, ignore_eos=False. LoopSettings and SamplingParams explain them.
+
+        Prompts of different lengths run together, at most the package's max_batch at a time, and each result is the
+        same as if it ran alone. With a temperature, sampling depends on the seed and the prompt's place in the list, so
+        that a prompt given several times gets several answers.
         """
         given, single = separate(prompt)
         prompts = [self.encode(one) for one in given]
         request = self.options(**options)
         check_request(
-            prompts, [self.manifest.max_seq_len] * len(prompts), self.manifest, request, self.codec is not None
+            prompts, [self.manifest.max_seq_len] * len(prompts), self.manifest, request, self.tokenizer is not None
         )
         self.warn(request)
         results: list[Generation] = []
@@ -101,23 +109,23 @@ class Runtime(LoadedModel):
 
     def _together(self, prompts: list[list[int]], request: GenerationOptions, first: int) -> list[Generation]:
         with self._states.lease(len(prompts)) as lease, lease.step() as driver:
-            generator = Generator(driver, prompts, request, self.codec, streamed=False, first=first)
+            generator = Generator(driver, prompts, request, self.tokenizer, streamed=False, first=first)
             for _ in generator:
                 pass
             return generator.results()
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[str]:
-        """Continues one prompt and yields text as it comes: whole characters, never part of a stop string.
+        """Continue one prompt and yield text as it is generated: whole characters, never part of a stop string.
 
-        Options as in ``generate``. The prompt is checked at the call, not at the first delta.
+        Options: as in ``generate``. The prompt is checked at the call, not at the first delta.
         """
-        if self.codec is None:
+        if self.tokenizer is None:
             raise ArgumentError("the package has no tokenizer; use generate with token ids")
         ids, request = self.encode(prompt), self.options(**options)
-        check_request([ids], [self.manifest.max_seq_len], self.manifest, request, self.codec is not None)
+        check_request([ids], [self.manifest.max_seq_len], self.manifest, request, self.tokenizer is not None)
         self.warn(request)
 
         def begin(driver: LoopDriver) -> Iterator[str]:
-            return filter(None, map(attrgetter("text"), Generator(driver, [ids], request, self.codec)))
+            return filter(None, map(attrgetter("text"), Generator(driver, [ids], request, self.tokenizer)))
 
         return self._states.steps(1, begin)

@@ -1,6 +1,6 @@
-"""What comes from outside, read through bounds: JSON of bounded size, depth and digits, and checks to declare a schema.
+"""Bounded reading of untrusted input: JSON limited in size, depth and digits, and checks that declare a schema.
 
-A check takes a value and says what is kept of it; it raises FieldError, which names the place.
+A check takes a value and its place, and returns the value to keep. It raises FieldError, which names the place.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, NoReturn
 
 from .errors import ArgumentError, MeltError, PackageError
 
-MOST_BYTES = 8 << 20  # of a JSON file; its values take up to twenty times as much memory
-MOST_DEPTH = 32  # of lists and objects within each other
-MOST_DIGITS = 40  # transformers writes "no limit" as a number of 31
-MOST_SIZE = 2**31 - 1  # of a dimension, and of all that is counted
+MOST_BYTES = 8 << 20  # per JSON file; parsed, it takes up to twenty times as much memory
+MOST_DEPTH = 32  # of nested lists and objects
+MOST_DIGITS = 40  # transformers writes "no limit" as a number of 31 digits
+MOST_SIZE = 2**31 - 1  # of dimensions and counts
 
-Check = Callable[[Any, str], Any]  # a value and its place -> what is kept of it
+Check = Callable[[Any, str], Any]  # (value, place) -> value to keep
 
 
 class FieldError(ValueError):
-    """A value is not what a schema wants; the message names its place."""
+    """A value that breaks the schema; the message names its place."""
 
 
 def parse_json(content: str | bytes) -> Any:
-    """A JSON text. Raises ValueError, in one sentence, for what is too large, too deep, or no JSON."""
+    """Parse JSON text. Raises ValueError, in one sentence, if it is too large, too deep, or no JSON."""
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has {len(content):,} bytes; {MOST_BYTES:,} are read")
     try:
@@ -47,12 +47,12 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def read_text(path: Path, most: int = MOST_BYTES, error: type[MeltError] = PackageError) -> str:
-    """A file's text. Raises ``error``, which names the file, for what is no ordinary file, too large or not UTF-8."""
+    """Read a text file. Raises ``error``, naming the file, if it is no ordinary file, too large or not UTF-8."""
     try:
         if not path.is_file():
             raise error(f"{path} is not an ordinary file")
         with path.open("rb") as file:
-            # A buffer of the whole bound would be taken before the first byte is read.
+            # By the file's size, because read() allocates its whole argument first.
             content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
         if len(content) > most:
             raise error(f"{path} has more than the {most:,} bytes that are read of such a file")
@@ -64,7 +64,7 @@ def read_text(path: Path, most: int = MOST_BYTES, error: type[MeltError] = Packa
 
 
 def read_object(path: Path, error: type[MeltError] = PackageError) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises ``error``, which names the file."""
+    """Read a file that holds a JSON object. Raises ``error``, naming the file."""
     text = read_text(path, error=error)
     try:
         value = parse_json(text)
@@ -76,7 +76,7 @@ def read_object(path: Path, error: type[MeltError] = PackageError) -> dict[str, 
 
 
 def whole(least: int = 1, most: int = MOST_SIZE) -> Check:
-    """A whole number."""
+    """Accept a whole number."""
 
     def check(value: Any, where: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -87,7 +87,7 @@ def whole(least: int = 1, most: int = MOST_SIZE) -> Check:
 
 
 def number(least: float, most: float) -> Check:
-    """A finite number."""
+    """Accept a finite number."""
 
     def check(value: Any, where: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
@@ -98,12 +98,12 @@ def number(least: float, most: float) -> Check:
 
 
 def flag(value: Any, where: str) -> bool:
-    """True or false."""
+    """Accept true or false."""
     return value if isinstance(value, bool) else _refuse(value, where, "true or false")
 
 
 def text(most: int = 256, pattern: str | None = None) -> Check:
-    """Printable text without line breaks, as it can be shown anywhere; the whole of it matches ``pattern``."""
+    """Accept printable text without line breaks that matches ``pattern`` as a whole."""
 
     def check(value: Any, where: str) -> str:
         if not isinstance(value, str) or len(value) > most or not value.isprintable():
@@ -116,7 +116,7 @@ def text(most: int = 256, pattern: str | None = None) -> Check:
 
 
 def one_of(*values: str) -> Check:
-    """One of a few names."""
+    """Accept one of a few names."""
 
     def check(value: Any, where: str) -> str:
         if not isinstance(value, str) or value not in values:
@@ -127,12 +127,12 @@ def one_of(*values: str) -> Check:
 
 
 def optional(inner: Check) -> Check:
-    """Null, or what another check takes."""
+    """Accept null, or what another check accepts."""
     return lambda value, where: None if value is None else inner(value, where)
 
 
 def either(*checks: Check) -> Check:
-    """What any of several checks takes; the last one's error counts."""
+    """Accept what any of several checks accepts. If none does, the last one's error is raised."""
 
     def check(value: Any, where: str) -> Any:
         for inner in checks[:-1]:
@@ -146,7 +146,7 @@ def either(*checks: Check) -> Check:
 
 
 def listed(inner: Check, least: int = 0, most: int = 1 << 16) -> Check:
-    """A list, kept as a tuple."""
+    """Accept a list, kept as a tuple."""
 
     def check(value: Any, where: str) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or not least <= len(value) <= most:
@@ -157,7 +157,7 @@ def listed(inner: Check, least: int = 0, most: int = 1 << 16) -> Check:
 
 
 def mapping(inner: Check, key: Check | None = None, most: int = 1 << 16) -> Check:
-    """An object whose values, and whose names, are all of a kind."""
+    """Accept an object whose names and values each pass one check."""
     named = text() if key is None else key
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def mapping(inner: Check, key: Check | None = None, most: int = 1 << 16) -> Chec
 
 
 def record(make: Callable[..., Any], fields: Mapping[str, Check], defaults: Mapping[str, Any] | None = None) -> Check:
-    """An object with these fields, given to ``make`` by name; ``defaults`` has those that may be absent."""
+    """Accept an object with these fields and pass them to ``make`` by name; those in ``defaults`` may be absent."""
 
     def check(value: Any, where: str) -> Any:
         _require_object(value, where)
@@ -182,7 +182,7 @@ def record(make: Callable[..., Any], fields: Mapping[str, Check], defaults: Mapp
 
 
 def fields_of(value: Any, where: str, fields: Mapping[str, Check], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked fields of an object, whatever else it has."""
+    """Return an object's checked fields; ignore its other fields."""
     _require_object(value, where)
     missing = next((name for name in fields if name not in value and name not in defaults), None)
     if missing is not None:
@@ -195,7 +195,7 @@ def fields_of(value: Any, where: str, fields: Mapping[str, Check], defaults: Map
 
 
 def partly(fields: Mapping[str, Check]) -> Check:
-    """An object, kept as it is, of which some fields are known; a null or absent one is no fault."""
+    """Accept an object, kept as it is, whose known fields pass their checks; they may be null or absent."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
         _require_object(value, where)
@@ -208,28 +208,28 @@ def partly(fields: Mapping[str, Check]) -> Check:
 
 
 def whole_number(name: str, value: object) -> None:
-    """Raises ArgumentError unless ``value`` is a whole number from 1."""
+    """Raise ArgumentError unless ``value`` is a whole number from 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1")
 
 
 def shown(value: Any) -> str:
-    """A value for a sentence: short, and without characters that a terminal would act on."""
+    """Format a value for an error message: short, and without control characters."""
     try:
         return printable(_SHORT.repr(value))
-    except ValueError:  # Python spells no number of more than some thousand digits
+    except ValueError:  # Python converts no number of more than 4,300 digits
         return "a number too long to spell"
 
 
 def brief(error: BaseException, most: int = 400) -> str:
-    """What a library says of a stranger's input, as part of a sentence: one line, printable, not too long."""
+    """Return an error's message as one printable line of at most ``most`` characters."""
     line = printable(" ".join(str(error).split())) or type(error).__name__
     return line if len(line) <= most else f"{line[:most]}..."
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Text in which what a terminal would act on is spelled out, but for the characters in ``kept``: control and
-    escape characters, line separators, reversed direction, halves of surrogates."""
+    """Escape the characters that a terminal would act on, except those in ``kept``: control and escape characters, line
+    separators, direction overrides, lone surrogates."""
     if text.isprintable():
         return text
     return "".join(c.encode("unicode_escape").decode() if c not in kept and _acts(c) else c for c in text)
@@ -253,7 +253,7 @@ def _whole_number(digits: str) -> int:
 
 
 def _bound_depth(value: Any) -> None:
-    """Level by level, so that what is too deep needs no deep recursion to be found."""
+    """Raise ValueError if values are nested too deep. Level by level, so that the check itself does not recurse."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [inner for outer in level for inner in _inside(outer)]
@@ -273,7 +273,7 @@ def _require_object(value: Any, where: str) -> None:
 
 
 def _label(entry: Any) -> str:
-    """The name of an entry of a list, where it has one."""
+    """Return a list entry's own name for the error message, if it has one."""
     name = next((entry[key] for key in ("name", "input") if key in entry), None) if isinstance(entry, dict) else None
     return f" ({printable(name[:64])})" if isinstance(name, str) else ""
 

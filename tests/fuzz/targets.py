@@ -17,7 +17,7 @@ from chat_styles import STYLES
 from melt_runtime import MeltError, Package, Runtime
 from melt_runtime.cli.inspect import describe
 from melt_runtime.cli.tables import print_facts
-from melt_runtime.loaded_model import codec_of
+from melt_runtime.loaded_model import load_tokenizer
 from melt_runtime.package.onnx_file import external_data, initializer_bytes, read_operators
 from melt_runtime.session import file as session_file
 from melt_runtime.text.end_tokens import stop_ids_of
@@ -115,11 +115,11 @@ class TextTarget:
         (self.package / "manifest.json").write_text(json.dumps(self.manifest))
         package = Package.open(self.package, check_hashes=False)
         stop_ids_of(package)
-        codec = codec_of(package)
-        assert codec is not None
-        codec.decode(codec.encode("12"))
-        if codec.has_chat_template:
-            codec.render_chat([{"role": "user", "content": "12"}])
+        tokenizer = load_tokenizer(package)
+        assert tokenizer is not None
+        tokenizer.decode(tokenizer.encode("12"))
+        if tokenizer.has_chat_template:
+            tokenizer.render_chat([{"role": "user", "content": "12"}])
 
 
 class TemplateTarget:

@@ -1,1 +1,1 @@
-"""Buffers and execution of a package, behind one protocol."""
+"""Backends: the buffers and execution of a package, behind one protocol."""

@@ -1,4 +1,4 @@
-"""The protocol of a backend: it owns buffers and execution, and nothing of the model's logic."""
+"""The protocol of a backend. It owns buffers and execution, and knows nothing of the model's logic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..sampling.top_candidates import Candidates
 
 @dataclass(frozen=True)
 class LoopControl:
-    """What steers one loop step over a chunk.
+    """The control inputs of one loop step over a chunk.
 
-    first_loop (batch,) bool; active (batch, chunk) bool; lengths (batch,) int64, tokens in the cache before this
-    chunk; chunk_lengths (batch,) int64, how many of the chunk's columns are tokens (the rest is right padding).
+    ``first_loop`` (batch,) bool. ``active`` (batch, chunk) bool. ``lengths`` (batch,) int64: tokens in the cache before
+    this chunk. ``chunk_lengths`` (batch,) int64: tokens in the chunk; the rest is right padding.
     """
 
     first_loop: NDArray[np.bool_]
@@ -27,24 +27,25 @@ class LoopControl:
 
 
 class BackendState(Protocol):
-    """All state buffers of a batch, allocated once, and the graphs bound to them.
+    """The state buffers of a batch, allocated once, and the graphs bound to them.
 
-    ``likeliest``: how many of the likeliest tokens ``candidates`` picks out; 0: it gives None.
+    ``candidate_count``: how many top candidates ``candidates`` returns; 0: it returns None.
     """
 
     batch: int
     state_bytes: int
-    likeliest: int
+    candidate_count: int
 
     @property
     def computed_by(self) -> str:
-        """What computes the rows, by a name of its own: the backend, and of TensorRT the engine."""
+        """The name of what computes the cache: the backend, and for TensorRT the engine."""
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
-        """token_ids (batch, chunk) -> the hidden buffer."""
+        """Embed token_ids (batch, chunk) into the hidden buffer."""
 
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
-        """One loop step; swaps hidden and latent. Returns the exit probability (batch, chunk), valid until the next."""
+        """Run one loop step and swap hidden and latent. Return the exit probability (batch, chunk), valid until the
+        next call."""
 
     def run_chunk(
         self,
@@ -54,49 +55,53 @@ class BackendState(Protocol):
         head: bool,
         between: Callable[[], None] | None = None,
     ) -> None:
-        """``embed``, ``loops`` loop steps and ``commit``, nothing decided between; ``control`` is the first one's.
+        """Run ``embed``, ``loops`` loop steps and ``commit`` without decisions in between. ``control`` is the first
+        loop's.
 
-        ``head``: whether logits are wanted next, so that the whole token may be one launch; only a hint. ``between``:
-        called between two loops that are launched one by one; what it raises ends the chunk, of which no row counts.
+        ``head``: a hint that logits are needed next, so that a whole token can be one launch. ``between``: called
+        between loops that are launched one by one; an exception in it ends the chunk, whose positions then do not
+        count.
         """
 
     def commit(self, control: LoopControl) -> None:
-        """After a chunk's last loop: writes its rows, where the graph did not do that itself."""
+        """Write the chunk's positions into the caches after its last loop, unless the graph has done so."""
 
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
+        """Return the logits of columns (batch, n) of the chunk as (batch, n, vocab), valid until the next call."""
 
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
-        """The likeliest tokens after columns (batch, 1), a sequence each; None where only whole rows are to be had."""
+        """Return the top candidates after columns (batch, 1), one per sequence; None if the backend gives all logits
+        only."""
 
     def part(self, first: int, count: int) -> BackendState | None:
-        """Sequences ``first`` to ``first + count - 1`` as a state over the same memory, in turns with the whole; None
-        where the backend cannot."""
+        """Return sequences ``first`` to ``first + count - 1`` as a state over the same memory; only one may run at a
+        time. None where the backend does not support it."""
 
     def exit_probability(self) -> NDArray[np.float32]:
-        """A copy of what the last loop step returned, (batch, chunk)."""
+        """Return a copy of the last loop step's exit probability (batch, chunk)."""
 
     def read(self, name: str, index: Any = ...) -> NDArray[Any]:
-        """A copy of a state as it stands, by its name in the manifest; ``index`` picks a part of it."""
+        """Return a copy of a state, by its name in the manifest; ``index`` selects a part of it."""
 
-    def rows(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
-        """A copy of the cache rows ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, rows, head_dim)."""
+    def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
+        """Return a copy of cache positions ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, positions,
+        head_dim)."""
 
-    def write_rows(self, slot: int, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
-        """Writes what ``rows`` gave into the cache rows of a sequence from ``start`` on."""
+    def write_positions(self, slot: int, start: int, positions: Mapping[str, NDArray[Any]]) -> None:
+        """Write what ``read_positions`` returned into a sequence's caches from position ``start`` on."""
 
 
 class Backend(Protocol):
-    """A loaded package, ready to open states of up to ``max_batch`` sequences."""
+    """A loaded package that opens states of up to ``max_batch`` sequences."""
 
     name: str
 
     @property
     def max_batch(self) -> int:
-        """The most sequences of a batch."""
+        """The most sequences in a batch."""
 
     def available_bytes(self) -> int | None:
-        """Memory that a state may take where it lies; None where nobody tells."""
+        """Return the free memory where states are allocated, in bytes; None if unknown."""
 
     def open_state(self, batch: int) -> BackendState:
-        """Allocates all state of a batch. Raises BackendError when there is no memory for it."""
+        """Allocate all state of a batch. Raises BackendError without memory for it."""

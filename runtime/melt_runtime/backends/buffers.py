@@ -1,6 +1,6 @@
-"""What all backends share of a batch's state: which buffers there are, what is written into them, what is run on them.
+"""The state of a batch as all backends share it: its buffers, what is written into them, and the graphs run on them.
 
-A backend adds where the buffers lie and how a graph is run: the abstract methods of ``BufferState``, and no more.
+A backend implements the abstract methods of ``BufferState``: where buffers are allocated and how a graph runs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
-from ..package.specs import ITEM_BYTES, StateSpec, rows_shape
+from ..package.specs import ITEM_BYTES, StateSpec, new_positions_shape
 from ..sampling.top_candidates import Candidates
 from .base import LoopControl
 from .bindings import (
     Binding,
     Bindings,
-    behind,
+    buffer_name,
     cache_buffers,
     embed_bindings,
     head_bindings,
     loop_bindings,
-    moved,
     scratch_buffers,
     slot_bytes,
     state_buffers,
+    with_offsets,
 )
 
 _MAX_BINDINGS = 32
@@ -39,8 +39,9 @@ FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Equal pieces of a buffer at equal distances, in bytes: where the first begins, and from one to the next."""
+class StridedRegion:
+    """Blocks of equal size at equal distances in a buffer, in bytes: the offset of the first, and the pitch between
+    starts."""
 
     buffer: str
     offset: int
@@ -48,25 +49,25 @@ class Strip:
 
 
 class BufferState(ABC):
-    """All state of a batch in named buffers. Caches have one, bound as input and output; hidden and latent have two.
+    """All state of a batch in named buffers. A cache has one, bound as input and output; hidden and latent have two.
 
-    A subclass gives the buffers and the execution. Its constructor calls this one, which calls ``allocate`` once.
+    A subclass provides buffers and execution. Its constructor calls this one, which calls ``allocate`` once.
     """
 
-    likeliest = 0  # how many of the likeliest tokens the backend picks out
+    candidate_count = 0  # top candidates that the backend selects
 
     def __init__(self, manifest: Manifest, batch: int):
         self.manifest, self.batch, self.chunk = manifest, batch, manifest.chunk
-        self.width = 1  # columns of the chunk that was embedded last
-        self.current = 0  # which of the two swap buffers holds the newest hidden and latent
-        self.loops_run = 0  # of the open chunk: whose caches are bound next, where each loop has its own
-        self.headed = False  # whether the head ran with the open chunk
+        self.width = 1  # columns of the current chunk
+        self.current = 0  # the swap buffer with the newest hidden and latent
+        self.loops_run = 0  # loops of the current chunk; selects the caches if each loop has its own
+        self.headed = False  # whether the head has run on the current chunk
         self.hidden = manifest.states[0]
-        self._hidden_buffers = (behind(self.hidden, 0), behind(self.hidden, 1))
+        self._hidden_buffers = (buffer_name(self.hidden, 0), buffer_name(self.hidden, 1))
         inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
         self.masked, self.steered = "attention_mask" in inputs, "active" in inputs
-        self.first = 0  # of a part: which of the whole's sequences is its first
-        self.offsets: dict[str, int] = {}  # and where that one's caches begin in their buffers
+        self.first = 0  # a part's first sequence within the whole
+        self.offsets: dict[str, int] = {}  # bytes to that sequence's caches, by buffer
         sizes = state_buffers(manifest, batch)
         self.state_bytes = sum(sizes.values())
         self._read_only = [state for state in manifest.states if state.kind == "read_only"]
@@ -78,56 +79,57 @@ class BufferState(ABC):
     @property
     @abstractmethod
     def computed_by(self) -> str:
-        """What computes the rows: the backend's name, and what it runs if that is not the package's graphs."""
+        """The name of what computes the cache: the backend, and the engine if that runs instead of the graphs."""
 
     @abstractmethod
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Makes all buffers, zeroed, of so many bytes each; or none, and raises BackendError."""
+        """Allocate all buffers, zeroed, with these sizes in bytes. Raises BackendError; then none are allocated."""
 
     @abstractmethod
     def stage(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """A host array in which the front of a buffer is prepared, to be handed over with ``send``."""
+        """Return a host array for the front of a buffer, to be filled and passed on with ``send``."""
 
     @abstractmethod
     def send(self, buffer: str, count: int) -> None:
-        """Hands the first ``count`` bytes of what was staged over to the buffer; nothing where they are one."""
+        """Copy the first ``count`` staged bytes to the buffer, unless the host array is the buffer."""
 
     @abstractmethod
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """What a buffer holds, when all that was run is done: from its front, or for a part from its first sequence's
-        caches. Valid until the next call of any method."""
+        """Return a buffer's contents after all queued work: from its front, or a part's caches from its first sequence.
+
+        Valid until the next call of any method.
+        """
 
     @abstractmethod
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        """Copies ``pieces`` pieces of ``count`` bytes from one buffer to another."""
+    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
+        """Copy ``blocks`` blocks of ``count`` bytes from one buffer to another."""
 
     @abstractmethod
-    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        """``pieces`` pieces of ``count`` bytes of a buffer as an array of the host (pieces, count)."""
+    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        """Return blocks of ``count`` bytes of a buffer as a host array (blocks, count)."""
 
     @abstractmethod
-    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
-        """Writes pieces (pieces, count) of contiguous bytes into a buffer; afterwards the array is free again."""
+    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
+        """Write contiguous host data (blocks, count) into a buffer. The array may be reused afterwards."""
 
     @abstractmethod
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
-        """What ``run`` needs to run a graph on these buffers; made once and used again."""
+        """Prepare a graph's run on these buffers; the result is reused."""
 
     @abstractmethod
     def run(self, graph: str, bound: Any) -> None:
-        """Runs a graph, after all that was sent, copied and run before. Raises BackendError."""
+        """Run a graph after all that was sent, copied and run before. Raises BackendError."""
 
     @abstractmethod
-    def bucket(self, rows: int) -> int:
-        """The attention length, one of few, that ``rows`` rows of the cache are rounded up to."""
+    def bucket(self, positions: int) -> int:
+        """Round a number of cache positions up to one of a few attention lengths."""
 
     def part(self, first: int, count: int) -> Self | None:
-        """The sequences ``first`` to ``first + count - 1`` as a state of their own, over the same memory.
+        """Return sequences ``first`` to ``first + count - 1`` as a state over the same memory. Raises ArgumentError.
 
-        A chunk that is run on it costs what ``count`` sequences cost and leaves the others' caches alone. Caches
-        outlive a chunk, so they are the whole's, bound further in. All else lives for one chunk at most, so the front
-        of the whole's buffers serves: a part allocates nothing, and whole and parts take turns, a chunk at a time.
-        None where the backend cannot bind the caches there. Raises ArgumentError for slots that are not there.
+        Running it costs as much as ``count`` sequences and leaves the others' caches alone. The caches are the whole's,
+        bound with an offset; all other buffers live for one chunk at most and are shared, so a part allocates nothing.
+        Only one of whole and parts may run a chunk at a time. None where the backend cannot bind caches with an offset.
         """
         if first < 0 or count < 1 or first + count > self.batch:
             raise ArgumentError(f"slots {first} to {first + count - 1} are not among the {self.batch} of this state")
@@ -139,13 +141,13 @@ class BufferState(ABC):
         return made
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
-        """token_ids (batch, chunk) -> hidden."""
+        """Embed token_ids (batch, chunk)."""
         self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
         self.put("input_ids", token_ids)
         self.run_embed()
 
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
-        """One loop step over the chunk. Returns the exit probability (batch, chunk), valid until the next call."""
+        """Run one loop step over the chunk. Return the exit probability (batch, chunk), valid until the next call."""
         self.run_loop(*self.prepare(control))
         return self._exits()
 
@@ -157,11 +159,11 @@ class BufferState(ABC):
         head: bool,
         between: Callable[[], None] | None = None,
     ) -> None:
-        """A chunk from token ids to its last loop's rows in the cache, with nothing to decide on the way.
+        """Run a chunk from token ids to cached positions, without decisions in between. ``control`` is the first
+        loop's.
 
-        ``control`` is the first loop's. ``head`` says whether logits are wanted next: only a hint. Of one token the
-        head then runs at once: whatever comes between two graphs finds the processor's caches full of weights, and
-        takes several times as long as it would in one go.
+        ``head``: a hint that logits are needed next. For one token the head then runs at once: after each graph the
+        processor's caches are full of weights, so any work between two graphs takes several times longer.
         """
         self.embed(token_ids)
         width, context = self._begin_loops(control)
@@ -176,7 +178,7 @@ class BufferState(ABC):
             self.commit(control)
 
     def commit(self, control: LoopControl) -> None:
-        """Copies the chunk's rows into read-only caches; the other dialects wrote them in the graph."""
+        """Copy the chunk's positions into read-only caches; in other dialects the graph has written them."""
         width = control.active.shape[1]
         for state in self._read_only:
             heads, rows, size = (int(dim) for dim in state.shape[1:])
@@ -186,12 +188,12 @@ class BufferState(ABC):
             ):
                 if count:
                     begin = self.offsets.get(state.input, 0) + (slot * heads * rows + int(at)) * row
-                    target = Strip(state.input, begin, rows * row)
-                    source = Strip(state.output, slot * heads * width * row, width * row)
+                    target = StridedRegion(state.input, begin, rows * row)
+                    source = StridedRegion(state.output, slot * heads * width * row, width * row)
                     self.copy(target, source, int(count) * row, heads)
 
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of columns (batch, n) of the chunk -> (batch, n, vocab), valid until the next call."""
+        """Return the logits of columns (batch, n) of the chunk as (batch, n, vocab), valid until the next call."""
         if columns.shape[1] > 1:
             return self.logits_of_many(columns)
         if not self.headed:
@@ -200,89 +202,93 @@ class BufferState(ABC):
         return self.view("logits", FLOAT32, (self.batch, 1, self.manifest.vocab_size))
 
     def logits_of_many(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """As ``logits``, for several columns."""
+        """Return logits as ``logits`` does, for several columns."""
         return np.concatenate([self.logits(column[:, None]).copy() for column in columns.T], axis=1)
 
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
-        """None: whole rows of logits are in reach."""
+        """Return None: all logits are cheap to read."""
         return None
 
     def exit_probability(self) -> NDArray[np.float32]:
-        """A copy of what the last loop step returned, (batch, chunk)."""
+        """Return a copy of the last loop step's exit probability (batch, chunk)."""
         return self._exits().copy()
 
     def read(self, name: str, index: Any = ...) -> NDArray[Any]:
-        """A copy of a state, or of the part at ``index``, by its name in the manifest; bfloat16 comes as float32.
+        """Return a copy of a state, or of its part at ``index``, by its name in the manifest; bfloat16 is returned as
+        float32.
 
-        An input name gives the state itself: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache
-        (batch, kv_heads, rows, head_dim), a LoopLM's with the loops in front; the output name of a read-only cache
-        gives the chunk's new rows.
+        An input name gives the state: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache (batch,
+        kv_heads, positions, head_dim), a LoopLM's with the loop as first axis. The output name of a read-only cache
+        gives the chunk's new positions.
         """
         for state in self.manifest.states:
             if name == state.input and state.kind == "per_loop":
                 which, *rest = index if isinstance(index, tuple) else (index,)
                 loops = np.arange(int(state.shape[0]))[which]
                 parts = [
-                    self._read(behind(state, 0, int(loop)), state.bound_shape, state.dtype, tuple(rest))
+                    self._read(buffer_name(state, 0, int(loop)), state.bound_shape, state.dtype, tuple(rest))
                     for loop in np.atleast_1d(loops)
                 ]
                 return np.stack(parts) if np.ndim(loops) else parts[0]
             if name == state.input:
-                return self._read(behind(state, self.current), state.shape, state.dtype, index)
+                return self._read(buffer_name(state, self.current), state.shape, state.dtype, index)
             if name == state.output and state.kind == "read_only":
-                return self._read(name, rows_shape(state.shape), state.dtype, index)
+                return self._read(name, new_positions_shape(state.shape), state.dtype, index)
         raise ArgumentError(f"the package has no state {name!r}")
 
-    def rows(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
-        """A copy of the cache rows ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, rows, head_dim).
+    def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
+        """Return a copy of cache positions ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, positions,
+        head_dim).
 
-        bfloat16 comes as its bits. ``loops``: of a LoopLM only the caches of so many. Between chunks only. Raises
-        ArgumentError for rows that are not there.
+        bfloat16 is returned as bits. ``loops``: of a LoopLM, only the caches of this many loops. Call it between
+        chunks. Raises ArgumentError for positions that do not exist.
         """
         found = {}
         for name, state in cache_buffers(self.manifest, loops).items():
-            strip, heads, size = self._rows_of(name, state, slot, start, stop)
+            region, heads, size = self._region_of(name, state, slot, start, stop)
             dtype = host_dtype(state.dtype)
-            values = self.fetch(strip, (stop - start) * size * dtype.itemsize, heads)
+            values = self.fetch(region, (stop - start) * size * dtype.itemsize, heads)
             found[name] = values.view(dtype).reshape(heads, stop - start, size)
         return found
 
-    def write_rows(self, slot: int, start: int, rows: Mapping[str, NDArray[Any]]) -> None:
-        """Writes what ``rows`` gave into the cache rows of a sequence from ``start`` on. Raises ArgumentError, before
-        anything is written, for names, types or shapes that are not this state's."""
-        strips, known = [], cache_buffers(self.manifest)
-        for name, values in rows.items():
-            if name not in known or values.ndim != 3 or values.dtype != host_dtype(known[name].dtype):
-                raise ArgumentError(
-                    f"rows of {name!r} as {values.dtype} with {values.ndim} axes are no rows of this state"
-                )
-            strip, heads, size = self._rows_of(name, known[name], slot, start, start + values.shape[1])
-            if values.shape[::2] != (heads, size):
-                raise ArgumentError(f"rows of {name} have the shape {values.shape}, not ({heads}, rows, {size})")
-            strips.append((strip, np.ascontiguousarray(values).reshape(heads, -1).view(np.uint8)))
-        for strip, values in strips:
-            self.store(strip, values)
+    def write_positions(self, slot: int, start: int, positions: Mapping[str, NDArray[Any]]) -> None:
+        """Write what ``read_positions`` returned into a sequence's caches from position ``start`` on.
 
-    def _rows_of(self, buffer: str, state: StateSpec, slot: int, start: int, stop: int) -> tuple[Strip, int, int]:
-        """Where rows of a sequence lie, a piece a head; heads and head size."""
+        Raises ArgumentError, before any write, for names, types or shapes that are not this state's.
+        """
+        regions, known = [], cache_buffers(self.manifest)
+        for name, values in positions.items():
+            if name not in known or values.ndim != 3 or values.dtype != host_dtype(known[name].dtype):
+                raise ArgumentError(f"{name!r} as {values.dtype} with {values.ndim} axes is no cache of this state")
+            region, heads, size = self._region_of(name, known[name], slot, start, start + values.shape[1])
+            if values.shape[::2] != (heads, size):
+                raise ArgumentError(f"{name} has the shape {values.shape}, not ({heads}, positions, {size})")
+            regions.append((region, np.ascontiguousarray(values).reshape(heads, -1).view(np.uint8)))
+        for region, values in regions:
+            self.store(region, values)
+
+    def _region_of(
+        self, buffer: str, state: StateSpec, slot: int, start: int, stop: int
+    ) -> tuple[StridedRegion, int, int]:
+        """Return the region of a sequence's positions, a block per head, with the number of heads and the head size."""
         heads, rows, size = (int(dim) for dim in state.bound_shape[1:])
         if not (0 <= slot < self.batch and 0 <= start < stop <= rows):
             raise ArgumentError(
-                f"rows {start} to {stop - 1} of slot {slot} are not among {rows} rows of {self.batch} slots"
+                f"positions {start} to {stop - 1} of slot {slot} are not among {rows} positions of {self.batch} slots"
             )
         row = size * ITEM_BYTES[state.dtype]
         begin = self.offsets.get(buffer, 0) + (slot * heads * rows + start) * row
-        return Strip(buffer, begin, rows * row), heads, size
+        return StridedRegion(buffer, begin, rows * row), heads, size
 
     def put(self, buffer: str, values: NDArray[Any]) -> None:
-        """Writes an array to the front of a buffer."""
+        """Write an array to the front of a buffer."""
         self.stage(buffer, values.dtype, values.shape)[...] = values
         self.send(buffer, values.nbytes)
 
     def prepare(self, control: LoopControl) -> tuple[int, int, str]:
-        """Writes what steers a loop. Returns its chunk width, attention length and the buffer of ``first_loop``.
+        """Write the control inputs of a loop. Return chunk width, attention length and the buffer of ``first_loop``.
 
-        Lengths and mask are those of the chunk, so they are written for its first loop only.
+        Lengths and mask are the same for all loops of a chunk, so they are written for the first only.
         """
         first, name = control.first_loop, "first_loop"
         alike = set(first.tolist())
@@ -299,7 +305,7 @@ class BufferState(ABC):
         return width, context, name
 
     def _begin_loops(self, control: LoopControl) -> tuple[int, int]:
-        """Writes what steers a chunk's first loop. Returns its width and attention length."""
+        """Write the control inputs of a chunk's first loop. Return its width and attention length."""
         width, context = control.active.shape[1], self.context(control)
         self.put("lengths", control.lengths)
         if self.masked:
@@ -311,13 +317,13 @@ class BufferState(ABC):
         return width, context
 
     def run_embed(self) -> None:
-        """The embedding, of the token ids in their buffer."""
+        """Run the embedding on the token ids in their buffer."""
         key = ("embed", self.width)
         bound = self._bindings.get(key) or self._bind(key, embed_bindings(self.manifest, self.batch, self.width))
         self.run("embed", bound)
 
     def run_loop(self, width: int, context: int, first_loop: str) -> None:
-        """A loop step on what ``prepare`` wrote; hidden and latent trade places."""
+        """Run a loop step with what ``prepare`` wrote, and swap hidden and latent."""
         loop = self.loops_run if self.manifest.cache_loops else 0
         key = ("loop_step", self.current, width, context, first_loop, loop)
         bound = self._bindings.get(key)
@@ -329,34 +335,35 @@ class BufferState(ABC):
         self.loops_run += 1
 
     def gather(self, columns: NDArray[np.int64]) -> None:
-        """Brings one column (batch,) of each sequence's hidden together for the head; a single one already is."""
+        """Copy one column (batch,) of each sequence's hidden together for the head; not needed for a single column."""
         if self.width == 1:
             return
         row = int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
         for slot, column in enumerate(columns.tolist()):
-            source = Strip(self._hidden_buffers[self.current], (slot * self.width + column) * row, row)
-            self.copy(Strip("head_hidden", slot * row, row), source, row, 1)
+            source = StridedRegion(self._hidden_buffers[self.current], (slot * self.width + column) * row, row)
+            self.copy(StridedRegion("head_hidden", slot * row, row), source, row, 1)
 
     def run_head(self) -> None:
-        """The head, on what ``gather`` brought together."""
+        """Run the head on the gathered columns."""
         source = self._hidden_buffers[self.current] if self.width == 1 else "head_hidden"
         key = ("lm_head", source)
         bound = self._bindings.get(key) or self._bind(key, self.head_bindings(source))
         self.run("lm_head", bound)
 
     def head_bindings(self, hidden: str) -> Bindings:
-        """The head's inputs and outputs, for one column of each sequence in a buffer."""
+        """Bind the head to one column per sequence in a buffer."""
         return head_bindings(self.manifest, self.batch, hidden)
 
     def context(self, control: LoopControl) -> int:
-        """How many rows of the cache the attention reads, for the dialects with a mask; else 0."""
+        """Return the number of cache positions that attention reads, in dialects with a mask; else 0."""
         if not self.masked:
             return 0
         own = 0 if self.manifest.dialect == "portable" else control.active.shape[1]
         return self.bucket(min(max(int(control.lengths.max()) + own, 1), self.manifest.cache_rows))
 
     def _write_mask(self, control: LoopControl, width: int, context: int) -> None:
-        """Who sees what: (batch, 1, chunk, context). In the portable dialect the chunk's own rows are not in it."""
+        """Write the attention mask (batch, 1, chunk, context). In the portable dialect it does not cover the chunk
+        itself."""
         mask = self.stage("attention_mask", np.dtype(np.bool_), (self.batch, 1, width, context))
         row = np.arange(context)
         seen = np.repeat(control.lengths[:, None], width, axis=1)
@@ -375,17 +382,17 @@ class BufferState(ABC):
         return widened(values) if dtype == "bfloat16" else values.copy()
 
     def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
-        self._bindings[key] = bound = self.bind(key[0], *moved(bindings, self.offsets))
+        self._bindings[key] = bound = self.bind(key[0], *with_offsets(bindings, self.offsets))
         if len(self._bindings) > _MAX_BINDINGS:
             self._bindings.popitem(last=False)
         return bound
 
 
 def host_dtype(dtype: str) -> np.dtype[Any]:
-    """numpy's type for a tensor's; bfloat16, which it lacks, as bits."""
+    """Return the NumPy type of a tensor type; for bfloat16, which NumPy lacks, that of its bits."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bfloat16 bits -> float32, exactly."""
+    """Convert bfloat16 bits to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,6 +1,6 @@
-"""A CUDA device as the backends need it: memory, one stream, events and captured graphs; on cuda-bindings alone.
+"""The CUDA calls that the backends need, on cuda-bindings: memory, streams, events, captured graphs.
 
-Every refusal is a BackendError with CUDA's own name and text. Nothing is imported before a device is opened.
+Every failure is a BackendError with CUDA's name and text. Nothing is imported before a device is opened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ..errors import ArgumentError, BackendError
 
 
 def open_device(index: int = 0) -> Device:
-    """The device of that index. Raises ArgumentError, BackendError: no package, no driver, one too old, no device."""
+    """Open a device. Raises ArgumentError; BackendError: no cuda-bindings, no driver, driver too old, no such
+    device."""
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise ArgumentError(f"device is {index!r}; devices are counted from 0")
     try:
@@ -30,7 +31,7 @@ def open_device(index: int = 0) -> Device:
 
 
 class Device:
-    """A CUDA device: ``name``, ``capability`` ("8.9"), and ``driver``: the newest CUDA its driver knows ("13.0")."""
+    """A CUDA device. ``capability``: "8.9". ``driver``: the newest CUDA version that its driver supports ("13.0")."""
 
     def __init__(self, api: Any, index: int):
         self.api, self.index = api, index
@@ -60,52 +61,52 @@ class Device:
         self.driver = _version(checked(api, "cudaDriverGetVersion"))
 
     def use(self) -> None:
-        """Makes it the calling thread's device."""
+        """Make this the calling thread's device."""
         checked(self.api, "cudaSetDevice", self.index)
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes."""
+        """Return free and total bytes."""
         self.use()
         free, total = checked(self.api, "cudaMemGetInfo")
         return int(free), int(total)
 
-    def allocate(self, count: int) -> Memory:
-        """Device memory, aligned to 256 bytes. Raises BackendError with what was wanted and what is free."""
+    def allocate(self, count: int) -> Allocation:
+        """Allocate device memory, aligned to 256 bytes. Raises BackendError with wanted and free bytes."""
         self.use()
         try:
             address = int(checked(self.api, "cudaMalloc", max(count, 1)))
         except BackendError as error:
             raise BackendError(f"{count:,} bytes of device memory, {self.memory()[0]:,} are free: {error}") from error
-        return Memory(self.api, address, count, "cudaFree")
+        return Allocation(self.api, address, count, "cudaFree")
 
-    def pinned(self, count: int) -> Memory:
-        """Host memory that the device reads and writes by itself. Raises BackendError."""
+    def pinned(self, count: int) -> Allocation:
+        """Allocate pinned host memory. Raises BackendError."""
         self.use()
         try:
             address = int(checked(self.api, "cudaMallocHost", max(count, 1)))
         except BackendError as error:
             raise BackendError(f"{count:,} bytes of pinned host memory: {error}") from error
-        return Memory(self.api, address, count, "cudaFreeHost")
+        return Allocation(self.api, address, count, "cudaFreeHost")
 
     def stream(self) -> Stream:
-        """A stream of its own, that waits for no other."""
+        """Make a stream that does not synchronise with others."""
         self.use()
         return Stream(self.api, checked(self.api, "cudaStreamCreateWithFlags", self.api.cudaStreamNonBlocking))
 
 
-class Memory:
-    """An allocation, freed when it is dropped."""
+class Allocation:
+    """Allocated memory, freed when it is dropped."""
 
     def __init__(self, api: Any, address: int, count: int, release: str):
         self.address, self.bytes = address, count
         self._api, self._release = api, release
 
     def array(self) -> NDArray[np.uint8]:
-        """Pinned memory as bytes that numpy reads and writes, and that it keeps from being dropped."""
+        """Return pinned memory as a byte array, which keeps it alive."""
         return host_array(self.address, self.bytes, self)
 
     def free(self) -> None:
-        """Gives it back; a second call does nothing."""
+        """Free the memory; further calls do nothing."""
         if self.address:
             getattr(self._api, self._release)(self.address)
             self.address = 0
@@ -115,44 +116,44 @@ class Memory:
 
 
 class Stream:
-    """Work in order, one after the other, while the host goes on."""
+    """A queue of device work that runs in order while the host goes on."""
 
     def __init__(self, api: Any, stream: Any):
         self.api, self.stream = api, stream
-        self.handle = int(stream)  # what TensorRT takes
+        self.handle = int(stream)  # as TensorRT takes it
 
     def copy(self, target: int, source: int, count: int) -> None:
-        """Copies bytes between addresses of the device or of pinned memory."""
+        """Copy bytes between addresses of device or pinned memory."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyDefault
         checked(self.api, "cudaMemcpyAsync", target, source, count, kind, self.stream)
 
-    def copy_pieces(
-        self, target: int, target_pitch: int, source: int, source_pitch: int, count: int, pieces: int
+    def copy_blocks(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, count: int, blocks: int
     ) -> None:
-        """Copies ``pieces`` pieces of ``count`` bytes; a pitch is from the start of one to the start of the next."""
+        """Copy ``blocks`` blocks of ``count`` bytes; a pitch is the distance between starts."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyDefault
         checked(
             self.api,
             "cudaMemcpy2DAsync",
-            *(target, target_pitch, source, source_pitch, count, pieces, kind, self.stream),
+            *(target, target_pitch, source, source_pitch, count, blocks, kind, self.stream),
         )
 
     def fill(self, target: int, value: int, count: int) -> None:
-        """Sets bytes of device memory."""
+        """Fill bytes of device memory."""
         checked(self.api, "cudaMemsetAsync", target, value, count, self.stream)
 
     def synchronize(self) -> None:
-        """Waits until all work is done. Raises BackendError for what failed on the way."""
+        """Wait until all work is done. Raises BackendError for its failures."""
         checked(self.api, "cudaStreamSynchronize", self.stream)
 
     def record(self) -> Event:
-        """An event here: done when all work before it is."""
+        """Record an event after all work queued so far."""
         event = checked(self.api, "cudaEventCreate")
         checked(self.api, "cudaEventRecord", event, self.stream)
         return Event(self.api, event)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """What ``work`` puts on the stream, as a graph; nothing of it runs. Raises BackendError."""
+        """Capture the work that ``work`` queues as a graph, without running it. Raises BackendError."""
         checked(
             self.api,
             "cudaStreamBeginCapture",
@@ -177,17 +178,17 @@ class Stream:
 
 
 class Event:
-    """A moment on a stream."""
+    """A point in a stream."""
 
     def __init__(self, api: Any, event: Any):
         self._api, self._event = api, event
 
     def wait(self) -> None:
-        """Waits for it on the host."""
+        """Wait on the host for the event."""
         checked(self._api, "cudaEventSynchronize", self._event)
 
     def since(self, earlier: Event) -> float:
-        """Milliseconds from an earlier event to this one, both of which are over."""
+        """Return the milliseconds since an earlier event; both must have completed."""
         return float(checked(self._api, "cudaEventElapsedTime", earlier._event, self._event))
 
     def __del__(self) -> None:
@@ -195,13 +196,13 @@ class Event:
 
 
 class Graph:
-    """Captured work, instantiated: one launch runs all of it."""
+    """A captured and instantiated CUDA graph; one launch runs all its work."""
 
     def __init__(self, api: Any, graph: Any, stream: Any):
         self._api, self._graph, self._stream = api, graph, stream
 
     def launch(self) -> None:
-        """Puts the whole of it on the stream that it was captured from."""
+        """Queue the graph on the stream that it was captured from."""
         checked(self._api, "cudaGraphLaunch", self._graph, self._stream)
 
     def __del__(self) -> None:
@@ -209,14 +210,14 @@ class Graph:
 
 
 def host_array(address: int, count: int, owner: object = None) -> NDArray[np.uint8]:
-    """Bytes at an address of the host's memory; as long as the array or a view of it lives, so does the owner."""
+    """Return bytes at a host address as an array that keeps ``owner`` alive."""
     block: Any = (ctypes.c_uint8 * count).from_address(address)
     block.owner = owner
     return np.ctypeslib.as_array(block)
 
 
 def checked(api: Any, call: str, *arguments: Any) -> Any:
-    """Calls a function of the CUDA runtime. Returns its result, or a tuple of several; raises BackendError."""
+    """Call a CUDA runtime function. Return its result, or a tuple of several. Raises BackendError."""
     status, *values = getattr(api, call)(*arguments)
     if int(status):
         raise BackendError(f"{call} failed with {_name(api, status)}: {_text(api, status)}")

@@ -1,4 +1,4 @@
-"""Named buffers in one block of device memory, with pinned twins of those that the host touches."""
+"""Named buffers in one block of device memory, with pinned staging buffers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError
-from .buffers import Strip
+from .buffers import StridedRegion
 from .cuda import Device
 
 _ALIGNMENT = 256
 
 
 class DeviceBuffers:
-    """Buffers on a CUDA device. Every method waits for what it started, so that any other stream may go on;
-    it may be called from any thread, one at a time.
+    """Named buffers on a CUDA device. Every method waits for its own work; any thread may call, one at a time.
 
-    sizes: bytes by name. twins: the names that the host writes or reads often. Raises BackendError, before anything is
-    allocated, with what is needed and what is free.
+    ``sizes``: bytes by name. ``staged``: names with a staging buffer. Raises BackendError, before any allocation, with
+    needed and free bytes.
     """
 
     kind = "cuda"
 
-    def __init__(self, device: Device, sizes: dict[str, int], twins: Iterable[str]):
+    def __init__(self, device: Device, sizes: dict[str, int], staged: Iterable[str]):
         self.device, self.index = device, device.index
         self._offsets, total = layout(sizes)
-        self._host_offsets, pinned = layout({name: sizes[name] for name in twins})
+        self._host_offsets, pinned = layout({name: sizes[name] for name in staged})
         free = device.memory()[0]
         if total > free:
             raise BackendError(
@@ -48,55 +47,55 @@ class DeviceBuffers:
         self.stream.synchronize()
 
     def address(self, buffer: str) -> int:
-        """Where a buffer lies on the device."""
+        """Return a buffer's device address."""
         return self._memory.address + self._offsets[buffer]
 
     def host(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a twin, in pinned memory."""
+        """Return the front of a staging buffer, in pinned memory."""
         return np.ndarray(shape, dtype, self._host.data, self._host_offsets[buffer])
 
     def upload(self, buffer: str, count: int) -> None:
-        """The front of a twin to the device."""
+        """Copy the front of a staging buffer to the device."""
         self.device.use()
         self.stream.copy(self.address(buffer), self._pinned.address + self._host_offsets[buffer], count)
         self.stream.synchronize()
 
     def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
-        """A buffer from ``offset`` bytes on: into its twin, or for one without into a new array."""
+        """Copy a buffer, from ``offset`` bytes on, into its staging buffer or a new array."""
         self.device.use()
-        twin = buffer in self._host_offsets
-        values = self.host(buffer, dtype, shape) if twin else np.empty(shape, dtype)
+        has_staging = buffer in self._host_offsets
+        values = self.host(buffer, dtype, shape) if has_staging else np.empty(shape, dtype)
         self.stream.copy(values.ctypes.data, self.address(buffer) + offset, values.nbytes)
         self.stream.synchronize()
         return values
 
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        """One strided copy on the device."""
+    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
+        """Copy blocks on the device."""
         self.device.use()
-        to, of = (self.address(strip.buffer) + strip.offset for strip in (target, source))
-        self.stream.copy_pieces(to, target.pitch, of, source.pitch, count, pieces)
+        to, of = (self.address(region.buffer) + region.offset for region in (target, source))
+        self.stream.copy_blocks(to, target.pitch, of, source.pitch, count, blocks)
         self.stream.synchronize()
 
-    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        """Pieces of a buffer (pieces, count), copied to the host."""
+    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        """Copy blocks of a buffer to a host array (blocks, count)."""
         self.device.use()
-        values = np.empty((pieces, count), np.uint8)
+        values = np.empty((blocks, count), np.uint8)
         begin = self.address(source.buffer) + source.offset
-        self.stream.copy_pieces(values.ctypes.data, count, begin, source.pitch, count, pieces)
+        self.stream.copy_blocks(values.ctypes.data, count, begin, source.pitch, count, blocks)
         self.stream.synchronize()
         return values
 
-    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
-        """Pieces (pieces, count) of the host into a buffer."""
+    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
+        """Copy host blocks (blocks, count) into a buffer."""
         self.device.use()
-        pieces, count = values.shape
+        blocks, count = values.shape
         begin = self.address(target.buffer) + target.offset
-        self.stream.copy_pieces(begin, target.pitch, values.ctypes.data, count, count, pieces)
+        self.stream.copy_blocks(begin, target.pitch, values.ctypes.data, count, count, blocks)
         self.stream.synchronize()
 
 
 def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Where buffers lie in one block, each aligned, and the bytes of the block."""
+    """Return each buffer's aligned offset in one block, and the block's bytes."""
     offsets, total = {}, 0
     for name, count in sizes.items():
         offsets[name] = total

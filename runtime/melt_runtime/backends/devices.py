@@ -1,4 +1,4 @@
-"""The facts that the choice of a backend rests on, asked of the machine; what fails here is not there."""
+"""Detect the environment that the choice of a backend depends on. Whatever cannot be queried counts as missing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from ..engines.library import current_capability, open_library
 from ..errors import MeltError
 from ..package.reader import Package, source_hash
-from .choose import Facts
+from .choose import Environment
 
 PLUGIN_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 _MOST_DEVICES = 64
 
 
-def survey(package: Package) -> Facts:
-    """What this machine has for a package. TensorRT is imported only where the package has an engine for it."""
+def detect_environment(package: Package) -> Environment:
+    """Detect what this machine has for a package. TensorRT is imported only if the package has an engine for it."""
     manifest = package.manifest
-    return Facts(
+    return Environment(
         dialect=manifest.dialect,
         precision=manifest.precision,
         engines=manifest.engines,
@@ -31,7 +31,7 @@ def survey(package: Package) -> Facts:
 
 
 def devices() -> tuple[str, ...]:
-    """The compute capability of every NVIDIA device, by index; none without a driver."""
+    """Return the compute capability of each NVIDIA device by index; empty without a driver."""
     found: list[str] = []
     while len(found) < _MOST_DEVICES and (capability := current_capability(len(found))) is not None:
         found.append(capability)
@@ -39,7 +39,7 @@ def devices() -> tuple[str, ...]:
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be found, without importing it."""
+    """Return whether a module can be found, without importing it."""
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError):
@@ -57,7 +57,7 @@ def _libraries(flavours: set[str]) -> dict[str, str]:
 
 
 def onnxruntime_version() -> str | None:
-    """The version of the ONNX Runtime that is installed here, whichever distribution it came in."""
+    """Return the version of the installed ONNX Runtime, from any of its distributions."""
     try:
         import onnxruntime
     except ImportError:

@@ -1,4 +1,4 @@
-"""Engines on a device: plans loaded, contexts with their shapes and addresses, and work captured to be replayed."""
+"""Execution of TensorRT engines: loading, contexts with shapes and addresses, and captured work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..package.specs import NAMED_SIZES, GraphSpec, TensorSpec
 from .bindings import Bindings
 from .cuda import Graph, Stream
 
-CANDIDATES = {"top_logits": "float32", "top_ids": "int32", "log_sum": "float32"}  # what a head may give besides
-_MAX_RECORDINGS = 16  # one for each attention length of a cache of 16,384 rows, and some
+TOP_OUTPUTS = {"top_logits": "float32", "top_ids": "int32", "log_sum": "float32"}  # a head may have them
+_MAX_RECORDINGS = 16  # enough for each attention length of a cache of 16,384 positions
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A graph's shapes and addresses, and the optimisation profile that admits them."""
+    """A graph's shapes and addresses, and the optimisation profile that allows them."""
 
     graph: str
     profile: int
@@ -32,7 +32,7 @@ class Bound:
 
     @classmethod
     def of(cls, graph: str, profile: int, bindings: Bindings, address: Callable[[str], int]) -> Bound:
-        """``address`` gives where a buffer lies."""
+        """Make a Bound of bindings. ``address``: returns a buffer's address."""
         inputs, outputs = bindings
         return cls(
             graph,
@@ -42,11 +42,11 @@ class Bound:
         )
 
 
-class Plan:
-    """A deserialized engine of one graph. Its contexts take their scratch memory from the state that uses them.
+class GraphEngine:
+    """A deserialized engine of one graph. Its contexts use scratch memory of the state that runs them.
 
-    ``spec``: what must go in and out; the head may give the likeliest tokens besides, and ``likeliest`` says how many.
-    ``fixed``: the named dimensions that have one size in all profiles, which an engine may know as that size. Raises
+    ``spec``: the graph's inputs and outputs; a head may also give top candidates, ``candidate_count`` of them.
+    ``fixed``: named dimensions with one size in all profiles, which an engine may report as that size. Raises
     BackendError for a plan that cannot be loaded, PackageError for one of another graph.
     """
 
@@ -67,18 +67,18 @@ class Plan:
             raise BackendError(f"{library.title} {library.version} cannot load {path}: {library.messages.reason()}")
         if stream_weights and self.engine.streamable_weights_size > 0:
             self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
-        self.likeliest = self._check(spec, path)
+        self.candidate_count = self._check(spec, path)
         self.scratch_bytes = int(self.engine.device_memory_size_v2)
         self._config = self._make_config()
 
     def _check(self, spec: GraphSpec, path: Path) -> int:
-        """Refuses an engine whose tensors are not the graph's. Returns how many of the likeliest tokens it gives."""
+        """Check that the engine's tensors are the graph's. Return the number of top candidates. Raises PackageError."""
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
         named = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
         for name in names:
             shape = tuple(self.engine.get_tensor_shape(name))
-            if name in named and len(named[name]) == len(shape):  # an engine knows no names of dimensions
+            if name in named and len(named[name]) == len(shape):  # engines do not store names of dimensions
                 shape = tuple(
                     dim if isinstance(dim, str) and size in (-1, self.fixed.get(dim)) else size
                     for dim, size in zip(named[name], shape, strict=True)
@@ -86,15 +86,15 @@ class Plan:
             mode = str(self.engine.get_tensor_mode(name)).rpartition(".")[2]
             found = TensorSpec(name, engine_dtype(self.engine.get_tensor_dtype(name)), shape)
             sides[mode == "INPUT"].append(found)
-        few = {t.name: t for t in sides[False] if self.graph == "lm_head" and t.name in CANDIDATES}
-        outputs = [tensor for tensor in sides[False] if tensor.name not in few]
-        problem = graph_difference(spec, sides[True], outputs) or _candidates_difference(spec, few)
+        top = {t.name: t for t in sides[False] if self.graph == "lm_head" and t.name in TOP_OUTPUTS}
+        outputs = [tensor for tensor in sides[False] if tensor.name not in top]
+        problem = graph_difference(spec, sides[True], outputs) or _candidates_difference(spec, top)
         if problem is not None:
             raise PackageError(f"{path} is not of the graph that the manifest describes: {problem}")
-        return int(few["top_ids"].shape[-1]) if few else 0
+        return int(top["top_ids"].shape[-1]) if top else 0
 
     def _make_config(self) -> Any:
-        """TensorRT-RTX compiles kernels on the device: its contexts share what was compiled."""
+        """Make a runtime config. TensorRT-RTX compiles kernels on the device: contexts share them through its cache."""
         strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(self.engine, "create_runtime_config"):
             return strategy
@@ -104,8 +104,8 @@ class Plan:
             config.set_runtime_cache(config.create_runtime_cache())
         return config
 
-    def context(self, profile: int, stream: Stream, scratch: int) -> PlanContext:
-        """A context for a profile, with scratch memory at an address. Raises BackendError."""
+    def context(self, profile: int, stream: Stream, scratch: int) -> GraphContext:
+        """Make a context for a profile, with scratch memory at an address. Raises BackendError."""
         with self.library.lock:
             self.library.messages.clear()
             context = self.engine.create_execution_context(self._config)
@@ -115,11 +115,11 @@ class Plan:
                 )
         context.set_device_memory(scratch, self.scratch_bytes)
         stream.synchronize()
-        return PlanContext(self, context)
+        return GraphContext(self, context)
 
 
 def single_sizes(profiles: Iterable[ProfileSpec]) -> dict[str, int]:
-    """The named dimensions that have one size in all of an engine's profiles."""
+    """Return the named dimensions that have one size in all profiles."""
     found: dict[str, set[int]] = {}
     for profile in profiles:
         for name in NAMED_SIZES:
@@ -127,37 +127,37 @@ def single_sizes(profiles: Iterable[ProfileSpec]) -> dict[str, int]:
     return {name: sizes.pop() for name, sizes in found.items() if len(sizes) == 1}
 
 
-def _candidates_difference(head: GraphSpec, few: Mapping[str, TensorSpec]) -> str | None:
-    """What is wrong with the likeliest tokens that a head gives, if it gives any."""
-    if not few:
+def _candidates_difference(head: GraphSpec, top: Mapping[str, TensorSpec]) -> str | None:
+    """Return what is wrong with a head's candidate outputs, or None."""
+    if not top:
         return None
-    if few.keys() != CANDIDATES.keys():
-        return f"of {', '.join(CANDIDATES)} it has only {', '.join(few)}"
-    most, vocabulary = few["top_ids"].shape[-1], head.outputs[0].shape[-1]
+    if top.keys() != TOP_OUTPUTS.keys():
+        return f"of {', '.join(TOP_OUTPUTS)} it has only {', '.join(top)}"
+    most, vocabulary = top["top_ids"].shape[-1], head.outputs[0].shape[-1]
     if not isinstance(most, int) or not isinstance(vocabulary, int) or not 1 <= most <= vocabulary:
         return f"it picks out {most} tokens of {vocabulary}"
-    for name, spec in few.items():
+    for name, spec in top.items():
         count = 1 if name == "log_sum" else most
-        if spec.dtype != CANDIDATES[name] or len(spec.shape) != 3 or spec.shape[-1] != count:
-            return f"{name} is {spec.dtype} {list(spec.shape)}, not {CANDIDATES[name]} (batch, chunk, {count})"
+        if spec.dtype != TOP_OUTPUTS[name] or len(spec.shape) != 3 or spec.shape[-1] != count:
+            return f"{name} is {spec.dtype} {list(spec.shape)}, not {TOP_OUTPUTS[name]} (batch, chunk, {count})"
     return None
 
 
-class PlanContext:
-    """An execution context that is told only what changed since its last run."""
+class GraphContext:
+    """An execution context that sets only shapes and addresses that changed since its last run."""
 
-    def __init__(self, plan: Plan, context: Any):
-        self.plan, self.context = plan, context
+    def __init__(self, engine: GraphEngine, context: Any):
+        self.engine, self.context = engine, context
         self._shapes: tuple[Any, ...] = ()
         self._addresses: tuple[Any, ...] = ()
 
     def run(self, bound: Bound, stream: Stream) -> None:
-        """Puts a run on the stream. Raises BackendError with the library's own words."""
-        with self.plan.library.lock:
+        """Queue a run on the stream. Raises BackendError with the library's reason."""
+        with self.engine.library.lock:
             self._run(bound, stream)
 
     def _run(self, bound: Bound, stream: Stream) -> None:
-        messages = self.plan.library.messages
+        messages = self.engine.library.messages
         messages.clear()
         if self._shapes != bound.shapes:
             self._shapes = ()
@@ -170,35 +170,35 @@ class PlanContext:
                 self._require(self.context.set_tensor_address(name, address), f"the address of {name}")
             self._addresses = bound.addresses
         if not self.context.execute_async_v3(stream.handle):
-            raise BackendError(f"{self.plan.library.title} failed in {self.plan.graph}: {messages.reason()}")
+            raise BackendError(f"{self.engine.library.title} failed in {self.engine.graph}: {messages.reason()}")
 
     def capturable(self, stream: Stream) -> bool:
-        """Whether its runs may be captured; a library that does not say is taken to allow it."""
+        """Return whether its runs may be captured; True if the library cannot tell."""
         ask = getattr(self.context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream.handle))
 
     def _require(self, done: bool, what: str) -> None:
         if not done:
-            library = self.plan.library
-            raise BackendError(f"{library.title} refuses {what} in {self.plan.graph}: {library.messages.reason()}")
+            library = self.engine.library
+            raise BackendError(f"{library.title} refuses {what} in {self.engine.graph}: {library.messages.reason()}")
 
 
 class Contexts:
-    """Contexts by graph and profile, made when they are first used."""
+    """Contexts by graph and profile, made at first use."""
 
-    def __init__(self, plans: dict[str, Plan], stream: Stream, scratch: int):
-        self._plans, self._stream, self._scratch = plans, stream, scratch
-        self._made: dict[tuple[str, int], PlanContext] = {}
+    def __init__(self, engines: dict[str, GraphEngine], stream: Stream, scratch: int):
+        self._engines, self._stream, self._scratch = engines, stream, scratch
+        self._made: dict[tuple[str, int], GraphContext] = {}
 
     def run(self, bound: Bound) -> None:
-        """Puts a graph's run on the stream."""
+        """Queue a graph's run on the stream."""
         key = (bound.graph, bound.profile)
         if key not in self._made:
-            self._made[key] = self._plans[bound.graph].context(bound.profile, self._stream, self._scratch)
+            self._made[key] = self._engines[bound.graph].context(bound.profile, self._stream, self._scratch)
         self._made[key].run(bound, self._stream)
 
     def capturable(self) -> bool:
-        """Whether the runs of all of them may be captured."""
+        """Return whether the runs of all contexts may be captured."""
         return all(context.capturable(self._stream) for context in self._made.values())
 
 
@@ -206,15 +206,16 @@ class Contexts:
 class _Recording:
     contexts: Contexts
     graph: Graph | None = None
-    refused: str | None = None  # why it is not captured
+    refused: str | None = None  # why capturing failed
     uses: int = field(default=0)
 
 
 class Recordings:
-    """Work that comes again: run plainly the first time, captured the second, then replayed; the oldest make way.
+    """Repeated work: run directly the first time, captured the second, then replayed. The least recently used are
+    dropped.
 
-    The first, plain run lets the library settle what it puts off after a change of shapes. Each recording has
-    contexts of its own, because a graph holds what its context keeps on the device.
+    The first run lets the library finish what it defers after a change of shapes. Each recording has its own contexts,
+    because a graph refers to its context's device data.
     """
 
     def __init__(self, stream: Stream, contexts: Callable[[], Contexts], most: int = _MAX_RECORDINGS):
@@ -222,7 +223,7 @@ class Recordings:
         self._made: OrderedDict[Hashable, _Recording] = OrderedDict()
 
     def play(self, key: Hashable, work: Callable[[Contexts], None]) -> None:
-        """Puts ``work`` on the stream, from its graph if there is one; it must be the same for an equal key."""
+        """Queue ``work``, from its graph if captured. Equal keys must mean equal work."""
         recording = self._made.get(key)
         if recording is None:
             if len(self._made) >= self._most:
@@ -236,7 +237,7 @@ class Recordings:
             recording.graph.launch()
         else:
             work(recording.contexts)
-        recording.uses += 1  # a run that failed is none: its contexts are not ready to be captured
+        recording.uses += 1  # not reached after a failed run, whose contexts are not ready for capture
 
     def _capture(self, recording: _Recording, work: Callable[[Contexts], None]) -> None:
         if not recording.contexts.capturable():
@@ -248,9 +249,9 @@ class Recordings:
             recording.refused = str(error)
 
     def refusals(self) -> dict[Hashable, str]:
-        """Why work that came again was not captured, by key."""
+        """Return why repeated work was not captured, by key."""
         return {key: recording.refused for key, recording in self._made.items() if recording.refused is not None}
 
     def captured(self) -> list[Hashable]:
-        """The keys of all graphs."""
+        """Return the keys of all captured graphs."""
         return [key for key, recording in self._made.items() if recording.graph is not None]

@@ -1,4 +1,4 @@
-"""Runs a package with ONNX Runtime on the CPU. Every buffer is bound by address; nothing is copied between loops."""
+"""Run a package with ONNX Runtime on the CPU. Buffers are bound by address; nothing is copied between loops."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..package.contract import graph_difference
 from ..package.reader import Package
 from ..package.specs import GRAPHS, TensorSpec
 from ..untrusted import brief
-from .bindings import Binding, behind, scratch_buffers
-from .buffers import BufferState, Strip
+from .bindings import Binding, buffer_name, scratch_buffers
+from .buffers import BufferState, StridedRegion
 
-# Attention over a growing cache: its width is rounded up, so that few shapes are ever bound.
+# The attention length is rounded up, so that few shapes are bound as the cache grows.
 CONTEXT_BUCKET = 64
 _MAX_VIEWS = 64
-# ONNX Runtime's names of element types, where they are not numpy's.
+# ONNX Runtime's names of element types that differ from NumPy's.
 _ELEMENTS = {"float": "float32", "double": "float64"}
 
 
-class Sessions:
-    """A package's three graphs as ONNX Runtime sessions; what its backends share.
+class OnnxRuntimeBase:
+    """The three graphs as ONNX Runtime sessions: what the ONNX Runtime backends share.
 
-    A subclass says with which providers they run, and opens states.
+    A subclass chooses the providers and opens states.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Sessions:
         self.ort: Any = import_onnxruntime()
 
     def options(self) -> Any:
-        """Options of a session that says nothing but errors."""
+        """Return session options that log errors only."""
         options = self.ort.SessionOptions()
         options.log_severity_level = 3
         return options
 
     def load(self, graph: str, options: Any, providers: list[Any] | None) -> Any:
-        """A graph's session. Raises BackendError, and PackageError for a graph that is not as the manifest says."""
+        """Load a graph's session. Raises BackendError, or PackageError for a graph that differs from the manifest."""
         try:
             session = self.ort.InferenceSession(str(self.package.path(graph)), options, providers=providers)
         except Exception as error:
@@ -56,18 +56,18 @@ class Sessions:
 
     @property
     def max_batch(self) -> int:
-        """The most sequences of a batch: what the package was exported for."""
+        """The most sequences in a batch: as the package was exported."""
         return self.package.manifest.max_batch
 
     def check_batch(self, batch: int) -> None:
-        """Raises ArgumentError above the package's max_batch."""
+        """Raise ArgumentError for a batch above the package's max_batch."""
         most = self.max_batch
         if not 1 <= batch <= most:
             raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {most} sequences")
 
 
 def import_onnxruntime() -> Any:
-    """The library. Raises BackendError that says how to install it."""
+    """Import onnxruntime. Raises BackendError that says how to install it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -75,8 +75,8 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-class OnnxRuntimeBackend(Sessions):
-    """The graphs on the CPU."""
+class OnnxRuntimeBackend(OnnxRuntimeBase):
+    """The CPU backend."""
 
     name = "onnxruntime"
 
@@ -91,28 +91,28 @@ class OnnxRuntimeBackend(Sessions):
         self.sessions = {name: self._session(name, threads) for name in GRAPHS}
 
     def available_bytes(self) -> int | None:
-        """Memory of the machine that a state may take; None where the system does not tell."""
+        """Return the machine's available memory in bytes; None if unknown."""
         return available_memory()
 
     def _session(self, graph: str, threads: int | None) -> Any:
         options = self.options()
-        # Each graph has threads of its own: those of one that has just run must not spin while the next one runs.
+        # Each graph has its own threads: those of the last graph must not spin while the next one runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.low_memory:
-            # Nothing is widened, packed or kept ahead of its use: weights stay mapped from disk as they are stored.
+            # Leave weights memory-mapped as stored: nothing is widened, packed or allocated ahead of its use.
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_mem_pattern = options.enable_cpu_mem_arena = False
-            options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED  # widens a weight just before its use
+            options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED  # widens each weight just before its use
             options.add_session_config_entry("session.disable_prepacking", "1")
         if self.package.manifest.weights.get("activations") == "float":
-            # Else ONNX Runtime makes one product of a DequantizeLinear and a MatMul that rounds activations to 8 bits.
+            # Else ONNX Runtime fuses DequantizeLinear and MatMul into a matmul that rounds activations to 8 bits.
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         return self.load(graph, options, ["CPUExecutionProvider"])
 
     def open_state(self, batch: int) -> OnnxRuntimeState:
-        """Allocates all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
+        """Allocate all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
         self.check_batch(batch)
         manifest, free = self.package.manifest, self.available_bytes()
         state, scratch = manifest.state_bytes(batch), sum(scratch_buffers(manifest, batch).values())
@@ -129,12 +129,12 @@ class OnnxRuntimeBackend(Sessions):
 
 
 class OnnxRuntimeState(BufferState):
-    """The buffers of one batch in host memory: what is staged is written where the graph reads it."""
+    """The state of a batch in host memory. Staged data is written directly where the graph reads it."""
 
     def __init__(self, backend: OnnxRuntimeBackend, batch: int):
         self.backend = backend
         self.buffers: dict[str, NDArray[np.uint8]] = {}
-        self._views: dict[tuple[str, int, tuple[int, ...]], NDArray[Any]] = {}  # made once: numpy takes long over it
+        self._views: dict[tuple[str, int, tuple[int, ...]], NDArray[Any]] = {}  # cached: making a view takes long
         super().__init__(backend.package.manifest, batch)
 
     @property
@@ -143,7 +143,7 @@ class OnnxRuntimeState(BufferState):
         return self.backend.name
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Zeroed, aligned, and really there: touching every page now keeps memory flat later."""
+        """Allocate aligned buffers and touch every page, so that memory does not grow later."""
         for name, count in sizes.items():
             raw = np.empty(count + 64, np.uint8)
             start = -raw.ctypes.data % 64
@@ -151,7 +151,7 @@ class OnnxRuntimeState(BufferState):
             self.buffers[name].fill(0)
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """A buffer in a shape; every call gives the same memory."""
+        """Return a buffer in a shape; every call returns the same memory."""
         key = (buffer, self.offsets.get(buffer, 0), shape)
         found = self._views.get(key)
         if found is None or found.dtype is not dtype:
@@ -163,25 +163,25 @@ class OnnxRuntimeState(BufferState):
     stage = view
 
     def send(self, buffer: str, count: int) -> None:
-        """Nothing: what was staged is in place."""
+        """Do nothing: staged data is in place."""
 
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        """Copies pieces of one buffer into another."""
-        self._pieces(target, count, pieces)[...] = self._pieces(source, count, pieces)
+    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
+        """Copy blocks from one buffer to another."""
+        self._blocks(target, count, blocks)[...] = self._blocks(source, count, blocks)
 
-    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        """A copy of pieces of a buffer."""
-        return self._pieces(source, count, pieces).copy()
+    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        """Return a copy of a buffer's blocks."""
+        return self._blocks(source, count, blocks).copy()
 
-    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
-        """Copies pieces into a buffer."""
-        self._pieces(target, values.shape[1], len(values))[...] = values
+    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
+        """Copy blocks into a buffer."""
+        self._blocks(target, values.shape[1], len(values))[...] = values
 
-    def _pieces(self, strip: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        return np.ndarray((pieces, count), np.uint8, self.buffers[strip.buffer].data, strip.offset, (strip.pitch, 1))
+    def _blocks(self, region: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        return np.ndarray((blocks, count), np.uint8, self.buffers[region.buffer].data, region.offset, (region.pitch, 1))
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
-        """An I/O binding of every tensor to the address of its buffer."""
+        """Make an I/O binding of every tensor to its buffer's address."""
         binding = self.backend.sessions[graph].io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for tensor in tensors:
@@ -190,36 +190,36 @@ class OnnxRuntimeState(BufferState):
         return binding
 
     def run(self, graph: str, bound: Any) -> None:
-        """Runs a graph on its bound buffers."""
+        """Run a graph on its bound buffers."""
         run_bound(self.backend.sessions[graph], graph, bound)
 
-    def bucket(self, rows: int) -> int:
-        """The next multiple of a fixed length, so that few shapes are ever bound."""
-        return rounded(rows, self.manifest.cache_rows)
+    def bucket(self, positions: int) -> int:
+        """Round up to a multiple of a fixed length, so that few shapes are bound."""
+        return rounded(positions, self.manifest.cache_rows)
 
     def logits_of_many(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """In one run, whose buffers are its own."""
+        """Return the logits of several columns in one run, with its own buffers."""
         shape = (self.batch, self.width, int(self.hidden.shape[-1]))
-        hidden = self.view(behind(self.hidden, self.current), np.dtype(self.hidden.dtype), shape)
+        hidden = self.view(buffer_name(self.hidden, self.current), np.dtype(self.hidden.dtype), shape)
         rows = np.take_along_axis(hidden, columns[..., None], axis=1)
         return cast(NDArray[np.float32], self.backend.sessions["lm_head"].run(["logits"], {"hidden": rows})[0])
 
 
 def _tensor(value: Any) -> TensorSpec:
-    """A session's input or output; a dimension without size or name becomes "?"."""
+    """Describe a session's input or output; a dimension without size or name becomes "?"."""
     element = str(value.type).removeprefix("tensor(").removesuffix(")")
     shape = tuple("?" if dim is None else dim for dim in value.shape or ())
     return TensorSpec(value.name, _ELEMENTS.get(element, element), shape)
 
 
 def run_bound(session: Any, graph: str, binding: Any) -> None:
-    """Runs a session on its binding and waits for it. Raises BackendError."""
+    """Run a session on its binding and wait for it. Raises BackendError."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
         raise BackendError(f"ONNX Runtime failed in {graph}: {brief(error)}") from error
 
 
-def rounded(rows: int, most: int) -> int:
-    """The attention length for so many rows."""
-    return min(-(-rows // CONTEXT_BUCKET) * CONTEXT_BUCKET, most)
+def rounded(positions: int, most: int) -> int:
+    """Round positions up to an attention length."""
+    return min(-(-positions // CONTEXT_BUCKET) * CONTEXT_BUCKET, most)

@@ -1,9 +1,8 @@
-"""Runs a package with ONNX Runtime on an NVIDIA device: its CUDA provider, or the TensorRT-RTX provider as a plugin.
+"""Run a package with ONNX Runtime on an NVIDIA device, by its CUDA provider or the TensorRT-RTX provider plugin.
 
-All state lies in device memory that this backend allocates, bound by address: the caches as input and output of one
-buffer, hidden and latent in turn. What crosses is what steers a loop, the exit probability and the logits. ONNX
-Runtime waits for the device at the end of every run, and the copies here are waited for before it starts, so neither
-needs the other's stream.
+All state is in device memory that this backend allocates and binds by address. Only control inputs, exit probability
+and logits are copied between host and device. ONNX Runtime waits for the device at the end of every run, and copies are
+waited for before a run starts, so no stream is shared.
 """
 
 from __future__ import annotations
@@ -24,45 +23,45 @@ from ..package.reader import Package
 from ..package.specs import GRAPHS
 from ..untrusted import brief
 from .bindings import Binding, state_buffers
-from .buffers import BufferState, Strip
+from .buffers import BufferState, StridedRegion
 from .choose import CUDA_PROVIDER
 from .device_memory import DeviceBuffers
 from .devices import PLUGIN_MODULE
-from .onnxruntime_cpu import Sessions, rounded, run_bound
+from .onnxruntime_cpu import OnnxRuntimeBase, rounded, run_bound
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy does not have
 
 
 class Buffers(Protocol):
-    """Named buffers on a device, and a twin on the host of those that the host writes or reads often."""
+    """Named device buffers, with host staging buffers for those that the host often writes or reads."""
 
-    kind: str  # ONNX Runtime's name of where they are: "cuda"
+    kind: str  # ONNX Runtime's name of the device type: "cuda"
     index: int
 
     def address(self, buffer: str) -> int:
-        """Where a buffer lies on the device."""
+        """Return a buffer's device address."""
 
     def host(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer's twin on the host, always at the same address."""
+        """Return the front of a buffer's staging buffer, always at the same address."""
 
     def upload(self, buffer: str, count: int) -> None:
-        """Copies the front of a twin to the device and waits for it."""
+        """Copy the front of a staging buffer to the device and wait."""
 
     def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
-        """A buffer from ``offset`` bytes on, copied to the host."""
+        """Copy a buffer, from ``offset`` bytes on, to the host."""
 
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        """Copies pieces from one buffer to another on the device and waits for it."""
+    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
+        """Copy blocks from one buffer to another on the device and wait."""
 
-    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        """Pieces of a buffer (pieces, count), copied to the host."""
+    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        """Copy blocks of a buffer to a host array (blocks, count)."""
 
-    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
-        """Copies pieces (pieces, count) of the host into a buffer and waits for it."""
+    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
+        """Copy host blocks (blocks, count) into a buffer and wait."""
 
 
-class DeviceBackend(Sessions, ABC):
-    """The graphs on a device. A subclass says how a session gets its provider."""
+class DeviceBackend(OnnxRuntimeBase, ABC):
+    """The graphs on a device. A subclass gives sessions their provider."""
 
     def __init__(self, package: Package, device: int = 0):
         super().__init__(package)
@@ -73,46 +72,47 @@ class DeviceBackend(Sessions, ABC):
         require_states_on_device(package.manifest, self.on_device)
 
     def reads_on_device(self, session: Any) -> dict[str, bool]:
-        """Whether a session reads each of its inputs in the device's memory."""
+        """Return, by input, whether the session reads it in device memory."""
         infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
         return {spec.name: in_device_memory(info) for spec, info in infos}
 
     def open_device(self) -> Any:
-        """The device's memory. Raises BackendError: no driver, no such device, cuda-bindings not installed."""
+        """Open the device. Raises BackendError: no driver, no such device, cuda-bindings not installed."""
         from .cuda import open_device
 
         return open_device(self.device_index)
 
     @abstractmethod
     def session(self, graph: str) -> Any:
-        """A graph's session on the device. Raises BackendError."""
+        """Make a graph's session on the device. Raises BackendError."""
 
-    def buffers(self, sizes: dict[str, int], twins: Iterable[str]) -> Buffers:
-        """Zeroed buffers on the device, of so many bytes each. Raises BackendError."""
-        return DeviceBuffers(self.device, sizes, twins)
+    def buffers(self, sizes: dict[str, int], staged: Iterable[str]) -> Buffers:
+        """Allocate zeroed device buffers with these sizes in bytes, and staging buffers for some. Raises
+        BackendError."""
+        return DeviceBuffers(self.device, sizes, staged)
 
     def open_state(self, batch: int) -> DeviceState:
-        """Allocates all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
+        """Allocate all state of a batch. Raises ArgumentError above the package's max_batch, BackendError."""
         self.check_batch(batch)
         return DeviceState(self, batch)
 
     def available_bytes(self) -> int | None:
-        """Free memory of the device."""
+        """Return the device's free memory in bytes."""
         return int(self.device.memory()[0])
 
     def require_provider(self, session: Any, graph: str, provider: str, advice: str) -> None:
-        """Raises BackendError where ONNX Runtime fell back to the CPU, which it does without an error."""
+        """Raise BackendError if ONNX Runtime fell back to the CPU, which it does without an error."""
         if provider not in session.get_providers():
             raise BackendError(f"ONNX Runtime could not start its {provider} for {graph}.onnx; {advice}")
 
 
 class CudaBackend(DeviceBackend):
-    """ONNX Runtime's CUDA provider."""
+    """The backend of ONNX Runtime's CUDA provider."""
 
     name = "onnxruntime-cuda"
 
     def session(self, graph: str) -> Any:
-        """A session on CUDA, with float32 products as float32: TF32 would round them."""
+        """Make a session on CUDA without TF32, which would round float32 matmuls."""
         self._preload()
         options = {
             "device_id": str(self.device_index),
@@ -125,7 +125,7 @@ class CudaBackend(DeviceBackend):
         return session
 
     def _preload(self) -> None:
-        """CUDA's and cuDNN's libraries from where pip put them. What it says goes where messages go."""
+        """Load the CUDA and cuDNN libraries that pip installed. Send the library's output to stderr."""
         preload = getattr(self.ort, "preload_dlls", None)
         if preload is not None:
             with redirect_stdout(sys.stderr):
@@ -133,12 +133,13 @@ class CudaBackend(DeviceBackend):
 
 
 class TensorRTRTXBackend(DeviceBackend):
-    """The TensorRT-RTX provider, a plugin in a package of its own; it compiles the graphs when they are loaded."""
+    """The backend of the TensorRT-RTX provider, a separately installed plugin that compiles graphs when they are
+    loaded."""
 
     name = "onnxruntime-tensorrt-rtx"
 
     def session(self, graph: str) -> Any:
-        """A session on the plugin's device."""
+        """Make a session on the plugin's device."""
         provider, devices = self._plugin()
         options = self.options()
         try:
@@ -150,7 +151,7 @@ class TensorRTRTXBackend(DeviceBackend):
         return session
 
     def _plugin(self) -> tuple[str, list[Any]]:
-        """The provider's name and its device of our index; registers the plugin's library once a process."""
+        """Return the provider's name and our device; register the plugin's library once per process."""
         try:
             plugin = import_module(PLUGIN_MODULE)
         except (ImportError, OSError) as error:
@@ -173,7 +174,7 @@ class TensorRTRTXBackend(DeviceBackend):
 
 
 class DeviceState(BufferState):
-    """The buffers of one batch on the device, and twins on the host of all but the states."""
+    """The state of a batch on the device, with staging buffers for everything but the states."""
 
     def __init__(self, backend: DeviceBackend, batch: int):
         self.backend = backend
@@ -185,38 +186,39 @@ class DeviceState(BufferState):
         return self.backend.name
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """All of it or none. Raises BackendError with what is needed and what is free."""
+        """Allocate all buffers or none. Raises BackendError with needed and free bytes."""
         states = set(state_buffers(self.manifest, self.batch))
         self.buffers = self.backend.buffers(sizes, [name for name in sizes if name not in states])
 
     def stage(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The buffer's twin on the host."""
+        """Return the buffer's staging buffer."""
         return self.buffers.host(buffer, dtype, shape)
 
     def send(self, buffer: str, count: int) -> None:
-        """Uploads what was staged."""
+        """Upload staged data."""
         self.buffers.upload(buffer, count)
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Downloads a buffer's front, or of a part's caches its own."""
+        """Download a buffer from its front, or a part's caches from its first sequence."""
         return self.buffers.download(buffer, dtype, shape, self.offsets.get(buffer, 0))
 
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        """A strided copy on the device."""
-        self.buffers.copy(target, source, count, pieces)
+    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
+        """Copy blocks on the device."""
+        self.buffers.copy(target, source, count, blocks)
 
-    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        """Downloads pieces of a buffer."""
-        return self.buffers.fetch(source, count, pieces)
+    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        """Download blocks of a buffer."""
+        return self.buffers.fetch(source, count, blocks)
 
-    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
-        """Uploads pieces into a buffer."""
+    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
+        """Upload blocks into a buffer."""
         self.buffers.store(target, values)
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
-        """An I/O binding by address. What a graph reads on the host, such as a length, is bound to its twin there.
+        """Make an I/O binding by address. Inputs that a graph reads on the host, such as lengths, are bound to staging
+        buffers.
 
-        ONNX Runtime would copy an input from the other side once, when it is bound, and never again.
+        Otherwise ONNX Runtime would copy them across once, at binding, and never again.
         """
         binding = self.backend.sessions[graph].io_binding()
         for tensor in inputs:
@@ -225,8 +227,8 @@ class DeviceState(BufferState):
                     binding.bind_input, tensor, self.buffers.kind, self.buffers.index, self._address(tensor)
                 )
             else:
-                twin = self.buffers.host(tensor.buffer, np.dtype(np.uint8), (1,))
-                self._bind_tensor(binding.bind_input, tensor, "cpu", 0, twin.ctypes.data)
+                staging = self.buffers.host(tensor.buffer, np.dtype(np.uint8), (1,))
+                self._bind_tensor(binding.bind_input, tensor, "cpu", 0, staging.ctypes.data)
         for tensor in outputs:
             self._bind_tensor(binding.bind_output, tensor, self.buffers.kind, self.buffers.index, self._address(tensor))
         return binding
@@ -240,23 +242,23 @@ class DeviceState(BufferState):
         bind(tensor.tensor, kind, index, element, tensor.shape, address)
 
     def run(self, graph: str, bound: Any) -> None:
-        """Runs a graph on its bound buffers and waits for it."""
+        """Run a graph on its bound buffers and wait for it."""
         run_bound(self.backend.sessions[graph], graph, bound)
 
-    def bucket(self, rows: int) -> int:
-        """The next multiple of a fixed length, as on the CPU."""
-        return rounded(rows, self.manifest.cache_rows)
+    def bucket(self, positions: int) -> int:
+        """Round up to a multiple of a fixed length, as on the CPU."""
+        return rounded(positions, self.manifest.cache_rows)
 
 
 def in_device_memory(info: Any) -> bool:
-    """Whether a session reads an input in its device's memory, by what ``get_input_memory_infos`` says of it."""
+    """Return whether an input is read in device memory, by its entry in ``get_input_memory_infos``."""
     return str(info.name).lower() != "cpu" and "HOST" not in str(info.device_mem_type)
 
 
 def require_states_on_device(manifest: Manifest, on_device: dict[str, dict[str, bool]]) -> None:
-    """Refuses sessions that would run what reads a state on the CPU: they would copy all of it every loop.
+    """Refuse sessions that would run a state's reader on the CPU and so copy the whole state every loop.
 
-    on_device: by graph and input. Raises BackendError that names the state and the way out.
+    ``on_device``: by graph and input. Raises BackendError that names the state and the way out.
     """
     host = [state.input for state in manifest.states if not on_device["loop_step"][state.input]]
     if host or not on_device["lm_head"]["hidden"]:

@@ -1,4 +1,4 @@
-"""What runs a package: a backend owns buffers and execution, and nothing of the model's logic."""
+"""Open the backend that runs a package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ArgumentError, BackendError, PackageError
 from ..package.reader import Package
 from .base import Backend
 from .choose import Choice, explain, ranked
-from .devices import survey
+from .devices import detect_environment
 
 if TYPE_CHECKING:
     from .tensorrt import TensorRTBackend
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """A backend that was loaded, and in a sentence why it was that one."""
+    """A loaded backend, and the sentence that says why it was chosen."""
 
     backend: Backend
     reason: str
@@ -32,11 +32,11 @@ def open_backend(
     device: int = 0,
     check_hashes: bool = True,
 ) -> Opened:
-    """Loads a package into a backend by name, or for "auto" into the best one that can run it here.
+    """Load a package into the named backend, or for "auto" into the best one that can run it here.
 
-    threads, low_memory: of the CPU. engine: for TensorRT, by its name in the package (None: the first that fits).
-    device: index of the NVIDIA device, where one is used. With "auto" a backend that fails to load is passed over, and
-    the reason says why. Raises ArgumentError, BackendError, PackageError.
+    ``threads``, ``low_memory``: CPU only. ``engine``: TensorRT only, by name (None: the first that fits). ``device``:
+    index of the NVIDIA device, if one is used. With "auto" a backend that fails to load is skipped, and the reason says
+    why. Raises ArgumentError, BackendError, PackageError.
     """
     if name == "auto" and (low_memory or engine is not None):
         name = "onnxruntime" if low_memory else "tensorrt"
@@ -45,12 +45,12 @@ def open_backend(
     if engine is not None and name != "tensorrt":
         raise ArgumentError(f"engine {engine!r} was named for the backend {name}; only tensorrt runs engines")
     if name == "tensorrt":
-        # It has the most to say about why not, and what to build again.
+        # Its own errors say best why not, and what to build again.
         backend = _tensorrt(package, engine, device, check_hashes)
         return Opened(backend, f"asked for by name; engine {backend.engine}")
-    facts = survey(package)
+    environment = detect_environment(package)
     failed: dict[str, str] = {}
-    for choice in ranked(facts, name, device):
+    for choice in ranked(environment, name, device):
         try:
             opened = _load(package, choice, device, threads, low_memory, check_hashes)
         except (BackendError, PackageError) as error:
@@ -58,7 +58,7 @@ def open_backend(
                 raise
             failed[choice.name] = str(error)
             continue
-        return Opened(opened, explain(facts, choice, name, device, failed))
+        return Opened(opened, explain(environment, choice, name, device, failed))
     tried = "; ".join(f"not {backend}: {reason}" for backend, reason in failed.items())
     raise BackendError(f"nothing here can run this package; {tried}")
 
@@ -66,7 +66,7 @@ def open_backend(
 def _load(
     package: Package, choice: Choice, device: int, threads: int | None, low_memory: bool, check_hashes: bool
 ) -> Backend:
-    """Imports a backend's module, and with it its library, only when it is the one."""
+    """Load a backend; its module and library are imported only now."""
     if choice.name == "tensorrt":
         return _tensorrt(package, choice.engine, device, check_hashes)
     if choice.name == "onnxruntime":

@@ -1,4 +1,5 @@
-"""Runs the engines of a package with TensorRT or TensorRT-RTX; a token never leaves the device before it is chosen."""
+"""Run a package's engines with TensorRT or TensorRT-RTX; all work of a token stays on the device until it is
+sampled."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
 from .base import LoopControl
 from .bindings import Binding, Bindings, slot_bytes, state_buffers
-from .buffers import BufferState, Strip
+from .buffers import BufferState, StridedRegion
 from .cuda import Device, open_device
-from .execution import Bound, Contexts, Plan, Recordings, single_sizes
+from .execution import Bound, Contexts, GraphEngine, Recordings, single_sizes
 
-_ALIGNMENT = 256  # of every buffer, as TensorRT asks for
+_ALIGNMENT = 256  # of every buffer, as TensorRT requires
 
 
 class TensorRTBackend:
     """An engine of a package on a device.
 
-    ``engine``: its name in the manifest; None: the first that is for a library here and this device. ``graphs`` False
-    runs everything plainly, without captured CUDA graphs, for comparison.
+    ``engine``: its name in the manifest; None: the first that fits library and device. ``graphs`` False: never capture
+    CUDA graphs, for comparison.
     """
 
     name = "tensorrt"
@@ -69,21 +70,22 @@ class TensorRTBackend:
         self.library.messages.clear()
         runtime = self.library.module.Runtime(self.library.logger)
         specs, fixed = package.manifest.graphs, single_sizes(self.spec.profiles)
-        self.plans = {
-            name: Plan(self.library, runtime, name, specs[name], path, streamed, fixed) for name, path in plans.items()
+        self.graph_engines = {
+            name: GraphEngine(self.library, runtime, name, specs[name], path, streamed, fixed)
+            for name, path in plans.items()
         }
 
     @property
     def max_batch(self) -> int:
-        """The most sequences of a batch: what the engine was built for."""
+        """The most sequences in a batch: as the engine was built."""
         return self.spec.profiles[-1].batch[2]
 
     def available_bytes(self) -> int | None:
-        """Free memory of the device."""
+        """Return the device's free memory in bytes."""
         return self.device.memory()[0]
 
     def open_state(self, batch: int) -> TensorRTState:
-        """Allocates all state of a batch. Raises ArgumentError above the engine's batch, BackendError."""
+        """Allocate all state of a batch. Raises ArgumentError above the engine's batch, BackendError."""
         most = self.max_batch
         if not 1 <= batch <= most:
             raise ArgumentError(f"batch is {batch}; engine {self.engine} was built for 1 to {most} sequences")
@@ -91,10 +93,10 @@ class TensorRTBackend:
 
 
 def choose_engine(package: Package, engine: str | None, capability: str) -> tuple[str, Library]:
-    """An engine's name and the library for it. Raises PackageError, BackendError.
+    """Return an engine's name and its library. Raises PackageError, BackendError.
 
-    A named one's library must be there, and ``open_engine`` checks the rest; so it is with the only one. Of several,
-    ``fitting_engine`` says which; where it finds none, the error says why of each.
+    A named or only engine needs its library; ``open_engine`` checks the rest. Of several, ``fitting_engine`` chooses;
+    if none fits, the error says why for each.
     """
     engines = package.manifest.engines
     if engine is None and len(engines) == 1:
@@ -114,7 +116,7 @@ def choose_engine(package: Package, engine: str | None, capability: str) -> tupl
 
 
 def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Where buffers lie in one block, each aligned, and the bytes of the block."""
+    """Return each buffer's aligned offset in one block, and the block's bytes."""
     offsets, total = {}, 0
     for name, count in sizes.items():
         offsets[name] = total
@@ -123,7 +125,7 @@ def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
 
 
 def require_memory(device: Device, batch: int, state: int, scratch: int, total: int) -> None:
-    """Refuses a state that the device has no room for. Raises BackendError with what it needs and what is free."""
+    """Raise BackendError with needed and free bytes if the device lacks memory for a state."""
     free, _ = device.memory()
     if total > free:
         raise BackendError(
@@ -133,28 +135,28 @@ def require_memory(device: Device, batch: int, state: int, scratch: int, total: 
 
 
 @dataclass
-class _Reading:
-    """What a state and its parts share: whether the device may still read their pinned memory."""
+class _PinnedUse:
+    """Whether the device may still be reading pinned memory; shared by a state and its parts."""
 
-    unread: bool = False
+    busy: bool = False
 
 
 class TensorRTState(BufferState):
-    """The buffers of one batch in one block of device memory, and its twin in pinned memory for what the host touches.
+    """The state of a batch in one block of device memory, with pinned staging buffers.
 
-    What is staged is uploaded with the next run, and so becomes part of a captured graph; ``first_loop`` is not
-    staged at all: loop 0 reads one constant buffer and all others another.
+    Staged data is uploaded with the next run, and so is part of a captured graph. ``first_loop`` is not staged: loop 0
+    reads one constant buffer and later loops another.
     """
 
     def __init__(self, backend: TensorRTBackend, batch: int):
         self.backend, self.device, self.spec = backend, backend.device, backend.spec
-        self.likeliest = backend.plans["lm_head"].likeliest  # 0: none
-        self._pending: dict[str, int] = {}  # staged and not yet uploaded: buffer, bytes
-        self._fresh: tuple[str, ...] = ()  # buffers on whose download the stream already works
-        self._reading = _Reading()
+        self.candidate_count = backend.graph_engines["lm_head"].candidate_count  # 0: the engine selects none
+        self._pending: dict[str, int] = {}  # staged but not uploaded: buffer -> bytes
+        self._fresh: tuple[str, ...] = ()  # buffers whose download is already queued
+        self._pinned_use = _PinnedUse()
         super().__init__(backend.package.manifest, batch)
         self._upload()
-        contexts = partial(Contexts, backend.plans, self.stream, self.address("engine scratch"))
+        contexts = partial(Contexts, backend.graph_engines, self.stream, self.address("engine scratch"))
         self._plain = contexts()
         self._recordings = Recordings(self.stream, contexts)
         self._running = self._plain
@@ -165,8 +167,10 @@ class TensorRTState(BufferState):
         return " ".join([self.backend.name, *(self.spec.files[graph].sha256 for graph in sorted(self.spec.files))])
 
     def part(self, first: int, count: int) -> Self | None:
-        """As the base says; None where a slot's caches do not begin at an address that TensorRT takes. Contexts and
-        captured graphs are shared with the whole, so parts take no device memory either."""
+        """Return a part as the base class does; None if a slot's caches are not aligned for TensorRT.
+
+        Contexts and captured graphs are shared with the whole, so a part takes no device memory.
+        """
         if any(step % _ALIGNMENT for step in slot_bytes(self.manifest).values()):
             return None
         made = super().part(first, count)
@@ -175,12 +179,12 @@ class TensorRTState(BufferState):
         return made
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """One block on the device and one of pinned memory, after a look at what is free."""
+        """Allocate one block on the device and one of pinned memory, if enough is free."""
         state = set(state_buffers(self.manifest, self.batch))
-        scratch = max(plan.scratch_bytes for plan in self.backend.plans.values())
-        if self.likeliest:
-            few = {"top_logits": 4 * self.likeliest, "top_ids": 4 * self.likeliest, "log_sum": 4}
-            sizes = {**sizes, **{name: self.batch * count for name, count in few.items()}}
+        scratch = max(engine.scratch_bytes for engine in self.backend.graph_engines.values())
+        if self.candidate_count:
+            sizes_of_top = {"top_logits": 4 * self.candidate_count, "top_ids": 4 * self.candidate_count, "log_sum": 4}
+            sizes = {**sizes, **{name: self.batch * count for name, count in sizes_of_top.items()}}
         self._offsets, total = layout({**sizes, "engine scratch": scratch})
         shared = {name: count for name, count in sizes.items() if name not in state and name != "head_hidden"}
         self._pinned_offsets, pinned = layout(shared)
@@ -199,23 +203,23 @@ class TensorRTState(BufferState):
         self.stream.synchronize()
 
     def address(self, buffer: str) -> int:
-        """Where a buffer lies on the device."""
+        """Return a buffer's device address."""
         return self._memory.address + self._offsets[buffer]
 
     def stage(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Pinned memory, once the device no longer reads it."""
-        if self._reading.unread:
+        """Return pinned memory, once the device no longer reads it."""
+        if self._pinned_use.busy:
             self._wait()
-        return self._twin(buffer, dtype, shape)
+        return self._staging(buffer, dtype, shape)
 
     def send(self, buffer: str, count: int) -> None:
-        """Uploaded with the next run."""
+        """Mark staged data for upload with the next run."""
         self._pending[buffer] = count
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Brings a buffer's front to the host and waits for it: to pinned memory, or for a state to an array."""
+        """Download a buffer's front and wait: to pinned memory, or for a state to a new array."""
         if buffer in self._pinned_offsets:
-            values = self._twin(buffer, dtype, shape)
+            values = self._staging(buffer, dtype, shape)
             if buffer not in self._fresh:
                 self.stream.copy(values.ctypes.data, self.address(buffer), values.nbytes)
         else:
@@ -224,50 +228,50 @@ class TensorRTState(BufferState):
         self._wait()
         return values
 
-    def copy(self, target: Strip, source: Strip, count: int, pieces: int) -> None:
-        """One strided copy on the device."""
-        to, of = (self.address(strip.buffer) + strip.offset for strip in (target, source))
-        self.stream.copy_pieces(to, target.pitch, of, source.pitch, count, pieces)
+    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
+        """Copy blocks on the device."""
+        to, of = (self.address(region.buffer) + region.offset for region in (target, source))
+        self.stream.copy_blocks(to, target.pitch, of, source.pitch, count, blocks)
 
-    def fetch(self, source: Strip, count: int, pieces: int) -> NDArray[np.uint8]:
-        """Brings pieces of a buffer to the host and waits for them."""
+    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
+        """Download blocks of a buffer and wait."""
         self.device.use()
-        values, begin = np.empty((pieces, count), np.uint8), self.address(source.buffer) + source.offset
-        self.stream.copy_pieces(values.ctypes.data, count, begin, source.pitch, count, pieces)
+        values, begin = np.empty((blocks, count), np.uint8), self.address(source.buffer) + source.offset
+        self.stream.copy_blocks(values.ctypes.data, count, begin, source.pitch, count, blocks)
         self._wait()
         return values
 
-    def store(self, target: Strip, values: NDArray[np.uint8]) -> None:
-        """Takes pieces of the host into a buffer and waits until they are there."""
+    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
+        """Upload blocks into a buffer and wait."""
         self.device.use()
         begin, count = self.address(target.buffer) + target.offset, values.shape[1]
-        self.stream.copy_pieces(begin, target.pitch, values.ctypes.data, count, count, len(values))
+        self.stream.copy_blocks(begin, target.pitch, values.ctypes.data, count, count, len(values))
         self._wait()
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Bound:
-        """Shapes, addresses and profile."""
+        """Collect shapes, addresses and profile."""
         width = next((b.shape[1] for b in inputs if b.tensor in ("input_ids", "active", "hidden")), 1)
         context = next((b.shape[-1] for b in inputs if b.tensor == "attention_mask"), self.spec.buckets[0])
         profile = profile_for(self.spec.profiles, self.batch, width, context)
         return Bound.of(graph, profile, (inputs, outputs), self.address)
 
     def run(self, graph: str, bound: Bound) -> None:
-        """Puts a run on the stream, after what was staged."""
+        """Upload staged data and queue a run."""
         self.device.use()
         self._upload()
         self._running.run(bound)
 
-    def bucket(self, rows: int) -> int:
-        """The engine's next attention length."""
-        return bucket_for(self.spec.buckets, rows)
+    def bucket(self, positions: int) -> int:
+        """Return the engine's next attention length."""
+        return bucket_for(self.spec.buckets, positions)
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
-        """token_ids (batch, chunk) -> hidden."""
+        """Embed token_ids (batch, chunk)."""
         self._begin(token_ids.shape[1])
         super().embed(token_ids)
 
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
-        """One loop step over the chunk: for one token from a graph, one for each side of the swap."""
+        """Run one loop step over the chunk; for one token from a captured graph, one for each side of the swap."""
         self.headed, before = False, self.current
         width, context, first_loop = self.prepare(control)
 
@@ -287,7 +291,7 @@ class TensorRTState(BufferState):
         head: bool,
         between: Callable[[], None] | None = None,
     ) -> None:
-        """A chunk; of one token, embedding, loops, head and the likeliest few are one graph, with nothing between."""
+        """Run a chunk. For one token, embedding, loops, head and top candidates are one captured graph."""
         self._begin(token_ids.shape[1])
         self.width = token_ids.shape[1]
         self.put("input_ids", token_ids)
@@ -301,51 +305,54 @@ class TensorRTState(BufferState):
                 self.run_loop(width, context, first_loop if loop == 0 else "first_loop/0")
             if head:
                 self.run_head()
-                for name in self._few():
-                    self._download(name, self.batch * (4 if name == "log_sum" else 4 * self.likeliest))
+                for name in self._top_outputs():
+                    self._download(name, self.batch * (4 if name == "log_sum" else 4 * self.candidate_count))
 
         self._perform(("chunk", width, context, loops, head), width, work)
         self.current = loops % 2
-        self.headed, self._fresh = head, self._few() if head else ()
+        self.headed, self._fresh = head, self._top_outputs() if head else ()
         self.commit(control)
 
     def head_bindings(self, hidden: str) -> Bindings:
-        """The head also gives the likeliest tokens, where the engine was built so."""
+        """Bind the head, including the candidate outputs if the engine has them."""
         inputs, outputs = super().head_bindings(hidden)
-        k = self.likeliest
-        few = {"top_logits": ("float32", k), "top_ids": ("int32", k), "log_sum": ("float32", 1)}
-        more = tuple(Binding(name, name, *(few[name][0], (self.batch, 1, few[name][1]))) for name in self._few())
+        k = self.candidate_count
+        sizes_of_top = {"top_logits": ("float32", k), "top_ids": ("int32", k), "log_sum": ("float32", 1)}
+        more = tuple(
+            Binding(name, name, *(sizes_of_top[name][0], (self.batch, 1, sizes_of_top[name][1])))
+            for name in self._top_outputs()
+        )
         return inputs, outputs + more
 
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
-        """The likeliest tokens after columns (batch, 1); None for an engine that does not pick them out."""
-        if not self.likeliest:
+        """Return the top candidates after columns (batch, 1); None if the engine does not select them."""
+        if not self.candidate_count:
             return None
         if not self.headed:
             self.gather(columns[:, 0])
             self.run_head()
-        shape = (self.batch, self.likeliest)
+        shape = (self.batch, self.candidate_count)
         logits = self.view("top_logits", np.dtype(np.float32), shape).copy()
         ids = self.view("top_ids", np.dtype(np.int32), shape).copy()
         sums = self.view("log_sum", np.dtype(np.float32), (self.batch,)).tolist()
         return [Candidates(logits[slot], ids[slot], sums[slot], self.manifest.vocab_size) for slot in range(self.batch)]
 
     def captured(self) -> list[Any]:
-        """The keys of all captured graphs."""
+        """Return the keys of all captured graphs."""
         return self._recordings.captured()
 
     def __del__(self) -> None:
-        """Graphs and contexts go before the memory that they point into."""
+        """Free graphs and contexts before the memory that they refer to."""
         for name in ("_recordings", "_running", "_plain", "_memory"):
             self.__dict__.pop(name, None)
 
     def _begin(self, width: int) -> None:
-        """Refuses what the engine was not built for, before anything changes."""
+        """Refuse widths that the engine was not built for, before any change."""
         profile_for(self.spec.profiles, self.batch, width, self.spec.buckets[-1])
         self.headed, self._fresh, self._pending = False, (), {}
 
     def _perform(self, key: tuple[Any, ...], width: int, work: Any) -> None:
-        """Runs work plainly, or for one token from a graph. What was staged is part of it, and so of its key."""
+        """Run work directly, or for one token from a captured graph. Staged data is part of the work and of its key."""
         self.device.use()
         staged = dict(self._pending)
 
@@ -360,12 +367,12 @@ class TensorRTState(BufferState):
             self._recordings.play((*key, self.first, self.batch, *staged.items()), from_staged)
         else:
             from_staged(self._plain)
-        self._pending, self._reading.unread = {}, True
+        self._pending, self._pinned_use.busy = {}, True
 
     def _upload(self) -> None:
         for name, count in self._pending.items():
             self.stream.copy(self.address(name), self._pinned.address + self._pinned_offsets[name], count)
-        self._reading.unread = self._reading.unread or bool(self._pending)
+        self._pinned_use.busy = self._pinned_use.busy or bool(self._pending)
         self._pending = {}
 
     def _download(self, buffer: str, count: int) -> None:
@@ -373,11 +380,11 @@ class TensorRTState(BufferState):
 
     def _wait(self) -> None:
         self.stream.synchronize()
-        self._reading.unread = False
+        self._pinned_use.busy = False
 
-    def _twin(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The front of a buffer's pinned twin in a shape."""
+    def _staging(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return the front of a staging buffer in a shape."""
         return np.ndarray(shape, dtype, self._host.data, self._pinned_offsets[buffer])
 
-    def _few(self) -> tuple[str, ...]:
-        return ("top_logits", "top_ids", "log_sum") if self.likeliest else ()
+    def _top_outputs(self) -> tuple[str, ...]:
+        return ("top_logits", "top_ids", "log_sum") if self.candidate_count else ()

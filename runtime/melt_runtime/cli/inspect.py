@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..backends.choose import Choice, choices
-from ..backends.devices import survey
+from ..backends.devices import detect_environment
 from ..errors import ArgumentError, PackageError
-from ..loaded_model import codec_of
+from ..loaded_model import load_tokenizer
 from ..package.engine_spec import EngineSpec
 from ..package.example_prompt import example_prompt
 from ..package.files import within
@@ -154,7 +154,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         raise ArgumentError(f"length is {length}; this package was exported for 1 to {manifest.max_seq_len} tokens")
     if not 1 <= batch <= manifest.max_batch:
         raise ArgumentError(f"batch is {batch}; this package was exported for 1 to {manifest.max_batch} sequences")
-    codec = codec_of(package)
+    tokenizer = load_tokenizer(package)
     model = manifest.model
     return PackageFacts(
         directory=str(package.directory),
@@ -174,9 +174,9 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         chunk=manifest.chunk,
         max_seq_len=manifest.max_seq_len,
         max_batch=manifest.max_batch,
-        tokenizer=codec is not None,
-        chat_template=codec is not None and codec.has_chat_template,
-        end_tokens=end_tokens(package, codec),
+        tokenizer=tokenizer is not None,
+        chat_template=tokenizer is not None and tokenizer.has_chat_template,
+        end_tokens=end_tokens(package, tokenizer),
         example_prompt=example_prompt(package),
         untrained=manifest.untrained,
         warnings=untrained_warnings(manifest),
@@ -198,7 +198,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         memory=_memory(package, length, batch),
         libraries=dict(manifest.libraries),
         engines=dict(manifest.engines),
-        backends=choices(survey(package), device),
+        backends=choices(detect_environment(package), device),
     )
 
 

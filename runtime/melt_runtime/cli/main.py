@@ -134,7 +134,7 @@ def generate(
         driver = runtime.driver()
         options = runtime.options(**request)
         runtime.warn(options)
-        generator = Generator(driver, [prompt_ids], options, runtime.codec)
+        generator = Generator(driver, [prompt_ids], options, runtime.tokenizer)
         started = perf_counter()
         arrivals = _stream(generator, ids=ids, silent=as_json)
         result = generator.results()[0]
@@ -175,8 +175,8 @@ def chat(
         request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
         variables = _variables(chat_template_kwargs)
         runtime = _load(package, backend, device, threads, expect)
-        if runtime.codec is None or not runtime.codec.has_chat_template:
-            lacks = "tokenizer" if runtime.codec is None else "chat template"
+        if runtime.tokenizer is None or not runtime.tokenizer.has_chat_template:
+            lacks = "tokenizer" if runtime.tokenizer is None else "chat template"
             raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
         Chat(runtime.session(**request), system, variables).run()
 
@@ -281,7 +281,7 @@ def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: dict[str, Any] | N
         if wrong is not None:
             raise PromptError(f"{wrong!r} is not a token id; --ids takes whole numbers, such as 12,7,30")
         return [int(word) for word in words]
-    if runtime.codec is None:
+    if runtime.tokenizer is None:
         raise PromptError("the package has no tokenizer; give the prompt as token ids with --ids")
     return runtime.encode(text) if chat is None else runtime.chat_prompt([Message("user", text).plain()], **chat)
 

@@ -18,7 +18,7 @@ from ..machine import available_memory
 from ..package.specs import MAX_LOOPS
 from ..runtime import Runtime
 from ..scheduler.scheduler import Scheduler
-from ..server.limits import MAX_SECONDS, MAX_UNREAD, STILL
+from ..server.limits import MAX_SECONDS, MAX_UNREAD, STALLED
 from .errors import reported_errors
 from .options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
 from .tables import hash_progress
@@ -50,7 +50,7 @@ def serve_command(
     ] = None,
     watchdog: Annotated[
         float, typer.Option(help="Seconds without a step after which /ready says that the server is stuck.", min=0.1)
-    ] = STILL,
+    ] = STALLED,
     max_unread: Annotated[
         int,
         typer.Option(

@@ -1,1 +1,1 @@
-"""From a prompt to its tokens: loops, chunks, sequences."""
+"""From a prompt to its tokens: chunks, loops, sequences."""

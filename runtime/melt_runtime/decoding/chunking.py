@@ -1,4 +1,4 @@
-"""Chunks: slices of every sequence's new tokens, which run their loops together."""
+"""Chunks: slices of every sequence's new tokens, whose loops run together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from ..package.manifest import Manifest
 
 
 class Chunk(NamedTuple):
-    """A slice of every sequence's new tokens: ids (batch, width) right-padded, counts (batch,) real tokens in each
-    row, ``last`` (batch,) whether a sequence's last new token is in it, ``present`` (batch, width) what is a token."""
+    """A slice of every sequence's new tokens.
+
+    ``ids`` (batch, width): right-padded token ids. ``counts`` (batch,): tokens per sequence. ``last`` (batch,): whether
+    the chunk holds a sequence's last new token. ``present`` (batch, width): False for padding.
+    """
 
     ids: NDArray[np.int64]
     counts: NDArray[np.int64]
@@ -23,7 +26,7 @@ class Chunk(NamedTuple):
 
 
 def cut(arrays: Sequence[NDArray[np.int64]], most: NDArray[np.int64]) -> list[Chunk]:
-    """Cuts the new tokens of every sequence into chunks of at most ``most`` (batch,) tokens, from its own first."""
+    """Cut every sequence's new tokens into chunks of at most ``most`` (batch,) tokens, from its first new token on."""
     counts = np.array([len(array) for array in arrays], np.int64)
     chunks, done = [], np.zeros(len(arrays), np.int64)
     while (done < counts).any():
@@ -37,7 +40,7 @@ def cut(arrays: Sequence[NDArray[np.int64]], most: NDArray[np.int64]) -> list[Ch
 
 
 def checked_ids(ids: Sequence[int], room: int, manifest: Manifest) -> NDArray[np.int64]:
-    """Token ids as an array. Raises PromptError if one is out of range or they are more than ``room``."""
+    """Return token ids as an array. Raises PromptError if one is out of range or there are more than ``room``."""
     try:
         array = np.asarray(ids).reshape(-1)
     except (TypeError, ValueError) as error:
@@ -53,5 +56,5 @@ def checked_ids(ids: Sequence[int], room: int, manifest: Manifest) -> NDArray[np
 
 
 def make_chunk(ids: NDArray[np.int64], counts: NDArray[np.int64], last: NDArray[np.bool_]) -> Chunk:
-    """A chunk, with what of it is a token."""
+    """Make a chunk and mark its padding."""
     return Chunk(ids, counts, last, np.arange(ids.shape[1]) < counts[:, None])

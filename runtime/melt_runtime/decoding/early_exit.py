@@ -1,4 +1,4 @@
-"""How deep each sequence of a batch thinks: its settings, and which of its tokens are still in the loop."""
+"""Early exit: which tokens of a chunk go on to the next loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .settings import LoopSettings
 
 
 def depth_warnings(manifest: Manifest, loops: int) -> tuple[str, ...]:
-    """What to say of more loops than the model was trained for; nothing of others."""
+    """Return a warning for more loops than the model was trained for."""
     configured = manifest.model.get("total_ut_steps")
     trained = max(manifest.loops, configured if isinstance(configured, int) else 0)
     if loops <= trained:
@@ -22,17 +22,18 @@ def depth_warnings(manifest: Manifest, loops: int) -> tuple[str, ...]:
 
 
 class Depth:
-    """A chunk's tokens on their way through the loops, each by its sequence's settings.
+    """The depth of a chunk's tokens while their loops run.
 
-    ``active`` (batch, chunk) bool: the tokens that the next loop runs for; ``spent``, the same: loops each has had.
-    A token's fate depends on its own exit probability and hidden state alone, never on what else is in the batch.
+    ``active`` (batch, chunk) bool: the tokens that the next loop runs for. ``spent`` (batch, chunk): loops run per
+    token. Whether a token leaves depends on its sequence's settings and its own exit probability and hidden state only,
+    never on the rest of the batch.
     """
 
     def __init__(self, settings: Sequence[LoopSettings], present: NDArray[np.bool_]):
         self.active, self.spent = present, np.zeros(present.shape, np.int64)
         self.loop = 0
         self._remaining = np.ones(present.shape, np.float32)
-        self._hidden: NDArray[np.float32] | None = None  # after the loop before
+        self._hidden: NDArray[np.float32] | None = None  # after the preceding loop
         self._loops = np.array([[one.loops] for one in settings])
         self._least = np.array([[one.min_loops] for one in settings])
         self._threshold = np.array([[one.exit_threshold] for one in settings], np.float32)
@@ -41,8 +42,11 @@ class Depth:
         self._watched = bool((self._change > 0)[present.any(axis=1)].any())
 
     def ran(self, exit_probability: NDArray[np.float32], hidden: Callable[[], NDArray[np.floating]]) -> None:
-        """A loop is over: who leaves? exit_probability (batch, chunk); hidden() gives (batch, chunk, d), and is called
-        only where a change of it may let a token leave."""
+        """Update ``active`` after a loop.
+
+        ``exit_probability``: (batch, chunk). ``hidden``: returns (batch, chunk, d); called only if a change of the
+        hidden state can end a token.
+        """
         self.loop += 1
         self.spent += self.active
         self._remaining = self._remaining * (np.float32(1) - exit_probability)
@@ -53,7 +57,7 @@ class Depth:
         self.active = self.active & ~leaves & (self.loop < self._loops)
 
     def _settled(self, hidden: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Whose hidden state changed by less than its share; nobody's before there are two to compare."""
+        """Return the tokens whose hidden state changed by less than ``exit_change``; none after the first loop."""
         before, self._hidden = self._hidden, hidden
         if before is None:
             return np.zeros(self.active.shape, np.bool_)

@@ -1,4 +1,4 @@
-"""Token after token: sampling, stopping and streaming over a batch."""
+"""Generate token by token over a batch: sampling, stopping, streaming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..sampling.sampler import Sampler
 from ..text.prompts import token_ids
 from ..text.stop_strings import StopMatcher
 from ..text.stream_decoder import StreamDecoder
-from ..text.tokenizer import TextCodec
+from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
 from .loop_driver import LoopDriver, NextLogits
 from .settings import GenerationOptions
@@ -23,11 +23,11 @@ Result = TypeVar("Result")
 
 
 class TokenSequence:
-    """Draws the tokens of one sequence and turns them into text.
+    """One sequence: samples its tokens and decodes their text.
 
-    stream: which of a seed's random streams it draws from (None: its slot's). logprobs: how many of the likeliest
-    tokens each delta names (None: no logprobs at all). constraint: what may be drawn. streamed: whether
-    deltas have text; else all of it comes with the last one, which takes less time.
+    ``stream``: the random stream of the seed (None: the slot's number). ``logprobs``: how many of the likeliest tokens
+    each delta reports (None: no logprobs). ``constraint``: restricts the tokens that may be sampled. ``streamed``:
+    whether every delta carries text; if False, all text comes with the last delta, which is faster.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TokenSequence:
         slot: int,
         prompt: Sequence[int],
         options: GenerationOptions,
-        codec: TextCodec | None,
+        tokenizer: TextTokenizer | None,
         *,
         stream: int | None = None,
         logprobs: int | None = None,
@@ -47,16 +47,21 @@ class TokenSequence:
         self.history = list(prompt)
         self.prompt_tokens = len(prompt)
         self.sampler = Sampler(options.sampling, stream=slot if stream is None else stream)
-        self.decoder = StreamDecoder(codec) if codec is not None else None
-        self.matcher = StopMatcher(options.stop, None if codec is None else codec.special_tokens_in(options.stop))
+        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.matcher = StopMatcher(
+            options.stop, None if tokenizer is None else tokenizer.special_tokens_in(options.stop)
+        )
         self.text: list[str] = []
         self.finish_reason: str | None = None
-        self._streamed = streamed or bool(options.stop)  # stop strings are looked for in every token's text
-        self._unread: list[int] = []  # tokens whose text is not decoded yet
+        self._streamed = streamed or bool(options.stop)  # stop strings are searched in every token's text
+        self._unread: list[int] = []  # tokens whose text has not been decoded
 
     def sample(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> TextDelta:
-        """Draws the next token; ``room`` is how many more tokens the cache can take, ``depth`` the loops spent on the
-        last one, ``row`` which of the logits are this sequence's (None: its slot's). Raises ArgumentError."""
+        """Sample the next token. Raises ArgumentError if the logits or the constraint fail.
+
+        ``room``: how many more tokens fit in the cache. ``depth``: loops run for the last token. ``row``: this
+        sequence's row of the logits (None: its slot).
+        """
         row = self.slot if row is None else row
         if self.constraint is None:
             token = logits.sample(row, self.sampler, self.history)
@@ -94,13 +99,13 @@ class TokenSequence:
         return shown
 
     def end(self, reason: str) -> None:
-        """Ends the sequence before it would have ended itself; text that was held back is part of it now."""
+        """End the sequence for an external reason and flush the text held back for stop strings."""
         self.finish_reason = reason
         if self.decoder is not None and self.matcher.found is None:
             self.text.append(self._read(self.decoder) + self._rest(self.decoder))
 
     def _read(self, decoder: StreamDecoder) -> str:
-        """What may be shown of the tokens that were drawn since the last time."""
+        """Return the text that may be shown of the tokens sampled since the last call."""
         unread, self._unread = self._unread, []
         if not self.options.stop:
             return "".join(map(decoder.push, unread))
@@ -115,11 +120,11 @@ class TokenSequence:
         return "".join(shown)
 
     def _rest(self, decoder: StreamDecoder) -> str:
-        """What may be shown of the text that was held back, at its end."""
+        """Return the text held back until the end."""
         return self.matcher.push(decoder.flush())[0] + self.matcher.flush()
 
     def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
-        """The finished sequence."""
+        """Return the finished sequence."""
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
         text, loops = "".join(self.text), self.options.loops.loops
@@ -136,7 +141,7 @@ class TokenSequence:
 
 
 def _asked(method: Callable[[Any], Result], argument: Any) -> Result:
-    """What a constraint answers. Raises ArgumentError for whatever it raises."""
+    """Call a constraint. Raises ArgumentError for any exception in it."""
     try:
         return method(argument)
     except Exception as error:
@@ -144,12 +149,11 @@ def _asked(method: Callable[[Any], Result], argument: Any) -> Result:
 
 
 class Generator:
-    """Generates a continuation of every sequence of a batch.
+    """An iterator over the deltas of a batch of sequences; ``results`` then returns the finished sequences.
 
-    Iterating yields the deltas as they come; ``results`` returns the finished sequences afterwards. Sequences that end
-    stay idle while the others go on. ``streamed``: as in ``TokenSequence``. ``first``: which of a seed's random streams
-    the first sequence samples from; the others use those after it. Raises PromptError for an empty prompt or one that
-    does not fit; OvertakenError when somebody else has used the driver in the meantime.
+    Sequences that end stay idle until the others end. ``streamed``: as in ``TokenSequence``. ``first``: the random
+    stream of the first sequence; the others use the following ones. Raises PromptError for a prompt that is empty or
+    too long, OvertakenError if the driver was used elsewhere in between.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class Generator:
         driver: LoopDriver,
         prompts: Sequence[Any],
         options: GenerationOptions,
-        codec: TextCodec | None,
+        tokenizer: TextTokenizer | None,
         *,
         streamed: bool = True,
         first: int = 0,
@@ -169,13 +173,13 @@ class Generator:
             [driver.room(slot) for slot in range(driver.batch)],
             driver.manifest,
             options,
-            codec is not None,
+            tokenizer is not None,
         )
         self.sequences = [
-            TokenSequence(slot, prompt, options, codec, stream=first + slot, streamed=streamed)
+            TokenSequence(slot, prompt, options, tokenizer, stream=first + slot, streamed=streamed)
             for slot, prompt in enumerate(self.pending)
         ]
-        self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of those that have ended
+        self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
 
     def __iter__(self) -> Iterator[TextDelta]:
         driver, moves = self.driver, self.driver.moves
@@ -198,7 +202,7 @@ class Generator:
             raise OvertakenError("another call has used this driver; give each generator a driver of its own")
 
     def results(self) -> list[Generation]:
-        """All sequences, once the iteration is over."""
+        """Return all sequences. Call it after iterating."""
         return [sequence.result(self._depth[sequence.slot]) for sequence in self.sequences]
 
 
@@ -207,15 +211,17 @@ def check_request(
     room: Sequence[int],
     manifest: Manifest,
     options: GenerationOptions,
-    tokenizer: bool,
+    has_tokenizer: bool,
 ) -> None:
-    """Raises PromptError or ArgumentError for what cannot run. room: how many tokens of each sequence fit; tokenizer:
-    whether the package has one."""
+    """Raise PromptError or ArgumentError for a request that cannot run.
+
+    ``room``: free positions per sequence. ``has_tokenizer``: whether the package has a tokenizer.
+    """
     if len(prompts) != len(room):
         raise PromptError(f"the batch has {len(room)} sequences, tokens were given for {len(prompts)}")
     if not all(len(prompt) for prompt in prompts):
         raise PromptError("the prompt is empty; give at least one token")
-    if options.stop and not tokenizer:
+    if options.stop and not has_tokenizer:
         raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
     for prompt, free in zip(prompts, room, strict=True):
         checked_ids(prompt, free, manifest)

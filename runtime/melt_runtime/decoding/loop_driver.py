@@ -1,4 +1,4 @@
-"""The loop driver: moves the state of one batch of sequences forward."""
+"""The loop driver: runs tokens through the loops and keeps the state of a batch of sequences."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from .settings import LoopSettings
 
 __all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
 
-Settings = LoopSettings | Sequence[LoopSettings]  # one for all sequences, or one for each
-# Called between two loops with who is still in them (batch,), None: all; raises Interrupted to end the call.
+Settings = LoopSettings | Sequence[LoopSettings]  # for all sequences, or one per sequence
+# Called between loops with the active sequences (batch,), None: all. May raise Interrupted to end the call.
 Between = Callable[..., None]
-_LAUNCHED = 4  # times the package's loops: more are launched one by one where somebody looks between them
+_LAUNCHED = 4  # with more than this times the package's loops, loops are launched one by one if ``between`` is given
 
 
 class Interrupted(Exception):
-    """Nobody wants a call's tokens any more; the sequences are as they were before it."""
+    """Raised between loops when a call's tokens are no longer wanted. The sequences are as before the call."""
 
 
 class LoopDriver:
-    """Sequences whose tokens lie in the cache. All memory is allocated when it opens and never grows.
+    """A batch of sequences and their state. All memory is allocated at the start and never grows.
 
-    ``lengths`` (batch,) counts each sequence's tokens in the cache; ``depth`` holds, a sequence, the loops spent on
-    each of its tokens. ``whole``: the driver of which this is a part, from its sequence ``first`` on. Not for several
-    threads: give each a driver of its own.
+    ``lengths`` (batch,): tokens in the cache per sequence. ``depth``: per sequence, the loops run for each of its
+    tokens. ``whole``: the driver of which this one is a part that begins at sequence ``first``. Not thread-safe.
     """
 
     def __init__(self, state: BackendState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
@@ -44,57 +43,61 @@ class LoopDriver:
         own = slice(first, first + self.batch)
         self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
         self.depth: list[list[int]] = [[] for _ in range(self.batch)] if whole is None else whole.depth[own]
-        self.moves = 0  # how often tokens came or went: a caller sees whether another one used the driver meanwhile
-        # Of a token each, where every microsecond counts.
+        self.moves = 0  # counts changes, so that a caller notices another's use of the driver
+        # Reused for chunks of one token, where every microsecond counts.
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
-        self._lengths = self.lengths.data  # the same numbers: one is written sooner here
+        self._lengths = self.lengths.data  # the same memory: writing one element is faster here
         self._each_one = Chunk(self._ids, self._one, self._all, self._column)
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
-        self._fixed: LoopSettings | None = None  # settings with which nothing is left to check or to decide
+        self._fixed: LoopSettings | None = None  # settings already checked, with a fixed number of loops
 
     def reset(self) -> None:
-        """Forgets all tokens; the buffers stay."""
+        """Drop all tokens; the buffers stay allocated."""
         for slot in range(self.batch):
             self.clear(slot)
 
     def clear(self, slot: int) -> None:
-        """Forgets the tokens of one sequence."""
+        """Drop the tokens of one sequence."""
         self.moves += 1
         self.lengths[slot] = 0
         self.depth[slot].clear()
 
     def room(self, slot: int) -> int:
-        """How many more tokens of one sequence fit."""
+        """Return how many more tokens of one sequence fit."""
         return self.capacity - len(self.depth[slot])
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forgets the tokens of one sequence behind its first ``length``."""
+        """Keep the first ``length`` tokens of one sequence."""
         if not 0 <= length <= self.lengths[slot]:
             raise ArgumentError(f"length is {length}; it must lie between 0 and the {self.lengths[slot]} in the cache")
         self.moves += 1
         self.lengths[slot] = length
         del self.depth[slot][length:]
 
-    def restore(self, slot: int, rows: Mapping[str, NDArray[Any]], depth: Sequence[int]) -> None:
-        """Puts tokens behind those of one sequence without running them: the cache rows that ``state.rows`` gave of
-        the same tokens at the same place, and the loops spent on each. Raises ArgumentError for rows that do not fit.
+    def restore(self, slot: int, positions: Mapping[str, NDArray[Any]], depth: Sequence[int]) -> None:
+        """Append tokens to one sequence without running them. Raises ArgumentError for positions that do not fit.
+
+        ``positions``: what ``state.read_positions`` returned for the same tokens at the same place. ``depth``: loops
+        per token.
         """
         start = int(self.lengths[slot])
-        if any(values.ndim != 3 or values.shape[1] != len(depth) for values in rows.values()):
-            raise ArgumentError(f"the rows are not those of {len(depth)} tokens")
+        if any(values.ndim != 3 or values.shape[1] != len(depth) for values in positions.values()):
+            raise ArgumentError(f"the positions are not those of {len(depth)} tokens")
         if start + len(depth) > self.capacity:
             raise ArgumentError(f"{len(depth)} tokens do not fit behind {start} in a cache of {self.capacity}")
         if depth:
-            self.state.write_rows(slot, start, rows)
+            self.state.write_positions(slot, start, positions)
         self.moves += 1
         self.lengths[slot] = start + len(depth)
         self.depth[slot].extend(depth)
 
     def part(self, first: int, count: int) -> LoopDriver | None:
-        """A driver of the sequences ``first`` to ``first + count - 1`` alone, over the same memory, lengths and depths:
-        what one of them appends, the other has. They take turns, a call at a time. None where the backend cannot.
+        """Return a driver of sequences ``first`` to ``first + count - 1`` that shares memory, lengths and depths with
+        this one.
+
+        Only one of the two may run at a time. None where the backend does not support it.
         """
         state = self.state.part(first, count)
         if state is None:
@@ -102,20 +105,23 @@ class LoopDriver:
         return LoopDriver(state, self.manifest, self, first)
 
     def append(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NDArray[np.float32]:
-        """Runs new tokens of every sequence, in chunks, and returns the logits after each one's last (batch, vocab).
+        """Run new tokens of every sequence, in chunks. Return the logits after each sequence's last token (batch,
+        vocab).
 
-        settings: one for all sequences, or one for each: in a batch they may differ in depth and chunk, and each
-        gives what it gives alone. A sequence with no new tokens sits idle; its row of the result is zero. Raises
-        PromptError, before anything is changed, if a sequence would not fit in the cache or a token id is out of
-        range, ArgumentError for settings that the package does not allow.
+        ``settings``: for all sequences, or one per sequence; depth and chunk may differ, and each result is the same as
+        if the sequence ran alone. A sequence without new tokens gets zeros. Raises PromptError, before any change, for
+        token ids out of range or a sequence that does not fit; ArgumentError for settings that the package does not
+        allow.
         """
         return self.advance(tokens, settings).full()
 
     def advance(
         self, tokens: Sequence[Sequence[int]], settings: Settings, between: Between | None = None
     ) -> NextLogits:
-        """As ``append``, but leaves the logits where they are until they are asked for. Raises Interrupted if
-        ``between`` does; nothing was appended then."""
+        """Run tokens as ``append`` does, but read logits only when they are needed.
+
+        Raises Interrupted if ``between`` does; then nothing was appended.
+        """
         logits = NextLogits(self.state, self.manifest.vocab_size)
         single = self._single(tokens)
         if single is self._each_one and self._again(settings, between):
@@ -137,11 +143,11 @@ class LoopDriver:
         return logits
 
     def _again(self, settings: Settings, between: Between | None) -> bool:
-        """Runs one more token of every sequence, in its place already, by settings that ran before. False, and nothing
-        ran, by others.
+        """Run one token per sequence, already in ``_ids``, with the settings of the last call. False if the settings
+        differ.
 
-        Between two tokens the processor's caches are full of weights: every function that runs there is fetched from
-        memory first, which takes longer than to run it. Hence few of them.
+        Between two tokens the weights have displaced everything else from the processor's caches, so fetching a
+        function costs more than running it. This path therefore calls few functions.
         """
         fixed = self._fixed
         if fixed is None:
@@ -156,7 +162,7 @@ class LoopDriver:
         return True
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
-        """One for each sequence. Raises ArgumentError for another number of them."""
+        """Return one LoopSettings per sequence. Raises ArgumentError if their number differs from the batch."""
         if isinstance(settings, LoopSettings):
             return [settings] * self.batch
         if len(settings) != self.batch:
@@ -164,9 +170,9 @@ class LoopDriver:
         return settings
 
     def chunks(self, tokens: Sequence[Sequence[int]], size: int | Sequence[int | None] | None = None) -> list[Chunk]:
-        """Cuts every sequence's new tokens into chunks, each sequence from its own first. Raises PromptError.
+        """Cut every sequence's new tokens into chunks. Raises PromptError, ArgumentError.
 
-        size: of the chunks, for all sequences or for each; None: the package's.
+        ``size``: tokens per chunk, for all sequences or one per sequence; None: the package's.
         """
         sizes = [size] * self.batch if size is None or isinstance(size, int) else size
         most = np.array([self.manifest.chunk if one is None else one for one in sizes], np.int64)
@@ -175,8 +181,8 @@ class LoopDriver:
         return cut(self.check(tokens), most)
 
     def _single(self, tokens: Sequence[Sequence[int]]) -> Chunk | None:
-        """The chunk of at most one new token a sequence; ``_each_one`` where each has one. The next call writes over
-        its ids. None where it is anything else, or anything is wrong with it."""
+        """Return the chunk if no sequence has more than one new token; ``_each_one`` if each has one. None for anything
+        else, invalid tokens included. The next call overwrites its ids."""
         if len(tokens) != self.batch:
             return None
         idle = 0
@@ -186,7 +192,7 @@ class LoopDriver:
                     idle += 1
                     continue
                 if type(new) not in (list, tuple) or type(new[0]) is not int:
-                    return None  # perhaps ids all the same; ``check`` finds out
+                    return None  # may be valid ids of another type; ``check`` decides
                 token = new[0]
                 if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(self.depth[slot]) >= self.capacity:
                     return None
@@ -202,10 +208,10 @@ class LoopDriver:
         return make_chunk(self._ids, counts, counts > 0)
 
     def loops(self, chunk: Chunk, settings: Settings, between: Between | None = None) -> Iterator[LoopControl]:
-        """Runs a chunk's loops, yielding after each; when the last is over its rows are committed.
+        """Run a chunk's loops, yield after each one, and commit the chunk's positions after the last.
 
-        A token that has left the loop, by its sequence's settings, has its hidden and latent frozen from then on, so
-        that its cache rows keep their values. The chunk stops when all have left.
+        A token that has left keeps its hidden state and latent, and so its cached keys and values. The chunk ends when
+        all tokens have left.
         """
         each = self.each(settings)
         self._check_depth(chunk, each)
@@ -224,7 +230,7 @@ class LoopDriver:
         self._count([row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)])  # type: ignore[call-overload]
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings], between: Between | None) -> None:
-        """A chunk's loops: all at once, where nothing is to be decided on the way."""
+        """Run a chunk's loops: in one call of the backend if no decision between loops is needed."""
         counts = chunk.counts.tolist()
         asked = [settings for settings, count in zip(each, counts, strict=True) if count]
         decided = any(settings.adaptive for settings in asked) or len({settings.loops for settings in asked}) > 1
@@ -241,7 +247,8 @@ class LoopDriver:
         self._count([[loops] * count for count in counts])
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
-        """The chunk as it is; a LoopLM's, whose graph freezes nothing, apart by how many loops its sequences run."""
+        """Split a LoopLM's chunk by number of loops, because its graph cannot freeze tokens. Other chunks stay
+        whole."""
         if self.manifest.cache_loops is None:
             return [chunk]
         loops = np.array([settings.loops for settings in each])
@@ -255,14 +262,14 @@ class LoopDriver:
         return groups
 
     def _count(self, spent: Sequence[Sequence[int]]) -> None:
-        """A chunk's tokens lie in the cache; ``spent``, a sequence: the loops that each of them had."""
+        """Record a chunk as cached. ``spent``: per sequence, the loops run for each token."""
         self.moves += 1
         for slot, loops in enumerate(spent):
             self.depth[slot].extend(loops)
             self.lengths[slot] = len(self.depth[slot])
 
     def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
-        """Raises ArgumentError where a LoopLM has no cache for a loop, or one that lacks earlier tokens' rows."""
+        """Raise ArgumentError if a LoopLM lacks a cache for a loop, or a cache lacks earlier tokens."""
         for settings, count, depth in zip(each, chunk.counts.tolist(), self.depth, strict=True):
             if not count:
                 continue
@@ -279,50 +286,51 @@ class LoopDriver:
             raise ArgumentError("sequences of a LoopLM run the same number of loops in a chunk")
 
     def check(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
-        """New tokens as arrays. Raises PromptError if one is out of range or a sequence would not fit."""
+        """Return new tokens as arrays. Raises PromptError for token ids out of range or a sequence that does not
+        fit."""
         if len(tokens) != self.batch:
             raise PromptError(f"the batch has {self.batch} sequences, tokens were given for {len(tokens)}")
         return [checked_ids(ids, self.room(slot), self.manifest) for slot, ids in enumerate(tokens)]
 
 
 class NextLogits:
-    """The logits after each sequence's last new token. Valid until the session moves on."""
+    """The logits after each sequence's last new token. Valid until the driver runs again."""
 
     def __init__(self, state: BackendState, vocab: int):
         self._state, self._vocab = state, vocab
-        self._rows: dict[int, NDArray[np.float32]] = {}  # of sequences that ended in an earlier chunk
-        self._columns: NDArray[np.int64]  # of the chunk that ran last
-        self._last: NDArray[np.bool_] | None = None  # the sequences that ended in it
-        self._likeliest: dict[int, Candidates] | None = None
+        self._rows: dict[int, NDArray[np.float32]] = {}  # of sequences whose last token was in an earlier chunk
+        self._columns: NDArray[np.int64]  # of the last chunk
+        self._last: NDArray[np.bool_] | None = None  # sequences whose last token was in that chunk
+        self._candidates: dict[int, Candidates] | None = None
         self._whole: NDArray[np.float32] | None = None  # (batch, 1, vocab)
 
     def follow(self, columns: NDArray[np.int64], last: NDArray[np.bool_]) -> None:
-        """A chunk ran: its columns (batch, 1) hold the logits of the sequences that ended in it."""
+        """Take the logits of a chunk that ran: its ``columns`` (batch, 1), of the sequences in ``last``."""
         self._columns, self._last = columns, last
 
     def keep(self) -> None:
-        """Copies what there is, for the next chunk takes its place."""
+        """Copy the logits that the next chunk will overwrite."""
         for slot in self._ended():
             self._rows[slot] = self.row(slot).copy()
-        self._last = self._likeliest = self._whole = None
+        self._last = self._candidates = self._whole = None
 
     def sample(self, slot: int, sampler: Sampler, history: Sequence[int]) -> int:
-        """The sampler's next token: from the likeliest few where they settle it, else from the whole row."""
-        candidates = self.candidates(slot) if self._state.likeliest else None
+        """Sample the next token: from the top candidates if they are enough, else from all logits."""
+        candidates = self.candidates(slot) if self._state.candidate_count else None
         token = None if candidates is None else sample_candidates(sampler, candidates, history)
         return sampler.sample(self.row(slot), history) if token is None else token
 
     def candidates(self, slot: int) -> Candidates | None:
-        """The likeliest tokens of a sequence, where the backend picks them out; else None."""
+        """Return a sequence's top candidates; None where the backend does not select them."""
         if slot in self._rows or self._whole is not None:
             return None
-        if self._likeliest is None:
+        if self._candidates is None:
             found = self._state.candidates(self._columns)
-            self._likeliest = {} if found is None else dict(enumerate(found))
-        return self._likeliest.get(slot)
+            self._candidates = {} if found is None else dict(enumerate(found))
+        return self._candidates.get(slot)
 
     def row(self, slot: int) -> NDArray[np.float32]:
-        """All logits of a sequence (vocab,)."""
+        """Return all logits of a sequence (vocab,)."""
         if slot in self._rows:
             return self._rows[slot]
         if self._whole is None:
@@ -330,12 +338,12 @@ class NextLogits:
         return self._whole[slot, 0]
 
     def full(self) -> NDArray[np.float32]:
-        """A copy of all logits (batch, vocab); zero for a sequence without new tokens."""
+        """Return a copy of all logits (batch, vocab); zeros for a sequence without new tokens."""
         logits = np.zeros((self._state.batch, self._vocab), np.float32)
         for slot in {*self._rows, *self._ended()}:
             logits[slot] = self.row(slot)
         return logits
 
     def _ended(self) -> list[int]:
-        """The sequences whose logits the backend has."""
+        """Return the sequences whose logits are in the backend's buffer."""
         return [] if self._last is None else np.flatnonzero(self._last).tolist()

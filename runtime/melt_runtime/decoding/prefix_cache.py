@@ -1,4 +1,4 @@
-"""Beginnings of prompts that were run before: their cache rows are kept, and put back instead of being run again."""
+"""Prefix cache: keeps cached keys and values of prompts, to restore them instead of running the tokens again."""
 
 from __future__ import annotations
 
@@ -19,77 +19,74 @@ from .settings import LoopSettings
 
 
 class Prefixes(Protocol):
-    """Prompts that were run before, kept to be put back: the beginnings that requests share. ``bytes``: what they take
-    of the host's memory."""
+    """A store of prompt beginnings that requests share. ``bytes``: its size in host memory."""
 
     bytes: int
 
     def claim(self, driver: LoopDriver) -> None:
-        """Who will use it says so first. Raises ArgumentError if what is kept was run by something else."""
+        """Bind the store to what runs in this driver. Raises ArgumentError if its contents come from something else."""
 
     def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
-        """Puts the longest known beginning of a prompt into an empty slot: its cache rows, ``lengths`` and ``depth``.
+        """Restore the longest known beginning of a prompt into an empty slot. Return its number of tokens.
 
-        Returns how many tokens that is: whole chunks of these settings, and fewer than the prompt has, for its last
-        token must run to give logits.
+        It consists of whole chunks with these settings, and leaves at least the last token, which must run to give
+        logits.
         """
 
     def keep(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> None:
-        """A prompt has just run in a slot: its rows may be copied."""
+        """Offer a prompt that has just run in a slot; its positions may be copied."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """A whole chunk of a prompt: its first, or behind the chunk that its key names."""
+    """A stored chunk of a prompt; its key names the preceding chunk."""
 
     number: int
-    rows: dict[str, NDArray[Any]]
+    positions: dict[str, NDArray[Any]]
     depth: tuple[int, ...]
     bytes: int
 
 
-_Key = tuple[LoopSettings | int, tuple[int, ...]]  # how deep its prompt runs, or the chunk before it; its tokens
+_Key = tuple[LoopSettings | int, tuple[int, ...]]  # settings or the preceding chunk's number; token ids
 
 
 class PrefixCache:
-    """Keeps the rows of prompts, chunk by chunk, in at most ``max_bytes`` of the host's memory; those that were not
-    used for longest go first, the ends of prompts before their beginnings.
+    """A ``Prefixes`` store of at most ``max_bytes`` of host memory. The least recently used chunks are dropped first,
+    and the end of a prompt before its beginning.
 
-    Only whole chunks are put back, and only for the same loop settings: the tokens of a chunk run their loops together,
-    so that a beginning cut elsewhere would mean something else. It fulfils ``Prefixes``, for the scheduler and for
-    sessions, and may serve several of them at once, and from any thread. It belongs to what used it first: another
-    package, backend or engine, whose rows would be others, is refused with an ArgumentError.
+    Only whole chunks are restored, and only with equal loop settings, because the tokens of a chunk run their loops
+    together: other chunks would give other results. Several schedulers and sessions may share a store, from any thread,
+    but only of one package, backend and engine: others are refused with ArgumentError.
     """
 
     def __init__(self, max_bytes: int):
         whole_number("max_bytes", max_bytes)
         self.max_bytes, self.bytes = max_bytes, 0
-        self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()  # the next to go first; always behind its descendants
+        self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()  # a chunk comes after those that continue it
         self._numbers, self._lock = count(), Lock()
-        self._owner: tuple[str, str] | None = None  # graphs and weights, and what runs them
+        self._owner: tuple[str, str] | None = None  # hash of graphs and weights, and what runs them
 
     def __len__(self) -> int:
         return len(self._chunks)
 
     def clear(self) -> None:
-        """Forgets everything, and to what it belonged."""
+        """Drop all chunks and the binding to a package."""
         with self._lock:
             self._chunks.clear()
             self.bytes, self._owner = 0, None
 
     def claim(self, driver: LoopDriver) -> None:
-        """From now on it belongs to what runs in this driver. Raises ArgumentError if it belongs to something else."""
+        """Bind the store to what runs in this driver. Raises ArgumentError if it is bound to something else."""
         owner = source_hash(driver.manifest), driver.state.computed_by
         with self._lock:
             if self._owner not in (None, owner):
                 raise ArgumentError(
-                    "the prefix store holds rows of another package, backend or engine; give each a store of its own"
+                    "the prefix cache holds positions of another package, backend or engine; give each its own"
                 )
             self._owner = owner
 
     def restore(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> int:
-        """Puts the longest known beginning of a prompt into an empty slot, and returns how many tokens that is: whole
-        chunks, and fewer than the prompt has."""
+        """Restore the longest known beginning of a prompt into an empty slot. Return its number of tokens."""
         self.claim(driver)
         settings = _complete(driver, settings)
         with self._lock:
@@ -97,11 +94,11 @@ class PrefixCache:
             self._touch(path)
             found = [self._chunks[key] for key in path]
         for chunk in found:
-            driver.restore(slot, chunk.rows, chunk.depth)
+            driver.restore(slot, chunk.positions, chunk.depth)
         return sum(len(chunk.depth) for chunk in found)
 
     def keep(self, driver: LoopDriver, slot: int, prompt: Sequence[int], settings: LoopSettings) -> None:
-        """Copies the rows of a prompt that has just run in a slot: its whole chunks, as far as there is room."""
+        """Copy the whole chunks of a prompt that has just run in a slot, as far as there is room."""
         self.claim(driver)
         settings = _complete(driver, settings)
         size = settings.chunk or 1
@@ -109,19 +106,19 @@ class PrefixCache:
             path = self._path(prompt, settings)
             self._touch(path)
             for start in range(len(path) * size, len(prompt) - size + 1, size):
-                rows = driver.state.rows(slot, start, start + size, settings.loops)
-                needed = sum(values.nbytes for values in rows.values())
+                positions = driver.state.read_positions(slot, start, start + size, settings.loops)
+                needed = sum(values.nbytes for values in positions.values())
                 if not self._make_room(needed, set(path)):
                     break
                 before = self._chunks[path[-1]].number if path else settings
                 path.append((before, tuple(prompt[start : start + size])))
                 depth = tuple(driver.depth[slot][start : start + size])
-                self._chunks[path[-1]] = _Chunk(next(self._numbers), rows, depth, needed)
+                self._chunks[path[-1]] = _Chunk(next(self._numbers), positions, depth, needed)
                 self.bytes += needed
             self._touch(path)
 
     def _path(self, prompt: Sequence[int], settings: LoopSettings) -> list[_Key]:
-        """The chunks that are known of a prompt, from its first."""
+        """Return the keys of a prompt's known chunks, from its first."""
         path: list[_Key] = []
         before: LoopSettings | int = settings
         size = settings.chunk or 1
@@ -134,12 +131,12 @@ class PrefixCache:
         return path
 
     def _touch(self, path: Sequence[_Key]) -> None:
-        """They were used now, the first of them last, so that none goes before what hangs on it."""
+        """Mark chunks as used, the first one last, so that none is dropped before those that continue it."""
         for key in reversed(path):
             self._chunks.move_to_end(key)
 
     def _make_room(self, needed: int, held: set[_Key]) -> bool:
-        """Drops what was not used for longest, but nothing of ``held``; whether there is room now."""
+        """Drop the least recently used chunks, but none of ``held``. Return whether there is room."""
         while self.bytes + needed > self.max_bytes:
             key = next(iter(self._chunks), None)
             if key is None or key in held:
@@ -149,5 +146,5 @@ class PrefixCache:
 
 
 def _complete(driver: LoopDriver, settings: LoopSettings) -> LoopSettings:
-    """The settings with the chunk named."""
+    """Fill in the package's chunk size."""
     return replace(settings, chunk=settings.chunk or driver.manifest.chunk)

@@ -1,4 +1,4 @@
-"""The keyword options of ``generate``, ``stream`` and sessions: their names and types."""
+"""The keyword options of ``generate``, ``stream`` and sessions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Options of a request. ``LoopSettings`` explains loops to exit_change, ``SamplingParams`` temperature to seed."""
+    """The options of a request. LoopSettings explains loops to exit_change, SamplingParams temperature to seed."""
 
     max_tokens: int  # 256
     loops: int | None  # None: the package's
@@ -26,12 +26,12 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float  # 0
     repetition_penalty: float  # 1
     seed: int | None  # None
-    stop: str | Iterable[str] | None  # end before any of these texts
-    stop_ids: int | Iterable[int] | None  # end with any of these tokens, besides the model's own
-    ignore_eos: bool  # False; True: the model's own end tokens do not stop
+    stop: str | Iterable[str] | None  # stop before any of these strings
+    stop_ids: int | Iterable[int] | None  # stop at any of these tokens, besides the model's own
+    ignore_eos: bool  # False; True: do not stop at the model's own end tokens
 
 
-# What other libraries call them.
+# Other libraries' names for them.
 _ALIASES = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -61,8 +61,10 @@ _ALIASES = {
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as values that may be kept: NumPy's numbers as Python's, iterators as lists. Raises ArgumentError for
-    an unknown name, and suggests one."""
+    """Convert options to plain Python values: NumPy scalars to numbers, iterators to lists.
+
+    Raises ArgumentError for an unknown name, and suggests a known one.
+    """
     names = GenerateOptions.__annotations__
     for name in options:
         if name not in names:

@@ -1,4 +1,4 @@
-"""The settings of a request: how deep to think, how many tokens, how to sample and when to stop."""
+"""The settings of a request: depth, number of tokens, sampling, stopping."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ..untrusted import whole_number
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How deep to think: at most ``loops`` loops a token, fewer where it leaves early, and at least ``min_loops``.
+    """The depth of a sequence: at most ``loops`` loops per token, and at least ``min_loops``. Raises ArgumentError.
 
-    A token leaves once its cumulative exit probability reaches ``exit_threshold`` (1.0: never), or once its hidden
-    state changes by less than the share ``exit_change`` of its length from one loop to the next, ||h_t - h_{t-1}|| <
-    exit_change * ||h_t|| (0.0: never). The latter needs no trained exit gate, and costs that hidden is read back after
-    every loop. ``chunk`` is how many prompt tokens run their loops together (None: the package's): part of the model's
-    meaning, so change it only on purpose. Raises ArgumentError.
+    A token leaves the loop once its cumulative exit probability reaches ``exit_threshold`` (1.0: never), or once its
+    hidden state changes between loops by less than ``exit_change`` times its norm: ||h_t - h_{t-1}|| < exit_change *
+    ||h_t|| (0.0: never). ``exit_change`` needs no trained exit gate, but reads hidden back after every loop.
+
+    ``chunk``: how many prompt tokens run their loops together (None: the package's). It changes results, because a
+    chunk's tokens attend to each other loop by loop.
     """
 
     loops: int
@@ -46,15 +47,15 @@ class LoopSettings:
 
     @property
     def adaptive(self) -> bool:
-        """Whether a token may leave before its last loop."""
+        """Return whether a token may leave before its last loop."""
         return self.min_loops < self.loops and (self.exit_threshold < 1.0 or self.exit_change > 0.0)
 
     def check(self, manifest: Manifest) -> None:
-        """Raises ArgumentError for a depth or chunk that the package does not allow."""
+        """Raise ArgumentError for a depth or chunk that the package does not allow."""
         manifest.check_depth(self.loops, self.exit_threshold)
         if manifest.cache_loops is not None and self.exit_change > 0.0:
             raise ArgumentError(
-                f"exit_change is {self.exit_change}; a token of a LoopLM that left early would lack its rows in the "
+                f"exit_change is {self.exit_change}; a token of a LoopLM that left early would be missing from the "
                 "later loops' caches, so only 0 is possible"
             )
         if self.chunk is not None and self.chunk > manifest.chunk:
@@ -63,14 +64,14 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """One request: how many tokens, how to draw them, how deep to think and when to stop."""
+    """The options of one request: depth, number of tokens, sampling, stopping."""
 
     loops: LoopSettings
     max_tokens: int = 256
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
-    warnings: tuple[str, ...] = field(default=(), compare=False)  # what the reply should say of the request
+    warnings: tuple[str, ...] = field(default=(), compare=False)  # sentences that the reply should carry
 
     def __post_init__(self) -> None:
         whole_number("max_tokens", self.max_tokens)

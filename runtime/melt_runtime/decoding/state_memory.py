@@ -1,4 +1,4 @@
-"""What a session costs, told before it is made."""
+"""The memory that a session would need."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from ..untrusted import whole_number
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. ``state_bytes`` and ``scratch_bytes`` (what graphs read and write besides; without an engine's own) are
-    allocated for each session, ``weights_bytes``, as stored, once for all. ``available_bytes``: free now where the
-    session would lie, the weights being there already; None where the system does not tell."""
+    """Memory in bytes.
+
+    ``state_bytes`` and ``scratch_bytes`` (graph inputs and outputs, without an engine's own) are allocated per session,
+    ``weights_bytes``, as stored, once. ``available_bytes``: free now where the session would be allocated, with the
+    weights loaded; None if unknown.
+    """
 
     state_bytes: int
     scratch_bytes: int
@@ -23,17 +26,17 @@ class Memory:
 
     @property
     def session_bytes(self) -> int:
-        """What one session allocates."""
+        """Return the bytes that one session allocates."""
         return self.state_bytes + self.scratch_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether a session fits, as far as is known."""
+        """Return whether a session fits, as far as is known."""
         return self.available_bytes is None or self.session_bytes <= self.available_bytes
 
 
 def memory(manifest: Manifest, backend: Backend, max_seq_len: int | None, batch: int) -> Memory:
-    """As ``Runtime.memory``."""
+    """Return the memory of a session, as ``Runtime.memory``."""
     whole_number("batch", batch)
     if max_seq_len is not None:
         whole_number("max_seq_len", max_seq_len)

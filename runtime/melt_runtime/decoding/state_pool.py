@@ -1,4 +1,4 @@
-"""The states that a Runtime's own calls run on: one is kept from call to call, more are opened while it is in use."""
+"""The states behind a Runtime's own calls: one is reused from call to call, more are opened while it is in use."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ T = TypeVar("T")
 
 
 class StatePool:
-    """Lends every call a state of its own, so that calls cannot mix. For any number of threads.
+    """Lends each call a state of its own, from any thread.
 
-    Where there is no memory for another one, the call takes the state of the stream that was read longest ago, which
-    raises OvertakenError when it is read again; a call that is computing is waited for. ``open_driver``: allocates a
-    state for a batch.
+    Without memory for another state, a call takes the one of the stream that was read longest ago, which then raises
+    OvertakenError; a call that is computing is waited for. ``open_driver``: allocates a state for a batch.
     """
 
     def __init__(self, open_driver: Callable[[int], LoopDriver]):
         self._open = open_driver
         self._idle: LoopDriver | None = None
-        self._leases: list[Lease] = []  # the one that computed longest ago first
-        # Reentrant: Python may drop an abandoned stream, and so end its lease, in the middle of any line.
+        self._leases: list[Lease] = []  # least recently used first
+        # Reentrant: the garbage collector may end an abandoned stream's lease at any time.
         self._changed = threading.Condition(threading.RLock())
 
     @contextmanager
     def lease(self, batch: int) -> Iterator[Lease]:
-        """An empty state of ``batch`` sequences, until the block is left. Raises BackendError."""
+        """Lend an empty state of ``batch`` sequences for the length of the block. Raises BackendError."""
         lease = self._take(batch)
         try:
             yield lease
@@ -38,7 +37,7 @@ class StatePool:
             self._end(lease)
 
     def steps(self, batch: int, begin: Callable[[LoopDriver], Iterator[T]]) -> Iterator[T]:
-        """What ``begin`` makes of an empty state, one item per step. Raises BackendError, OvertakenError."""
+        """Yield the items that ``begin`` produces on an empty state. Raises BackendError, OvertakenError."""
         with self.lease(batch) as lease:
             yield from lease.steps(begin)
 
@@ -61,7 +60,7 @@ class StatePool:
                 self._make_room()
 
     def _make_room(self) -> None:
-        """Ends a lease, at once if it is between two steps, else when its step is over."""
+        """End a lease: at once if it is between steps, else after its step."""
         leases = list(self._leases)
         paused = next((lease for lease in leases if not lease.running), None)
         if paused is not None:
@@ -88,14 +87,14 @@ class StatePool:
         with self._changed:
             if lease.driver is None:
                 return
-            # The stream may live on: nothing of it may keep the state's memory.
+            # The caller may keep the stream, which must not keep the state's memory alive.
             self._idle, lease.driver, lease.work = lease.driver, None, None
             self._leases.remove(lease)
             self._changed.notify_all()
 
 
 class Lease:
-    """A state that one call has. ``running``: it computes now; ``wanted``: another call waits for it."""
+    """A state lent to one call. ``running``: it is computing; ``wanted``: another call waits for it."""
 
     def __init__(self, states: StatePool, driver: LoopDriver):
         self._states = states
@@ -105,7 +104,7 @@ class Lease:
 
     @contextmanager
     def step(self) -> Iterator[LoopDriver]:
-        """While it lasts nobody takes the state. Raises OvertakenError if somebody has."""
+        """Hold the state for the length of the block. Raises OvertakenError if another call has taken it."""
         self._states._begin_step(self)
         try:
             assert self.driver is not None
@@ -114,7 +113,7 @@ class Lease:
             self._states._end_step(self)
 
     def steps(self, begin: Callable[[LoopDriver], Iterator[T]]) -> Iterator[T]:
-        """What ``begin`` makes of the state, one item a step. Raises OvertakenError."""
+        """Yield the items that ``begin`` produces on the state, one per step. Raises OvertakenError."""
         while True:
             self._states._begin_step(self)
             try:

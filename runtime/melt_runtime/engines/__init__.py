@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX engines: built on the device that runs them, without PyTorch and without onnx."""
+"""TensorRT and TensorRT-RTX engines, built on the device without PyTorch and onnx."""

@@ -1,7 +1,6 @@
-"""Package -> engine, one step a function. All three graphs become plans: then a token never leaves the device.
+"""Build an engine from a package. All three graphs become plans, so that decoding stays on the device.
 
-The embedding's plan looks rows up and the head's multiplies, so that hidden states pass from one to the next where they
-lie, and a captured CUDA graph can hold a whole token.
+With embedding and head as plans too, hidden states stay in device memory, and one CUDA graph can hold a whole token.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from .network_checks import inspect_network, inspect_operators, require_small
 from .profiles import length_buckets, make_profiles
 from .store import keep_engine, new_engine
 
-# TensorRT-RTX's support matrix: the oldest devices that multiply so. float16 and float32 run on all it knows, from 7.5.
+# TensorRT-RTX's support matrix: oldest compute capability per type. float16 and float32 run on all, from 7.5.
 _OLDEST_DEVICE = {"bf16": 8.0, "int4": 8.0, "int8": 8.0, "fp8": 8.9}
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to build an engine.
+    """The options of an engine build. Raises ArgumentError.
 
-    flavour: "tensorrt" or "tensorrt-rtx". weights: None as the package has them, or "int4", "int8", "fp8" for the
-    loop step's products. max_batch: None for the package's. compute_capabilities: for TensorRT-RTX, the devices it is
-    for ("8.9"); none: Ampere and newer, or what has fp8 if that is asked. workspace: most MiB of scratch memory, None
-    for the library's choice. weight_streaming: weights may stay in host memory. timing_cache: a file of TensorRT's
-    kernel timings, read and updated.
+    ``flavour``: "tensorrt" or "tensorrt-rtx". ``weights``: None for the package's, or "int4", "int8", "fp8" for the
+    loop step's. ``max_batch``: None for the package's. ``compute_capabilities``: TensorRT-RTX only, the devices to
+    build for ("8.9"); empty: Ampere and newer, or all with fp8 if asked for. ``workspace``: most MiB of scratch memory;
+    None: the library's choice. ``weight_streaming``: allow weights in host memory. ``timing_cache``: a file of
+    TensorRT's kernel timings, read and updated.
     """
 
     flavour: str = "tensorrt-rtx"
@@ -56,7 +55,7 @@ class EngineOptions:
             raise ArgumentError(f"workspace is {self.workspace} MiB; it must be 1 or more")
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps of them: enough to build the same again."""
+        """Return the options that the manifest records, to build the same engine again."""
         options = {
             "max_batch": self.max_batch,
             "compute_capability": list(self.compute_capabilities),
@@ -67,15 +66,14 @@ class EngineOptions:
 
 
 def engine_name(options: EngineOptions, precision: str) -> str:
-    """The engine's folder: flavour, precision and, where they differ, weights: "tensorrt-rtx-fp16-int4"."""
+    """Return the engine's folder name: flavour, precision and, if different, weights: "tensorrt-rtx-fp16-int4"."""
     return "-".join(part for part in (options.flavour, precision, options.weights) if part)
 
 
 def build_engine(package: Package, options: EngineOptions, progress: Step = no_progress) -> EngineSpec:
-    """Builds an engine into a package, in place of one of the same name.
+    """Build an engine into a package; it replaces one of the same name once it is complete.
 
-    The package is as it was until the engine is complete. Raises ArgumentError and BackendError for what cannot be
-    built, PackageError, OSError.
+    Raises ArgumentError, BackendError, PackageError, OSError.
     """
     manifest = package.manifest
     library = open_library(options.flavour)
@@ -108,16 +106,16 @@ def build_engine(package: Package, options: EngineOptions, progress: Step = no_p
 
 
 def check_package(manifest: Manifest, options: EngineOptions, library: Library) -> None:
-    """``check_options`` for a package."""
+    """Raise ArgumentError or BackendError if the package cannot be built with these options."""
     if manifest.cache_loops is not None:
-        raise ArgumentError("this is a LoopLM package, with caches a loop; engines are built from MELT packages")
+        raise ArgumentError("this is a LoopLM package, with a cache per loop; engines are built from MELT packages")
     if manifest.weights and options.weights is not None:
-        raise ArgumentError(f"this package's products are {manifest.weights['kind']} already; leave --weights away")
+        raise ArgumentError(f"this package's weights are {manifest.weights['kind']} already; leave out --weights")
     check_options(manifest.dialect, manifest.precision, manifest.max_batch, options, library)
 
 
 def check_options(dialect: str, precision: str, max_batch: int, options: EngineOptions, library: Library) -> None:
-    """Refuses what a package, a flavour and options cannot do together. Raises ArgumentError, BackendError."""
+    """Raise ArgumentError or BackendError for options that dialect, precision or library do not allow."""
     if dialect == "onnxruntime":
         raise ArgumentError(
             "this package is in the onnxruntime dialect, which no other library reads; export the checkpoint with "
@@ -156,14 +154,15 @@ def check_options(dialect: str, precision: str, max_batch: int, options: EngineO
 
 
 def plan_shapes(manifest: Manifest, options: EngineOptions) -> tuple[tuple[ProfileSpec, ...], tuple[int, ...]]:
-    """The profiles and attention lengths of a package's engine."""
+    """Return the profiles and attention lengths of a package's engine."""
     buckets = length_buckets(manifest.cache_rows)
     heads = int(manifest.model.get("num_attention_heads", 1))
     return make_profiles(options.max_batch or manifest.max_batch, manifest.chunk, heads, buckets), buckets
 
 
 def target_capabilities(options: EngineOptions, library: Library) -> tuple[str, ...]:
-    """What the engine will run on: as asked; this machine's device, for TensorRT; for RTX what fp8 weights leave."""
+    """Return the devices an engine is for: as requested, this machine's (TensorRT), or those with fp8
+    (TensorRT-RTX)."""
     if options.flavour == "tensorrt-rtx":
         if options.compute_capabilities or options.weights != "fp8":
             return options.compute_capabilities
@@ -224,13 +223,13 @@ def _build_plan(
 
 
 def _save_timings(path: Path, config: Any) -> None:
-    """Replaces the timing cache by what the build made of it, in one step."""
+    """Replace the timing cache file atomically."""
     with new_file(path) as made:
         made.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
 def _configure(options: EngineOptions, library: Library, builder: Any) -> Any:
-    """A builder configuration. float32 stays float32: TF32 would round its products."""
+    """Make a builder configuration, without TF32, which would round float32 matmuls."""
     module, config = library.module, builder.create_builder_config()
     config.clear_flag(module.BuilderFlag.TF32)
     if options.workspace is not None:

@@ -1,4 +1,4 @@
-"""TensorRT or TensorRT-RTX: the same Python API under two names."""
+"""The TensorRT or TensorRT-RTX library: one Python API under two module names."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass
 class Messages:
-    """What the library said while it worked."""
+    """The messages that the library logged."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def clear(self) -> None:
-        """Forgets them."""
+        """Drop all messages."""
         self.errors.clear()
         self.warnings.clear()
 
     def reason(self) -> str:
-        """The first error on one line, or why there is none."""
+        """Return the first error on one line."""
         return " ".join(self.errors[0].split())[:400] if self.errors else "the library gave no reason"
 
 
 class Library:
-    """An imported flavour, with a logger that keeps what it hears instead of printing it."""
+    """An imported flavour, with a logger that collects messages."""
 
     def __init__(self, flavour: str, module: Any):
         self.flavour, self.module = flavour, module
         self.title = _TITLES[flavour]
         self.version = str(module.__version__)
         self.messages = Messages()
-        self.lock = RLock()  # held by who calls it and then reads the messages; states of several threads share both
+        self.lock = RLock()  # held from a call until its messages are read, because threads share both
         self.logger = self._make_logger()
 
     def _make_logger(self) -> Any:
@@ -60,7 +60,7 @@ class Library:
         return Logger()
 
     def builder(self) -> Any:
-        """A builder. Raises BackendError where the library needs a driver that is not there."""
+        """Make a builder. Raises BackendError, for example without a driver."""
         self.messages.clear()
         try:
             builder = self.module.Builder(self.logger)
@@ -75,7 +75,7 @@ class Library:
 
     @property
     def capabilities(self) -> dict[str, Any]:
-        """The compute capabilities that it can be told to build for, by number ("8.9"); none of them in TensorRT."""
+        """The compute capabilities that can be built for, by number ("8.9"); empty for TensorRT."""
         kinds = getattr(self.module, "ComputeCapability", None)
         if self.flavour != "tensorrt-rtx" or kinds is None:
             return {}
@@ -85,12 +85,13 @@ class Library:
 
     @property
     def updates_caches(self) -> bool:
-        """Whether it has KV_CACHE_UPDATE, which the standard dialect becomes: TensorRT 10.15 and all of RTX do."""
+        """Whether it has KV_CACHE_UPDATE, needed by the standard dialect: TensorRT 10.15 and newer, and every
+        TensorRT-RTX."""
         return hasattr(self.module.LayerType, "KV_CACHE_UPDATE")
 
 
 def open_library(flavour: str) -> Library:
-    """Imports a flavour. Raises ArgumentError, and BackendError that says which extra to install."""
+    """Import a flavour. Raises ArgumentError; BackendError that names the extra to install."""
     if flavour not in FLAVOURS:
         raise ArgumentError(f"engine {flavour!r} is not one of {', '.join(FLAVOURS)}")
     try:
@@ -104,7 +105,7 @@ def open_library(flavour: str) -> Library:
 
 
 def current_capability(device: int = 0) -> str | None:
-    """The compute capability of a CUDA device ("8.9"), asked of the driver; None where there is no such thing."""
+    """Return the compute capability of a CUDA device ("8.9"), or None without driver or device."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(name)

@@ -1,4 +1,4 @@
-"""A builder's progress as one bar a graph, and Ctrl-C as the way to stop it."""
+"""A builder's progress as one bar per graph, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class Phases:
-    """How far nested phases are, as a part of one: a phase counts its finished steps and its running one's part."""
+    """The progress of nested phases as a fraction: a phase counts its finished steps and the progress of its running
+    step."""
 
     def __init__(self) -> None:
         self.open: dict[str, tuple[str | None, int, int]] = {}  # parent, steps, steps done
         self.reached = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self.open[name] = (parent, max(steps, 1), 0)
 
     def step(self, name: str, step: int) -> None:
-        """A phase finished a step, counted from 0."""
+        """Finish a phase's step, counted from 0."""
         if name in self.open:
             parent, steps, _ = self.open[name]
             self.open[name] = (parent, steps, min(step + 1, steps))
             self._move(name)
 
     def finish(self, name: str) -> None:
-        """A phase ended."""
+        """End a phase."""
         self.open.pop(name, None)
 
     def _move(self, name: str) -> None:
         part, current = 0.0, name
-        for _ in range(len(self.open)):  # phases may come back under the same name, but not nest in themselves
+        for _ in range(len(self.open)):  # a name may return, but not inside itself
             parent, steps, done = self.open[current]
             part = min((done + part) / steps, 1.0)
             if parent is None or parent not in self.open:
@@ -50,10 +51,10 @@ class Phases:
 
 @contextmanager
 def signals_deferred(monitor: Any) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP wait for the builder to stop at its next step: raised in its callbacks they would
-    end it.
+    """Let Ctrl-C, SIGTERM and SIGHUP wait until the builder stops at its next step, because raising in its callbacks
+    crashes it.
 
-    Only the main thread gets signals; elsewhere this does nothing.
+    Only the main thread receives signals; elsewhere this does nothing.
     """
     caught: list[tuple[int, Any]] = []
     previous: dict[int, Callable[[int, Any], Any]] = {}
@@ -78,7 +79,8 @@ def signals_deferred(monitor: Any) -> Iterator[None]:
 
 
 def make_monitor(library: Library, title: str, progress: Step) -> Any:
-    """An IProgressMonitor that reports to ``progress`` under a title; its ``interrupted`` says why it stopped."""
+    """Make an IProgressMonitor that reports to ``progress``; ``interrupted`` holds the exception that stopped the
+    build."""
     base = library.module.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc, valid-type]
@@ -95,7 +97,7 @@ def make_monitor(library: Library, title: str, progress: Step) -> Any:
             self.phases.finish(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            # An exception must not cross the library's own code: it is kept, the build stops, the caller raises it.
+            # An exception must not cross the library's code: keep it, stop the build, and let the caller raise it.
             try:
                 self.phases.step(phase_name, step)
                 parts = int(self.phases.reached * _PARTS)

@@ -1,4 +1,4 @@
-"""A parsed network, as the build looks at it: who makes a tensor, who reads it, and the changes made before a build."""
+"""A parsed TensorRT network: its wiring, and the changes made before a build."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from .library import Library
 from .profiles import resolve
 from .quantize import Quantized, quantize, stored, worth_it
 
-CANDIDATES = 256  # how many of the likeliest tokens the head picks out; TensorRT's limit is 3,840
+CANDIDATES = 256  # top tokens that the head selects; TensorRT's limit is 3,840
 
 _CLASSES = {
     "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
     "ATTENTION_INPUT": "IAttentionInputLayer",
 }
-# What a tensor passes through without becoming another: the parser puts these between a constant and its product, and
+# Layers that pass a tensor's values on: the parser puts them between a constant and its matmul, and
 # between a cache and its attention.
 _TRANSPARENT = ("SHUFFLE", "SLICE", "CAST", "ELEMENTWISE", "IDENTITY")
 
 
 @dataclass(frozen=True)
 class Savings:
-    """``weight_bytes``: all weights of a graph as they are stored now; ``saved_bytes``: what quantizing them saved."""
+    """Bytes of a graph's weights. ``weight_bytes``: all, as now stored. ``saved_bytes``: saved by quantizing."""
 
     weight_bytes: int
     saved_bytes: int
 
 
 class Network:
-    """An INetworkDefinition with its wiring. Tensors are told apart by name."""
+    """An INetworkDefinition with its wiring. Tensors are identified by name."""
 
     def __init__(self, library: Library, builder: Any, network: Any):
         self.library, self.builder, self.network = library, builder, network
-        self.keep: list[Any] = []  # arrays that the network points into until it is built
+        self.keep: list[Any] = []  # arrays that must live until the network is built
         self.map_wires()
 
     def map_wires(self) -> None:
-        """Reads who makes and who reads every tensor."""
+        """Map every tensor to its producer and readers."""
         self.producers: dict[str, Any] = {}
         self.readers: dict[str, list[tuple[Any, int]]] = defaultdict(list)
         for layer in self.layers():
@@ -56,7 +56,7 @@ class Network:
                     self.readers[tensor.name].append((layer, index))
 
     def layers(self, kind: str | None = None) -> Iterator[Any]:
-        """All layers, or those of a LayerType, which then have the methods of their class."""
+        """Yield all layers, or those of a LayerType, cast to its class."""
         wanted = None if kind is None else getattr(self.library.module.LayerType, kind, None)
         if kind is not None and wanted is None:
             return
@@ -68,19 +68,20 @@ class Network:
                 yield layer
 
     def kind(self, layer: Any) -> str:
-        """A layer's LayerType by name."""
+        """Return the name of a layer's LayerType."""
         return str(layer.type).rpartition(".")[2]
 
     def inputs(self) -> dict[str, Any]:
-        """The network's input tensors by name."""
+        """Return the network's input tensors by name."""
         return {t.name: t for t in (self.network.get_input(i) for i in range(self.network.num_inputs))}
 
     def outputs(self) -> dict[str, Any]:
-        """The network's output tensors by name."""
+        """Return the network's output tensors by name."""
         return {t.name: t for t in (self.network.get_output(i) for i in range(self.network.num_outputs))}
 
     def origin(self, tensor: Any) -> Any:
-        """The layer that a tensor comes from, past slices, casts, scalings and reshapes; None for an input."""
+        """Return the layer that a tensor comes from, skipping slices, casts, scalings and reshapes; None for an
+        input."""
         while tensor is not None:
             layer = self.producers.get(tensor.name)
             if layer is None or self.kind(layer) not in _TRANSPARENT:
@@ -89,7 +90,7 @@ class Network:
         return None
 
     def needed(self) -> set[str]:
-        """The names of all tensors that an output depends on."""
+        """Return the names of all tensors that an output depends on."""
         seen: set[str] = set()
         waiting = list(self.outputs())
         while waiting:
@@ -103,8 +104,8 @@ class Network:
                 waiting += [tensor.name for tensor in tensors if tensor is not None]
         return seen
 
-    def products(self) -> Iterator[tuple[Any, Any]]:
-        """Every matrix product with a stored weight: its layer, and the CONSTANT or DEQUANTIZE that it reads."""
+    def matmuls(self) -> Iterator[tuple[Any, Any]]:
+        """Yield every matmul with a stored weight: its layer, and the CONSTANT or DEQUANTIZE layer of the weight."""
         for layer in self.layers("MATRIX_MULTIPLY"):
             origin = self.origin(layer.get_input(1))
             if origin is not None and self.kind(origin) in ("CONSTANT", "DEQUANTIZE"):
@@ -112,7 +113,7 @@ class Network:
 
 
 def parse(library: Library, builder: Any, file: Path) -> Network:
-    """Parses an ONNX file into a strongly typed network. Raises BackendError with the parser's own words."""
+    """Parse an ONNX file into a strongly typed network. Raises BackendError with the parser's reason."""
     module = library.module
     library.messages.clear()
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -122,19 +123,19 @@ def parse(library: Library, builder: Any, file: Path) -> Network:
         reason = f"{reasons[0].desc()} ({_node(reasons[0])})" if reasons else library.messages.reason()
         raise BackendError(f"{library.title} {library.version} cannot read {file.name}: {' '.join(reason.split())}")
     parsed = Network(library, builder, network)
-    parsed.keep.append(parser)  # weights that were read from the file are the parser's
+    parsed.keep.append(parser)  # the parser owns the weights read from the file
     return parsed
 
 
 def _node(error: Any) -> str:
-    """Which node a parser's error is about; old parsers do not say."""
+    """Name the node of a parser's error; old parsers give only its number."""
     if not hasattr(error, "node_name"):
         return f"node {error.node()}"
     return f"{error.node_operator()} {error.node_name()}"
 
 
 def add_profiles(network: Network, config: Any, graph: GraphSpec, profiles: tuple[ProfileSpec, ...]) -> None:
-    """Adds an optimisation profile each. Raises BackendError where the library refuses one."""
+    """Add the optimisation profiles. Raises BackendError if the library refuses one."""
     for profile in profiles:
         made = network.builder.create_optimization_profile()
         for tensor in graph.inputs:
@@ -147,16 +148,16 @@ def add_profiles(network: Network, config: Any, graph: GraphSpec, profiles: tupl
 
 
 def allow_decomposition(network: Network) -> None:
-    """Lets every attention become plain products: there is no fused kernel for float32."""
+    """Let attention be decomposed into matmuls, because there is no fused kernel for float32."""
     for layer in network.layers("ATTENTION_INPUT"):
         layer.attention.decomposable = True
 
 
 def add_candidates(network: Network, vocab: int) -> int:
-    """Gives the head three more outputs, and returns k: what the runtime needs instead of a whole row of logits.
+    """Add the top candidates to the head's outputs, so that not all logits must leave the device. Return k.
 
-    top_logits and top_ids (batch, chunk, k): the k largest logits, descending, float32, and their ids, int32; log_sum
-    (batch, chunk, 1): the logarithm of the sum of exp of all. Raises BackendError where the library refuses.
+    top_logits, top_ids (batch, chunk, k): the k largest logits, descending, float32, and their int32 ids. log_sum
+    (batch, chunk, 1): log of the sum of exp over all logits. Raises BackendError if the library refuses.
     """
     module, made = network.library.module, network.network
     logits = network.outputs()["logits"]
@@ -185,16 +186,16 @@ def add_candidates(network: Network, vocab: int) -> int:
 
 
 def quantize_matmuls(network: Network, file: Path, kind: str, dtype: str) -> Savings:
-    """Stores the weights of the matrix products as int4, int8 or fp8, behind a DEQUANTIZE back to ``dtype``.
+    """Store the matmuls' weights as int4, int8 or fp8, dequantized to ``dtype``. Return the savings.
 
-    The weights are read from the ONNX file, where the parser's names find them. Raises BackendError for a model that
-    has nothing to quantize, PackageError.
+    The weights are read from the ONNX file by the parser's names. Raises BackendError if there is nothing to quantize,
+    PackageError.
     """
     initializers = read_initializers(file)
     total = sum(weight.bytes for weight in initializers.values())
     saved = 0
     done: dict[str, Any] = {}
-    for layer, constant in list(network.products()):
+    for layer, constant in list(network.matmuls()):
         weight = initializers.get(constant.name)
         if weight is None or not worth_it(weight.shape, kind):
             continue
@@ -210,7 +211,7 @@ def quantize_matmuls(network: Network, file: Path, kind: str, dtype: str) -> Sav
 
 
 def _dequantize(network: Network, name: str, weight: Quantized, dtype: str) -> Any:
-    """CONSTANT -> DEQUANTIZE. Returns its output tensor, (in, out)."""
+    """Add CONSTANT -> DEQUANTIZE. Return its output tensor (in, out)."""
     module = network.library.module
     wide = {"float16": module.DataType.HALF, "bfloat16": module.DataType.BF16}[dtype]
     narrow = getattr(module.DataType, weight.kind.upper())
@@ -221,13 +222,13 @@ def _dequantize(network: Network, name: str, weight: Quantized, dtype: str) -> A
     data = made.add_constant(weight.shape, module.Weights(narrow, weight.data.ctypes.data, count))
     scale = made.add_constant(scales.shape, module.Weights(wide, scales.ctypes.data, scales.size))
     layer = made.add_dequantize(data.get_output(0), scale.get_output(0), wide)
-    layer.axis = 0 if weight.kind == "int4" else 1  # blocks are known by the shape of the scales
+    layer.axis = 0 if weight.kind == "int4" else 1  # the scales' shape gives the block size
     data.name, scale.name, layer.name = f"{name}/{weight.kind}", f"{name}/scale", f"{name}/dequantize"
     return layer.get_output(0)
 
 
 def _replace_source(network: Network, layer: Any, old: str, new: Any) -> None:
-    """Where a product reads the tensor ``old``, directly or through a reshape, it reads ``new``."""
+    """Make a matmul read ``new`` instead of ``old``, directly or through reshapes."""
     index, reader = 1, layer
     while reader.get_input(index).name != old:
         reader, index = network.producers[reader.get_input(index).name], 0

@@ -1,4 +1,5 @@
-"""Refuses a network that would build and run, and be wrong or slow: what a parser drops, it drops silently."""
+"""Checks that refuse a network which would build and run, but give wrong results or be slow: parsers drop things
+silently."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from ..package.specs import GraphSpec, TensorSpec
 from .network import Network
 from .quantize import worth_it
 
-# TensorRT's names of element types.
+# TensorRT's names of tensor types.
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -23,35 +24,35 @@ _DTYPES = {
     "uint8": "UINT8",
     "bool": "BOOL",
 }
-# How much larger than its weights a plan may be before quantized weights must have been widened: kernels, tables.
+# How much larger than its weights a plan may be, for kernels and tables, before its weights count as widened.
 _KERNEL_BYTES = 16 << 20
 
 
 def inspect_network(network: Network, name: str, manifest: Manifest, weights: str | None = None) -> None:
-    """Checks a graph of a package after parsing. Raises BackendError that says what is wrong.
+    """Check a package's graph after parsing. Raises BackendError that says what is wrong.
 
-    Every input and output is there with its type and sizes, and every input is used; in a loop step of the standard
-    dialect, each cache is written by a KV_CACHE_UPDATE whose output is the network's, and each attention is the fused
-    operator over an updated cache, under the mask, as many rows as that is wide.
+    Every input and output exists with its type and shape, and every input is used. In a loop step of the standard
+    dialect, each cache is written by a KV_CACHE_UPDATE whose output is a network output, and each attention is the
+    fused operator over an updated cache, masked, as long as the mask is wide.
     """
     graph = manifest.graphs[name]
-    _tensors(name, graph.inputs, network.inputs())
-    _tensors(name, graph.outputs, network.outputs())
-    _all_used(network, name, graph)
+    _check_tensors(name, graph.inputs, network.inputs())
+    _check_tensors(name, graph.outputs, network.outputs())
+    _check_inputs_used(network, name, graph)
     if name != "loop_step":
         return
     if manifest.dialect == "standard":
-        _caches_updated(network, manifest)
-        _attention_fused(network, manifest)
+        _check_caches_updated(network, manifest)
+        _check_attention_fused(network, manifest)
     if weights is not None:
-        _products_quantized(network, weights)
+        _check_matmuls_quantized(network, weights)
 
 
 def inspect_operators(file: Path) -> None:
-    """Refuses what the parser reads and then ignores without a word. Raises BackendError, PackageError.
+    """Refuse operators with inputs that the parser silently ignores. Raises BackendError, PackageError.
 
-    Of Attention it takes query, key, value and mask; ``nonpad_kv_seqlen`` or a past would silently be dropped, and
-    stale rows be attended to.
+    Of Attention, the parser reads query, key, value and mask. Ignoring ``nonpad_kv_seqlen`` or a past would attend to
+    stale positions.
     """
     for operator in read_operators(file):
         if operator.kind == "Attention" and any(operator.inputs[4:]):
@@ -62,9 +63,9 @@ def inspect_operators(file: Path) -> None:
 
 
 def require_small(plan_bytes: int, weight_bytes: int, saved_bytes: int, weights: str) -> None:
-    """Refuses a plan whose quantized weights were widened again. Raises BackendError.
+    """Refuse a plan whose quantized weights were widened again. Raises BackendError.
 
-    ``weight_bytes``: all weights as they should be stored; ``saved_bytes``: what quantizing them saved.
+    ``weight_bytes``: expected bytes of all weights. ``saved_bytes``: saved by quantizing.
     """
     if plan_bytes > weight_bytes + saved_bytes // 2 + _KERNEL_BYTES:
         raise BackendError(
@@ -74,12 +75,12 @@ def require_small(plan_bytes: int, weight_bytes: int, saved_bytes: int, weights:
 
 
 def engine_dtype(dtype: Any) -> str:
-    """A DataType of the library by the package's name for it, or its own where a package has none."""
+    """Return the package's name of a library DataType, or the library's own."""
     name = str(dtype).rpartition(".")[2]
     return next((ours for ours, theirs in _DTYPES.items() if theirs == name), name)
 
 
-def _tensors(name: str, wanted: tuple[TensorSpec, ...], found: dict[str, Any]) -> None:
+def _check_tensors(name: str, wanted: tuple[TensorSpec, ...], found: dict[str, Any]) -> None:
     for spec in wanted:
         tensor = found.get(spec.name)
         if tensor is None:
@@ -98,7 +99,7 @@ def _tensors(name: str, wanted: tuple[TensorSpec, ...], found: dict[str, Any]) -
         raise BackendError(f"{name}: the parsed network has {', '.join(sorted(extra))}, which the manifest lacks")
 
 
-def _all_used(network: Network, name: str, graph: GraphSpec) -> None:
+def _check_inputs_used(network: Network, name: str, graph: GraphSpec) -> None:
     dropped = next((w for w in network.library.messages.warnings if "unused input" in w.lower()), None)
     if dropped is not None:
         raise BackendError(f"{name}: the parser ignores an operator's input: {' '.join(dropped.split())}")
@@ -108,8 +109,9 @@ def _all_used(network: Network, name: str, graph: GraphSpec) -> None:
         raise BackendError(f"{name}: no output depends on the input {unused}; the parser dropped it")
 
 
-def _caches_updated(network: Network, manifest: Manifest) -> None:
-    """Each cache: network input -> KV_CACHE_UPDATE at ``lengths`` -> network output, so that both share one address."""
+def _check_caches_updated(network: Network, manifest: Manifest) -> None:
+    """Check each cache: network input -> KV_CACHE_UPDATE at ``lengths`` -> network output, so that both share a
+    buffer."""
     updates = {layer.get_output(0).name: layer for layer in network.layers("KV_CACHE_UPDATE")}
     for state in manifest.states:
         if state.kind != "in_place":
@@ -126,7 +128,7 @@ def _caches_updated(network: Network, manifest: Manifest) -> None:
         raise BackendError(f"loop_step: a KV_CACHE_UPDATE writes {next(iter(updates))}, which is no cache")
 
 
-def _attention_fused(network: Network, manifest: Manifest) -> None:
+def _check_attention_fused(network: Network, manifest: Manifest) -> None:
     layers = sum(state.kind == "in_place" for state in manifest.states) // 2
     attentions = list(network.layers("ATTENTION_INPUT"))
     if len(attentions) != layers:
@@ -147,8 +149,8 @@ def _attention_fused(network: Network, manifest: Manifest) -> None:
             raise BackendError(f"loop_step: {layer.name} is {'' if attention.decomposable else 'not '}decomposable")
 
 
-def _products_quantized(network: Network, weights: str) -> None:
-    for layer, source in network.products():
+def _check_matmuls_quantized(network: Network, weights: str) -> None:
+    for layer, source in network.matmuls():
         shape = tuple(source.get_output(0).shape)
         if network.kind(source) == "DEQUANTIZE":
             kind = str(source.get_input(0).dtype).rpartition(".")[2].lower()
@@ -159,7 +161,7 @@ def _products_quantized(network: Network, weights: str) -> None:
 
 
 def _reads(network: Network, tensor: Any, name: str) -> bool:
-    """Whether a tensor is an input of the network, casts and reshapes apart."""
+    """Return whether a tensor is the network input ``name``, possibly cast or reshaped."""
     while tensor.name != name:
         layer = network.producers.get(tensor.name)
         if layer is None or network.kind(layer) not in ("CAST", "SHUFFLE", "IDENTITY"):

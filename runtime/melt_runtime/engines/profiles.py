@@ -1,4 +1,4 @@
-"""The sizes that an engine is built for: attention lengths, and one profile for decoding and one for prefill."""
+"""The sizes that an engine is built for: attention lengths, and profiles for decoding and prefill."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from ..errors import ArgumentError
 from ..package.engine_spec import ProfileSpec
 
 _SMALLEST_BUCKET = 64
-# With fewer heads TensorRT-RTX 1.7 has no fused attention for a chunk that is always one token (found by trying), but
-# it has one for a chunk of one or two.
+# With fewer heads TensorRT-RTX 1.7 has no fused attention for a fixed chunk of one token (found by experiment), but
+# it has for a chunk of one or two.
 _FUSED_ONE_TOKEN_HEADS = 4
 
 
-def length_buckets(rows: int) -> tuple[int, ...]:
-    """The attention lengths for a cache of so many rows: 64, 96, 128, 192, 256 and so on, and the whole cache.
+def length_buckets(positions: int) -> tuple[int, ...]:
+    """Return the attention lengths for a cache: 64, 96, 128, 192, 256 and so on, up to all positions.
 
-    Few enough for a CUDA graph each; never more than half again of what is needed.
+    Few enough to capture a CUDA graph for each; at most 1.5 times the needed length.
     """
     buckets, size = [], _SMALLEST_BUCKET
-    while size < rows:
+    while size < positions:
         buckets.append(size)
-        if size * 3 // 2 < rows:
+        if size * 3 // 2 < positions:
             buckets.append(size * 3 // 2)
         size *= 2
-    return (*buckets, rows)
+    return (*buckets, positions)
 
 
 def bucket_for(buckets: tuple[int, ...], length: int) -> int:
-    """The smallest bucket that holds a length. Raises ArgumentError above the largest."""
+    """Return the smallest bucket that holds a length. Raises ArgumentError above the largest."""
     at = bisect_left(buckets, length)
     if at == len(buckets):
-        raise ArgumentError(f"{length} tokens are more than the engine's {buckets[-1]} rows of cache")
+        raise ArgumentError(f"{length} tokens are more than the engine's {buckets[-1]} cache positions")
     return buckets[at]
 
 
 def make_profiles(max_batch: int, chunk: int, heads: int, buckets: tuple[int, ...]) -> tuple[ProfileSpec, ...]:
-    """Decoding: one token. Prefill, where the package has a chunk: up to the chunk."""
+    """Make the profiles: decode for one token and, if the package has a chunk, prefill for up to a chunk."""
     batch = (1, 1, max_batch)
     context = (buckets[0], buckets[len(buckets) // 2], buckets[-1])
     widest = 1 if heads >= _FUSED_ONE_TOKEN_HEADS else 2
@@ -46,7 +46,7 @@ def make_profiles(max_batch: int, chunk: int, heads: int, buckets: tuple[int, ..
 
 
 def profile_for(profiles: tuple[ProfileSpec, ...], batch: int, chunk: int, context: int) -> int:
-    """The index of the first profile that admits these sizes. Raises ArgumentError where none does."""
+    """Return the index of the first profile that allows these sizes. Raises ArgumentError if none does."""
 
     def admits(profile: ProfileSpec) -> bool:
         sizes = ((profile.batch, batch), (profile.chunk, chunk), (profile.context, context))
@@ -56,14 +56,14 @@ def profile_for(profiles: tuple[ProfileSpec, ...], batch: int, chunk: int, conte
     if found is None:
         last = profiles[-1]
         raise ArgumentError(
-            f"batch {batch}, chunk {chunk} and {context} rows of cache are beyond what the engine was built for: "
-            f"batch {last.batch[2]}, chunk {last.chunk[2]} and {last.context[2]} rows"
+            f"batch {batch}, chunk {chunk} and {context} cache positions are beyond what the engine was built for: "
+            f"batch {last.batch[2]}, chunk {last.chunk[2]} and {last.context[2]} positions"
         )
     return found
 
 
 def resolve(shape: tuple[int | str, ...], profile: ProfileSpec) -> tuple[tuple[int, ...], ...]:
-    """A shape with named dimensions -> its least, likeliest and most."""
+    """Return minimum, optimum and maximum of a shape with named dimensions."""
     named: Mapping[str, tuple[int, int, int]] = {
         "batch": profile.batch,
         "chunk": profile.chunk,

@@ -1,4 +1,4 @@
-"""Engines in a package: written whole or not at all, checked when they are opened."""
+"""Engines stored in a package: written atomically, checked when opened."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..package.manifest import MANIFEST
 from ..package.reader import Package, source_hash, with_engines
 from ..untrusted import read_text
 
-RTX_DEVICES = "8.0, 8.6, 8.9, 12.0 and newer"  # what TensorRT-RTX itself says when it refuses another
+RTX_DEVICES = "8.0, 8.6, 8.9, 12.0 and newer"  # as TensorRT-RTX states when it refuses others
 _AGAIN = "build it again"
 
 
 @contextmanager
 def new_engine(package: Path, name: str) -> Iterator[Path]:
-    """Yields an empty directory for an engine's plans; ``keep_engine`` gives it its name. Removed if it got none."""
+    """Yield an empty directory for an engine's plans. It is removed unless ``keep_engine`` moves it into place."""
     folder = package / ENGINES
     folder.mkdir(exist_ok=True)
     try:
@@ -34,7 +34,7 @@ def new_engine(package: Path, name: str) -> Iterator[Path]:
 
 
 def keep_engine(package: Path, name: str, directory: Path, spec: EngineSpec) -> None:
-    """Gives a built engine its name and its entry in the manifest, in place of an older one of that name."""
+    """Move a built engine into place and enter it in the manifest; an engine of the same name is replaced."""
     target = package / ENGINES / name
     old = directory.with_name(f"{directory.name}-old")
     if target.exists():
@@ -51,14 +51,14 @@ def keep_engine(package: Path, name: str, directory: Path, spec: EngineSpec) -> 
 
 
 def remove_engine(package: Path, name: str) -> None:
-    """Takes an engine out of a package: its entry, then its plans. Raises PackageError if it has none of that name."""
+    """Remove an engine: its manifest entry, then its plans. Raises PackageError if there is none of that name."""
     engine_spec(Package.open(package, check_hashes=False), name)
     _edit_manifest(package, name, None)
     shutil.rmtree(package / ENGINES / name, ignore_errors=True)
 
 
 def engine_spec(package: Package, name: str) -> EngineSpec:
-    """An engine's entry. Raises PackageError that names those there are."""
+    """Return an engine's entry. Raises PackageError that names the engines there are."""
     engines = package.manifest.engines
     if name not in engines:
         there = f"it has {', '.join(engines)}" if engines else "it has none; build one with melt-run build-engine"
@@ -76,10 +76,11 @@ def open_engine(
     check_hashes: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Path]:
-    """An engine's plans by graph, checked: built from this package, for this library and device, and unchanged.
+    """Return an engine's plans by graph, after checking that they fit this package, library and device, and are
+    unchanged.
 
-    ``flavour``, ``version``, ``capability``: what it is to run with; None is not compared. Raises PackageError for
-    plans that are missing or changed, BackendError for the wrong library or device; both say how to build again.
+    ``flavour``, ``version``, ``capability``: what will run it; None is not compared. Raises PackageError for missing or
+    changed plans, BackendError for another library or device; both give the command to rebuild.
     """
     spec = engine_spec(package, name)
     how = f"with: {rebuild_command(package.directory, spec)}"
@@ -105,11 +106,11 @@ def open_engine(
 def fitting_engine(
     engines: Mapping[str, EngineSpec], source: str, versions: Mapping[str, str], capability: str
 ) -> tuple[str | None, dict[str, str]]:
-    """The engine to run, and why those before it do not; None where none does. The one rule for all who choose.
+    """Return the engine to run (None: none fits), and why the preferred ones do not.
 
-    source: the package's ``source_hash``; versions: of each TensorRT flavour that is here; capability: the device's.
-    Engines with the package's own weights come first: they compute what was verified, one with fewer bits does not
-    quite.
+    ``source``: the package's ``source_hash``. ``versions``: of the installed TensorRT flavours. ``capability``: the
+    device's. Engines with the package's own weights come first: they compute what was
+    verified.
     """
     wrong: dict[str, str] = {}
     for name in sorted(engines, key=lambda name: engines[name].weights is not None):
@@ -121,9 +122,9 @@ def fitting_engine(
 
 
 def mismatch(spec: EngineSpec, source: str, version: str | None, capability: str | None) -> str | None:
-    """Why an engine is not for this package, library and device, in words that follow its name; None if it is.
+    """Return why an engine does not fit package, library and device, in words that follow its name; None if it fits.
 
-    version: of its library, None where that is not installed. capability: None for any device.
+    ``version``: of its library; None if not installed. ``capability``: None for any device.
     """
     if version is None:
         return f"needs {spec.flavour}; install it with: pip install 'melt-export[{spec.flavour}]'"
@@ -137,24 +138,25 @@ def mismatch(spec: EngineSpec, source: str, version: str | None, capability: str
 
 
 def runs_on(spec: EngineSpec, capability: str) -> bool:
-    """Whether an engine is for a device of this compute capability."""
+    """Return whether an engine is for devices of this compute capability."""
     if spec.compute_capabilities:
         return capability in spec.compute_capabilities
     return rtx_knows(capability)
 
 
 def rtx_knows(capability: str) -> bool:
-    """Whether TensorRT-RTX 1.7 runs engines that name no device here: it refuses 9.0 and 10.x, the data centre's."""
+    """Return whether TensorRT-RTX 1.7 runs engines without listed devices here: not on 9.0 and 10.x, the data centre
+    devices."""
     return 8.0 <= float(capability) < 9.0 or float(capability) >= 12.0
 
 
 def devices_of(spec: EngineSpec) -> str:
-    """The compute capabilities that an engine is for, in words."""
+    """Return the compute capabilities that an engine is for, as text."""
     return ", ".join(spec.compute_capabilities) or RTX_DEVICES
 
 
 def rebuild_command(directory: Path, spec: EngineSpec) -> str:
-    """The command that builds an engine as it was built."""
+    """Return the command that builds an engine with the same options."""
     words = ["melt-run", "build-engine", str(directory), "--engine", spec.flavour]
     if spec.weights:
         words += ["--weights", spec.weights]
@@ -166,7 +168,7 @@ def rebuild_command(directory: Path, spec: EngineSpec) -> str:
 
 
 def _edit_manifest(package: Path, name: str, spec: EngineSpec | None) -> None:
-    """Replaces the manifest, in one step, by one with or without an engine's entry."""
+    """Replace the manifest atomically, with or without an engine's entry."""
     path = package / MANIFEST
 
     def change(engines: dict) -> None:

@@ -1,1 +1,1 @@
-"""What a package consists of, read and checked."""
+"""The package format: reading and checking."""

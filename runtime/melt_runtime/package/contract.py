@@ -1,7 +1,6 @@
-"""What every graph of a package must take and give, as its states say: whoever binds memory relies on it.
+"""The contract between a package's states, graphs and engines: their tensors must agree in name, type and shape.
 
-Buffers are sized by the states and bound with the graphs' shapes, so states, the manifest's graphs and what a backend
-has loaded must be the same to the last size.
+Buffers are sized by the states and bound with the graphs' shapes, so a difference would read or write beyond a buffer.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from .manifest import Manifest
 from .specs import GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec
 
-_QUANTIZED = ("int8", "uint8")  # how a cache in fewer bits is stored
+_QUANTIZED = ("int8", "uint8")  # stored types of a quantized cache
 _MASK: Shape = ("batch", 1, "chunk", "context")
 _EXIT = TensorSpec("exit_probability", "float32", ("batch", "chunk"))
 
 
 def disagreement(manifest: Manifest) -> str | None:
-    """Why a manifest's parts cannot belong together, in words; None where they do."""
+    """Return why a manifest's parts contradict each other, or None."""
     return _sizes(manifest) or _states(manifest) or _model(manifest) or _graphs(manifest) or _engines(manifest)
 
 
 def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
-    """Inputs and outputs of each graph, in any order, as the states and the dialect want them."""
+    """Return the inputs and outputs that each graph must have, by states and dialect, in any order."""
     states = manifest.states
     hidden = TensorSpec("hidden", states[0].dtype, states[0].shape)
     steering = [TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk"))]
@@ -39,7 +38,7 @@ def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ..
 
 
 def difference(wanted: Sequence[TensorSpec], found: Iterable[TensorSpec]) -> str | None:
-    """How the tensors of one side of a graph are not those that are wanted; None where they are, in any order."""
+    """Return how tensors differ from the wanted ones, or None. The order does not matter."""
     there: dict[str, TensorSpec] = {}
     for spec in found:
         if spec.name in there:
@@ -55,7 +54,7 @@ def difference(wanted: Sequence[TensorSpec], found: Iterable[TensorSpec]) -> str
 
 
 def graph_difference(graph: GraphSpec, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> str | None:
-    """How what was loaded is not what the manifest says of a graph, in words; None where it is."""
+    """Return how a loaded graph differs from the manifest's, or None."""
     for side, wanted, found in (("input", graph.inputs, inputs), ("output", graph.outputs, outputs)):
         found_difference = difference(wanted, found)
         if found_difference is not None:
@@ -68,14 +67,14 @@ def _sizes(manifest: Manifest) -> str | None:
     if manifest.chunk > manifest.max_seq_len:
         return f"chunk is {manifest.chunk}, above the {manifest.max_seq_len} of max_seq_len"
     if manifest.cache_rows != manifest.max_seq_len + padding:
-        rows = manifest.max_seq_len + padding
-        return f"cache_rows is {manifest.cache_rows}; max_seq_len, chunk and max_batch need {rows}"
+        positions = manifest.max_seq_len + padding
+        return f"cache_rows is {manifest.cache_rows}; max_seq_len, chunk and max_batch need {positions}"
     return None
 
 
 def _states(manifest: Manifest) -> str | None:
-    """The states are hidden, of a MELT of more than one loop latent, and each layer's key and value cache, sized as
-    the manifest says."""
+    """Check the states: hidden, latent (a MELT of several loops only), and a key and value cache per layer, with the
+    sizes of the manifest."""
     dtype, states = PRECISIONS[manifest.precision], manifest.states
     per_loop = any(state.kind == "per_loop" for state in states)
     plain = per_loop or not manifest.has_latent
@@ -118,7 +117,7 @@ def _output(name: str, kind: str) -> str:
 
 
 def _model(manifest: Manifest) -> str | None:
-    """The configuration that people are shown is that of the states."""
+    """Check that the model configuration has the sizes of the states."""
     caches = [state for state in manifest.states if state.kind != "swap"]
     known = {
         "hidden_size": manifest.states[0].shape[-1],
@@ -146,15 +145,15 @@ def _graphs(manifest: Manifest) -> str | None:
 
 
 def _engines(manifest: Manifest) -> str | None:
-    """An engine's lengths and profiles must not lead beyond the buffers."""
+    """Check that the engines' profiles stay within the buffers."""
     most: Mapping[str, int] = {
         "batch": manifest.max_batch,
-        "chunk": max(manifest.chunk, 2),  # some engines take two tokens where one would do
+        "chunk": max(manifest.chunk, 2),  # some engines' decode profiles allow two tokens
         "context": manifest.cache_rows,
     }
     for name, spec in manifest.engines.items():
         if list(spec.buckets) != sorted(set(spec.buckets)) or spec.buckets[-1] != manifest.cache_rows:
-            return f"engine {name}: its attention lengths must rise to the {manifest.cache_rows} rows of the cache"
+            return f"engine {name}: its attention lengths must rise to the {manifest.cache_rows} positions of the cache"
         if set(spec.files) != set(GRAPHS):
             return f"engine {name} has plans for {', '.join(sorted(spec.files))}, not for {', '.join(GRAPHS)}"
         for profile in spec.profiles:

@@ -1,4 +1,4 @@
-"""An engine's entry in the manifest: what was built, for what, with what, and the hash of every plan."""
+"""An engine's manifest entry: how it was built, for which devices, and the hash of each plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..untrusted import FieldError, either, flag, listed, mapping, one_of, optional, record, shown, text, whole
 from .files import FileSpec
 
-ENGINES = "engines"  # the folder in a package; each engine has one of its own in it
+ENGINES = "engines"  # a package's folder of engines, with a folder for each
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 WEIGHTS = ("int4", "int8", "fp8")
 
@@ -18,7 +18,7 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ProfileSpec:
-    """An optimisation profile: least, likeliest and most of each named dimension, and what it is for."""
+    """An optimisation profile: minimum, optimum and maximum of each named dimension."""
 
     name: str
     batch: Range
@@ -28,13 +28,12 @@ class ProfileSpec:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One engine: a plan for each graph.
+    """A TensorRT engine: one plan per graph.
 
-    ``flavour`` and ``version``: the library that built it, the only one that loads it. ``compute_capabilities``: the
-    devices it is for ("8.9"); none of them means Ampere and everything newer. ``weights``: how the loop step's
-    products are stored where that is not the package's precision. ``buckets``: the attention lengths the runtime
-    chooses from. ``source``: a hash of the graphs and weights it was built from. ``files``: by graph, in the engine's
-    folder.
+    ``flavour``, ``version``: the library that built it; no other loads it. ``compute_capabilities``: its devices
+    ("8.9"); empty means Ampere and newer. ``weights``: stored type of the loop step's weights, None for the package's
+    precision. ``buckets``: attention lengths to choose from. ``source``: hash of the graphs and weights it was built
+    from. ``files``: by graph, in the engine's folder.
     """
 
     flavour: str
@@ -50,7 +49,7 @@ class EngineSpec:
     files: dict[str, FileSpec]
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as plain values that ``json`` can write."""
+        """Return the entry as plain values for JSON."""
         return asdict(self)
 
     @property
@@ -60,7 +59,7 @@ class EngineSpec:
 
 
 def plan_path(package: Path, engine: str, graph: str) -> Path:
-    """Where an engine's plan of a graph lies in a package."""
+    """Return the path of an engine's plan for a graph."""
     return package / ENGINES / engine / f"{graph}.plan"
 
 

@@ -1,4 +1,4 @@
-"""The example prompt that a package may carry: text that its model knows how to go on with."""
+"""A package's example prompt: text that its model can continue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_BYTES = 4096
 
 
 def example_prompt(package: Package) -> str | None:
-    """The text of example_prompt.txt less its last line break; None where the package has none. Raises PackageError."""
+    """Return example_prompt.txt without its final line break, or None. Raises PackageError."""
     path = package.file(EXAMPLE_PROMPT)
     return None if path is None else read_example_prompt(path)
 

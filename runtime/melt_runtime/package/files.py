@@ -1,4 +1,4 @@
-"""Size and hash of a file: what a package says of everything in it. And files that appear whole or not at all."""
+"""Sizes and hashes of files, and atomic writing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there nothing is swept
+except ImportError:  # missing on Windows, where leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -23,14 +23,14 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @dataclass(frozen=True)
 class FileSpec:
-    """Size and hash of a file in the package."""
+    """The size and hash of a file in a package."""
 
     sha256: str
     bytes: int
 
 
 def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 22):
@@ -41,11 +41,13 @@ def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
 
 def within(file: Path, directory: Path) -> bool:
-    """Whether a file lies in a directory, links followed. Of a snapshot in a cache of huggingface_hub the files are
-    links to ``../../blobs``; these count as its own."""
+    """Return whether a file lies in a directory, with links followed.
+
+    The ``../../blobs`` of a huggingface_hub snapshot count as part of it.
+    """
     try:
         root, target = directory.resolve(), file.resolve()
-    except (OSError, RuntimeError):  # a loop of links
+    except (OSError, RuntimeError):  # links that form a cycle
         return False
     if target.is_relative_to(root):
         return True
@@ -55,10 +57,11 @@ def within(file: Path, directory: Path) -> bool:
 
 @contextmanager
 def new_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
-    """A file beside ``target`` to write, which takes its name and its place only when the block ends without an error.
+    """Yield a file to write that replaces ``target`` atomically, once the block ends without error and the data is on
+    disk.
 
-    By then it is on the disk. ``mode``: its permissions, less the umask. Those that killed processes left are swept
-    first. Raises OSError, which names the target: disk full, no permission, or no ordinary file in its place.
+    ``mode``: its permissions, less the umask. Leftovers of killed processes are removed first. Raises OSError, which
+    names the target: disk full, no permission, or not an ordinary file.
     """
     target = target.absolute()
     if target.exists() and not target.is_file():
@@ -73,9 +76,10 @@ def new_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
 
 @contextmanager
 def working_directory(parent: Path, prefix: str) -> Iterator[Path]:
-    """An empty directory in ``parent``, gone when the block ends; those of processes that were killed are swept first.
+    """Yield an empty directory in ``parent`` that is removed with the block. Leftovers of killed processes are removed
+    first.
 
-    As in melt_models.atomic, which a device does not have.
+    A copy of melt_models.atomic, which is not installed on devices.
     """
     _sweep(parent, prefix)
     made, handle = _claimed(lambda: tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -87,7 +91,7 @@ def working_directory(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def umask() -> int:
-    """The process's mask of permissions."""
+    """Return the process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -111,23 +115,23 @@ def _working_file(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def _claimed(make: Callable[[], str]) -> tuple[Path, int]:
-    """What was made and a handle that locks it: the lock ends with the process, however that ends."""
+    """Make a file or directory. Return it and a handle whose lock lasts until the process ends."""
     while True:
         made = Path(make())
         try:
             handle = os.open(made, os.O_RDONLY)
-        except FileNotFoundError:  # another process swept it already
+        except FileNotFoundError:  # another process removed it
             continue
         if fcntl is not None:
-            with suppress(OSError):  # a file system without locks: nobody can sweep there either
+            with suppress(OSError):  # a file system without locks, where leftovers stay
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        if made.exists():  # else another process swept it before it was locked
+        if made.exists():  # else another process removed it before it was locked
             return made, handle
         os.close(handle)
 
 
 def _sweep(parent: Path, prefix: str) -> None:
-    """Removes what killed processes left: all that no living one holds the lock of."""
+    """Remove leftovers of killed processes: those without a lock."""
     if fcntl is None:
         return
     for left in parent.glob(glob.escape(prefix) + "*"):
@@ -147,7 +151,7 @@ def _sweep(parent: Path, prefix: str) -> None:
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Errors of a disk that is full name what was being written; the system does not for a file that is open."""
+    """Add the target's name to disk errors of open files, which have none."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What ``manifest.json`` says of a package."""
+"""The manifest of a package."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from .specs import (
 FORMAT_VERSION = 2  # the newest; packages that older runtimes can run keep the version that these read
 _ONE_LOOP = 2  # states without a latent, of a package of one loop
 MANIFEST, PARITY = "manifest.json", "parity.json"
-COMPUTED_FROM = (".onnx", ".data")  # how files end that what is computed depends on
+COMPUTED_FROM = (".onnx", ".data")  # suffixes of the files that determine results
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``. ``model`` is the checkpoint's configuration; ``cache_rows`` is ``max_seq_len`` plus room for
-    the padding of one ragged chunk when ``max_batch`` is above 1; ``chunk`` is the prefill chunk and part of the
-    model's meaning; ``untrained`` names parts that were initialised and never trained; ``engines``, by name, were built
-    from the graphs later and may be absent or deleted: ``files`` does not list theirs; ``weights`` and
-    ``cache`` say how products and caches were quantized, empty where they were not."""
+    """The content of ``manifest.json``.
+
+    ``model``: the checkpoint's configuration. ``cache_rows``: positions of the caches, ``max_seq_len`` plus, if
+    ``max_batch`` is above 1, padding of one chunk. ``chunk``: the prefill chunk, which affects results. ``untrained``:
+    parts that were initialised but not trained. ``engines``: by name, built later and deletable; their files are not in
+    ``files``. ``weights``, ``cache``: how they were quantized; empty if they were not.
+    """
 
     dialect: str
     precision: str
@@ -53,7 +55,7 @@ class Manifest:
 
     @property
     def quantized(self) -> bool:
-        """Whether products or caches have fewer bits than the precision says."""
+        """Whether weights or caches have fewer bits than the precision."""
         return bool(self.weights or self.cache)
 
     @property
@@ -62,28 +64,28 @@ class Manifest:
         return sum(spec.bytes for name, spec in self.files.items() if name.endswith(COMPUTED_FROM))
 
     def state_bytes(self, batch: int = 1) -> int:
-        """Bytes of all state tensors for a batch: what a session allocates, whatever the number of loops."""
+        """Return the bytes of all state tensors of a batch: what a session allocates, whatever the number of loops."""
         return sum(state.bytes(batch, self.chunk) for state in self.states)
 
     def resized(self, max_seq_len: int) -> Manifest:
-        """The manifest that the package would have, exported for another ``max_seq_len``."""
+        """Return the manifest as if the package had been exported for another ``max_seq_len``."""
         chunk, padded = min(self.chunk, max_seq_len), self.cache_rows > self.max_seq_len
-        rows = max_seq_len + (chunk if padded else 0)
+        positions = max_seq_len + (chunk if padded else 0)
         states = tuple(
-            state if state.kind == "swap" else replace(state, shape=(*state.shape[:-2], rows, state.shape[-1]))
+            state if state.kind == "swap" else replace(state, shape=(*state.shape[:-2], positions, state.shape[-1]))
             for state in self.states
         )
-        return replace(self, max_seq_len=max_seq_len, chunk=chunk, cache_rows=rows, states=states)
+        return replace(self, max_seq_len=max_seq_len, chunk=chunk, cache_rows=positions, states=states)
 
     def cache_bytes(self, tokens: int, batch: int = 1) -> int:
-        """Bytes of key/value rows that hold ``tokens`` tokens of each sequence of a batch."""
+        """Return the bytes of cached keys and values for ``tokens`` tokens of each sequence of a batch."""
         caches = [s for s in self.states if s.kind != "swap"]
-        rows = sum(size_of((batch, s.bound_shape[1], tokens, s.bound_shape[3]), s.dtype) for s in caches)
-        return rows * (self.cache_loops or 1)
+        per_loop = sum(size_of((batch, s.bound_shape[1], tokens, s.bound_shape[3]), s.dtype) for s in caches)
+        return per_loop * (self.cache_loops or 1)
 
     @cached_property
     def cache_loops(self) -> int | None:
-        """How many loops have a cache of their own (a LoopLM); None where all loops share one (MELT)."""
+        """The number of loops with their own cache (LoopLM); None if all loops share one (MELT)."""
         return next((int(s.shape[0]) for s in self.states if s.kind == "per_loop"), None)
 
     @cached_property
@@ -98,7 +100,7 @@ class Manifest:
         return None if self.has_latent else self.cache_loops or 1
 
     def check_depth(self, loops: int, exit_threshold: float) -> None:
-        """Raises ArgumentError for a depth that a LoopLM's caches, or a package of one loop, do not allow."""
+        """Raise ArgumentError for a depth that a LoopLM's caches, or a package of one loop, do not allow."""
         if self.most_loops == 1 and loops > 1:
             raise ArgumentError(
                 f"loops is {loops}; this package runs one: its checkpoint has total_ut_steps 1, and nothing that a "
@@ -110,12 +112,12 @@ class Manifest:
             raise ArgumentError(f"loops is {loops}; this LoopLM package has caches for {self.cache_loops}")
         if exit_threshold < 1.0:
             raise ArgumentError(
-                f"exit_threshold is {exit_threshold}; a token of a LoopLM that left early would lack its rows in the "
+                f"exit_threshold is {exit_threshold}; a token of a LoopLM that left early would be missing from the "
                 "later loops' caches, so only 1.0 is possible"
             )
 
     def to_json(self) -> str:
-        """The manifest as written to disk. A package without engines or quantized parts says nothing of them."""
+        """Return the text of ``manifest.json``. Empty engines, weights and cache are omitted."""
         content = asdict(self)
         for name in ("engines", "weights", "cache"):
             if not content[name]:
@@ -130,5 +132,5 @@ def version_for(states: Sequence[StateSpec]) -> int:
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
-    """A manifest's values as they are written."""
+    """Format a manifest as JSON."""
     return json.dumps(content, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""The schema that ``manifest.json`` is read through: every field is bounded."""
+"""The schema of ``manifest.json``. Every field is bounded."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from .specs import (
 )
 
 _MOST_FILE = 1 << 50  # bytes
-_MOST_NAME = 255  # bytes: what file systems take
+_MOST_NAME = 255  # bytes, the limit of file systems
 
 
 def read_manifest(content: str | bytes) -> Manifest:
-    """Reads a manifest. Raises PackageError naming the field at fault, or the parts that cannot belong together."""
+    """Parse a manifest. Raises PackageError that names the wrong field, or the parts that contradict each other."""
     try:
         values = parse_json(content)
         if not isinstance(values, dict):
@@ -72,7 +72,7 @@ def _check_version(version: Any) -> None:
 
 
 def _file_name(value: Any, where: str) -> str:
-    """A path inside the package, in its shortest spelling."""
+    """Accept a normalised path inside the package."""
     name: str = text(1024)(value, where)
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
@@ -109,7 +109,7 @@ _STATE = record(
     },
 )
 _TOKEN_ID = whole(0)
-STOP_IDS = either(listed(_TOKEN_ID, most=256), _TOKEN_ID)  # eos_token_id, as configurations write it
+STOP_IDS = either(listed(_TOKEN_ID, most=256), _TOKEN_ID)  # eos_token_id: one id or a list
 _MODEL = partly(
     {
         "model_type": _NAME,
@@ -142,7 +142,7 @@ _CACHE = partly({"kind": _KIND, "calibration": optional(_NAME)})
 
 
 def _quantized(inner: Check, *required: str) -> Check:
-    """Nothing, or how parts were quantized, with what people are told of it."""
+    """Accept an empty object, or one with the required fields."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
         found: dict[str, Any] = inner(value, where)
@@ -176,5 +176,5 @@ MANIFEST_FIELDS: dict[str, Check] = {
     "weights": _quantized(_WEIGHTS, "kind", "block", "head", "method"),
     "cache": _quantized(_CACHE, "kind"),
 }
-# These came later than format 1; what does not know them runs the graphs, so it stays format 1.
+# Added after format 1; readers that do not know them run the graphs correctly.
 _LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}}

@@ -1,4 +1,4 @@
-"""Weights and operators of an ONNX file without the onnx package: the few protobuf fields that a device needs."""
+"""Read weights and operators of an ONNX file without the onnx package, by parsing the few protobuf fields needed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 from ..errors import PackageError
 
-# TensorProto.DataType; bfloat16 is read as its bits.
+# TensorProto.DataType; bfloat16 is read as bits.
 _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 16: np.dtype("<u2")}
 _BFLOAT16 = 16
 _EXTERNAL = 1
-_MOST_BYTES = 1 << 31  # what protobuf can hold
-_MOST_DEPTH = 8  # of graphs within attributes of each other
+_MOST_BYTES = 1 << 31  # protobuf's limit
+_MOST_DEPTH = 8  # of nested graphs
 _BROKEN = (IndexError, KeyError, ValueError, TypeError)
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """A floating-point weight: its name, shape, and where its bytes are (``raw``, or a part of ``file``)."""
+    """A floating-point weight: name, shape, and its bytes in ``raw``, or in ``file`` from ``offset`` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,11 +35,11 @@ class Initializer:
 
     @property
     def bytes(self) -> int:
-        """Its bytes as they are stored."""
+        """Bytes as stored."""
         return int(np.prod(self.shape)) * _DTYPES[self.kind].itemsize
 
     def read(self) -> NDArray[np.float32]:
-        """The values, in float32. Raises PackageError."""
+        """Return the values in float32. Raises PackageError."""
         dtype, count = _DTYPES[self.kind], int(np.prod(self.shape))
         try:
             if self.file is None:
@@ -55,7 +55,7 @@ class Initializer:
 
 
 def read_initializers(path: Path) -> dict[str, Initializer]:
-    """The floating-point initializers of an ONNX file, by name. Raises PackageError for what is not one."""
+    """Return the floating-point initializers of an ONNX file by name. Raises PackageError for an invalid file."""
     found: dict[str, Initializer] = {}
     with _opened(path) as model:
         for graph in _fields(model, 7):  # ModelProto.graph
@@ -68,7 +68,7 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
 
 @dataclass(frozen=True)
 class Operator:
-    """A node: what it is, its name, and what it reads, "" where an optional input is left out."""
+    """A node: operator type, name, and inputs, "" for an omitted one."""
 
     kind: str
     name: str
@@ -76,7 +76,7 @@ class Operator:
 
 
 def read_operators(path: Path) -> list[Operator]:
-    """All nodes of an ONNX file. Raises PackageError for what is not one."""
+    """Return all nodes of an ONNX file. Raises PackageError for an invalid file."""
     found = []
     with _opened(path) as model:
         for graph in _fields(model, 7):  # ModelProto.graph
@@ -87,7 +87,7 @@ def read_operators(path: Path) -> list[Operator]:
 
 
 def initializer_bytes(path: Path) -> dict[str, int]:
-    """The bytes of every initializer of an ONNX file as stored, by name, whatever its type. Raises PackageError."""
+    """Return the stored bytes of every initializer of an ONNX file by name. Raises PackageError."""
     found: dict[str, int] = {}
     with _opened(path) as model:
         for graph in _fields(model, 7):  # ModelProto.graph
@@ -99,7 +99,7 @@ def initializer_bytes(path: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ExternalData:
-    """Where a tensor's bytes lie outside its ONNX file. ``length`` None: as far as the file goes."""
+    """The place of a tensor's bytes outside its ONNX file. ``length`` None: to the end of the file."""
 
     tensor: str
     location: str
@@ -108,8 +108,11 @@ class ExternalData:
 
 
 def external_data(path: Path) -> list[ExternalData]:
-    """All that an ONNX file reads from others, wherever in it a tensor stands. Raises PackageError for what is no ONNX
-    file, or keeps weights in a way that no export does: sparse, or outside the main graph's initializers."""
+    """Return all external data of an ONNX file.
+
+    Raises PackageError for an invalid file, and for weights stored as no exporter does: sparse, or external outside the
+    main graph's initializers.
+    """
     found = []
     with _opened(path) as model:
         for graph in _fields(model, 7):  # ModelProto.graph
@@ -129,7 +132,7 @@ def external_data(path: Path) -> list[ExternalData]:
 
 
 def _require_inside(graph: memoryview, depth: int) -> None:
-    """Raises ValueError where a graph's nodes or sparse tensors keep values outside the file."""
+    """Raise ValueError if a graph's nodes or sparse tensors use external data."""
     if depth > _MOST_DEPTH:
         raise ValueError(f"its graphs lie more than {_MOST_DEPTH} deep in each other")
     if next(_fields(graph, 15), None) is not None:  # GraphProto.sparse_initializer
@@ -153,17 +156,17 @@ def _require_nodes_inside(node: memoryview, depth: int) -> None:
 
 
 def _is_outside(tensor: memoryview) -> bool:
-    """Whether a TensorProto says, in either way, that its bytes are elsewhere."""
+    """Return whether a TensorProto uses external data, by either of the fields that say so."""
     return any((number == 14 and value == _EXTERNAL) or number == 13 for number, value in _parse(tensor))
 
 
 def _outside(tensor: memoryview) -> dict[str, str]:
-    """TensorProto.external_data."""
+    """Return TensorProto.external_data."""
     return {_first(entry, 1): _first(entry, 2) for entry in _fields(tensor, 13)}
 
 
 def _tensor(content: memoryview, directory: Path) -> Initializer | None:
-    """A TensorProto; None for one of another type."""
+    """Parse a TensorProto. None for types other than floating point."""
     dims: list[int] = []
     name, raw, kind, location = "", b"", 0, 0
     for number, value in _parse(content):
@@ -186,7 +189,8 @@ def _tensor(content: memoryview, directory: Path) -> Initializer | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[memoryview]:
-    """A file's bytes, mapped: weights inside it take no memory. Raises PackageError, also for what its reader finds."""
+    """Memory-map a file, so that its weights take no memory. Raises PackageError, also for errors of the caller's
+    parsing."""
     try:
         size = path.stat().st_size
         if not 0 < size < _MOST_BYTES:
@@ -201,7 +205,7 @@ def _fields(content: memoryview, wanted: int) -> Iterator[memoryview]:
 
 
 def _first(content: memoryview, wanted: int) -> str:
-    """A field's text, "" where it is absent."""
+    """Return a field's text, "" if it is absent."""
     return _text(next(_fields(content, wanted), memoryview(b"")))
 
 
@@ -216,7 +220,7 @@ def _number(digits: str) -> int:
 
 
 def _parse(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a protobuf message: their number, and a number or bytes."""
+    """Yield the fields of a protobuf message: field number, and integer or bytes."""
     at = 0
     while at < len(content):
         key, at = _varint(content, at)

@@ -1,4 +1,4 @@
-"""The exported package: a directory of manifest, graphs, weights and tokenizer. Read here, written by melt_export."""
+"""Read a package: a directory of manifest, graphs, weights and tokenizer, written by melt_export."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from .specs import PRECISIONS as PRECISIONS
 from .specs import GraphSpec as GraphSpec
 from .specs import StateSpec as StateSpec
 from .specs import TensorSpec as TensorSpec
-from .specs import rows_shape as rows_shape
+from .specs import new_positions_shape as new_positions_shape
 from .specs import size_of as size_of
 
 
 def manifest_hash(directory: Path) -> str:
-    """SHA-256 of a package's manifest as it was exported: engines, built later, change nothing of what was verified."""
+    """Return the SHA-256 of a package's manifest as exported, without engines, which do not affect what was
+    verified."""
     return _exported_hash(read_text(directory / MANIFEST))
 
 
 def source_hash(manifest: Manifest) -> str:
-    """What an engine is built from: a hash over the hashes of graphs and weights."""
+    """Return a hash over the hashes of graphs and weights, which identifies what an engine is built from."""
     parts = sorted(f"{name} {spec.sha256}" for name, spec in manifest.files.items() if name.endswith(COMPUTED_FROM))
     return _sha256("\n".join(parts))
 
 
 def with_engines(text: str, change: Callable[[dict[str, Any]], None]) -> str:
-    """The text of a manifest in which ``change`` has edited the engines' entries, and nothing else is touched."""
+    """Return a manifest's text with its engine entries edited by ``change``; the rest stays as it is."""
     content = parse_json(text)
     engines = content.pop("engines", {})
     change(engines)
@@ -61,10 +62,10 @@ def _sha256(text: str) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """A package on disk whose manifest was read and whose files were checked.
+    """A package on disk, with its manifest read and its files checked.
 
-    hash: the SHA-256 of its manifest.json, and so of every file that it lists, engines' plans included.
-    exported_hash: the same without the engines, which are built later and compute the same.
+    ``hash``: SHA-256 of manifest.json, which covers every listed file and the engines' plans. ``exported_hash``: the
+    same without engines, which are built later.
     """
 
     directory: Path
@@ -81,11 +82,11 @@ class Package:
         expected_hash: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Package:
-        """Reads and checks a package. Raises PackageError.
+        """Read and check a package. Raises PackageError.
 
-        Presence and size of every file, and what graphs read from other files, are always checked; the files' hashes
-        unless ``check_hashes`` is False. ``expected_hash``: refuse a package of another ``hash``; it needs
-        ``check_hashes``. ``progress`` is called with the bytes hashed since the last call.
+        Always checks the presence and size of every file and the external data of graphs; hashes of files unless
+        ``check_hashes`` is False. ``expected_hash``: refuse a package with another ``hash``; needs ``check_hashes``.
+        ``progress``: called with the number of bytes hashed since its last call.
         """
         expected = None if expected_hash is None else _checked_hash(expected_hash, check_hashes)
         directory = Path(directory)
@@ -112,15 +113,15 @@ class Package:
         return package
 
     def path(self, name: str) -> Path:
-        """The path of a graph ("embed", "loop_step", "lm_head")."""
+        """Return the path of a graph ("embed", "loop_step", "lm_head")."""
         return self.directory / self.manifest.graphs[name].file
 
     def file(self, name: str) -> Path | None:
-        """The path of a file; None where the manifest does not list it, and so nobody has checked it."""
+        """Return the path of a file that the manifest lists, and so was checked; else None."""
         return self.directory / name if name in self.manifest.files else None
 
     def _require_weights(self, graph: Path) -> None:
-        """Refuses a graph that reads from what is not listed, or beyond its end."""
+        """Raise PackageError for a graph that reads an unlisted file, or beyond a file's end."""
         for data in external_data(graph):
             spec = self.manifest.files.get(data.location)
             if spec is None or not data.location.endswith(COMPUTED_FROM):
@@ -132,7 +133,7 @@ class Package:
 def _check_file(
     directory: Path, name: str, spec: FileSpec, check_hashes: bool, progress: Callable[[int], None] | None
 ) -> None:
-    """Raises PackageError for a file that is not as its manifest says, OSError."""
+    """Raise PackageError for a file that differs from its manifest entry; OSError if it cannot be read."""
     file = directory / name
     _require_within(file, directory)
     if not file.is_file():
@@ -144,7 +145,7 @@ def _check_file(
 
 
 def _checked_hash(given: str, check_hashes: bool) -> str:
-    """A hash as it is compared. Raises ArgumentError for what is none, or could not be vouched for."""
+    """Normalise an expected hash. Raises ArgumentError if it is no hash, or files are not hashed."""
     text = str(given).strip().lower().removeprefix("sha256:")
     if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
         raise ArgumentError(f"the expected hash is {given!r}; it must be the 64 digits that melt-run inspect shows")

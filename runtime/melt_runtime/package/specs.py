@@ -1,4 +1,4 @@
-"""What a package consists of: tensors, graphs and states, and the names that may stand in them."""
+"""The parts of a package: tensors, graphs, states, and their allowed names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DIALECTS = ("onnxruntime", "standard", "portable")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 MAX_BATCH = 1 << 16
-MAX_LOOPS = 1024  # of a token, whoever asks: a package, a session file, a request or a program
+MAX_LOOPS = 1024  # per token, for every source: package, session file, request, program
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")
 NAMED_SIZES = ("batch", "chunk", "context")
@@ -18,7 +18,7 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output. ``shape`` mixes sizes with the names "batch", "chunk" and "context"."""
+    """A graph input or output. ``shape``: sizes and the names "batch", "chunk", "context"."""
 
     name: str
     dtype: str
@@ -27,7 +27,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX file and what goes in and out."""
+    """An ONNX file with its inputs and outputs."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
@@ -36,12 +36,12 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A state tensor of the loop step: allocated once, then reused for every loop and token.
+    """A state tensor of the loop step, allocated once and reused for every loop and token.
 
-    ``kind``: "swap" (two buffers trade places each loop: hidden, latent), "in_place" (one buffer is bound as
-    ``input`` and ``output``: the caches), "read_only" (caches of the portable dialect, whose ``output`` holds the
-    chunk's new rows, which the runtime copies in after the last loop), "per_loop" (a LoopLM's caches: ``shape`` begins
-    with the number of loops, and loop t binds the t-th part in place).
+    ``kind``: "swap" (hidden and latent: two buffers that are swapped after each loop), "in_place" (caches: one buffer,
+    bound as ``input`` and ``output``), "read_only" (caches of the portable dialect: ``output`` holds the chunk's new
+    positions, which the runtime copies into the cache after the last loop), "per_loop" (a LoopLM's caches: the first
+    axis of ``shape`` is the loop, and each loop binds its own part in place).
     """
 
     input: str
@@ -52,31 +52,31 @@ class StateSpec:
 
     @property
     def bound_shape(self) -> Shape:
-        """What one loop step is given of it: all, or of a cache a loop its own."""
+        """The shape of the loop step's input: without the loop axis for "per_loop"."""
         return self.shape[1:] if self.kind == "per_loop" else self.shape
 
     @property
     def output_shape(self) -> Shape:
-        """The shape of what one loop step gives back for it."""
-        return rows_shape(self.shape) if self.kind == "read_only" else self.bound_shape
+        """The shape of the loop step's output."""
+        return new_positions_shape(self.shape) if self.kind == "read_only" else self.bound_shape
 
     def bytes(self, batch: int, chunk: int) -> int:
-        """Bytes that the runtime allocates for it, both swap buffers or the new rows included."""
+        """Return the bytes that the runtime allocates, with both swap buffers or the new positions."""
         total = size_of(self.shape, self.dtype, batch=batch, chunk=chunk)
         if self.kind == "swap":
             return 2 * total
         if self.kind == "read_only":
-            return total + size_of(rows_shape(self.shape), self.dtype, batch=batch, chunk=chunk)
+            return total + size_of(new_positions_shape(self.shape), self.dtype, batch=batch, chunk=chunk)
         return total
 
 
-def rows_shape(cache: Shape) -> Shape:
-    """The shape of a chunk's new rows of a cache (batch, kv_heads, rows, head_dim)."""
+def new_positions_shape(cache: Shape) -> Shape:
+    """Return the shape of a chunk's new positions of a cache (batch, kv_heads, chunk, head_dim)."""
     return (cache[0], cache[1], "chunk", cache[3])
 
 
 def size_of(shape: Shape, dtype: str, **sizes: int) -> int:
-    """Bytes of a tensor, given the sizes of its named dimensions."""
+    """Return the bytes of a tensor. ``sizes``: of its named dimensions."""
     total = ITEM_BYTES[dtype]
     for dim in shape:
         total *= sizes[dim] if isinstance(dim, str) else dim

@@ -1,4 +1,4 @@
-"""What restricts which tokens a sequence may continue with, such as a grammar."""
+"""Constraints: the tokens that a sequence may continue with, for example by a grammar."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..errors import ArgumentError
 
 
 class Constraint(Protocol):
-    """What a sequence may say, such as a grammar. One object serves one sequence."""
+    """The protocol of a constraint, such as a grammar. One object serves one sequence."""
 
     def mask(self, history: Sequence[int]) -> NDArray[np.bool_] | None:
-        """Which tokens may come next (vocab,), after those that were drawn (the prompt is not among them); None: any.
+        """Return the tokens that may come next (vocab,), or None for all.
 
-        A finished grammar allows the stop ids alone.
+        ``history``: the tokens sampled so far, without the prompt. A finished grammar allows only stop ids.
         """
 
     def accept(self, token: int) -> None:
-        """A token was drawn."""
+        """Record a sampled token."""
 
 
 def masked(row: NDArray[np.float32], allowed: NDArray[Any]) -> NDArray[np.float32]:
-    """A row of logits (vocab,) in which what is not allowed is -inf. Raises ArgumentError for a mask of another shape
-    or one that leaves nothing."""
+    """Set the logits (vocab,) of forbidden tokens to -inf. Raises ArgumentError for a mask of another shape or without
+    tokens."""
     if np.shape(allowed) != row.shape:
         raise ArgumentError(f"the constraint's mask has the shape {np.shape(allowed)}; the logits have {row.shape}")
     if not np.any(allowed):

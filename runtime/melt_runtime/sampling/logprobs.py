@@ -1,4 +1,4 @@
-"""How likely the model found a token, and the likeliest others."""
+"""Log probabilities of the sampled and the likeliest tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from .sampler import largest
 
 
 def logprobs_of(row: NDArray[np.float32], token: int, count: int) -> Logprobs:
-    """The log-probabilities of a token and of the ``count`` likeliest, from all logits (vocab,), in float32. Of equally
-    likely tokens the lowest ids come first."""
+    """Return the log probabilities of a token and of the ``count`` likeliest tokens, in float32.
+
+    ``row``: all logits (vocab,). Equally likely tokens are ordered by id.
+    """
     shifted = row.astype(np.float32) - np.float32(row.max())
     values = shifted - np.log(np.exp(shifted).sum(dtype=np.float32))
     count = min(count, len(values))

@@ -1,4 +1,5 @@
-"""Choosing the next token from the logits: greedy, or drawn after penalty, temperature, top-k, top-p and min-p."""
+"""Choose the next token from logits: greedy, or sampled after repetition penalty, temperature, top-k, top-p and
+min-p."""
 
 from __future__ import annotations
 
@@ -31,14 +32,19 @@ def _check(name: str, value: object, whole: bool, valid: str, low: float, high: 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. The defaults are greedy; a value out of range raises ArgumentError.
+    """How the next token is chosen; greedy by default. Raises ArgumentError for values out of range.
 
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: only the k likeliest tokens stay; 0 turns this off.
-    top_p: only the smallest set of tokens that holds this share of the probability stays; 1 turns this off.
-    min_p: only tokens at least this fraction as likely as the likeliest stay; 0 turns this off.
-    repetition_penalty: above 1 makes tokens of the history less likely, below 1 more likely; 1 turns this off.
-    seed: the same seed gives the same draws; None draws differently each time.
+    ``temperature``: divides the logits; 0 takes the likeliest token.
+
+    ``top_k``: keeps the k likeliest tokens; 0 keeps all.
+
+    ``top_p``: keeps the smallest set of tokens with at least this share of the probability; 1 keeps all.
+
+    ``min_p``: keeps tokens with at least this fraction of the likeliest token's probability; 0 keeps all.
+
+    ``repetition_penalty``: above 1 makes tokens of the history less likely, below 1 more likely; 1 changes nothing.
+
+    ``seed``: equal seeds give equal samples; None gives new ones each time.
     """
 
     temperature: float = 0.0
@@ -62,10 +68,10 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws the tokens of one sequence and owns its random state.
+    """The sampling parameters and random state of one sequence.
 
-    params: see SamplingParams. stream: the number of the sequence in its batch; with one seed, every stream draws
-    independently of the others and the same way each time. Raises ArgumentError for a stream below 0.
+    ``stream``: the number of the sequence in its batch. With one seed, each stream has its own reproducible random
+    numbers. Raises ArgumentError for a stream below 0.
     """
 
     def __init__(self, params: SamplingParams, stream: int = 0) -> None:
@@ -76,12 +82,13 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(source))
 
     def sample(self, logits: npt.NDArray[Any], history: Sequence[int] | npt.NDArray[Any] = ()) -> int:
-        """The id of the next token.
+        """Return the id of the next token.
 
-        logits: (vocab,) real numbers, -inf for a token that must not come; never modified.
-        history: (tokens,) ids the repetition penalty applies to; read only when that penalty is on.
-        Every draw takes exactly one random number, a greedy choice none. Raises ArgumentError for logits that are
-        not one row, that hold NaN or +inf or nothing above -inf, and for history ids outside the vocabulary.
+        ``logits``: (vocab,) real numbers, -inf for forbidden tokens; not modified. ``history``: token ids (tokens,) for
+        the repetition penalty; read only if that is on.
+
+        Sampling uses one random number per token, greedy none. Raises ArgumentError for logits of another shape, with
+        NaN or +inf, or all -inf, and for history ids outside the vocabulary.
         """
         scores = np.asarray(logits)
         if scores.ndim != 1 or scores.size == 0:
@@ -103,13 +110,13 @@ class Sampler:
     def narrow(
         self, ids: npt.NDArray[Any] | None, scores: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[Any] | None, npt.NDArray[np.float64]]:
-        """The ids left after top-p and min-p (None stands for the whole vocabulary) and their unnormalised weights.
+        """Apply temperature, top-p and min-p. Return the ids that remain (None: all) and their unnormalised weights.
 
-        ids: those that top-k left, ascending, or None; scores: theirs.
+        ``ids``: those that top-k kept, ascending, or None. ``scores``: their logits.
         """
         params = self.params
         kept = scores.astype(np.float64)
-        # The largest becomes 0 before the division, so that a tiny temperature ends in 0 and -inf, never in NaN.
+        # Subtracting the maximum before dividing keeps a tiny temperature from giving NaN.
         with np.errstate(over="ignore"):
             weights = np.exp((kept - kept.max()) / float(params.temperature))
         if params.top_p < 1:
@@ -117,26 +124,26 @@ class Sampler:
             ids = nucleus if ids is None else ids[nucleus]
             weights = weights[nucleus]
         if params.min_p > 0:
-            # The largest weight is exactly 1, so weights are already fractions of the likeliest.
+            # The largest weight is exactly 1, so weights are fractions of the likeliest token's.
             likely = np.flatnonzero(weights >= float(params.min_p))
             ids = likely if ids is None else ids[likely]
             weights = weights[likely]
         return ids, weights
 
     def sample_from(self, ids: npt.NDArray[Any] | None, weights: npt.NDArray[np.float64]) -> int:
-        """One of the ids, each as likely as its weight: one random number."""
+        """Sample one of the ids in proportion to its weight, with one random number."""
         mass = np.cumsum(weights)
         drawn = int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
-        # Rounding may carry the product up to the whole mass: the last token with any weight is meant then.
+        # The product may round up to the total; the last token with any weight is then correct.
         drawn = min(drawn, int(np.searchsorted(mass, mass[-1], side="left")))
         return drawn if ids is None else int(ids[drawn])
 
     def state(self) -> dict[str, Any]:
-        """The random state as plain dicts, strings and ints that `json` can write; `restore` takes it back."""
+        """Return the random state as dicts, strings and ints that JSON can hold, for ``restore``."""
         return dict(self._random.bit_generator.state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state()` was taken. Raises ArgumentError, and changes nothing, if it is not one."""
+        """Continue from a state that ``state()`` returned. Raises ArgumentError, without changes, for anything else."""
         bits = np.random.PCG64(0)
         try:
             saved: Any = dict(state)
@@ -153,9 +160,10 @@ def penalise(
     ids: npt.NDArray[Any] | None = None,
     vocab: int | None = None,
 ) -> npt.NDArray[np.float64]:
-    """A copy of the scores in which each token of the history got the penalty once, however often it occurred.
+    """Return a copy of the scores with the repetition penalty applied once per token of the history. Raises
+    ArgumentError.
 
-    The scores are the whole vocabulary's, or those of ``ids``, ascending, out of ``vocab``. Raises ArgumentError.
+    ``scores``: of the whole vocabulary, or of ``ids`` (ascending) out of ``vocab``.
     """
     seen_ids = np.unique(np.asarray(history))
     penalised = scores.astype(np.float64)
@@ -175,23 +183,23 @@ def penalise(
 
 
 def top_k_ids(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
-    """The ids, ascending, of exactly the k largest scores."""
+    """Return the ids, ascending, of exactly the k largest scores."""
     threshold = scores[np.argpartition(scores, scores.size - k)[scores.size - k]]
     return largest(scores, k, threshold)
 
 
 def _top_p(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.intp]:
-    """The indices, ascending, of the smallest set that holds `share` of the weight; never empty."""
-    descending = np.sort(weights)[::-1]  # values alone: several times faster than sorting indices
+    """Return the indices, ascending, of the smallest set with at least ``share`` of the weight; never empty."""
+    descending = np.sort(weights)[::-1]  # sorting values is several times faster than sorting indices
     mass = np.cumsum(descending)
     count = min(int(np.searchsorted(mass, share * mass[-1], side="left")) + 1, weights.size)
     return largest(weights, count, descending[count - 1])
 
 
 def largest(values: npt.NDArray[Any], count: int, threshold: Any) -> npt.NDArray[np.intp]:
-    """The indices, ascending, of the `count` largest, the last of which is `threshold`.
+    """Return the indices, ascending, of the ``count`` largest values, the smallest of which is ``threshold``.
 
-    Of equal values the lowest indices stay, as in greedy; half-precision logits are often equal.
+    Of equal values the lowest indices are kept, as in greedy; half-precision logits are often equal.
     """
     above = np.flatnonzero(values > threshold)
     equal = np.flatnonzero(values == threshold)[: count - above.size]

@@ -1,4 +1,4 @@
-"""The next token from the likeliest few, where they alone settle it: so that a device need not send all its logits."""
+"""Sample from the top candidates where they determine the result, so that a device need not send all logits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from .sampler import Sampler, SamplingParams, largest, penalise, top_k_ids
 
-# How far a log-sum in float32 over a vocabulary may be off, as a share of the sum; in truth it is ten times closer.
+# Bound on the relative error of a float32 sum of exp over a vocabulary; ten times the error seen.
 _SLACK = 2.0**-12
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The k largest of a row of logits and their ids, in any order; all others are at most the least of them.
+    """The k largest logits of a row and their ids, in any order; no other logit is larger.
 
-    logits (k,) float32; ids (k,); log_sum: the logarithm of the sum of exp over the whole row; vocab: its length. Of
-    equal logits any may be among the k.
+    ``logits``: (k,) float32. ``ids``: (k,). ``log_sum``: log of the sum of exp over the whole row. ``vocab``: the row's
+    length. Of equal logits, any may be among the k.
     """
 
     logits: NDArray[np.float32]
@@ -32,9 +32,9 @@ class Candidates:
 def sample_candidates(
     sampler: Sampler, candidates: Candidates, history: Sequence[int] | NDArray[Any] = ()
 ) -> int | None:
-    """The token that ``Sampler.sample`` draws from the whole row, and the same random number used up.
+    """Return the token that ``Sampler.sample`` would return for the whole row, using the same random number.
 
-    None where the candidates do not settle it: then nothing was drawn. Raises ArgumentError as ``sample`` does.
+    None if the candidates do not determine it; then no random number is used. Raises ArgumentError as ``sample`` does.
     """
     params = sampler.params
     order = np.argsort(candidates.ids)
@@ -43,7 +43,7 @@ def sample_candidates(
     if len(ids) == candidates.vocab:
         return sampler.sample(scores, history)
     if not np.isfinite(candidates.log_sum) or not np.isfinite(scores.max(initial=-np.inf)):
-        return None  # the whole row says what is wrong with it
+        return None  # sampling from the whole row reports the error
     bound = float(scores.min())
     if params.repetition_penalty != 1.0:
         penalty = float(params.repetition_penalty)
@@ -60,7 +60,7 @@ def sample_candidates(
 
 
 def _from_top_k(sampler: Sampler, ids: NDArray[Any], scores: NDArray[Any], bound: float) -> int | None:
-    """Settled if all of the k are above every token that is no candidate."""
+    """Sample with top-k. None unless all k tokens are above every token outside the candidates."""
     count = int(sampler.params.top_k)
     if count > len(ids):
         return None
@@ -73,13 +73,14 @@ def _from_top_k(sampler: Sampler, ids: NDArray[Any], scores: NDArray[Any], bound
 def _from_mass(
     sampler: Sampler, candidates: Candidates, ids: NDArray[Any], scores: NDArray[Any], bound: float
 ) -> int | None:
-    """Top-p and min-p over the whole vocabulary: settled if every mass that the others may have gives the same set."""
+    """Sample with top-p and min-p over the whole vocabulary. None unless every possible mass of the other tokens gives
+    the same set."""
     params = sampler.params
     top, temperature = float(scores.max()), float(params.temperature)
     with np.errstate(over="ignore"):
         weights = np.exp((scores.astype(np.float64) - top) / temperature)
-        most = float(np.exp((bound - top) / temperature))  # the weight of a token that is no candidate, at most
-    likely = None  # how many stay by min-p
+        most = float(np.exp((bound - top) / temperature))  # of a token outside the candidates
+    likely = None  # how many tokens min-p keeps
     if params.min_p > 0 and most < params.min_p:
         likely = int(np.count_nonzero(weights >= float(params.min_p)))
     if params.top_p == 1:
@@ -106,10 +107,10 @@ def _from_mass(
 def _rest(
     params: SamplingParams, candidates: Candidates, ids: NDArray[Any], scores: NDArray[Any], bound: float
 ) -> tuple[float, float]:
-    """Least and most mass of the tokens that are no candidates, where the likeliest token's weight is 1.
+    """Return the least and most mass of the tokens outside the candidates, in units of the likeliest token's weight.
 
-    Each is at most the least candidate. Without a penalty the log-sum says what they have together at temperature 1;
-    at another, x -> x**(1/temperature) is convex or concave, and that bounds the sum from both sides.
+    Each weighs at most as much as the least candidate. Without a penalty, ``log_sum`` gives their sum at temperature 1;
+    at other temperatures, x -> x**(1/temperature) is convex or concave, which bounds the sum from both sides.
     """
     count = candidates.vocab - len(ids)
     top, power = float(scores.max()), 1 / float(params.temperature)

@@ -1,1 +1,1 @@
-"""Many requests over a fixed number of slots."""
+"""Continuous batching of requests over a fixed number of slots."""

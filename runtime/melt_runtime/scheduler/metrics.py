@@ -1,4 +1,4 @@
-"""What a scheduler counts: requests, tokens, depth, and how long people wait. Memory is fixed, whatever happens."""
+"""Counters of a scheduler: requests, tokens, depth, waiting times. They take constant memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 OUTCOMES = ("stop", "length", "cancelled", "deadline", "failed", "refused")
-DEEPEST = 64  # depths from here on are counted together
-_RECENT = 0.2  # the weight of the newest request in the mean that retry_after goes by
+DEEPEST = 64  # this depth and greater ones share a bucket
+_RECENT = 0.2  # weight of the newest request in the moving average behind retry_after
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Observations in seconds. counts: how many were at most each of ``bounds`` and above the one before, and last
-    those above all of them; ``total``: their sum."""
+    """Observations in seconds. ``counts``: observations per bucket, each up to its bound in ``bounds``, and last those
+    above all bounds. ``total``: the sum of all observations."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -24,20 +24,20 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many there were."""
+        """Return the number of observations."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True)
 class SchedulerMetrics:
-    """A scheduler at one moment. Counts run from its start.
+    """The counters of a scheduler at one moment, since it was opened.
 
-    waiting, running: requests now; slots: how many can run. requests: those that ended by outcome: the finish reasons,
-    "failed" (an error) and "refused" (no room). prompt_tokens: run through the model; generated_tokens: drawn.
-    prefix_hits: prompts whose beginning was put back instead of run; prefix_tokens: the tokens of these beginnings;
-    prefix_bytes: what is kept of prompts now. depth: how many tokens were drawn after so many loops (DEEPEST: so many
-    or more). first_token: seconds from submission; inter_token: from one token of a request to its next. state_bytes:
-    all slots' state; weights_bytes: as stored.
+    ``waiting``, ``running``: requests now. ``slots``: the most that can run. ``requests``: ended requests by outcome: a
+    finish reason, "failed" (an error) or "refused" (queue full). ``prompt_tokens``: tokens run by prefill.
+    ``generated_tokens``: tokens sampled. ``prefix_hits``: prompts with a restored beginning; ``prefix_tokens``: the
+    tokens restored; ``prefix_bytes``: size of the prefix cache now. ``depth``: sampled tokens by number of loops
+    (DEEPEST: that many or more). ``first_token``: seconds from submission to the first token. ``inter_token``: seconds
+    between tokens of one request. ``state_bytes``: state of all slots. ``weights_bytes``: as stored.
     """
 
     waiting: int
@@ -57,7 +57,7 @@ class SchedulerMetrics:
 
 
 class Meter:
-    """Counts while a scheduler works; any thread may ask or tell."""
+    """The counters of a running scheduler. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -68,32 +68,34 @@ class Meter:
         self._held: float | None = None
 
     def ended(self, outcome: str, held: float | None = None) -> None:
-        """A request ended. held: how many seconds it had a slot; None: it never had one."""
+        """Count an ended request. ``held``: seconds in a slot; None if it never had one."""
         with self._lock:
             self._requests[outcome] += 1
             if held is not None:
                 self._held = held if self._held is None else self._held + _RECENT * (held - self._held)
 
     def prefilled(self, tokens: int) -> None:
-        """Prompt tokens went through the model."""
+        """Count prompt tokens that ran."""
         with self._lock:
             self._prompt += tokens
 
     def reused(self, tokens: int) -> None:
-        """The first tokens of a prompt were put back instead of being run."""
+        """Count prompt tokens restored from the prefix cache."""
         with self._lock:
             self._hits += 1
             self._reused += tokens
 
     def sampled(self, depth: int, seconds: float, first: bool) -> None:
-        """A token was drawn after ``depth`` loops, so long after the submission or the token before."""
+        """Count a token sampled after ``depth`` loops. ``seconds``: since submission (first token) or the preceding
+        token."""
         with self._lock:
             self._generated += 1
             self._depth[min(depth, DEEPEST)] += 1
             (self._first if first else self._inter).add(seconds)
 
     def retry_after(self, ahead: int, slots: int) -> float:
-        """Seconds until ``ahead`` requests have come and gone, as long as recent ones took; 1 before any did."""
+        """Estimate the seconds until ``ahead`` requests have ended, from recent requests; 1 second each before any has
+        ended."""
         with self._lock:
             held = 1.0 if self._held is None else self._held
         return max(held * ahead / slots, 0.1)
@@ -101,7 +103,7 @@ class Meter:
     def snapshot(
         self, waiting: int, running: int, slots: int, state_bytes: int, weights_bytes: int, prefix_bytes: int
     ) -> SchedulerMetrics:
-        """All of it now."""
+        """Return all counters."""
         with self._lock:
             return SchedulerMetrics(
                 waiting,

@@ -1,4 +1,4 @@
-"""A request to a scheduler, and what its sender holds in return: a stream of deltas that always ends."""
+"""A request to a scheduler, and its handle: a stream of deltas that always ends."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Listener = Callable[[TextDelta | Generation | MeltError], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, as token ids. Raises PromptError for what are none.
+    """A prompt to continue, as token ids. Raises PromptError for anything else.
 
-    ``deadline``: seconds from its submission by which it must be over; ``logprobs``: how many of the likeliest tokens
-    each delta names (0: the drawn token's logprob alone; None: nothing); ``constraint``: what may be drawn, an object
-    of this request's own.
+    ``deadline``: seconds from submission to the end. ``logprobs``: how many of the likeliest tokens each delta reports
+    (0: only the sampled token's logprob; None: none). ``constraint``: restricts the tokens; not shared with other
+    requests.
     """
 
     prompt: tuple[int, ...]
@@ -40,11 +40,11 @@ class Request:
             raise PromptError("a request's prompt is token ids, and this one is text; give Runtime.encode(prompt)")
         object.__setattr__(self, "prompt", tuple(token_ids(self.prompt)))
 
-    def check(self, manifest: Manifest, tokenizer: bool) -> None:
-        """Raises PromptError or ArgumentError for what this package cannot run. tokenizer: whether there is one."""
+    def check(self, manifest: Manifest, has_tokenizer: bool) -> None:
+        """Raise PromptError or ArgumentError for a request that this package cannot run."""
         if not isinstance(self.options, GenerationOptions):
             raise ArgumentError("a request's options must be GenerationOptions, as Runtime.options makes them")
-        check_request([self.prompt], [manifest.max_seq_len], manifest, self.options, tokenizer)
+        check_request([self.prompt], [manifest.max_seq_len], manifest, self.options, has_tokenizer)
         self.options.loops.check(manifest)
         limit = self.deadline
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
@@ -57,9 +57,9 @@ class Request:
 
 
 class RequestHandle:
-    """A request on its way. Iterating it waits for its deltas; each delta comes once, whoever iterates.
+    """A submitted request. Iterate it for its deltas; with several iterators, each delta goes to one of them.
 
-    It always ends: with a Generation, or with the error that ended it.
+    It always ends, with a Generation or with an error.
     """
 
     def __init__(self, request: Request, listener: Listener | None, wake: Callable[[], None]):
@@ -73,18 +73,21 @@ class RequestHandle:
         self._outcome: Generation | MeltError | None = None
 
     def cancel(self) -> None:
-        """Ends the request with the next loop or token; nothing happens if it is over."""
+        """End the request after its current loop or token. No effect if it has ended."""
         self.cancelled = True
         self._wake()
 
     @property
     def done(self) -> bool:
-        """Whether it is over."""
+        """Return whether the request has ended."""
         return self._over.is_set()
 
     def result(self, timeout: float | None = None) -> Generation:
-        """Waits for the end. Raises what ended it: CancelledError, DeadlineError (both hold what there was), or another
-        MeltError; TimeoutError if it is not over after ``timeout`` seconds, and goes on."""
+        """Wait for the end and return the Generation.
+
+        Raises the error that ended the request: CancelledError or DeadlineError, which hold the partial result, or
+        another MeltError. Raises TimeoutError after ``timeout`` seconds; the request goes on.
+        """
         if not self._over.wait(timeout):
             raise TimeoutError(f"the request is not over after {timeout} seconds")
         outcome = self._outcome
@@ -94,21 +97,21 @@ class RequestHandle:
         raise outcome
 
     def __iter__(self) -> Iterator[TextDelta]:
-        """The deltas as they come. Ends quietly after ``cancel``; raises any other error that ended the request."""
+        """Yield deltas as they come. Stop silently after ``cancel``; raise any other error that ended the request."""
         while (delta := self._deltas.get()) is not None:
             yield delta
-        self._deltas.put(None)  # for whoever else iterates
+        self._deltas.put(None)  # for other iterators
         if isinstance(self._outcome, MeltError) and not self.cancelled:
             raise self._outcome
 
     def reason(self, now: float) -> str | None:
-        """Why the request must end now: "cancelled", "deadline", or None."""
+        """Return why the request must end now: "cancelled", "deadline" or None."""
         if self.cancelled:
             return "cancelled"
         return "deadline" if self.due is not None and now >= self.due else None
 
-    def hand(self, delta: TextDelta) -> None:
-        """A delta came. Raises what the listener raises."""
+    def deliver(self, delta: TextDelta) -> None:
+        """Pass a delta to iterators and listener. Raises whatever the listener raises."""
         if self.done:
             return
         self._deltas.put(delta)
@@ -117,7 +120,7 @@ class RequestHandle:
             listener(delta)
 
     def finish(self, result: Generation) -> None:
-        """The request is over, its listener gets the generation; cut short, ``result`` raises."""
+        """End the request with a result. The listener gets the Generation; ``result`` raises if it was cut short."""
         error = None
         if result.finish_reason == "cancelled":
             error = CancelledError("the request was cancelled", result)
@@ -126,7 +129,7 @@ class RequestHandle:
         self._end(error or result, result)
 
     def fail(self, error: MeltError, tell: bool = True) -> None:
-        """The request ended with an error. tell: whether its listener may hear of it."""
+        """End the request with an error. ``tell``: whether to call the listener."""
         self._end(error, error if tell else None)
 
     def _end(self, outcome: Generation | MeltError, event: Generation | MeltError | None) -> None:
@@ -134,12 +137,12 @@ class RequestHandle:
             if self._outcome is not None:
                 return
             self._outcome = outcome
-        # A listener may hold the handle: let go of it, so that both, and what the request may say, go at once.
+        # A listener may refer to the handle; breaking the cycle frees both, and the request's text, at once.
         listener, self._listener = self._listener, None
         try:
             if listener is not None and event is not None:
                 listener(event)
-        except Exception:  # its request is over: nothing is left that it could end
+        except Exception:  # the request has already ended
             pass
         finally:
             self._over.set()

@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go while others stream, over a fixed number of slots and one state."""
+"""Continuous batching: requests join and leave while others stream, over fixed slots and one state."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from .slots import RunningRequest, Slots
 
 __all__ = ["Listener", "Request", "RequestHandle", "Scheduler", "SchedulerMetrics"]
 
-_GRACE = 60.0  # seconds that closing waits for a loop that is being computed
-_LOOK = 0.01  # seconds between two looks, in the middle of a step, at who was cancelled or is late
+_GRACE = 60.0  # seconds that ``close`` waits for a running loop
+_SWEEP_SECONDS = 0.01  # least seconds between checks for cancelled and late requests during a step
 
 
 class Scheduler:
-    """Runs requests over fixed slots that share one state; all memory is allocated when it opens::
+    """A thread that runs requests over fixed slots sharing one state, allocated when it opens::
 
         with Scheduler(runtime) as scheduler:
             handle = scheduler.submit(Request(tuple(runtime.encode("2+2=")), runtime.options()))
             for delta in handle:
                 print(delta.text, end="")
 
-    One thread works. Each turn it prefills one chunk of one prompt, prompts in turn, and then decodes one token of
-    every sequence whose prompt is through, so that a long prompt holds nobody up for longer than a chunk. Requests are
-    admitted in the order they came, and each gives what it gives alone: to the last bit on the CPU in fp32 and the
-    onnxruntime dialect, elsewhere as far as kernels round alike for batches and attention lengths of any size. slots:
-    None takes as many as the backend can; max_waiting: how many may wait when all slots are taken; prefixes: beginnings
-    of prompts that need not run again.
-    A scheduler holds its thread and its memory until it is closed, at the latest when the program ends. Raises
-    ArgumentError, BackendError.
+    Each turn prefills one chunk of one prompt, prompts in rotation, and then decodes one token of every prefilled
+    sequence, so a long prompt delays the others by one chunk at most. Requests are admitted in order of submission.
+    Each gets the result that it would get alone: bit for bit on the CPU in fp32 and the onnxruntime dialect, elsewhere
+    as far as kernels round alike at every batch size and attention length.
+
+    ``slots``: None takes as many as the backend allows. ``max_waiting``: the most requests that wait when all slots are
+    taken. ``prefixes``: a store of prompt beginnings that need not run again. The thread and the memory are held until
+    ``close``, or until the program ends. Raises ArgumentError, BackendError.
     """
 
     def __init__(
@@ -55,25 +55,27 @@ class Scheduler:
         self.slots, self._state_bytes = driver.batch, driver.state.state_bytes
         self._weights_bytes = runtime.manifest.weights_bytes
         self._prefixes = prefixes
-        self._slots = Slots(driver, runtime.codec, prefixes, self._meter.prefilled, self._meter.reused, self._look)
-        self._moved: float | None = None  # when the thread last moved on; None: there is nothing to do
-        self._looked = 0.0
-        self._changed = threading.Condition()  # guards what follows, and what is waiting
+        self._slots = Slots(
+            driver, runtime.tokenizer, prefixes, self._meter.prefilled, self._meter.reused, self._between_loops
+        )
+        self._moved: float | None = None  # time of the last loop or step; None: nothing to do
+        self._swept = 0.0
+        self._changed = threading.Condition()  # guards the fields below
         self._waiting: deque[RequestHandle] = deque()
-        self._closing = self._stopping = False  # no new requests; and none of the old ones either
-        self._left = False  # the thread did not come back, and nobody waits for it any more
+        self._closing = self._stopping = False  # refuses new requests; ends running ones
+        self._left = False  # the thread hangs in the backend and was given up
         self._thread = threading.Thread(target=self._work, name="melt-scheduler", daemon=True)
         self._thread.start()
         atexit.register(self._exit)
 
     def submit(self, request: Request, listener: Listener | None = None) -> RequestHandle:
-        """Hands a request in. Raises PromptError, ArgumentError, BusyError when the queue is full, ClosedError.
+        """Queue a request. Raises PromptError, ArgumentError, BusyError if the queue is full, ClosedError.
 
-        listener: called from the scheduler's thread with every TextDelta, and last with the Generation (finish_reason
-        "stop", "length", "cancelled" or "deadline") or the MeltError that ended it; it must not block. An exception in
-        it ends this request alone.
+        ``listener``: called from the scheduler's thread with every TextDelta, and last with the Generation
+        (finish_reason "stop", "length", "cancelled" or "deadline") or the MeltError that ended the request. It must not
+        block. An exception in it ends only this request.
         """
-        request.check(self.runtime.manifest, self.runtime.codec is not None)
+        request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
         handle = RequestHandle(request, listener, self._wake)
         with self._changed:
             if self._closing or not self._thread.is_alive():
@@ -92,31 +94,30 @@ class Scheduler:
 
     @property
     def open(self) -> bool:
-        """Whether it takes requests."""
+        """Return whether the scheduler takes requests."""
         with self._changed:
             return not self._closing and self._thread.is_alive()
 
     @property
-    def still(self) -> float:
-        """Seconds for which the thread has been at one loop, or whatever else it does between two; 0 while there is
-        nothing to do."""
+    def stalled(self) -> float:
+        """Return the seconds since the last loop or step; 0 if there is nothing to do."""
         moved = self._moved
         return 0.0 if moved is None else max(monotonic() - moved, 0.0)
 
     def metrics(self) -> SchedulerMetrics:
-        """A snapshot of what was counted."""
+        """Return a snapshot of the counters."""
         with self._changed:
             waiting, running = len(self._waiting), len(self._slots.running)
         kept = 0 if self._prefixes is None else self._prefixes.bytes
         return self._meter.snapshot(waiting, running, self.slots, self._state_bytes, self._weights_bytes, kept)
 
     def close(self, drain: bool = True, timeout: float | None = None, grace: float = _GRACE) -> bool:
-        """Takes no more requests and ends: those that it has run to their end (drain) or are cancelled.
+        """Refuse new requests and end the others: at their own end (``drain``), or cancelled. Return whether the thread
+        ended.
 
-        After ``timeout`` seconds of draining the rest is cancelled. Afterwards every handle is over. A listener may
-        call this too, and does not wait. If the backend does not come back from a loop within ``grace`` seconds of
-        being asked to stop, the handles end with a BackendError and its thread is left behind. Returns whether the
-        thread has ended.
+        ``timeout``: seconds of draining, after which the rest is cancelled. ``grace``: seconds to wait for a loop that
+        the backend does not finish; then the handles end with BackendError and the thread is left behind. Afterwards
+        every handle has ended. A call from a listener does not wait.
         """
         with self._changed:
             self._closing = True
@@ -146,7 +147,7 @@ class Scheduler:
         self.close(drain=kind is None)
 
     def _exit(self) -> None:
-        """The program ends and nobody closed: a thread inside a backend would bring it down."""
+        """Close at the end of the program: a thread inside a backend would crash the interpreter's shutdown."""
         self.close(drain=False)
 
     def _wake(self) -> None:
@@ -154,7 +155,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """The scheduler's thread, until it is closed. Whatever happens, no handle stays open."""
+        """Run the thread until the scheduler is closed. Every handle ends, whatever happens."""
         try:
             while self._awake():
                 self._turn()
@@ -165,7 +166,7 @@ class Scheduler:
             self._slots.running.clear()
 
     def _awake(self) -> bool:
-        """Waits until there is something to do; False when all is done and the scheduler is closing."""
+        """Wait for requests. Return False if there are none and the scheduler is closing."""
         with self._changed:
             while not (self._waiting or self._slots.running):
                 self._moved = None
@@ -175,35 +176,35 @@ class Scheduler:
         return True
 
     def _turn(self) -> None:
-        """Who must end ends, who waits is admitted; then a chunk of a prompt, and a token of everybody."""
+        """Run a chunk of one prompt, then a token of every prefilled sequence. Before each, end and admit requests."""
         for step in (self._slots.prefill, self._slots.decode):
-            self._moved = self._looked = monotonic()
+            self._moved = self._swept = monotonic()
             self._sweep()
             self._admit()
             try:
-                drawn = step()
+                results = step()
             except Exception as error:
                 self._fail_running(_as_melt(error))
                 return
-            for running, what in drawn:
-                self._deliver(running, what)
+            for running, result in results:
+                self._deliver(running, result)
             self._release_over()
 
-    def _look(self) -> None:
-        """Called between two loops: who must end ends here; the slot stays taken until the step is over."""
+    def _between_loops(self) -> None:
+        """End cancelled and late requests between loops; their slots stay taken until the step ends."""
         now = self._moved = monotonic()
-        if now - self._looked >= _LOOK:
-            self._looked = now
+        if now - self._swept >= _SWEEP_SECONDS:
+            self._swept = now
             self._sweep(in_step=True)
 
     def _release_over(self) -> None:
-        """Empties the slots of those that ended in the middle of a step."""
+        """Free the slots of requests that ended during a step."""
         for running in [one for one in self._slots.running.values() if one.over]:
             with self._changed:
                 self._slots.release(running)
 
     def _sweep(self, in_step: bool = False) -> None:
-        """Ends requests that were cancelled or whose time is over, whether they wait or run."""
+        """End waiting and running requests that were cancelled or are past their deadline."""
         now = monotonic()
         with self._changed:
             stopping = self._stopping
@@ -220,7 +221,7 @@ class Scheduler:
                 self._finish(running, reason, in_step)
 
     def _admit(self) -> None:
-        """First come, first served."""
+        """Give free slots to waiting requests, in order of submission."""
         while True:
             with self._changed:
                 if not self._waiting or not self._slots.free():
@@ -234,22 +235,24 @@ class Scheduler:
             self._meter.ended("failed")
             handle.fail(failure)
 
-    def _deliver(self, running: RunningRequest, what: TextDelta | MeltError) -> None:
-        """A token came of a sequence, or an error of its own."""
-        if isinstance(what, MeltError):
-            self._fail(running, what)
+    def _deliver(self, running: RunningRequest, result: TextDelta | MeltError) -> None:
+        """Pass on a sampled token, or fail the request."""
+        if isinstance(result, MeltError):
+            self._fail(running, result)
             return
         now, before = monotonic(), running.last
         running.last = now
-        self._meter.sampled(what.depth, now - (running.handle.submitted if before is None else before), before is None)
+        self._meter.sampled(
+            result.depth, now - (running.handle.submitted if before is None else before), before is None
+        )
         try:
-            running.handle.hand(what)
+            running.handle.deliver(result)
         except Exception as error:
             failure = MeltError(f"the request's listener failed: {error!r}")
             failure.__cause__ = error
             self._fail(running, failure, tell=False)
             return
-        if what.finish_reason is not None:
+        if result.finish_reason is not None:
             self._finish(running)
 
     def _finish(self, running: RunningRequest, reason: str | None = None, in_step: bool = False) -> None:
@@ -265,13 +268,14 @@ class Scheduler:
         running.handle.fail(error, tell)
 
     def _fail_running(self, error: MeltError) -> None:
-        """A step failed: what the state holds is worth nothing, so all that runs ends. What waits may yet run."""
+        """Fail all running requests after a failed step, because the state is undefined. Waiting requests stay
+        queued."""
         self._release_over()
         for running in list(self._slots.running.values()):
             self._fail(running, error)
 
     def _abandon(self, error: MeltError) -> None:
-        """Ends every handle there is, from whatever thread; the scheduler is over."""
+        """End every handle with an error and close the scheduler. Callable from any thread."""
         with self._changed:
             self._closing = self._stopping = True
             handles = [*self._waiting, *(one.handle for one in self._slots.running.values())]
@@ -283,7 +287,7 @@ class Scheduler:
 
 
 def _as_melt(error: BaseException) -> MeltError:
-    """An error of the family, as it is or wrapped."""
+    """Return the error if it is a MeltError, else wrap it."""
     if isinstance(error, MeltError):
         return error
     failure = BackendError(f"a step of the scheduler failed: {error!r}")

@@ -134,7 +134,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "max_tokens": service.max_tokens,
         "max_seconds": service.max_seconds,
         "max_loops": service.max_loops,
-        "chat": service.runtime.codec is not None and service.runtime.codec.has_chat_template,
+        "chat": service.runtime.tokenizer is not None and service.runtime.tokenizer.has_chat_template,
         "example_prompt": service.runtime.example_prompt,
     }
 
@@ -146,8 +146,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         if not scheduler.open:
             return ApiError(503, "the scheduler takes no more requests", code="closed").response()
-        if (still := scheduler.still) > service.still:
-            return ApiError(503, f"the scheduler has not moved for {still:.0f} seconds", code="stuck").response()
+        if (stalled := scheduler.stalled) > service.stalled:
+            return ApiError(503, f"the scheduler has not moved for {stalled:.0f} seconds", code="stuck").response()
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
@@ -172,7 +172,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatAsk, job: Job) -> Response:
     chat = isinstance(ask, ChatAsk)
-    form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.codec)
+    form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
     feed = Feed(service.scheduler, job.requests, service.backlog)
     note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(ask.stream))
     if ask.stream:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, BusyError
 from ..runtime import Runtime
-from ..text.tokenizer import TextCodec
+from ..text.tokenizer import TextTokenizer
 from .schema_weight import weigh
 
 Result = TypeVar("Result")
@@ -41,12 +41,12 @@ class Grammars:
         except ImportError as error:
             raise ArgumentError("JSON output needs llguidance: pip install 'melt-export[serve]'") from error
         ends = runtime.stop_ids or runtime.chat_stop_ids
-        if runtime.codec is None or not ends:
+        if runtime.tokenizer is None or not ends:
             raise ArgumentError("JSON output needs a tokenizer and an end-of-text token, and the package lacks one")
         self._library = llguidance
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_STATES, verbose_errors=False)
         self._stop_ids = frozenset(i for i in ends if i < runtime.manifest.vocab_size)
-        self._vocabulary = _Vocabulary(runtime.codec, runtime.manifest.vocab_size, self._stop_ids)
+        self._vocabulary = _Vocabulary(runtime.tokenizer, runtime.manifest.vocab_size, self._stop_ids)
         self._tokenizer = self._vocabulary.tokenizer(llguidance)
         self._lock = threading.Lock()
         self._weight = 0  # of all grammars that are alive
@@ -162,10 +162,10 @@ class _Vocabulary:
     """The tokens as llguidance reads them: an entry of bytes for each, and another for each token that has other bytes
     where it begins a text. Tokens that a text does not show, and stop ids, are in no JSON."""
 
-    def __init__(self, codec: TextCodec, size: int, stop_ids: Collection[int]):
+    def __init__(self, tokenizer: TextTokenizer, size: int, stop_ids: Collection[int]):
         self.size = size
-        of = codec.token_bytes
-        shown = [i for i in range(size) if i not in stop_ids and codec.shows(i, skip_special_tokens=True)]
+        of = tokenizer.token_bytes
+        shown = [i for i in range(size) if i not in stop_ids and tokenizer.shows(i, skip_special_tokens=True)]
         self._entries = [b""] * size
         self._first = np.arange(size)
         for token in shown:

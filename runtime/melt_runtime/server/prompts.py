@@ -33,12 +33,12 @@ def _chat(runtime: Runtime, ask: ChatAsk) -> list[int]:
     room = runtime.manifest.max_seq_len
     if len(ask.messages) > room:
         raise PromptError(f"{len(ask.messages)} messages do not fit: the cache has room for {room} tokens")
-    if runtime.codec is None:
+    if runtime.tokenizer is None:
         raise ArgumentError("the package has no tokenizer, so no chat template")
     variables = ask.chat_template_kwargs or {}
-    text = runtime.codec.render_chat([message.plain() for message in ask.messages], **variables)
+    text = runtime.tokenizer.render_chat([message.plain() for message in ask.messages], **variables)
     check_length(runtime, text)
-    return runtime.codec.encode(text, add_special_tokens=False)
+    return runtime.tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_length(runtime: Runtime, text: str) -> None:
@@ -47,16 +47,16 @@ def check_length(runtime: Runtime, text: str) -> None:
     A text that fits costs at most twice its tokenizing. The beginning may have twice as many tokens as there is room
     for, because the token at its end is cut.
     """
-    if runtime.codec is None:
+    if runtime.tokenizer is None:
         return
     room = runtime.manifest.max_seq_len
     size = _CHARACTERS * room
     while size < len(text):
         try:
             # A batch of one: other threads go on meanwhile, which `encode` does not let them.
-            (begun,) = runtime.codec.tokenizer.encode_batch([text[:size]], add_special_tokens=False)
+            (begun,) = runtime.tokenizer.backend_tokenizer.encode_batch([text[:size]], add_special_tokens=False)
         except Exception:  # encoding says what is wrong with the text
-            runtime.codec.encode(text[:size], add_special_tokens=False)
+            runtime.tokenizer.encode(text[:size], add_special_tokens=False)
             return
         if len(begun.ids) > 2 * room:
             raise PromptError(f"{len(text):,} characters do not fit: the cache has room for {room} tokens")

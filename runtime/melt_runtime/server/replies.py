@@ -12,7 +12,7 @@ from typing import Any
 
 from ..results import Generation, Logprobs, TextDelta
 from ..text.token_bytes import Offsets
-from ..text.tokenizer import TextCodec
+from ..text.tokenizer import TextTokenizer
 
 Entry = dict[str, Any]  # the logprobs of one token
 
@@ -25,7 +25,7 @@ class Form:
     id: str
     model: str
     fingerprint: str
-    codec: TextCodec | None
+    tokenizer: TextTokenizer | None
 
     def frame(self, choices: Sequence[dict[str, Any]], part: bool, **more: Any) -> dict[str, Any]:
         """A whole reply, or a part of a stream."""
@@ -95,7 +95,7 @@ class Form:
         return {"token": self._text(token), "logprob": logprob, "bytes": list(self._bytes(token))}
 
     def _bytes(self, token: int) -> bytes:
-        return b"" if self.codec is None else self.codec.token_bytes.of(token)
+        return b"" if self.tokenizer is None else self.tokenizer.token_bytes.of(token)
 
     def _text(self, token: int) -> str:
         """A token on its own: "bytes:\\xf0\\x9f" where its bytes are no text, "token_id:7" where it has none."""
@@ -137,7 +137,7 @@ class _Logprobs:
 
     def __init__(self, form: Form):
         self._form = form
-        self._offsets = None if form.codec is None else Offsets(form.codec.token_bytes)
+        self._offsets = None if form.tokenizer is None else Offsets(form.tokenizer.token_bytes)
         self._waiting: deque[tuple[int, Logprobs]] = deque()
 
     def add(self, deltas: Iterable[TextDelta]) -> list[Entry]:
@@ -158,9 +158,9 @@ class _Logprobs:
         return [] if self._offsets is None else self._known(self._offsets.flush())
 
     def _place(self, token: int) -> list[int]:
-        if self._offsets is None or self._form.codec is None:
+        if self._offsets is None or self._form.tokenizer is None:
             return [0]
-        return self._offsets.push(token, self._form.codec.shows(token, skip_special_tokens=True))
+        return self._offsets.push(token, self._form.tokenizer.shows(token, skip_special_tokens=True))
 
     def _known(self, offsets: Iterable[int]) -> list[Entry]:
         return [self._form.completion_entry(*self._waiting.popleft(), offset) for offset in offsets]

@@ -16,7 +16,7 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .failures import ApiError
 from .grammar import Grammars
-from .limits import DEEPER, MAX_SECONDS, MAX_UNREAD, STILL
+from .limits import DEEPER, MAX_SECONDS, MAX_UNREAD, STALLED
 from .prompts import encoded
 from .schema import Ask, ChatAsk, CompletionAsk
 from .streaming import Backlog
@@ -45,7 +45,7 @@ class Service:
     """A package that is being served under a name. ``max_tokens``: the most that a choice may have (None: as many as
     the cache holds); ``max_loops``: the most that a token may have (None: four times the package's); ``max_seconds``:
     the most that a call may take, waiting included; ``max_unread``: how many tokens all clients together may leave
-    unread; ``still``: seconds after which a scheduler that has not moved is stuck."""
+    unread; ``stalled``: seconds without a loop or step after which the scheduler counts as stuck."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class Service:
         max_seconds: float = MAX_SECONDS,
         max_unread: int = MAX_UNREAD,
         max_loops: int | None = None,
-        still: float = STILL,
+        stalled: float = STALLED,
     ):
         self.runtime, self.scheduler, self.name = runtime, scheduler, name
-        self.max_seconds, self.backlog, self.still = max_seconds, Backlog(max_unread), still
+        self.max_seconds, self.backlog, self.stalled = max_seconds, Backlog(max_unread), stalled
         self.max_loops = min(DEEPER * runtime.manifest.loops, MAX_LOOPS) if max_loops is None else max_loops
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
@@ -88,7 +88,7 @@ class Service:
         prompts = encoded(self.runtime, ask)
         requests = [Request(tuple(prompt), one, deadline, _logprobs(ask)) for prompt in prompts for one in chosen]
         for request in requests[::count]:
-            request.check(self.runtime.manifest, self.runtime.codec is not None)
+            request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
         constraints = self._constraints(ask, len(requests), chosen[0].stop_ids)
         pairs = zip(requests, constraints, strict=True)
         return Job(

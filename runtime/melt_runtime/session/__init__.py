@@ -1,1 +1,1 @@
-"""Conversations that go on, branch, go back, and lie in files."""
+"""Conversations that continue, branch, go back, and are saved in files."""

@@ -1,4 +1,4 @@
-"""A chat: its messages, and a session that holds as much of them as has run."""
+"""A chat: its messages, and the session that caches their tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .session import Session
 
 
 class Conversation:
-    """Messages in turn, from a user and from the model; a turn runs only what is new.
+    """Alternating messages of a user and the model. Each turn runs only new tokens.
 
-    The prompt of a turn is the whole chat in the package's template. What it has in common with the tokens of the
-    session, from the first on, stays in the cache as it ran, at the depth and in the chunks of its time.
+    A turn's prompt is the whole chat in the package's template. Its longest common beginning with the session's tokens
+    stays in the cache, as it ran, with the depth and chunks of that time.
 
-    session: its runtime has a chat template; its options are those of all answers. system: a first message, or None.
-    notice: is told in a sentence what the user should know. variables: what the template is given beside the messages,
-    such as ``{"enable_thinking": False}``.
+    ``session``: its runtime needs a chat template; its options apply to all answers. ``system``: a first message, or
+    None. ``notice``: called with sentences for the user. ``variables``: passed to the template beside the messages, for
+    example ``{"enable_thinking": False}``.
     """
 
     def __init__(
@@ -32,29 +32,32 @@ class Conversation:
     ):
         self.session, self.notice, self.variables = session, notice, dict(variables or {})
         self.opening: tuple[Message, ...] = () if system is None else (Message("system", system),)
-        self.turns: list[Message] = []  # user and assistant in turn
+        self.turns: list[Message] = []  # user and assistant, alternating
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """All that was said."""
+        """All messages so far."""
         return (*self.opening, *self.turns)
 
     @property
     def loops(self) -> LoopSettings:
-        """How deep the next answer thinks."""
+        """The loop settings of the next answer."""
         return self.session.runtime.options(**self.session.options).loops
 
     def think(self, loops: int) -> None:
-        """Most loops a token from now on. Raises ArgumentError."""
+        """Set the most loops per token from now on. Raises ArgumentError."""
         options = {**self.session.options, "loops": loops}
         request = self.session.runtime.options(**options)
         self.session.options = options
         self.session.runtime.warn(request)
 
     def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """The answer to a message, as it comes. ``stopped`` is asked after every chunk and token; what was said by then
-        stays in the conversation, and a message without a word of answer is forgotten as if it had never been. Raises
-        PromptError, before anything changes, for a message that does not fit."""
+        """Answer a message; yield the text as it is generated.
+
+        ``stopped``: called after every chunk and token; the text generated until it returns True stays in the
+        conversation. A message that got no text at all is dropped again. Raises PromptError, before any change, for a
+        message that does not fit.
+        """
         message = Message("user", text)
         ids = self._fit(message)
         known = self._known(ids)
@@ -72,26 +75,28 @@ class Conversation:
             if not said and not over:
                 self.session.truncate(known)
         except KeyboardInterrupt:
-            self.session.reset()  # torn off anywhere; the messages are enough to go on
+            self.session.reset()  # the state may be inconsistent; the messages suffice to go on
             raise
         finally:
             if said or over:
                 self.turns += [message, Message("assistant", "".join(said))]
 
     def forget(self) -> None:
-        """Begins anew, with the system message."""
+        """Drop all messages but the system message."""
         self.turns.clear()
         self.session.reset()
 
     def save(self, path: Path) -> None:
-        """Writes the messages and the session to one file. Raises SessionError."""
+        """Write the messages and the session to one file. Raises SessionError."""
         self.session.messages = self.messages
         self.session.save(path)
 
     def load(self, path: Path) -> None:
-        """Goes on where a saved conversation stood, with its options and to the very tokens that it would have said.
-        Raises SessionError for a file that no chat with this package wrote, and changes nothing; BackendError."""
-        from . import file as session_file  # safetensors, which only this needs
+        """Continue a saved conversation with its options, token for token as it would have continued.
+
+        Raises SessionError, without changes, for a file that no chat with this package wrote; BackendError.
+        """
+        from . import file as session_file  # imported here, because only files need safetensors
 
         runtime = self.session.runtime
         saved = session_file.read(path, runtime.package, runtime.options)
@@ -105,7 +110,7 @@ class Conversation:
         self.opening, self.turns = saved.messages[:count], list(turns)
 
     def _ends(self) -> dict[str, Any]:
-        """The option that ends an answer with its turn, unless the session's options want no end."""
+        """Return the option that ends an answer with its turn, unless the session's options have ``ignore_eos``."""
         options = self.session.options
         if options.get("ignore_eos"):
             return {}
@@ -113,16 +118,16 @@ class Conversation:
         return {"stop_ids": sorted(asked | self.session.runtime.chat_stop_ids)}
 
     def _known(self, ids: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, need not run again."""
+        """Return how many of these tokens, from the first on, are cached."""
         known = _shared(self.session.tokens, ids)
         if self.session.runtime.manifest.cache_loops is None:
             return known
-        # The caches of a LoopLM cannot be deepened.
+        # A LoopLM's caches cannot get more loops later.
         shallow = (at for at, depth in enumerate(self.session.depth) if depth < self.loops.loops)
         return min(known, next(shallow, known))
 
     def _run(self, ids: Sequence[int], known: int, stopped: Callable[[], bool]) -> None:
-        """Brings the session to these tokens, chunk by chunk, unless it is stopped."""
+        """Run the tokens behind the first ``known``, chunk by chunk, until stopped."""
         session = self.session
         session.truncate(known)
         size = self.loops.chunk or session.runtime.manifest.chunk
@@ -132,11 +137,14 @@ class Conversation:
             session.append(ids[start : start + size])
 
     def _fit(self, message: Message) -> list[int]:
-        """Token ids of the conversation and a new message, less the oldest exchanges if there is no room to answer.
-        Raises PromptError for a message that is too long by itself."""
+        """Return the token ids of the chat and a new message; drop the oldest exchanges if there is no room for an
+        answer.
+
+        Raises PromptError for a message that is too long by itself.
+        """
         runtime = self.session.runtime
         capacity = self.session.driver.capacity
-        # An answer of one token would be no answer; a quarter of the cache leaves most of it to the conversation.
+        # A quarter of the cache is enough for an answer and leaves the rest to the conversation.
         room = min(runtime.options(**self.session.options).max_tokens, capacity // 4)
         for start in range(0, len(self.turns) + 1, 2):
             asked = (*self.opening, *self.turns[start:], message)
@@ -153,5 +161,5 @@ class Conversation:
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many entries two sequences begin with alike."""
+    """Return the length of the common beginning of two sequences."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

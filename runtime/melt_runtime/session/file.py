@@ -1,4 +1,4 @@
-"""A session in a file: safetensors, with a hash of everything in it."""
+"""Session files: safetensors, with a hash over all contents."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ from ..untrusted import MOST_BYTES, brief, optional, parse_json, whole
 FORMAT = "melt-session 1"
 _ARRAYS = ("tokens", "depth", "chunk_starts", "chunk_settings")
 _ROWS = "rows/"
-_HEADER = 1 << 20  # names and shapes of the arrays
+_HEADER = 1 << 20  # bytes for names and shapes of the arrays
 
 
 @dataclass(frozen=True)
 class Saved:
-    """All of a session. ``tokens``: those that have run, each with its ``depth``; ``drawn``: the last, if it has not.
-    Each chunk begins at its entry of ``chunk_starts`` and ran with its entry of ``chunk_settings`` in ``settings``.
-    ``rows``: the used cache rows by buffer. ``messages``: what was said, if it is a chat's; else None.
+    """The contents of a session.
+
+    ``tokens``: token ids in the cache, each with its ``depth``. ``pending``: the last sampled token, if it has not run.
+    Chunk i begins at ``chunk_starts[i]`` and ran with ``settings[chunk_settings[i]]``. ``positions``: the used cache
+    positions by buffer. ``messages``: a chat's messages, else None.
     """
 
     package: str
@@ -45,22 +47,26 @@ class Saved:
     random: dict[str, Any]
     tokens: NDArray[np.int64]
     depth: NDArray[np.int64]
-    drawn: int | None
+    pending: int | None
     chunk_starts: NDArray[np.int64]
     chunk_settings: NDArray[np.int64]
     settings: list[LoopSettings]
-    rows: dict[str, NDArray[Any]]
+    positions: dict[str, NDArray[Any]]
     messages: tuple[Message, ...] | None = None
 
 
 def package_hash(package: Package) -> str:
-    """What a session belongs to: the manifest as exported, and with it every file of the package but the engines."""
+    """Return the hash that ties a session to a package: of the manifest as exported, and so of every file but the
+    engines."""
     return package.exported_hash
 
 
 def write(path: Path, saved: Saved) -> None:
-    """Writes a file that appears whole or not at all, for its owner's eyes only. Never takes the place of a link, a
-    device or anything else that is no ordinary file. Raises SessionError, ArgumentError for options of odd types."""
+    """Write a session file, whole or not at all, readable by its owner only.
+
+    Raises SessionError, also for a path that is a link, a device or anything else but an ordinary file; ArgumentError
+    for options that JSON cannot hold.
+    """
     if path.is_symlink():
         raise SessionError(f"{path} is a link, which is not replaced; name a file")
     said = {} if saved.messages is None else {"messages": [asdict(one) for one in saved.messages]}
@@ -69,7 +75,7 @@ def write(path: Path, saved: Saved) -> None:
             {
                 "options": saved.options,
                 "random": saved.random,
-                "drawn": saved.drawn,
+                "drawn": saved.pending,
                 "length": len(saved.tokens),
                 "settings": [asdict(one) for one in saved.settings],
                 **said,
@@ -79,7 +85,7 @@ def write(path: Path, saved: Saved) -> None:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ArgumentError(f"the session's options cannot be written to a file: {error}") from error
     arrays = {name: getattr(saved, name) for name in _ARRAYS}
-    arrays |= {_ROWS + name: values for name, values in saved.rows.items()}
+    arrays |= {_ROWS + name: values for name, values in saved.positions.items()}
     metadata = {"format": FORMAT, "package": saved.package, "session": content}
     metadata["sha256"] = _digest(metadata, arrays)
     try:
@@ -90,8 +96,10 @@ def write(path: Path, saved: Saved) -> None:
 
 
 def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
-    """Reads a file and checks that it is whole, of this package, and possible; ``check``: of the options. Raises
-    SessionError."""
+    """Read a session file. Raises SessionError if it is damaged, of another package, or impossible.
+
+    ``check``: called with the options; raises for invalid ones.
+    """
     if not path.is_file():
         raise SessionError(f"there is no saved session {path}")
     try:
@@ -123,7 +131,7 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
 
 
 def _most_bytes(manifest: Manifest) -> int:
-    """What a file of a full session has at most: rows, four whole numbers a token, and text about them."""
+    """Return the size of a full session's file at most: positions, four integers per token, and the JSON about them."""
     return manifest.cache_bytes(manifest.max_seq_len) + 4 * 8 * (manifest.max_seq_len + 1) + MOST_BYTES + _HEADER
 
 
@@ -131,7 +139,7 @@ def _parsed(metadata: Mapping[str, str], arrays: dict[str, NDArray[Any]]) -> Sav
     content = parse_json(metadata["session"])
     known = {name: arrays.pop(name) for name in _ARRAYS}
     if any(not name.startswith(_ROWS) for name in arrays):
-        raise ValueError(f"it has more than rows: {', '.join(arrays)}")
+        raise ValueError(f"it has more than positions: {', '.join(arrays)}")
     if any(values.dtype != np.int64 or values.ndim != 1 for values in known.values()):
         raise ValueError("tokens, depth and chunks must be lists of whole numbers")
     if not isinstance(content, dict) or content["length"] != len(known["tokens"]):
@@ -140,9 +148,9 @@ def _parsed(metadata: Mapping[str, str], arrays: dict[str, NDArray[Any]]) -> Sav
         package=metadata["package"],
         options=dict(content["options"]),
         random=dict(content["random"]),
-        drawn=content["drawn"],
+        pending=content["drawn"],
         settings=[LoopSettings(**one) for one in content["settings"]],
-        rows={name.removeprefix(_ROWS): values for name, values in arrays.items()},
+        positions={name.removeprefix(_ROWS): values for name, values in arrays.items()},
         messages=_messages(content.get("messages")),
         **known,
     )
@@ -158,9 +166,9 @@ def _messages(said: Any) -> tuple[Message, ...] | None:
 
 
 def _check(saved: Saved, manifest: Manifest) -> None:
-    """Raises ValueError for what no session of this package holds."""
+    """Raise ValueError for contents that no session of this package can have."""
     length, ids = len(saved.tokens), saved.tokens
-    optional(whole(0, manifest.vocab_size - 1))(saved.drawn, "the drawn token")
+    optional(whole(0, manifest.vocab_size - 1))(saved.pending, "the pending token")
     if length > manifest.max_seq_len or ((ids < 0) | (ids >= manifest.vocab_size)).any():
         raise ValueError("its tokens do not fit the cache or the vocabulary")
     if len(saved.depth) != length or ((saved.depth < 1) | (saved.depth > MAX_LOOPS)).any():
@@ -175,16 +183,16 @@ def _check(saved: Saved, manifest: Manifest) -> None:
     if ends[0] != 0 or (np.diff(ends) < 1).any() or (np.diff(ends) > most).any():
         raise ValueError("its chunks are not those of its tokens")
     expected = cache_buffers(manifest, int(saved.depth.max())) if length else {}
-    if saved.rows.keys() != expected.keys():
-        raise ValueError("its rows are not those of the caches")
+    if saved.positions.keys() != expected.keys():
+        raise ValueError("its positions are not those of the caches")
     for name, state in expected.items():
         shape = (state.bound_shape[1], length, state.bound_shape[3])
-        if saved.rows[name].shape != shape or saved.rows[name].dtype != host_dtype(state.dtype):
-            raise ValueError(f"its rows of {name} have another type or shape than the cache's")
+        if saved.positions[name].shape != shape or saved.positions[name].dtype != host_dtype(state.dtype):
+            raise ValueError(f"its positions of {name} have another type or shape than the cache's")
 
 
 def _digest(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 over names, types, shapes and contents of everything."""
+    """Return the SHA-256 over metadata and over names, types, shapes and contents of all arrays."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, values in sorted(arrays.items()):
         digest.update(json.dumps([name, str(values.dtype), values.shape]).encode())
@@ -193,7 +201,7 @@ def _digest(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> 
 
 
 def _plain(value: object) -> object:
-    """What JSON has for numbers and collections that it does not know."""
+    """Convert numbers and collections that JSON does not know."""
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):

@@ -1,4 +1,4 @@
-"""What counts as a prompt: text, or token ids as a list, a NumPy array or a tensor."""
+"""Prompts: text, or token ids as a list, a NumPy array or a tensor."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Array(Protocol):
     """A NumPy array or a tensor of token ids."""
 
     def tolist(self) -> Any:
-        """Its values as lists."""
+        """Return the values as lists."""
 
 
 Prompt = str | Sequence[int] | Array
 
 
 def token_ids(prompt: Any) -> list[int]:
-    """The token ids of a prompt that is no text. Raises PromptError for everything else."""
+    """Return the token ids of a prompt that is not text. Raises PromptError for anything else."""
     return [_token_id(value) for value in _values(prompt)]
 
 
 def separate(given: Any) -> tuple[list[Any], bool]:
-    """The prompts in what ``generate`` was given, and whether it is a single one: text, or a row of ids. Raises
-    PromptError if there is none."""
+    """Return the prompts given to ``generate``, and whether it was one: text, or one list of ids. Raises PromptError if
+    none."""
     if isinstance(given, str):
         return [given], True
     values = _values(given)
@@ -43,11 +43,11 @@ def separate(given: Any) -> tuple[list[Any], bool]:
 
 
 def _values(given: Any) -> list[Any]:
-    """The entries of a list, an array or a tensor."""
+    """Return the entries of a list, an array or a tensor."""
     to_list = None if isinstance(given, (*_NOT_IDS, type)) else getattr(given, "tolist", None)
     try:
         values = to_list() if callable(to_list) else given
-    except Exception as error:  # such as a tensor without data
+    except Exception as error:  # for example a tensor without data
         raise PromptError(f"the token ids of the prompt cannot be read: {brief(error)}") from error
     if isinstance(values, (*_NOT_IDS, type)) or not isinstance(values, Iterable):
         hint = "; give its input_ids" if isinstance(given, Mapping) and "input_ids" in given else ""

@@ -1,4 +1,4 @@
-"""Stop strings in a text that arrives in pieces: found wherever the pieces are cut, and never partly shown."""
+"""Stop strings in streamed text: found across the boundaries of pushes, never shown in part."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 from ..errors import ArgumentError
 
 MAX_STOP_STRINGS = 256
-MAX_STOP_CHARACTERS = 8192  # of all together; the matcher takes about 250 bytes for each
+MAX_STOP_CHARACTERS = 8192  # in total; the matcher takes about 250 bytes per character
 
-Symbol = str | int  # a character, or the id of a special token, whose text is never shown
+Symbol = str | int  # a character, or a special token's id, which is never shown
 
 
 def stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The stop strings as a tuple: a plain str is one of them, None is none.
+    """Return the stop strings as a tuple.
 
-    Raises ArgumentError for an empty stop string, for what is not text, and for more than MAX_STOP_STRINGS strings or
+    Raises ArgumentError for an empty string, for anything but text, and for more than MAX_STOP_STRINGS strings or
     MAX_STOP_CHARACTERS characters.
     """
     if value is None:
         return ()
     if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
         raise ArgumentError(f"stop must be text or a list of texts, not {type(value).__name__}.")
-    if getattr(value, "ndim", 1) == 0:  # an array of no axis calls itself iterable
+    if getattr(value, "ndim", 1) == 0:  # arrays without axes pass as Iterable
         raise ArgumentError(f"stop must be text or a list of texts, not {value!r}.")
     strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_STOP_STRINGS:
@@ -45,47 +45,45 @@ def stop_strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 class StopMatcher:
-    """Finds the first stop string of a text pushed piece by piece; raises ArgumentError as `stop_strings` does.
+    """A search for the first stop string in text that arrives in parts. Raises ArgumentError as `stop_strings` does.
 
-    The match that begins earliest wins, and of those that begin together the longest one that is complete. How the
-    text is cut into pieces never changes what is emitted. It can change which one of two stop strings that begin
-    together is named, because a complete match is not kept waiting for a longer one. At most as many characters
-    as the longest stop string has, less one, are held back between two pushes. A push costs time in proportion to its
-    text, however many stop strings there are.
+    The match that begins earliest wins; of matches that begin together, the longest complete one. The boundaries of
+    pushes do not change the text that is emitted. They may change which of two stop strings that begin together is
+    reported, because a complete match does not wait for a longer one. Between pushes, at most the longest stop string's
+    length less one is held back. A push takes time in proportion to its text, whatever the number of stop strings.
 
-    special: text -> id of the special tokens that stop strings may name. Their text is not part of the text pushed:
-    ``push_special`` says where one stood.
+    ``special``: ids of the special tokens that stop strings may contain, by text. Their text is not pushed; their
+    places are reported with ``push_special``.
     """
 
     def __init__(self, stop: Sequence[str], special: Mapping[str, int] | None = None) -> None:
         strings = stop_strings(stop)
         spelled = {_symbols(string, special or {}) for string in strings}
         self.special = frozenset(symbol for symbols in spelled for symbol in symbols if isinstance(symbol, int))
-        """The special tokens that a stop string names."""
+        """The special tokens that stop strings contain."""
         self._automaton = _Automaton({*map(tuple, strings), *spelled})
-        self._state = 0  # how far the end of the text is into a stop string
+        self._state = 0  # the automaton's state
         self._held: list[Symbol] = []
-        self._match: tuple[int, int] | None = None  # where a complete match lies in what is held
+        self._match: tuple[int, int] | None = None  # bounds of a complete match in ``_held``
         self.found: str | None = None
-        """The stop string that ended the text, once there is one; special tokens are left out of it."""
+        """The stop string that ended the text, without its special tokens; None until then."""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Add a piece; returns the text that is safe to emit now and the stop string found, or None.
+        """Add text. Return the text that is safe to emit and the stop string found, or None.
 
-        The text before the stop string is emitted; it and all that follows never are: later pushes return
-        ("", the same stop string).
+        Text before the stop string is emitted. The stop string and all that follows never are: later pushes return ("",
+        the same stop string).
         """
         return self._push(text) if self._automaton else (text, None)
 
     def push_special(self, token_id: int) -> tuple[str, str | None]:
-        """A special token stands here, of which no text is shown; returns as ``push`` does."""
+        """Add a special token, whose text is not shown. Returns as ``push`` does."""
         return self._push([token_id]) if token_id in self.special else ("", self.found)
 
     def flush(self) -> str:
-        """The text still held back, at the end of the text.
+        """Return the text still held back, at the end of the text.
 
-        If a match was waiting for one that could begin earlier, only the text before it is returned and `found` is
-        set.
+        If a match was waiting for one that begins earlier, return only the text before it and set ``found``.
         """
         if self._match is not None:
             return self._end(*self._match)
@@ -103,10 +101,10 @@ class StopMatcher:
             length = automaton.complete[state]
             if length and (match is None or len(held) - length <= match[0]):
                 match = (len(held) - length, len(held))
-            # No match that begins earlier is possible, nor a longer one that begins here.
+            # Neither an earlier match nor a longer one from here is possible.
             if match is not None and len(held) - automaton.depth[state] > match[0]:
                 break
-        start = len(held) - automaton.depth[state]  # of the longest end that may become a stop string
+        start = len(held) - automaton.depth[state]  # of the longest suffix that may become a stop string
         if match is not None and start >= match[0]:
             shown = self._end(*match)
             return shown, self.found
@@ -115,16 +113,18 @@ class StopMatcher:
         return _text(held[:start]), None
 
     def _end(self, start: int, end: int) -> str:
-        """The text before a match, which ends the text."""
+        """End the text at a match. Return the text before it."""
         shown, self.found = _text(self._held[:start]), _text(self._held[start:end])
         self._held, self._match, self._state = [], None, 0
         return shown
 
 
 class _Automaton:
-    """The automaton of Aho and Corasick: a state for each beginning of a stop string, the longest that the text ends
-    with. depth: the length of that beginning by state; complete: the length of the longest stop string that the text
-    ends with, or 0."""
+    """An Aho-Corasick automaton. A state is the longest prefix of a stop string that the text ends with.
+
+    ``depth``: that prefix's length, by state. ``complete``: the length of the longest stop string that the text ends
+    with, by state, or 0.
+    """
 
     def __init__(self, strings: Iterable[tuple[Symbol, ...]]):
         self._next: dict[tuple[int, Symbol], int] = {}
@@ -142,7 +142,7 @@ class _Automaton:
                     self.complete.append(0)
                 state = after
             self.complete[state] = self.depth[state]
-        self._fallback = [0] * len(self.depth)  # the longest shorter beginning that the text ends with as well
+        self._fallback = [0] * len(self.depth)  # the next shorter prefix that the text ends with
         states = deque(state for _, state in children[0])
         while states:
             state = states.popleft()
@@ -156,7 +156,7 @@ class _Automaton:
         return len(self.depth) > 1
 
     def step(self, state: int, symbol: Symbol) -> int:
-        """The state after one more symbol."""
+        """Return the state after one more symbol."""
         after = self._next.get((state, symbol))
         while after is None and state:
             state = self._fallback[state]
@@ -165,7 +165,7 @@ class _Automaton:
 
 
 def _symbols(string: str, special: Mapping[str, int]) -> tuple[Symbol, ...]:
-    """A stop string with an id in place of each special token that it names."""
+    """Split a stop string into characters and the ids of special tokens."""
     if not special:
         return tuple(string)
     names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))  # the longest name wins
@@ -178,9 +178,9 @@ def _text(symbols: Iterable[Symbol]) -> str:
 
 
 def stop_tokens(value: int | Iterable[int] | None) -> frozenset[int]:
-    """The ids of stop tokens: one, or any collection of them, an array or a tensor too.
+    """Return the ids of stop tokens, given as one id or a collection, array or tensor of ids.
 
-    Raises ArgumentError for what is no whole number.
+    Raises ArgumentError for anything but whole numbers.
     """
     if value is None:
         return frozenset()

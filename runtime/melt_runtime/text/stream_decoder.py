@@ -1,37 +1,37 @@
-"""Text from tokens as they come, without ever showing a part of a character."""
+"""Decode text from tokens one at a time, without showing part of a character."""
 
 from __future__ import annotations
 
 from ..errors import PromptError
 from .token_bytes import BYTE_PIECE
-from .tokenizer import TextCodec
+from .tokenizer import TextTokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class StreamDecoder:
-    """Decodes ids one at a time; the pieces joined equal `codec.decode(all ids)` once `flush` was called.
+    """A decoder of one token at a time. The joined outputs equal ``decode(all ids)`` after ``flush``.
 
-    No piece ends inside a character. Holds for decoders whose text only grows at its end: byte-level, Metaspace,
-    WordPiece, BPE, byte fallback, and the plain join with spaces. Byte-fallback tokens are held until their run
-    ends, because decode() replaces a whole run if a single character of it turns out incomplete. A push decodes a
-    short window of the latest ids, so its cost does not depend on the length of the text.
+    No output ends inside a character. This holds for decoders that only append: byte-level, Metaspace, WordPiece, BPE,
+    byte fallback, and joining with spaces. Byte-fallback tokens are held until their run ends, because decode()
+    replaces the whole run if one of its characters is incomplete. Each push decodes a short window of the latest ids,
+    so its time does not depend on the length of the text.
     """
 
-    # UTF-8 has at most 4 bytes a character and a byte-level token at least one byte, so 8 tokens always contain a
-    # boundary after which a decoder started in mid-text agrees with one that saw everything.
+    # UTF-8 has at most 4 bytes per character and a byte-level token at least one byte, so 8 tokens contain a
+    # boundary after which decoding from mid-text agrees with decoding everything.
     _CONTEXT = 8
 
-    def __init__(self, codec: TextCodec, skip_special_tokens: bool = True) -> None:
-        # Held here, because this runs for every token, when the processor's caches are full of weights.
-        self._tokenizer, self._skip = codec.tokenizer, skip_special_tokens
-        self._hidden = codec.special if skip_special_tokens else {}
-        self._byte_fallback = codec.token_bytes.byte_fallback
+    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True) -> None:
+        # Kept as attributes: this runs per token, when the processor's caches are full of weights.
+        self._tokenizer, self._skip = tokenizer.backend_tokenizer, skip_special_tokens
+        self._hidden = tokenizer.special if skip_special_tokens else {}
+        self._byte_fallback = tokenizer.token_bytes.byte_fallback
         self._window: list[int] = []
-        self._shown = 0  # characters of the decoded window that were given out
+        self._shown = 0  # characters of the decoded window already returned
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now that this token came: often its own, "" while a character is incomplete."""
+        """Add a token. Return the text that is now certain; "" while a character is incomplete."""
         token_id = int(token_id)
         if token_id in self._hidden:
             return ""
@@ -54,14 +54,15 @@ class StreamDecoder:
         return piece
 
     def settle(self) -> str:
-        """The rest of the text so far, as ``flush`` gives it; but the next push goes on with the same text."""
+        """Return the rest of the text as ``flush`` does; the next push continues the same text."""
         text = self._decode()
         rest = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return rest
 
     def flush(self) -> str:
-        """The rest of the text, an incomplete character as decode() gives it; the next push begins a new text."""
+        """Return the rest of the text, incomplete characters as decode() gives them; the next push begins a new
+        text."""
         rest = self._decode()[self._shown :]
         self._window, self._shown = [], 0
         return rest
@@ -71,5 +72,6 @@ class StreamDecoder:
 
 
 def _certain(text: str) -> int:
-    """How many characters no later token can change: all but a U+FFFD at the end, maybe a character in the making."""
+    """Return how many characters no later token can change: all but a final U+FFFD, which may be an incomplete
+    character."""
     return len(text) - text.endswith(_INCOMPLETE)

@@ -1,4 +1,4 @@
-"""The bytes of single tokens, from their pieces in the vocabulary, and where each token begins in its text."""
+"""The bytes that single tokens add to a text, and where each token begins in it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_LEFT, _RIGHT = "q", "z"  # neighbours that no decoder changes, to see a piece in the middle of a text
+_LEFT, _RIGHT = "q", "z"  # neighbours that no decoder changes, to decode a token in mid-text
 
 
 class TokenBytes:
-    """What each token adds to a text, as bytes: ``b"".join(map(token_bytes.of, ids))`` is the UTF-8 of what
-    ``Tokenizer.decode`` gives for these ids, but for its first token, whose bytes ``first`` gives, and for bytes that
-    are no UTF-8, which it replaces.
+    """The bytes that each token adds to a text.
 
-    How a piece becomes bytes depends on the decoder of the tokenizer: in a byte-level vocabulary each character of a
-    piece stands for a byte; with a ByteFallback step a piece such as <0xE4> is one byte; what other decoders make of a
-    piece (U+2581 becomes a space, "##" goes, words are joined by spaces) is asked of the decoder, between two
-    neighbours. Special tokens have the bytes of their own text, though a text usually leaves them out.
+    ``b"".join(map(token_bytes.of, ids))`` is the UTF-8 of what ``Tokenizer.decode`` returns for these ids, with two
+    exceptions: the first token, whose bytes ``first`` returns, and invalid UTF-8, which decode() replaces.
+
+    A token's bytes depend on the tokenizer's decoder. In a byte-level vocabulary each character stands for a byte; with
+    ByteFallback a token such as <0xE4> is one byte. For other decoders (U+2581 becomes a space, "##" is dropped, words
+    are joined with spaces) the token is decoded between two neighbours. Special tokens give the bytes of their text,
+    although texts usually omit them.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -35,7 +36,7 @@ class TokenBytes:
         self._after = self._join(_LEFT, _RIGHT)[len(self._before) :]
 
     def of(self, token: int) -> bytes:
-        """The bytes that a token adds in the middle of a text; b"" for an id without a token."""
+        """Return the bytes that a token adds in the middle of a text; b"" for an id without a token."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
@@ -49,7 +50,7 @@ class TokenBytes:
         return piece.encode()
 
     def first(self, token: int) -> bytes:
-        """The bytes of a token that begins a text, where many decoders drop a space."""
+        """Return the bytes of a token at the start of a text, where many decoders drop a space."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
@@ -62,7 +63,7 @@ class TokenBytes:
         return text[: len(text) - len(self._after)].encode() if text.endswith(self._after) else piece.encode()
 
     def is_byte(self, token: int) -> bool:
-        """Whether this is a byte-fallback token such as <0xE4>, one byte of a character."""
+        """Return whether this is a byte-fallback token such as <0xE4>."""
         piece = self._tokenizer.id_to_token(token) if self.byte_fallback else None
         return piece is not None and byte_of(piece) is not None
 
@@ -71,35 +72,37 @@ class TokenBytes:
         assert alphabet is not None
         if all(character in alphabet for character in piece):
             return bytes(alphabet[character] for character in piece)
-        return piece.encode()  # an added token whose text is no row of bytes
+        return piece.encode()  # an added token, whose text is not in the byte alphabet
 
     def _join(self, *pieces: str) -> str:
-        """The text of pieces, as the tokenizer decodes them."""
+        """Decode vocabulary entries to text."""
         return " ".join(pieces) if self._decoder is None else self._decoder.decode(list(pieces))
 
 
 def byte_of(piece: str) -> int | None:
-    """The byte that a byte-fallback piece such as <0xE4> stands for, or None."""
+    """Return the byte that a byte-fallback token such as <0xE4> stands for, or None."""
     found = BYTE_PIECE.fullmatch(piece)
     return None if found is None else int(found[1], 16)
 
 
 class Offsets:
-    """Where each token of a text begins in it, in characters: of a token that begins inside a character, where that
-    character begins. Of a run of byte-fallback tokens that is known when the run ends, because a run that is no UTF-8
-    becomes a replacement character per byte.
+    """The character offset of each token in a text. A token that begins inside a character gets that character's
+    offset.
+
+    The offsets of a run of byte-fallback tokens are known when the run ends, because a run that is invalid UTF-8
+    becomes one replacement character per byte.
     """
 
     def __init__(self, token_bytes: TokenBytes):
         self._bytes = token_bytes
-        self._count = 0  # characters before what is open
-        self._open = b""  # bytes of a character that is not complete, or a run of byte-fallback tokens
-        self._waiting: list[int] = []  # tokens of the run, as how many of its bytes come before each
+        self._count = 0  # characters before ``_open``
+        self._open = b""  # bytes of an incomplete character or of a byte-fallback run
+        self._waiting: list[int] = []  # per token of the run: the run's bytes before it
         self._begun = False
 
     def push(self, token: int, shown: bool = True) -> list[int]:
-        """The next token; returns the offsets that are known now, in the order of the tokens. shown: whether the text
-        has it."""
+        """Add a token. Return the offsets that are now known, in the order of the tokens. ``shown``: whether the text
+        includes it."""
         if not shown:
             return self._nothing()
         data = self._bytes.of(token) if self._begun else self._bytes.first(token)
@@ -111,7 +114,7 @@ class Offsets:
         return [*self.flush(), self._place(data)]
 
     def flush(self) -> list[int]:
-        """The offsets that are still unknown, at the end of the text."""
+        """Return the remaining offsets at the end of the text."""
         if not self._bytes.byte_fallback:
             return []
         run, self._open = self._open, b""
@@ -128,7 +131,7 @@ class Offsets:
         return [self._count]
 
     def _place(self, data: bytes) -> int:
-        """Where bytes that come now begin; they are text from now on."""
+        """Append bytes to the text. Return their offset."""
         offset = self._count
         if self._open and data and not _goes_on(self._open + data[:1]):
             offset += 1
@@ -139,7 +142,7 @@ class Offsets:
 
 
 def _goes_on(data: bytes) -> bool:
-    """Whether bytes are the beginning of a character, or one."""
+    """Return whether bytes are a character or the beginning of one."""
     try:
         codecs.utf_8_decode(data, "strict", False)
     except UnicodeDecodeError:
@@ -148,7 +151,7 @@ def _goes_on(data: bytes) -> bool:
 
 
 def _characters(run: bytes) -> list[int]:
-    """Where the characters of a run of byte-fallback tokens begin."""
+    """Return where the characters of a byte-fallback run begin."""
     try:
         run.decode()
     except UnicodeDecodeError:
@@ -157,14 +160,15 @@ def _characters(run: bytes) -> list[int]:
 
 
 def _steps(decoder: dict[str, Any]) -> Iterator[str]:
-    """The names of a decoder's steps."""
+    """Yield the names of a decoder's steps."""
     yield decoder["type"]
     for step in decoder.get("decoders", ()):
         yield from _steps(step)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte. Printable bytes of Latin-1 stand for themselves, the others for U+0100 and on, in order."""
+    """Return character -> byte. Printable Latin-1 bytes stand for themselves, the others for U+0100 and following, in
+    order."""
     characters = set(pre_tokenizers.ByteLevel.alphabet())
     itself = {character: ord(character) for character in characters if ord(character) < 0x100}
     others = sorted(characters - itself.keys())

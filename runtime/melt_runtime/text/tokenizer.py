@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer of a package, its chat template, and decoding token by token."""
+"""A package's tokenizer: text to token ids and back, and its chat template."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ from .token_bytes import TokenBytes
 from .tokenizer_file import tokenizer_of
 from .unencodable import drops_characters, lacking
 
-MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest vocabularies of today
+MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest tokenizer files of today
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. ``role``: "system", "user" or "assistant"."""
+    """One message of a chat. ``role``: "system", "user" or "assistant"."""
 
     role: str
     content: str
 
     def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
+        """Return the message as a dict for the chat template."""
         return {"role": self.role, "content": self.content}
 
 
-class TextCodec:
-    """The tokenizer of a package and its chat template; `TextCodec.load` reads them from its directory.
+class TextTokenizer:
+    """A package's tokenizer and chat template; ``load`` reads them from its directory.
 
-    tokenizer: any tokenizer of the tokenizers library; its truncation and padding are switched off.
-    special_tokens: text by name, such as "bos_token", for the chat template. chat_template: Jinja source, or None;
-    tool_template: one to be used where tools are given. Raises PackageError for one that is not valid Jinja.
+    ``backend_tokenizer``: any tokenizer of the tokenizers library; its truncation and padding are switched off.
+    ``special_tokens``: text by name, such as "bos_token", for the chat template. ``chat_template``: Jinja source, or
+    None. ``tool_template``: the template for requests with tools. Raises PackageError for invalid Jinja.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        backend_tokenizer: Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         tool_template: str | None = None,
     ) -> None:
-        # Both would silently change prompts: the runtime checks lengths itself and pads with its own mask.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self.tokenizer = tokenizer
+        # Both would silently change prompts: the runtime checks lengths and masks padding itself.
+        backend_tokenizer.no_truncation()
+        backend_tokenizer.no_padding()
+        self.backend_tokenizer = backend_tokenizer
         self.special_tokens = dict(special_tokens or {})
         self._template = None if chat_template is None else ChatTemplate(chat_template)
         self._tool_template = self._template if tool_template is None else ChatTemplate(tool_template)
-        added = tokenizer.get_added_tokens_decoder()
+        added = backend_tokenizer.get_added_tokens_decoder()
         self.special = {token_id: token.content for token_id, token in added.items() if token.special}
-        self.token_bytes = TokenBytes(tokenizer)
-        self._drops_characters = drops_characters(tokenizer)
+        self.token_bytes = TokenBytes(backend_tokenizer)
+        self._drops_characters = drops_characters(backend_tokenizer)
 
     @classmethod
-    def load(cls, directory: Path, listed: Container[str] | None = None) -> TextCodec:
-        """Read `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json` and
-        `chat_template.jinja`.
+    def load(cls, directory: Path, listed: Container[str] | None = None) -> TextTokenizer:
+        """Read ``tokenizer.json`` and, where present, ``tokenizer_config.json``, ``special_tokens_map.json`` and
+        ``chat_template.jinja``.
 
-        listed: the files that may be read, as a package's manifest names them; None: all that are there. Raises
-        PackageError if tokenizer.json is missing or any of them cannot be read.
+        ``listed``: the files that may be read, as the manifest names them; None: all. Raises PackageError if
+        tokenizer.json is missing or a file cannot be read.
         """
 
         def there(name: str) -> Path | None:
@@ -90,57 +90,62 @@ class TextCodec:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the tokenizer knows, added ones included."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        """The number of tokens, added tokens included."""
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `render_chat` can be used."""
+        """Whether ``render_chat`` can be used."""
         return self._template is not None
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token given by its exact text in the vocabulary, or None."""
-        return self.tokenizer.token_to_id(token)
+        """Return the id of a token, given its exact text in the vocabulary, or None."""
+        return self.backend_tokenizer.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text. add_special_tokens: add what the tokenizer puts around a plain text, such as BOS;
-        pass False for a rendered chat, whose template wrote them already. Raises PromptError for text that is not
-        valid Unicode, or has a character that the tokenizer has no token for, not even one for unknown ones."""
+        """Return the token ids of a text.
+
+        ``add_special_tokens``: add the tokenizer's special tokens, such as BOS; pass False for a rendered chat, whose
+        template wrote them. Raises PromptError for text that is not valid Unicode or has a character without any token.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             message = f"The prompt is not valid Unicode at character {error.start}; remove the lone surrogate."
             raise PromptError(message) from error
         try:
-            encoded = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            encoded = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            reason: str | None = lacking(self.tokenizer, text) or f"The tokenizer failed: {brief(error)}"
+            reason: str | None = lacking(self.backend_tokenizer, text) or f"The tokenizer failed: {brief(error)}"
             raise PromptError(f"{reason}.") from error
-        if self._drops_characters and (reason := lacking(self.tokenizer, text)) is not None:
+        if self._drops_characters and (reason := lacking(self.backend_tokenizer, text)) is not None:
             raise PromptError(f"{reason}.")
         return list(encoded.ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Ids without a token give no text, as a model may have more rows than the tokenizer
-        has tokens; negative ids raise PromptError."""
+        """Return the text of token ids. Raises PromptError for ids below 0.
+
+        Ids without a token give no text: a model may have more embeddings than the tokenizer has tokens.
+        """
         try:
-            return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+            return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise PromptError("Token ids must be from 0 to 4,294,967,295.") from error
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The prompt text of a conversation, as transformers renders it; encode it with add_special_tokens=False.
+        """Return the prompt text of a conversation, as transformers renders it. Encode it with
+        ``add_special_tokens=False``.
 
-        messages: dicts with the text "role", the "content", and what else the template knows. add_generation_prompt:
-        end with the opening of the assistant's turn. variables: what else the template is given, plain values, such as
+        ``messages``: dicts with "role", "content" and further fields of the template. ``add_generation_prompt``: end
+        with the start of the assistant's turn. ``variables``: further plain values for the template, such as
         ``enable_thinking=False`` or ``tools=[...]``.
 
-        Raises ArgumentError if the package has no chat template, PromptError for messages that are malformed or that
-        the template refuses and for variables that it cannot use, PackageError if the template itself fails.
+        Raises ArgumentError if the package has no chat template, PromptError for malformed messages, messages that the
+        template refuses, and unusable variables, PackageError if the template itself fails.
         """
         template = self._template if variables.get("tools") is None else self._tool_template
         if template is None:
@@ -155,22 +160,22 @@ class TextCodec:
             raise PromptError(f"The chat template failed where {names} was given: {error}") from error
 
     def shows(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether decode() would take any notice of this id."""
+        """Return whether decode() gives any text for this id."""
         if skip_special_tokens and token_id in self.special:
             return False
         try:
-            return self.tokenizer.id_to_token(token_id) is not None
+            return self.backend_tokenizer.id_to_token(token_id) is not None
         except OverflowError as error:
             raise PromptError(f"Token ids must be from 0 to 4,294,967,295, not {token_id}.") from error
 
     def special_tokens_in(self, texts: Sequence[str]) -> dict[str, int]:
-        """The special tokens whose text occurs in one of some texts: text -> id."""
+        """Return the special tokens that occur in some texts: text -> id."""
         joined = "\0".join(texts)
         return {text: token_id for token_id, text in self.special.items() if text and text in joined}
 
 
 def _template_sources(config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates in tokenizer_config.json by name; a single one is called "default"."""
+    """Return the templates in tokenizer_config.json by name; a single one is called "default"."""
     given = config.get("chat_template")
     entries = given if isinstance(given, list) else [] if given is None else [{"name": "default", "template": given}]
     if not all(

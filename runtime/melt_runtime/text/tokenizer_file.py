@@ -1,4 +1,4 @@
-"""tokenizer.json from anyone: the tokenizers library panics over some files, and ends the process over others."""
+"""Read untrusted tokenizer.json files: the tokenizers library panics on some, and aborts the process on others."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def tokenizer_of(text: str) -> Tokenizer:
-    """A tokenizer from the text of its tokenizer.json, without truncation and padding, that has been tried once.
+    """Build a tokenizer from the text of its tokenizer.json, without truncation and padding, and try it once.
 
-    Raises ValueError that says what is wrong with it.
-
-    While the library reads, nothing reaches the process's standard error: a panic writes there, whoever catches it.
+    Raises ValueError, in one sentence, for a file that cannot be used. Standard error is silenced meanwhile, because a
+    panic in the library writes there even if it is caught.
     """
     _check_merges(parse_tokenizer(text).get("model"))
     with _ONE_AT_A_TIME, _silent():
         try:
             tokenizer = Tokenizer.from_str(text)
-            # Both would silently change prompts: the runtime checks lengths itself and pads with its own mask.
+            # Both would silently change prompts: the runtime checks lengths and masks padding itself.
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            with suppress(Exception):  # a text that cannot be written is the text's matter
+            with suppress(Exception):  # this text may have no tokens; prompts are checked when encoded
                 tokenizer.encode("a")
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # the library's panics are BaseExceptions only
             raise ValueError(brief(error)) from error
     return tokenizer
 
 
 def _check_merges(model: Any) -> None:
-    """Raises ValueError for a merge whose tokens are not in the vocabulary, where a prefix is set. The library cuts the
-    prefix off a merge's second token by its length in bytes, whatever it begins with, and ends the process over half a
-    character."""
+    """Raise ValueError for a merge of tokens outside the vocabulary, if a subword prefix is set.
+
+    The library cuts the prefix off a merge's second token by its length in bytes, unchecked, and aborts the process if
+    that splits a character.
+    """
     if not isinstance(model, dict) or not model.get("merges") or not model.get("continuing_subword_prefix"):
         return
     vocab, merges, prefix = model.get("vocab"), model["merges"], model["continuing_subword_prefix"]
@@ -61,11 +62,11 @@ def _check_merges(model: Any) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Leads the process's standard error nowhere."""
+    """Redirect the process's standard error to the null device."""
     sys.stderr.flush()
     try:
         kept = os.dup(2)
-    except OSError:  # it is closed
+    except OSError:  # standard error is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,5 +1,5 @@
-"""What the parts of a stranger's tokenizer.json may cost, weighed before the tokenizers library builds any of them: it
-ends the process where an allocation fails."""
+"""Limits on what an untrusted tokenizer.json may cost, checked before the tokenizers library builds anything: the
+library aborts the process if an allocation fails."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from ..untrusted import shown
 
-MOST_GROWTH = 1 << 13  # bytes per byte of text; weighed as here, XLNet, which has the most steps, comes to 3,000
-MOST_TEMPLATE_IDS = 1024  # that all templates add around one text
-MOST_STEPS = 1024  # of one part
-MOST_CHARACTERS = 1 << 16  # of a token, a pattern, a name
-MOST_VALUES = 6_000_000  # in the file, three times those of the largest vocabularies; each takes up to 200 bytes
+MOST_GROWTH = 1 << 13  # output bytes per byte of text; XLNet, which has the most steps, comes to 3,000
+MOST_TEMPLATE_IDS = 1024  # added around a text by all templates
+MOST_STEPS = 1024  # per part
+MOST_CHARACTERS = 1 << 16  # per token, pattern or name
+MOST_VALUES = 6_000_000  # per file: three times the largest vocabularies; each takes up to 200 bytes
 _CHARSMAP = "precompiled_charsmap"
-_COMPATIBILITY = 11  # NFKC and NFKD make 33 bytes of the three of U+FDFA
+_COMPATIBILITY = 11  # NFKC and NFKD turn the 3 bytes of U+FDFA into 33
 _INNER = ("normalizers", "pretokenizers", "decoders", "processors")
 
 
 def parse_tokenizer(text: str) -> dict[str, Any]:
-    """The content of a tokenizer.json whose cost is bounded. Raises ValueError, in one sentence, for another."""
+    """Parse a tokenizer.json whose cost is bounded. Raises ValueError, in one sentence, for any other."""
     if sum(map(text.count, "[{,")) > MOST_VALUES:
         raise ValueError(f"it has more than the {MOST_VALUES:,} values that are read")
     try:
@@ -40,7 +40,7 @@ def parse_tokenizer(text: str) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ: readers disagree on which of two counts."""
+    """Make a dict of a JSON object. Raises ValueError for a repeated name, because readers disagree on which counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object names the same thing twice")
@@ -48,7 +48,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _bound_texts(content: dict[str, Any]) -> None:
-    """Raises ValueError for a text that is too long, wherever it stands."""
+    """Raise ValueError for any text that is too long."""
     todo: list[Any] = [content]
     while todo:
         value = todo.pop()
@@ -70,8 +70,10 @@ def _bound(growth: float, parts: str) -> None:
 
 
 def _steps(content: dict[str, Any], part: str) -> Iterator[dict[str, Any]]:
-    """The steps of a part, those of a Sequence one by one. What is a step of which kind is told by its fields, because
-    the library reads steps without a type too."""
+    """Yield the steps of a part, with Sequences flattened.
+
+    Their kind is told by their fields, because the library also reads steps without a type.
+    """
     todo = [] if content.get(part) is None else [content[part]]
     count = 0
     while todo:
@@ -87,16 +89,18 @@ def _steps(content: dict[str, Any], part: str) -> Iterator[dict[str, Any]]:
 
 
 def _growth(content: dict[str, Any], part: str) -> float:
-    """How many bytes all steps of a part make of one byte, at most."""
+    """Return how many bytes all steps of a part make of one byte, at most."""
     growth = 1.0
     for step in _steps(content, part):
-        growth = min(growth * max(1.0, _step_growth(step)), 1e9)  # a product of a thousand large ones is no float
+        growth = min(growth * max(1.0, _step_growth(step)), 1e9)  # a product of many large factors would overflow
     return growth
 
 
 def _step_growth(step: dict[str, Any]) -> float:
-    """How many bytes a step makes of one byte, at most. A text is cut at added tokens and by pre-tokenizers, so what is
-    put in front of a text may come once per character."""
+    """Return how many bytes a step makes of one byte, at most.
+
+    Added tokens and pre-tokenizers split a text, so a prefix may be added once per character.
+    """
     if "content" in step and "pattern" in step:
         return _replaced(step["pattern"], _size(step["content"], "the content of a Replace"))
     if "prepend" in step:
@@ -106,10 +110,10 @@ def _step_growth(step: dict[str, Any]) -> float:
     if "replacement" in step:  # Metaspace
         return 1 + _size(step["replacement"], "the replacement of a Metaspace")
     if step.get("type") == "ByteLevel" or "trim_offsets" in step:
-        return 4  # a space in front, and two bytes for each
+        return 4  # a space in front, and two bytes per byte
     if step.get("type") in ("NFKC", "NFKD"):
         return _COMPATIBILITY
-    # WordPiece, BPEDecoder and CTC add a space per token, and between characters where what they look for is empty.
+    # WordPiece, BPEDecoder and CTC add a space per token, or per character if their pattern is empty.
     return 2 if any(name in step for name in ("prefix", "suffix", "pad_token")) else 1
 
 
@@ -121,8 +125,8 @@ def _replaced(pattern: Any, size: int) -> float:
 
 
 def _longest_replacement(charsmap: Any) -> int:
-    """The bytes of the longest text that a SentencePiece charsmap puts in for a character. It holds the size of its
-    trie as four bytes, the trie, and the texts, each ended by a zero."""
+    """Return the bytes of the longest replacement in a SentencePiece charsmap: the trie's size in four bytes, the trie,
+    and the replacements, each ended by a zero."""
     try:
         content = base64.b64decode(charsmap)
     except (TypeError, ValueError) as error:
@@ -131,8 +135,10 @@ def _longest_replacement(charsmap: Any) -> int:
 
 
 def _repeats(content: dict[str, Any]) -> int:
-    """How often the templates of the post-processor repeat a text. Raises ValueError for too many ids that they add,
-    and for a token that they do not define."""
+    """Return how often the post-processor's templates repeat a text.
+
+    Raises ValueError if they add too many ids or name an undefined token.
+    """
     repeats, added = 1, 0
     for step in _steps(content, "post_processor"):
         if "single" not in step and "pair" not in step:
@@ -151,7 +157,7 @@ def _repeats(content: dict[str, Any]) -> int:
 
 
 def _template(pieces: list[Any], ids: dict[str, int]) -> tuple[int, int]:
-    """What a template has: ids that it adds, and texts."""
+    """Return how many ids a template adds, and how many texts it holds."""
     added = texts = 0
     for piece in pieces:
         special = _dict(piece, "a piece of a template").get("SpecialToken")
@@ -168,7 +174,7 @@ def _template(pieces: list[Any], ids: dict[str, int]) -> tuple[int, int]:
 
 
 def _size(value: Any, what: str) -> int:
-    """The bytes of a text."""
+    """Return the bytes of a text."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {shown(value)}; it must be text")
     return len(value.encode("utf-8", "surrogatepass"))

@@ -1,4 +1,4 @@
-"""Which character of a text a tokenizer has no token for, where it has none for unknown ones either."""
+"""Find the characters of a text that a tokenizer cannot encode and has no unknown token for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def drops_characters(tokenizer: Tokenizer) -> bool:
-    """Whether it leaves out, without a word, what it has no token for: BPE does so that knows neither an unknown token
-    nor every byte."""
+    """Return whether the tokenizer silently drops characters without a token, as BPE without unknown token or all bytes
+    does."""
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.unk_token is not None or model.byte_fallback:
         return False
@@ -20,8 +20,7 @@ def drops_characters(tokenizer: Tokenizer) -> bool:
 
 
 def lacking(tokenizer: Tokenizer, text: str) -> str | None:
-    """Says which character, or word, of a text is the first that the tokenizer's model has no token for; None: all are
-    known."""
+    """Name the first character or word of a text without a token, in a sentence; None if all have tokens."""
     added = sorted((token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True)
     pattern = "|".join(map(re.escape, filter(None, added)))
     for part in re.split(pattern, text) if pattern else [text]:
@@ -46,7 +45,7 @@ def _named(tokenizer: Tokenizer, piece: str, text: str) -> str:
 
 
 def _known(tokenizer: Tokenizer, piece: str) -> bool:
-    """Whether the model has tokens for all of a piece."""
+    """Return whether the model has tokens for all of a piece."""
     if not piece:
         return True
     try:

@@ -1,1 +1,1 @@
-"""Chat templates: Jinja from a package, rendered as transformers renders it, within bounds of time and memory."""
+"""Chat templates: Jinja from a package, rendered as transformers does, with bounded time and memory."""

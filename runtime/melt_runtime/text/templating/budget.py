@@ -1,4 +1,4 @@
-"""What a rendering may still cost. A template is data of a stranger: every step and every value it makes is counted."""
+"""The budget of one rendering. Templates are untrusted: every step and every value they make is counted."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from contextvars import ContextVar
 from time import thread_time
 from typing import Any
 
-MAX_STEPS = 10_000_000  # about one node of the template's syntax tree each; two seconds or so
+MAX_STEPS = 10_000_000  # a step is about one node of the syntax tree; together about two seconds
 MAX_BYTES = 64 << 20
-# What a conversation adds, for each of its characters.
+# Added to the budget per character of the conversation.
 _STEPS_PER_CHARACTER = 16
 _BYTES_PER_CHARACTER = 64
-# Where steps are cheap and many, or a single one is dear, processor time is the last bound.
+# Processor time, for steps that take longer than usual.
 MAX_SECONDS = 10.0
-_STEPS_PER_LOOK = 1 << 11
+_STEPS_PER_CHECK = 1 << 11
 
-MAX_WHOLE = 1 << 63  # larger whole numbers would make arithmetic, text and hashes as slow as a template likes
-_VALUE = 24  # characters that a number, None or a container takes in text, generously
+MAX_WHOLE = 1 << 63  # larger integers would make arithmetic, formatting and hashing arbitrarily slow
+_VALUE = 24  # characters of a number, None or container as text, at most
 
 _FLAT = (bool, float, type(None))
 _NESTED = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
 class TooMuch(Exception):
-    """A template asks for more than it may. No filter of Jinja catches it: it is of none of the usual families."""
+    """A template exceeded its budget. Derived from Exception directly, so that no Jinja filter catches it."""
 
 
 class Budget:
-    """Steps and bytes that are left to one rendering. ``given``: the size of what it is given, see `size`."""
+    """The steps and bytes left to one rendering. ``given``: the size of its variables, see `size`."""
 
     def __init__(self, given: int = 0) -> None:
         self.steps = MAX_STEPS + _STEPS_PER_CHARACTER * given
         self.bytes = MAX_BYTES + _BYTES_PER_CHARACTER * given
-        self._look = self.steps - _STEPS_PER_LOOK
+        self._next_check = self.steps - _STEPS_PER_CHECK
         self._until = thread_time() + MAX_SECONDS
 
     def spend(self, steps: int) -> None:
-        """Raises TooMuch where so many steps are not left."""
+        """Use up steps. Raises TooMuch if fewer are left."""
         self.steps -= steps
-        if self.steps < self._look:
+        if self.steps < self._next_check:
             if self.steps < 0:
                 raise TooMuch("it takes too many steps")
-            self._look = self.steps - _STEPS_PER_LOOK
+            self._next_check = self.steps - _STEPS_PER_CHECK
             if thread_time() > self._until:
                 raise TooMuch(f"it takes more than {MAX_SECONDS:g} seconds")
 
     def room(self, count: int) -> None:
-        """Raises TooMuch where a value of so many bytes must not be made."""
+        """Raise TooMuch if a value of ``count`` bytes must not be made."""
         if count > self.bytes:
             raise TooMuch("it makes too much text")
 
     def made(self, value: Any) -> Any:
-        """Pays for a value that was made, and returns it."""
+        """Count the bytes of a new value and return it. Raises TooMuch."""
         kind = type(value)
         if kind is int:
             if not -MAX_WHOLE <= value <= MAX_WHOLE:
@@ -65,7 +65,7 @@ class Budget:
         return value
 
     def read(self, *values: Any) -> int:
-        """Pays for reading values whole, and returns their size."""
+        """Count the steps of reading whole values and return their size. Raises TooMuch."""
         total = 0
         for value in values:
             total += size(value)
@@ -74,9 +74,9 @@ class Budget:
 
 
 def size(value: Any) -> int:
-    """About how many characters a value's text has, rather more; a part that is held twice counts twice.
+    """Return an upper estimate of the characters of a value's text; shared parts count each time.
 
-    Raises TooMuch where reading it all would take more steps than are left.
+    Raises TooMuch if reading it all would take more steps than are left.
     """
     if isinstance(value, str | bytes):
         return len(value)
@@ -112,7 +112,7 @@ _current: ContextVar[Budget] = ContextVar("budget")
 
 @contextmanager
 def budgeted(given: int = 0) -> Iterator[Budget]:
-    """While it lasts, `current` gives a new budget."""
+    """Make a new budget the current one for the length of the block."""
     token = _current.set(Budget(given))
     try:
         yield _current.get()

@@ -1,4 +1,4 @@
-"""A chat template of a package: compiled once, rendered for each conversation."""
+"""A package's chat template: compiled once, rendered per conversation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...untrusted import brief
 from .budget import budgeted, size
 from .sandbox import MAX_SOURCE, BoundedEnvironment
 
-_MAX_REASON = 300  # characters of an error's own words
+_MAX_REASON = 300  # characters of an error's message
 
 
 class ChatTemplate:
-    """Jinja source, compiled. Raises PackageError for what is not valid Jinja or more than a template may be."""
+    """A compiled Jinja template. Raises PackageError for invalid Jinja and for templates above the limits."""
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
@@ -27,13 +27,13 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             reason = f"line {error.lineno}: {_reason(error)}"
             raise PackageError(f"The chat template is not valid Jinja ({reason}).") from error
-        except Exception as error:  # Python's compiler has limits of its own, and any of them may be met
+        except Exception as error:  # the template may hit any limit of Python's compiler
             raise PackageError(f"The chat template cannot be compiled ({_reason(error)}).") from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text. variables: plain values, see `variables.plain`.
+        """Render the template. ``variables``: plain values, see `variables.plain`.
 
-        Raises PromptError where the template refuses the messages, PackageError where it fails or asks for too much.
+        Raises PromptError if the template refuses the messages, PackageError if it fails or exceeds its budget.
         """
         try:
             with budgeted() as budget:
@@ -47,12 +47,12 @@ class ChatTemplate:
                 return "".join(parts)
         except PromptError:
             raise
-        except Exception as error:  # a template is code of the package and can fail in any way
+        except Exception as error:  # a template is code and can fail in any way
             raise PackageError(f"The chat template of this package failed: {_reason(error)}.") from error
 
 
 def _reason(error: Exception) -> str:
-    """An error in a few words."""
+    """Describe an error in a few words."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return brief(error, _MAX_REASON).rstrip(".")

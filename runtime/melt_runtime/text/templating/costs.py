@@ -1,7 +1,7 @@
-"""What the methods and filters cost whose results can be much larger than what goes in, or slower than it looks.
+"""The costs of methods and filters whose results can be far larger than their inputs, or slower than they look.
 
-A forecast takes the call's own arguments and returns at most how many characters come out; it raises TooMuch for what
-no template needs. It raises what the call itself would raise for arguments of wrong types.
+A forecast takes the call's arguments and returns the most characters that can result. It raises TooMuch for requests
+that no template needs, and whatever the call would raise for arguments of wrong types.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-MAX_WIDTH = 100_000  # of a field, an indentation, or a number's digits
+MAX_WIDTH = 100_000  # of a field or an indentation, or in digits
 _LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _SPACES = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 _MAX_ATTRIBUTE = 200  # characters: "a.b.c", or "a,b,c" to sort by
-_PIECE = 80  # bytes of a short string in a list
-_ESCAPED = 6  # characters of one as HTML, JSON or Python write it, at most, but for characters beyond U+FFFF: 12
-_BREAKS = "-({[<"  # where the filter title begins a word, too
-# A field: its name's brackets, width and precision. Python's own reader of names counts brackets; here they have none.
+_PIECE = 80  # bytes of a short string's object in a list
+_ESCAPED = 6  # most characters per character when escaped for HTML, JSON or Python (12 beyond U+FFFF)
+_BREAKS = "-({[<"  # characters after which ``title`` begins a word
+# A field: name, width and precision. Python allows brackets in names; here they are refused.
 _PERCENT = re.compile(r"%(\()?(?:(?<=\()[^()]{0,200}(\)))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]*(?:.|\Z)", re.DOTALL)
 
 
 def width(value: Any) -> int:
-    """A width that a template asks for. Raises TooMuch."""
+    """Return a width that a template asks for. Raises TooMuch."""
     if isinstance(value, int) and abs(value) > MAX_WIDTH:
         raise TooMuch(f"it asks for a width of more than {MAX_WIDTH:,}")
     return abs(int(value))
 
 
 def printf(form: str | bytes, arguments: Any) -> int:
-    """Of ``form % arguments``."""
+    """Return the most characters of ``form % arguments``. Raises TooMuch."""
     text = form if isinstance(form, str) else form.decode("latin-1")
     fields = 0
     total = len(text)
@@ -52,19 +52,19 @@ def printf(form: str | bytes, arguments: Any) -> int:
                 total += sum(width(one) for one in arguments if isinstance(one, int))
             elif number:
                 total += width(int(number[:20]))
-    # Each of a tuple is used once; a value by name as often as it is named.
+    # A tuple's values are used once each; named values as often as they are named.
     times = 1 if isinstance(arguments, tuple) else max(fields, 1)
     return total + _ESCAPED * times * size(arguments)
 
 
 def check_spec(spec: str) -> None:
-    """A format spec such as ">10". Raises TooMuch."""
+    """Check the widths in a format spec such as ">10". Raises TooMuch."""
     for number in re.findall(r"\d+", spec):
         width(int(number[:20]))
 
 
 def check_attribute(*names: Any) -> None:
-    """The attributes that a filter looks up in every item. Raises TooMuch."""
+    """Check the attribute names that a filter looks up in every item. Raises TooMuch."""
     if any(isinstance(name, str) and len(name) > _MAX_ATTRIBUTE for name in names):
         raise TooMuch(f"it asks for an attribute of more than {_MAX_ATTRIBUTE} characters")
 
@@ -158,7 +158,7 @@ def _json(
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects lie within each other; stops where nobody writes by hand."""
+    """Return the nesting depth of lists and objects, up to 100."""
     depth, level = 0, [value]
     while level and depth < 100:
         depth += 1
@@ -191,7 +191,7 @@ def _rounded(value: Any, precision: Any = 0, method: Any = "common") -> int:
 
 
 def _summed(parts: Any, attribute: Any = None, start: Any = 0) -> int:
-    # A sum of lists copies all that came before for each of them.
+    # Summing lists copies the partial sum for each list.
     return 0 if isinstance(start, int | float) else 8 * size(parts) * len(parts)
 
 
@@ -232,9 +232,9 @@ FILTERS: dict[str, Forecast] = {
     "xmlattr": _escaped,
     "urlize": _escaped,
 }
-# Where the name of an attribute stands among the arguments.
+# The position of the attribute's name among the arguments.
 ATTRIBUTES = {
-    "map": 99,  # only by its name
+    "map": 99,  # as a keyword only
     "selectattr": 0,
     "rejectattr": 0,
     "groupby": 0,
@@ -245,16 +245,16 @@ ATTRIBUTES = {
     "max": 1,
     "sort": 2,
 }
-# These look at no more than a value's own length, and at its parts as they are asked for.
+# These read only a value's length, and its items one at a time.
 SHALLOW_FILTERS = _names(
     "attr batch count d default first items last length map reject rejectattr reverse round safe select "
     "selectattr slice"
 )
-# These need all parts of an iterator before they begin.
+# These consume an iterator before they begin.
 WHOLE_FILTERS = _names("join sum list sort unique min max groupby")
-# These take time with the square of a text's length, where it is written for it.
+# These take quadratic time on adversarial text.
 SQUARE_FILTERS = _names("wordwrap urlize striptags pprint")
-# These look for one text in another, in the worst case at every place of it.
+# These search a text, in the worst case with a full comparison at every place.
 SEARCHES = _names("find rfind index rindex count split rsplit partition rpartition replace startswith endswith")
 DEEP_TESTS = _names("eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in lower upper")
 SAFE_METHODS: dict[type, frozenset[str]] = {

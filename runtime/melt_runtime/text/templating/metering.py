@@ -1,8 +1,8 @@
-"""A template's syntax tree with nodes that pay, put in before Jinja makes Python of it.
+"""Insert cost-counting nodes into a template's syntax tree before Jinja compiles it.
 
-Each block pays for its own nodes whenever it is entered, comparisons and texts that are joined pay for what they read,
-containers and slices for what they are made of. The nodes are filters that need the rendering's context, which is why
-Jinja folds nothing that holds them.
+Each block counts its nodes when it is entered; comparisons and concatenations count what they read, containers and
+slices what they make. The nodes are filters that need the rendering context, so Jinja does not fold expressions with
+them into constants.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from jinja2.visitor import NodeTransformer
 
 from .budget import MAX_WHOLE, TooMuch, current
 
-_MAX_NODES = 12_000  # of a syntax tree; the largest templates of today have 4,000
-BLOCK = 8  # steps that a block, a call or a test takes beside its own nodes
-# Filters of these names are in the syntax tree alone; no template can spell them.
+_MAX_NODES = 12_000  # per syntax tree; the largest templates of today have 4,000
+BLOCK = 8  # steps per block, call or test, beside its nodes
+# Names of the inserted filters; the parentheses keep templates from using them.
 _PAID, _READ, _CUT, _MADE, _SHOWN = "(paid)", "(read)", "(cut)", "(made)", "(shown)"
 
 
 class _Meter(NodeTransformer):
-    """Puts the nodes that pay into a syntax tree."""
+    """A transformer that inserts the counting nodes."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        # What each block costs is counted before anything is put in.
+        # Count before inserting.
         costs = {
             name: _cost(getattr(node, name))
             for name in ("body", "else_")
@@ -36,7 +36,7 @@ class _Meter(NodeTransformer):
         test = _cost([node.test]) if isinstance(node, nodes.For) and node.test is not None else 0
         node = super().generic_visit(node, *args, **kwargs)
         for name, cost in costs.items():
-            if name == "body" or getattr(node, name):  # an empty body takes its turns, too
+            if name == "body" or getattr(node, name):  # an empty body still iterates
                 getattr(node, name).insert(0, nodes.ExprStmt(_pay(BLOCK + cost), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:
             node.test = nodes.And(_pay(BLOCK + test), node.test, lineno=node.lineno)
@@ -62,7 +62,7 @@ class _Meter(NodeTransformer):
 
 
 def metered(template: nodes.Template) -> nodes.Template:
-    """The tree with what it pays. Raises TooMuch for one that is too large."""
+    """Return the tree with counting nodes. Raises TooMuch for a tree that is too large."""
     if _cost([template], exclude=()) > _MAX_NODES:
         raise TooMuch(f"it has more than {_MAX_NODES:,} expressions")
     paying: nodes.Template = _Meter().visit(template)
@@ -70,7 +70,7 @@ def metered(template: nodes.Template) -> nodes.Template:
 
 
 def _cost(block: Iterable[nodes.Node], exclude: tuple[str, ...] = ("body", "else_")) -> int:
-    """How many nodes a block has; as a rule less those of the blocks in it, which pay for themselves."""
+    """Return a block's number of nodes, by default without its inner blocks, which count themselves."""
     total, waiting = 0, list(block)
     while waiting:
         node = waiting.pop()

@@ -1,7 +1,6 @@
-"""Jinja with every step counted: what is in reach of a template, and what it pays for it.
+"""A Jinja sandbox that counts every step.
 
-The syntax tree pays for what it does itself (`metering`); filters, tests, operators and calls pay here, where they are
-looked up.
+The syntax tree counts its own work (`metering`); filters, tests, operators and calls count theirs here.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ from .costs import (
 from .metering import BLOCK, FILTERS_THAT_PAY, metered
 
 MAX_SOURCE = 256 << 10  # characters; the longest templates of today have 30,000
-_MAX_LAZY = 50  # filters that each read the one before item by item
-_MAX_REFUSAL = 1000  # characters of what a template may say of messages
+_MAX_LAZY = 50  # chained filters that read each other item by item
+_MAX_REFUSAL = 1000  # characters of a template's own error message
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Renders as transformers' environment for chat templates does, under `budget.current`."""
+    """A Jinja environment that renders like transformers', within `budget.current`."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
@@ -72,14 +71,14 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super()._generate(metered(source), *args, **kwargs)
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
-        """The text of a macro's or block's parts."""
+        """Join the output of a macro or block."""
         parts = list(parts)
         current().room(sum(map(len, parts)))
         text: str = current().made("".join(parts))
         return text
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator's result, unless it would be too large."""
+        """Apply an operator. Raises TooMuch if the result would be too large."""
         budget = current()
         if operator == "%" and isinstance(left, str | bytes):
             budget.read(left, right)
@@ -95,7 +94,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return budget.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call's result, unless it is of a kind that no template needs, or would be too large."""
+        """Call a function or method. Raises TooMuch if no template needs it or the result would be too large."""
         budget = current()
         budget.spend(BLOCK)
         owner = getattr(__obj, "__self__", None)
@@ -112,13 +111,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return result if isinstance(owner, dict) else budget.made(result)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """An item; a key that is no text or number is paid for, because it is hashed whole."""
+        """Return an item. Keys other than text and integers are counted, because hashing reads them whole."""
         if not isinstance(argument, str | int):
             current().read(argument)
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """As in Jinja, with fields of bounded width."""
+        """Wrap ``str.format`` as Jinja does, with bounded field widths."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -135,7 +134,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Formatter(jinja2.sandbox.SandboxedFormatter):
-    """`str.format` with every field paid for."""
+    """A `str.format` that counts every field."""
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         if conversion:
@@ -150,11 +149,11 @@ class _Formatter(jinja2.sandbox.SandboxedFormatter):
 
 
 class _MarkupFormatter(_Formatter, EscapeFormatter):
-    """The same for text that is marked as safe HTML."""
+    """The same for markup-safe text."""
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for training; here its content is written as it is."""
+    """The `{% generation %}` block, which marks text for training; its content is rendered unchanged."""
 
     tags = {"generation"}
 
@@ -168,18 +167,18 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict` for templates: a call and `fromkeys`, and no way to the class."""
+    """`dict` for templates: callable, with `fromkeys`, without access to the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """As dict.fromkeys."""
+        """Call dict.fromkeys."""
         return dict.fromkeys(*args)
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace without names that Python gives a meaning to; its text does not show what is in it."""
+    """A namespace without underscore names, whose text does not show its contents."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, args = args[0], args[1:]
@@ -202,7 +201,7 @@ def _check_name(name: Any) -> None:
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that pays: for what it reads, and for what it makes, before it makes it."""
+    """Wrap a filter to count what it reads, and check what it makes before it does."""
     passed = getattr(function, "jinja_pass_arg", None) is not None
     forecast = FILTERS.get(name)
 
@@ -247,8 +246,11 @@ def _bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 class _Lazy:
-    """The items of a filter's result, paid for as they come. Each waits in C for the one that it reads, so a chain of
-    them has an end. ``behind``: what the filter reads."""
+    """A lazy filter's items, counted as they come.
+
+    Each item waits in C for the filter that it reads from, so the length of chains is bounded. ``behind``: what this
+    filter reads.
+    """
 
     def __init__(self, items: Iterator[Any], *behind: Any) -> None:
         self.depth: int = 1 + max((one.depth for one in (items, *behind) if isinstance(one, _Lazy)), default=0)
@@ -270,7 +272,7 @@ def _counted(parts: Iterator[Any]) -> Iterator[Any]:
 
 
 def _check_builtin(owner: Any, name: str, args: tuple[Any, ...]) -> None:
-    """Pays for a method of Python's own types; raises TooMuch for those that no template needs."""
+    """Count a method call on a built-in type. Raises TooMuch for methods that no template needs."""
     allowed = next((names for kind, names in SAFE_METHODS.items() if isinstance(owner, kind)), frozenset())
     if name not in allowed:
         raise TooMuch(f"it calls {type(owner).__name__}.{name}")
@@ -280,7 +282,7 @@ def _check_builtin(owner: Any, name: str, args: tuple[Any, ...]) -> None:
 
 
 def _check_method(text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Pays for a method of a text; returns its arguments, an iterator among them as a list."""
+    """Count a method call on a text. Return its arguments, with an iterator turned into a list."""
     budget = current()
     if name == "join" and args and not hasattr(args[0], "__len__"):
         args = (list(_counted(iter(args[0]))), *args[1:])
@@ -305,7 +307,7 @@ def _check_times(left: Any, right: Any) -> None:
 
 
 def _length(value: Any) -> int:
-    """About how many bytes a sequence takes, without what its parts take."""
+    """Estimate the bytes of a sequence, without its items."""
     return len(value) if isinstance(value, str | bytes) else 8 * len(value)
 
 

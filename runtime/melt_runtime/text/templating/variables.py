@@ -1,4 +1,4 @@
-"""What a chat template sees: messages and variables as plain values, and the tokenizer's special tokens by name."""
+"""The variables of a chat template: messages and plain values, and the tokenizer's special tokens by name."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _CLASSES: dict[str, dict[str, str]] = {
         name: f"<{name.removesuffix('_token')}>" for name in STANDARD_TOKENS if name[:3] not in ("sep", "cls")
     },
 }
-# Variables that are somebody else's to give, so that they would be ignored or be a surprise.
+# Variables that callers may not set, because they would be ignored or misunderstood.
 _RESERVED = ("messages", "chat_template", "tokenize", "continue_final_message")
 _MAX_DEPTH = 100
-# Names under which reasoning is passed; templates read the first, gpt-oss's the second.
+# Field names for reasoning; templates read the first, gpt-oss's the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def special_tokens(config: Mapping[str, Any], tokens_map: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The special tokens by name, such as "bos_token" and "image_token", as transformers 5 reads them.
+    """Return the special tokens by name, such as "bos_token" and "image_token", as transformers 5 reads them.
 
-    config: tokenizer_config.json. tokens_map: special_tokens_map.json, which counts only where the config lists no
-    added tokens itself. Raises PackageError for a token that is no text.
+    ``config``: tokenizer_config.json. ``tokens_map``: special_tokens_map.json, used only if the config lists no added
+    tokens. Raises PackageError for a token that is not text.
     """
-    # An object is a token of a name of its own only where it says that it is one.
+    # Under other names, an object is a token only if it has a "__type".
     given = {
         name: value
         for name, value in config.items()
@@ -53,22 +53,22 @@ def special_tokens(config: Mapping[str, Any], tokens_map: Mapping[str, Any] | No
 
 
 def _defaults(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """The tokens that a class of tokenizers has where its configuration does not say."""
+    """Return the tokens that a tokenizer class has by default."""
     name = config.get("tokenizer_class")
     return _CLASSES.get(name.removesuffix("Fast"), {}) if isinstance(name, str) else {}
 
 
 def _is_token(value: Any) -> bool:
-    """Whether this is a token: its text, or an object with its text and how it is matched."""
+    """Return whether this is a token: text, or an object with its text."""
     return isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("content"), str))
 
 
 def template_variables(
     messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that a template is given. given: what the caller adds, such as ``enable_thinking`` or ``tools``.
+    """Return all variables of a template. ``given``: the caller's, such as ``enable_thinking`` or ``tools``.
 
-    Raises PromptError for messages that are malformed, and for variables that are no plain values.
+    Raises PromptError for malformed messages and for variables that are not plain values.
     """
     reserved = next((name for name in _RESERVED if name in given), None)
     if reserved is not None:
@@ -83,7 +83,7 @@ def template_variables(
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as dicts without empty fields, or PromptError."""
+    """Return the messages as dicts without empty fields. Raises PromptError."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise PromptError("Chat messages must be a non-empty list of dicts with a role and a content.")
     return [_message(number, message) for number, message in enumerate(messages)]
@@ -92,7 +92,7 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise PromptError(f"Chat message {number} must be a dict with a role and a content, not {message!r}.")
-    # Templates test whether a field is there, and would write None.
+    # Templates test whether a field exists, and would print None.
     given = {name: plain(value, f"message {number}") for name, value in message.items() if value is not None}
     if not isinstance(given.get("role"), str):
         raise PromptError(f"Chat message {number} needs the text 'role'.")
@@ -104,7 +104,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy of plain values, such as JSON has, without anything that has methods of its own. Raises PromptError."""
+    """Copy plain values, as in JSON, without objects that have methods of their own. Raises PromptError."""
     if depth > _MAX_DEPTH:
         raise PromptError(f"Chat templates take values of at most {_MAX_DEPTH} levels; {where} has more.")
     if value is None or type(value) in (str, int, float, bool):
