@@ -96,14 +96,20 @@ class _MeltStep(_LoopStep[MeltModel]):
         return (*step, *attend.outputs)
 
 
-class _PlainStep(_LoopStep[M]):
-    """A LoopLM, whose caches are those of the loop that runs, or a MELT of one loop: nothing else is kept."""
+class _LoopLMStep(_LoopStep[LoopLMModel]):
+    """LoopLM: the caches are those of the loop that runs, and nothing else is kept between loops."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)
-        model = self.model
-        step = model.only_loop(hidden, attend) if isinstance(model, MeltModel) else model.loop_step(hidden, attend)
-        return (*step, *attend.outputs)
+        return (*self.model.loop_step(hidden, attend), *attend.outputs)
+
+
+class _OnlyLoop(_LoopStep[MeltModel]):
+    """A MELT of one loop: nothing is kept for a next one."""
+
+    def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        attend = self.attend(lengths, control, caches)
+        return (*self.model.only_loop(hidden, attend), *attend.outputs)
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,8 @@ def trace_loop_step(
         TensorSpec("exit_probability", "float32", ("batch", "chunk")),
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
-    step = _MeltStep if steered else _PlainStep
+    melt = isinstance(model, MeltForCausalLM)
+    step = _MeltStep if steered else _OnlyLoop if melt else _LoopLMStep
     module: nn.Module = step(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])  # type: ignore[arg-type]
     traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), cache_rows)
     if dialect.fuses:

@@ -107,6 +107,7 @@ class MeltModel(nn.Module):
         hidden: (batch, chunk, d). Returns the new hidden and the exit probability (batch, chunk) float32.
         """
         for layer in self.layers:
+            assert isinstance(layer, MeltLayer)
             hidden = layer.first(hidden, attend)
         hidden = self.norm(hidden)
         return hidden, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
