@@ -33,8 +33,8 @@ from melt_runtime.text.tokenizer import TextCodec
 from .errors import ExportError
 from .graph.dialects import DIALECTS
 from .graph.external_weights import attach_weights, external_bytes, write_weights
-from .graph.hollow import without_memory
 from .graph.onnxruntime_optimizer import optimize
+from .graph.placeholder_weights import with_placeholder_weights
 from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
 from .options import ExportOptions
 from .quantization.calibration import calibration_tokens, hessians
@@ -113,7 +113,7 @@ def build_package(
         numbers = calibrated(checkpoint, tokens, loops, chunk, max_seq_len, bits, progress)
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
     dialect.check(config)
-    without_memory(model, TORCH_DTYPES[dtype])
+    with_placeholder_weights(model, TORCH_DTYPES[dtype])
     states = loop_states(config, dialect, dtype, cache_rows)
     progress("tracing loop_step", 0, 0)
     graphs: dict[str, TracedGraph] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from melt_models import MeltConfig
 from melt_models.atomic import new_directory
-from melt_models.checkpoint import expected_shapes, hollow_model
+from melt_models.checkpoint import expected_shapes, meta_model
 from melt_runtime.progress import Step, no_progress
 from safetensors.torch import save_file
 
@@ -34,7 +34,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 def make(output: Path, config: MeltConfig, *, seed: int = 0, force: bool = False, progress: Step = no_progress) -> None:
     """Writes config.json and sharded safetensors. Raises TargetExistsError, OSError."""
-    shapes = expected_shapes(hollow_model(config))
+    shapes = expected_shapes(meta_model(config))
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
