@@ -1,4 +1,5 @@
-"""Strict reading of checkpoint directories: every expected tensor is there, nothing else is, and all values are finite."""
+"""Strict reading of checkpoint directories: all expected tensors are there, no others are, and all values are
+finite."""
 
 from __future__ import annotations
 

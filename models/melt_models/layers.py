@@ -58,7 +58,10 @@ def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in its rotate-half form. x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2)."""
+    """Apply RoPE in its rotate-half form.
+
+    x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2).
+    """
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -75,13 +78,16 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attend with grouped queries. query: (b, heads, c, d); key, value: (b, kv_heads, n, d); mask: (b or 1, c, n) bool."""
+    """Attend with grouped queries.
+
+    query: (b, heads, c, d); key, value: (b, kv_heads, n, d); mask: (b or 1, c, n) bool.
+    """
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.unsqueeze(1), enable_gqa=grouped)
 
 
 class Attention(nn.Module):
-    """The query, key, value and output projections around ``attend``. Queries read ``x``; keys and values read ``kv``."""
+    """Query, key, value and output projections around ``attend``. Queries read ``x``, keys and values read ``kv``."""
 
     def __init__(self, config: LoopedConfig, layer: int):
         super().__init__()

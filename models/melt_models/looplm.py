@@ -197,7 +197,10 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
         return True
 
     def _depth(self, exits: Tensor, exit_at_step: int | None, exit_threshold: float | None) -> Tensor:
-        """Return the loop whose output the head reads, (batch, tokens), counted from 1. exits: (loops, batch, tokens)."""
+        """Return the loop whose output the head reads, (batch, tokens), counted from 1.
+
+        exits: (loops, batch, tokens), the exit probabilities.
+        """
         num_loops = exits.shape[0]
         step = self.config.early_exit_step if exit_at_step is None else exit_at_step
         if step is not None:

@@ -110,8 +110,7 @@ class MeltModel(nn.Module):
     def loops(
         self, hidden: Tensor, active: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
     ) -> Iterator[tuple[LoopStep, Tensor]]:
-        """Run a chunk's loops one after the other, yielding each one's result and the tokens that were active, (batch,
-        chunk).
+        """Run a chunk's loops in order. Yields each loop's result and the tokens that were active, (batch, chunk) bool.
 
         Stops once no token is active. The chunk stays open in the cache until ``cache.commit``.
         """
@@ -131,7 +130,10 @@ class MeltModel(nn.Module):
     def run_chunk(
         self, hidden: Tensor, valid: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
     ) -> ChunkOutput:
-        """Run all loops of a chunk and commit it to the cache. hidden: (batch, chunk, d); valid: (batch, chunk) bool."""
+        """Run all loops of a chunk and commit it to the cache.
+
+        hidden: (batch, chunk, d); valid: (batch, chunk) bool.
+        """
         depth = torch.zeros_like(valid, dtype=torch.long)
         hiddens, exits = [], []
         for step, active in self.loops(hidden, valid, cache, num_loops, exit_threshold):

@@ -163,7 +163,10 @@ def _seeing_inputs(model: MeltModel, wanted: bool) -> Iterator[None]:
 
 
 class TeacherForward:
-    """Forward of a frozen LoopLM over the same chunks, without gradients. Equals its forward over the whole sequence."""
+    """Forward of a frozen LoopLM over the same chunks, without gradients.
+
+    It equals its forward over the whole sequence.
+    """
 
     def __init__(self, teacher: LoopLMForCausalLM, num_loops: int):
         self.teacher, self.num_loops, self.cache = teacher, num_loops, DynamicCache()

@@ -201,7 +201,10 @@ def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stag
 
 
 def build(kind: type[T], section: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a section of the file. Raises ConfigError for unknown keys, wrong types and wrong values."""
+    """Build a dataclass from a section of the file.
+
+    Raises ConfigError for unknown keys, wrong types and wrong values.
+    """
     values = _fields(kind, section, where)
     try:
         return kind(**values)

@@ -46,7 +46,10 @@ class Batches(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the stream's position as JSON values; a stream that loads it continues with exactly the same batches."""
+        """Return the stream's position as JSON values.
+
+        A stream that loads it continues with exactly the same batches.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -89,7 +92,10 @@ class TaskBatches:
 
 
 def character_tokenizer(vocabulary: tuple[str, ...], length: int) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token per character. ``length``: the largest number of tokens that the model supports."""
+    """Build a tokenizer with one token per character.
+
+    ``length``: the largest number of tokens that the model supports.
+    """
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

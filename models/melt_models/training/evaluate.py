@@ -58,7 +58,10 @@ def exact_match(
 
 @torch.no_grad()
 def greedy(model: Model, prompts: Tensor, count: int, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Decode ``count`` tokens after prompts (batch, n). Returns the tokens and the loops of each, both (batch, count)."""
+    """Decode ``count`` tokens after prompts (batch, n).
+
+    Returns the tokens and the loops of each, both (batch, count).
+    """
     step, cache, tokens, depths = prompts, None, [], []
     for _ in range(count):
         output = model(step, past_key_values=cache, logits_to_keep=1, **settings)

@@ -182,7 +182,10 @@ class DistillObjective(Objective):
         return done if self.options.interpolation == "linear" else float(0.5 - 0.5 * np.cos(np.pi * done))
 
     def spans(self, tokens: int) -> list[tuple[int, int]]:
-        """Return one span, or with ``truncate`` spans of that many chunks, each of the largest size that may be drawn."""
+        """Return one span, or with ``truncate`` spans of that many chunks.
+
+        A span has room for chunks of the largest size.
+        """
         sizes = self.options.chunk_sizes or (self.model.config.chunk_size,)
         piece = self.options.truncate * max(sizes) if self.options.chunk_wise else 0
         return [(at, min(at + piece, tokens)) for at in range(0, tokens, piece)] if piece else [(0, tokens)]
