@@ -1,6 +1,6 @@
-"""MELT checkpoints with random weights in a real model's shape, written shard by shard, in little memory.
+"""MELT checkpoints with random weights in the shape of a real model, for measurements.
 
-For measuring and for checking machines; their answers mean nothing.
+They are written shard by shard, in little memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCALE = 0.02
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norm weights are one, biases zero, everything else normal with a standard deviation of 0.02; bf16."""
+    """Return a bf16 tensor: ones for norm weights, zeros for biases, else normal with a standard deviation of 0.02."""
     if "norm" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("bias"):
@@ -33,7 +33,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 
 def make(output: Path, config: MeltConfig, *, seed: int = 0, force: bool = False, progress: Step = no_progress) -> None:
-    """Writes config.json and sharded safetensors. Raises TargetExistsError, OSError."""
+    """Write config.json and sharded safetensors. Raises TargetExistsError, OSError."""
     shapes = expected_shapes(meta_model(config))
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}

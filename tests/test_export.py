@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from melt_export import export
 from melt_export.errors import ExportError, ParityError
 from melt_export.export import building, sizes
-from melt_export.graph.merge_matmuls import packed_name
+from melt_export.graph.merge_matmuls import merged_name
 from melt_export.graph.placeholder_weights import with_placeholder_weights
 from melt_export.options import ExportOptions
 
@@ -369,7 +369,7 @@ def test_every_weight_is_stored_once(checkpoint: Path, make_package: MakePackage
     large = {name for name, tensor in Weights(checkpoint).items() if 4 * math.prod(tensor.shape) >= 4096}
     alone = sorted(large - stored)
     groups = [list(group) for size in (2, 3) for group in itertools.combinations(alone, size)]
-    together = {packed_name(group): group for group in groups if packed_name(group) in stored}
+    together = {merged_name(group): group for group in groups if merged_name(group) in stored}
     assert sorted(itertools.chain(*together.values())) == alone  # each in one packed weight, and in no other
     assert stored == (large - set(alone)) | set(together) | {"rotary.cos", "rotary.sin"}
     assert len(places) == len(stored)
