@@ -1,1 +1,1 @@
-"""From a MELT checkpoint to a verified package: graphs, dialects, weights, parity."""
+"""Export of MELT and LoopLM checkpoints to ONNX packages, verified against PyTorch."""

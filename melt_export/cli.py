@@ -1,4 +1,7 @@
-"""The commands ``melt-export`` and ``melt-verify``. PyTorch takes seconds: arguments are checked before it loads."""
+"""The commands ``melt-export`` and ``melt-verify``.
+
+Arguments are checked before PyTorch, which takes seconds, is imported.
+"""
 
 from __future__ import annotations
 
@@ -79,9 +82,10 @@ def export(
     output: Annotated[Path, typer.Option(help="Where the package goes: a directory that does not exist or is empty.")],
     precision: Annotated[Precision, typer.Option(help="Of weights, state and arithmetic.")] = Precision.fp32,  # type: ignore[attr-defined]
     max_seq_len: Annotated[
-        int | None, typer.Option(help="Rows of the cache. Default: the checkpoint's positions, up to 4096.", min=1)
+        int | None,
+        typer.Option(help="Tokens that a cache holds. Default:  the checkpoint's positions, up to 4096.", min=1),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Most sequences that run together.", min=1)] = 8,
+    max_batch: Annotated[int, typer.Option(help="Largest number of sequences that run together.", min=1)] = 8,
     chunk: Annotated[
         int | None,
         typer.Option(help="Prompt tokens that run their loops together. Default: the checkpoint's chunk_size.", min=1),
@@ -95,11 +99,11 @@ def export(
     ] = None,
     weights: Annotated[
         StoredWeights | None,
-        typer.Option(help="Store products in fewer bits (dialects onnxruntime and standard); the output head in int8."),
+        typer.Option(help="Quantize weights (dialects onnxruntime and standard); the output head gets int8."),
     ] = None,
     cache: Annotated[
         StoredWeights | None,
-        typer.Option(help="Store the key/value cache in fewer bits (dialect onnxruntime)."),
+        typer.Option(help="Quantize the key/value cache (dialect onnxruntime)."),
     ] = None,
     block: Annotated[int, typer.Option(help=f"Inputs that share a scale: {', '.join(map(str, BLOCKS))}.")] = 32,
     method: Annotated[
@@ -107,32 +111,32 @@ def export(
         typer.Option(help="gptq: calibrated on a text; rtn: rounded to nearest, in seconds."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to calibrate on. Default: Python's own documentation.")
+        Path | None, typer.Option(help="UTF-8 text for calibration. Default: Python's own documentation.")
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help="Weights to leave as they are: a checkpoint name, * for any part of it.")
+        list[str] | None, typer.Option(help="Weights not to quantize: a name in the checkpoint, * for any part of it.")
     ] = None,
     int8: Annotated[
-        list[str] | None, typer.Option(help="With int4: weights to store in 8 bits all the same, named as in --keep.")
+        list[str] | None, typer.Option(help="With int4: weights to store in int8, named as in --keep.")
     ] = None,
     int8_share: Annotated[
         float | None,
         typer.Option(
-            help="With int4: by which share the loop's products may grow, so that those that suffer most from 4 bits "
-            "on the calibration text have 8. Default: 0.1; 0 with --int8 or rtn.",
+            help="With int4: the share by which the loop's weights may grow to store in int8 those that lose most in "
+            "int4 on the calibration text. Default: 0.1; 0 with --int8 or rtn.",
             min=0,
             max=1,
         ),
     ] = None,
     asymmetric: Annotated[
         bool,
-        typer.Option("--asymmetric", help="With int4: blocks that say which number means zero; better, and slower."),
+        typer.Option("--asymmetric", help="With int4: a zero point per block; more accurate, and slower."),
     ] = False,
     activations: Annotated[
         ActivationKind | None,
         typer.Option(
-            help="What quantized products multiply with on the CPU: int8, rounded in blocks, which is fast; float, as "
-            "they are, which is closer to the checkpoint. Default: int8."
+            help="Activations that quantized weights are multiplied with on the CPU: int8, rounded in blocks, is fast; "
+            "float is closer to the checkpoint. Default: int8."
         ),
     ] = None,
     engine: Annotated[
@@ -141,7 +145,7 @@ def export(
     ] = None,
     engine_weights: Annotated[
         Weights | None,
-        typer.Option(help="Store the engine's products in fewer bits; default: as the package has them."),
+        typer.Option(help="Quantize the engine's weights; default: as in the package."),
     ] = None,
     compute_capability: CapabilityOption = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
@@ -153,20 +157,18 @@ def export(
 ) -> None:
     """Export a MELT or LoopLM (Ouro) checkpoint to a verified ONNX package.
 
-    The package is built beside OUTPUT and gets that name only when everything, the comparison with PyTorch at every
-    loop included, has succeeded. An engine is built into it last; if that fails, the package stays.
+    The package is built beside OUTPUT and gets that name only after everything has succeeded, the comparison with
+    PyTorch at every loop included. An engine is built into it last; if that fails, the package stays.
     """
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
     chosen_how = (keep, int8, method, asymmetric, activations)
     if weights is None and (any(chosen_how) or block != 32 or int8_share is not None):
         raise ArgumentError(
-            "--block, --method, --keep, --int8, --int8-share, --asymmetric and --activations are of quantized weights: "
-            "name --weights"
+            "--block, --method, --keep, --int8, --int8-share, --asymmetric and --activations need quantized weights: "
+            "add --weights"
         )
     if weights is None and cache is None and (calibration or eval_text or eval_answers):
-        raise ArgumentError(
-            "--calibration, --eval-text and --eval-answers are of quantization: name --weights or --cache"
-        )
+        raise ArgumentError("--calibration, --eval-text and --eval-answers need quantization: add --weights or --cache")
     stored = None
     if weights is not None:
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
@@ -184,7 +186,7 @@ def export(
     rows = None if cache is None else CacheOptions(str(cache), calibration)
     options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, rows)
     if weights is not None and engine_weights is not None:
-        raise ArgumentError("--weights and --engine-weights quantize the same products; give one of them")
+        raise ArgumentError("--weights and --engine-weights quantize the same weights; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)
     check_directory(checkpoint)
     check_target(output, force=force)
@@ -217,10 +219,10 @@ def export(
 def _engine_options(
     options: ExportOptions, engine: Flavour | None, weights: Weights | None, capabilities: list[str] | None
 ) -> EngineOptions | None:
-    """What engine to build, refused now if it can be: an export takes minutes. Raises ArgumentError, BackendError."""
+    """Return what engine to build, checked now because an export takes minutes. Raises ArgumentError, BackendError."""
     if engine is None:
         if weights is not None or capabilities:
-            raise ArgumentError("--engine-weights and --compute-capability are of an engine; name it with --engine")
+            raise ArgumentError("--engine-weights and --compute-capability need an engine: add --engine")
         return None
     build = EngineOptions(
         str(engine), None if weights is None else str(weights), compute_capabilities=tuple(capabilities or ())
@@ -230,7 +232,7 @@ def _engine_options(
 
 
 def _build(package: Package, options: EngineOptions, progress: Step) -> str:
-    """Builds an engine into a finished package and describes it. Raises BackendError, PackageError."""
+    """Build an engine into a finished package and describe it. Raises BackendError, PackageError."""
     try:
         return built_line(package.manifest, options, build_engine(package, options, progress))
     except MeltError as error:
@@ -246,10 +248,12 @@ def verify_command(
     eval_answers: EvalAnswers = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Quantized against fp32, mean, in nats. Default: 0.01 for int8, 0.5 for int4.", min=0),
+        typer.Option(
+            help="Largest mean KL divergence from fp32, in nats. Default: 0.01 for int8, 0.5 for int4.", min=0
+        ),
     ] = None,
     max_perplexity_change: Annotated[
-        float | None, typer.Option(help="Quantized against fp32, in percent. Default: any.", min=0)
+        float | None, typer.Option(help="Largest growth of the perplexity over fp32, in percent. Default: any.", min=0)
     ] = None,
     show_version: Version = False,
 ) -> None:
@@ -262,7 +266,7 @@ def verify_command(
         chosen = (eval_text, eval_answers, max_kl, max_perplexity_change)
         if any(option is not None for option in chosen) and not manifest.quantized:
             raise ArgumentError(
-                "--eval-text, --eval-answers and the limits are of quantized packages; this one is not quantized"
+                "--eval-text, --eval-answers and the limits need a quantized package; this one is not quantized"
             )
         check_directory(checkpoint)
 
@@ -291,7 +295,7 @@ def verify_command(
 
 
 def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:
-    """What was made, in a table."""
+    """Print a table that describes a finished package."""
     from .export import human_bytes
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -303,11 +307,11 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     if manifest.weights:
         raised = len(manifest.weights.get("raised", ()))
         line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
-        table.add_row("products", f"{line}, {raised} more in int8" if raised else line)
+        table.add_row("weights", f"{line}, {raised} more in int8" if raised else line)
         table.add_row("arithmetic", arithmetic_of(manifest))
 
     if manifest.cache:
-        table.add_row("cache", "{kind}, a scale a channel".format(**manifest.cache))
+        table.add_row("cache", "{kind}, one scale per channel".format(**manifest.cache))
     most = manifest.most_loops
     depth = "any loops" if most is None else "one loop" if most == 1 else f"caches for {most} loops"
     table.add_row(
@@ -322,7 +326,7 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
         table.add_row("untrained", f"{', '.join(manifest.untrained)}: {how_read}")
     table.add_row("parity", "not verified" if report is None else report.summary())
     if report is not None and manifest.weights:
-        table.add_row("parity is of", report.arithmetic)
+        table.add_row("parity compared", report.arithmetic)
     if report is not None and report.quality is not None:
         table.add_row("quality", report.quality.summary())
     _TEXT.print(table)
@@ -345,10 +349,10 @@ def _parity_table(report: ParityReport) -> Table:
 
 
 def export_main() -> None:
-    """The ``melt-export`` command."""
+    """Run ``melt-export``."""
     run_app(export_app, "melt-export", _REFUSED)
 
 
 def verify_main() -> None:
-    """The ``melt-verify`` command."""
+    """Run ``melt-verify``."""
     run_app(verify_app, "melt-verify", _REFUSED)

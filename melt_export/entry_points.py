@@ -1,4 +1,4 @@
-"""Where the commands that need PyTorch begin: on a device without it they say what to install."""
+"""Entry points of the commands that need PyTorch. Where it is missing they say what to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from melt_runtime.cli.errors import run_app
 
 
 def _run(command: str, main: Callable[[], None], extra: str = "export") -> None:
-    """Runs a command, whose libraries are imported once its arguments are right."""
+    """Run a command, or name the extra to install if a library is missing."""
     try:
         main()
     except ModuleNotFoundError as error:
@@ -22,31 +22,31 @@ def _run(command: str, main: Callable[[], None], extra: str = "export") -> None:
 
 
 def convert() -> None:
-    """The ``melt-convert`` command."""
+    """Run ``melt-convert``."""
     from melt_models.convert_cli import app
 
     _run("melt-convert", lambda: run_app(app, "melt-convert"))
 
 
 def export() -> None:
-    """The ``melt-export`` command."""
+    """Run ``melt-export``."""
     from .cli import export_main
 
     _run("melt-export", export_main)
 
 
 def verify() -> None:
-    """The ``melt-verify`` command."""
+    """Run ``melt-verify``."""
     from .cli import verify_main
 
     _run("melt-verify", verify_main)
 
 
 def train() -> None:
-    """The ``melt-train`` command."""
+    """Run ``melt-train``."""
 
     def main() -> None:
-        from melt_models.training.cli import app  # with yaml
+        from melt_models.training.cli import app  # imports yaml
 
         run_app(app, "melt-train")
 

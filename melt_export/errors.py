@@ -1,4 +1,4 @@
-"""What stops an export or a verification."""
+"""Errors that end an export or a verification."""
 
 from melt_runtime.errors import MeltError
 

@@ -1,4 +1,4 @@
-"""Checkpoint directory -> package directory, one step of the road a function."""
+"""The steps of an export, from a checkpoint directory to a package directory."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from melt_runtime.text.tokenizer import TextTokenizer
 from .errors import ExportError
 from .graph.dialects import DIALECTS
 from .graph.external_weights import attach_weights, external_bytes, write_weights
-from .graph.hollow import without_memory
 from .graph.onnxruntime_optimizer import optimize
+from .graph.placeholder_weights import with_placeholder_weights
 from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
 from .options import ExportOptions
 from .quantization.calibration import calibration_tokens, hessians
@@ -46,15 +46,15 @@ from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
 
 _MAX_DEFAULT_SEQ_LEN = 4096
-_LOOPLM_CHUNK = 128  # a LoopLM computes the same whatever its chunk
-_CACHE_SHARE = 4  # of the calibration's sequences every so many: scales of channels need fewer than a Hessian
+_LOOPLM_CHUNK = 128  # a LoopLM's results do not depend on its chunk
+_CACHE_SHARE = 4  # uses one of so many calibration sequences: scales need fewer than a Hessian
 _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", *ONNX_RUNTIMES)
 
 
 def default_depth(config: LoopedConfig) -> int:
-    """How many loops a package runs unless asked otherwise: a LoopLM that reads an earlier loop needs no later one.
+    """Return how many loops a package runs by default: up to the loop whose output a LoopLM reads, else all.
 
-    Raises ExportError for a LoopLM whose tokens leave early: their rows would be missing from the later caches.
+    Raises ExportError for a LoopLM whose tokens leave early: later caches would lack their keys and values.
     """
     if not isinstance(config, LoopLMConfig):
         return config.total_ut_steps
@@ -62,7 +62,7 @@ def default_depth(config: LoopedConfig) -> int:
         return config.early_exit_step + 1
     if config.early_exit_threshold < 1.0:
         raise ExportError(
-            f"early_exit_threshold is {config.early_exit_threshold}; a LoopLM package has a cache a loop and runs "
+            f"early_exit_threshold is {config.early_exit_threshold}; a LoopLM package has one cache per loop and runs "
             "every loop: set it to 1.0 in config.json, or turn the checkpoint into a MELT with melt-convert"
         )
     return config.total_ut_steps
@@ -72,9 +72,9 @@ def default_depth(config: LoopedConfig) -> int:
 def building(
     checkpoint: Path, output: Path, options: ExportOptions, *, force: bool = False, progress: Progress = no_progress
 ) -> Iterator[Path]:
-    """Builds the package in a sibling of ``output`` and yields that directory, for verification.
+    """Build a package beside ``output`` and yield its directory, for verification.
 
-    It gets its name when the block ends without an error; until then whatever has that name is untouched.
+    It gets the name ``output`` when the block ends without an error; until then whatever has that name is untouched.
     Raises CheckpointError, ExportError, PackageError, TargetExistsError, OSError.
     """
     with new_directory(output, force=force) as directory:
@@ -85,7 +85,7 @@ def building(
 def build_package(
     checkpoint: Path, directory: Path, options: ExportOptions, progress: Progress = no_progress
 ) -> Manifest:
-    """Writes all files of a package into an empty directory. Raises as ``building``."""
+    """Write all files of a package into an empty directory. Raises the errors of ``building``."""
     old = too_old(options.dialect, onnxruntime_version())
     if old:
         raise ExportError(old)
@@ -115,7 +115,7 @@ def build_package(
         numbers = calibrated(checkpoint, tokens, loops, chunk, max_seq_len, bits, progress)
     dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
     dialect.check(config)
-    without_memory(model, TORCH_DTYPES[dtype])
+    with_placeholder_weights(model, TORCH_DTYPES[dtype])
     states = loop_states(config, dialect, dtype, cache_rows)
     progress("tracing loop_step", 0, 0)
     graphs: dict[str, TracedGraph] = {
@@ -166,7 +166,7 @@ def build_package(
     )
     text = manifest.to_json()
     try:
-        read_manifest(text)  # what a runtime would refuse is no package
+        read_manifest(text)  # checks the manifest as the runtime will
     except PackageError as error:
         raise ExportError(f"no runtime would open this package: {error}") from error
     (directory / MANIFEST).write_text(text, encoding="utf-8")
@@ -174,18 +174,23 @@ def build_package(
 
 
 def sizes(chunk_size: int, positions: int, options: ExportOptions) -> tuple[int, int, int]:
-    """(chunk, max_seq_len, cache_rows) of a package. Raises ExportError where they do not fit the checkpoint."""
+    """Return chunk, max_seq_len and cache_rows of a package.
+
+    Raises ExportError if they exceed the checkpoint's positions.
+    """
     max_seq_len = options.max_seq_len or min(positions, _MAX_DEFAULT_SEQ_LEN)
     if max_seq_len > positions:
         raise ExportError(f"--max-seq-len {max_seq_len} is more than the checkpoint's {positions} positions")
     chunk = min(options.chunk or chunk_size, max_seq_len)
-    # In a ragged batch the padding of the longest chunk must fit behind a full sequence.
+    # In a batch of different lengths a full sequence must have room for the longest chunk's padding.
     return chunk, max_seq_len, max_seq_len + (chunk if options.max_batch > 1 else 0)
 
 
 def copy_companions(checkpoint: Path, directory: Path, config: LoopedConfig) -> None:
-    """Copies the tokenizer and what belongs to it. Raises CheckpointError for what ``check_companions`` refuses,
-    ExportError for what no runtime can read."""
+    """Copy the tokenizer and the other files of ``COMPANIONS``.
+
+    Raises CheckpointError for files that ``check_companions`` refuses, ExportError for files that no runtime reads.
+    """
     check_companions(checkpoint, config)
     copied = [name for name in COMPANIONS if (checkpoint / name).is_file()]
     try:
@@ -201,7 +206,7 @@ def copy_companions(checkpoint: Path, directory: Path, config: LoopedConfig) -> 
 
 
 def _save_graph(name: str, graph: TracedGraph, directory: Path) -> GraphSpec:
-    """Writes one ONNX file and has onnx check it, shapes included. Raises ExportError."""
+    """Write an ONNX file and check it with onnx.checker, shapes included. Raises ExportError."""
     file = f"{name}.onnx"
     graph.model.graph.name = name
     graph.model.producer_name, graph.model.producer_version = "melt-export", version("melt-export")
@@ -211,7 +216,7 @@ def _save_graph(name: str, graph: TracedGraph, directory: Path) -> GraphSpec:
 
 
 def _check_graph(path: Path) -> None:
-    """Raises ExportError for what onnx.checker refuses."""
+    """Raise ExportError if onnx.checker finds a fault."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -230,7 +235,7 @@ def _hash_files(directory: Path, progress: Progress) -> dict[str, FileSpec]:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration as plain JSON values. Raises ExportError for what JSON cannot hold."""
+    """Convert a configuration to plain JSON values. Raises ExportError."""
     try:
         text = json.dumps(value, allow_nan=False, default=str)
     except ValueError as error:
@@ -239,6 +244,6 @@ def _plain(value: Any) -> Any:
 
 
 def human_bytes(count: float) -> str:
-    """1536 -> "1.5 KB" (decimal units)."""
+    """Format a number of bytes in decimal units: 1536 -> "1.54 KB"."""
     unit = min(int(math.log10(count) // 3), 4) if count >= 1 else 0
     return f"{count / 1000**unit:.{0 if unit == 0 else 2}f} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"

@@ -1,4 +1,4 @@
-"""How to export: what can be asked for, refused where it does not fit together. Read before PyTorch is imported."""
+"""Options of an export, checked against each other. Importing this does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from .quantization.options import CacheOptions, WeightOptions
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. ``max_seq_len`` None: the checkpoint's positions, up to 4,096; ``chunk`` None: its own;
-    ``weights``, ``cache`` None: products and caches as ``precision`` has them."""
+    """Options of an export.
+
+    - ``max_seq_len`` None: the checkpoint's positions, up to 4,096.
+    - ``chunk`` None: the checkpoint's chunk size.
+    - ``weights``, ``cache`` None: not quantized.
+    """
 
     precision: str = "fp32"
     dialect: str = "onnxruntime"
@@ -34,13 +38,13 @@ class ExportOptions:
         )
         if self.weights is not None and not allowed:
             raise ExportError(
-                f"--weights {self.weights.kind} is of the dialect onnxruntime at precision fp32, "
-                "or of standard at fp32 or fp16"
+                f"--weights {self.weights.kind} needs the dialect onnxruntime at precision fp32, "
+                "or standard at fp32 or fp16"
             )
         if self.weights is not None and self.weights.asymmetric and self.dialect != "onnxruntime":
-            raise ExportError("asymmetric blocks are of the dialect onnxruntime: TensorRT reads no 4-bit zero points")
+            raise ExportError("asymmetric blocks need the dialect onnxruntime: TensorRT reads no 4-bit zero points")
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
-            raise ExportError(f"--cache {self.cache.kind} is of the dialect onnxruntime at precision fp32")
+            raise ExportError(f"--cache {self.cache.kind} needs the dialect onnxruntime at precision fp32")
         for name in ("max_seq_len", "max_batch", "chunk"):
             value = getattr(self, name)
             most = MAX_BATCH if name == "max_batch" else MOST_SIZE

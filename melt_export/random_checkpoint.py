@@ -1,6 +1,6 @@
-"""MELT checkpoints with random weights in a real model's shape, written shard by shard, in little memory.
+"""MELT checkpoints with random weights in the shape of a real model, for measurements.
 
-For measuring and for checking machines; their answers mean nothing.
+They are written shard by shard, in little memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from melt_models import MeltConfig
 from melt_models.atomic import new_directory
-from melt_models.checkpoint import expected_shapes, hollow_model
+from melt_models.checkpoint import expected_shapes, meta_model
 from melt_runtime.progress import Step, no_progress
 from safetensors.torch import save_file
 
@@ -24,7 +24,7 @@ _SCALE = 0.02
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norm weights are one, biases zero, everything else normal with a standard deviation of 0.02; bf16."""
+    """Return a bf16 tensor: ones for norm weights, zeros for biases, else normal with a standard deviation of 0.02."""
     if "norm" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("bias"):
@@ -33,8 +33,8 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 
 def make(output: Path, config: MeltConfig, *, seed: int = 0, force: bool = False, progress: Step = no_progress) -> None:
-    """Writes config.json and sharded safetensors. Raises TargetExistsError, OSError."""
-    shapes = expected_shapes(hollow_model(config))
+    """Write config.json and sharded safetensors. Raises TargetExistsError, OSError."""
+    shapes = expected_shapes(meta_model(config))
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}

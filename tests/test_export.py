@@ -20,7 +20,7 @@ import torch
 from conftest import TINY, MakeCheckpoint, MakePackage
 from melt_models import CheckpointError, MeltConfig
 from melt_models.atomic import TargetExistsError
-from melt_models.checkpoint import Weights, hollow_model
+from melt_models.checkpoint import Weights, meta_model
 from melt_runtime.package.reader import Package
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from melt_export import export
 from melt_export.errors import ExportError, ParityError
 from melt_export.export import building, sizes
-from melt_export.graph.hollow import without_memory
-from melt_export.graph.merge_matmuls import packed_name
+from melt_export.graph.merge_matmuls import merged_name
+from melt_export.graph.placeholder_weights import with_placeholder_weights
 from melt_export.options import ExportOptions
 
 KILLED_WHILE_WRITING = """
@@ -391,7 +391,7 @@ def test_every_weight_is_stored_once(checkpoint: Path, make_package: MakePackage
     large = {name for name, tensor in Weights(checkpoint).items() if 4 * math.prod(tensor.shape) >= 4096}
     alone = sorted(large - stored)
     groups = [list(group) for size in (2, 3) for group in itertools.combinations(alone, size)]
-    together = {packed_name(group): group for group in groups if packed_name(group) in stored}
+    together = {merged_name(group): group for group in groups if merged_name(group) in stored}
     assert sorted(itertools.chain(*together.values())) == alone  # each in one packed weight, and in no other
     assert stored == (large - set(alone)) | set(together) | {"rotary.cos", "rotary.sin"}
     assert len(places) == len(stored)
@@ -424,7 +424,7 @@ def test_a_sharded_checkpoint_gives_the_same_weights(checkpoint: Path, tmp_path:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_traced_model_holds_no_weights_in_memory(tied: bool) -> None:
     config = MeltConfig(**{**TINY, "hidden_size": 4096, "vocab_size": 100_000, "tie_word_embeddings": tied})
-    model = without_memory(hollow_model(config), torch.float32)
+    model = with_placeholder_weights(meta_model(config), torch.float32)
     tensors = [*model.parameters(), *model.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert all(tensor.device.type == "cpu" for tensor in tensors)

@@ -381,9 +381,9 @@ def test_a_package_that_is_not_there_is_refused(run: Commands, checkpoint: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cache", "int8", "--dialect", "standard"], "--cache int8 is of the dialect onnxruntime at precision fp32"),
-        (["--method", "rtn"], "are of quantized weights: name --weights"),
-        (["--calibration", __file__], "are of quantization: name --weights or --cache"),
+        (["--cache", "int8", "--dialect", "standard"], "--cache int8 needs the dialect onnxruntime at precision fp32"),
+        (["--method", "rtn"], "need quantized weights: add --weights"),
+        (["--calibration", __file__], "need quantization: add --weights or --cache"),
     ],
 )
 def test_options_of_quantization_that_say_nothing_are_refused(
@@ -398,6 +398,6 @@ def test_options_of_quantization_that_say_nothing_are_refused(
 def test_an_export_with_a_quantized_cache_says_so(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
     result = run(*export(checkpoint, tmp_path / "package"), "--cache", "int8", "--verify-tokens", 4)
     assert result.code == 0, result.stderr
-    assert "int8, a scale a channel" in result.stdout
+    assert "int8, one scale per channel" in result.stdout
     assert "against fp32" in result.stdout
     assert run("melt-verify", tmp_path / "package", "--checkpoint", checkpoint, "--max-kl", 0, "--tokens", 2).code == 1

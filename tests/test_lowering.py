@@ -75,5 +75,5 @@ def test_an_unknown_operator_is_refused_by_its_name() -> None:
 def test_a_weight_that_more_than_products_read_is_refused() -> None:
     module = nn.Linear(6, 6, bias=False)
     module.forward = lambda x: F.linear(x, module.weight) + module.weight[0]  # type: ignore[method-assign]
-    with pytest.raises(ExportError, match="reads weight, which is stored transposed for a product"):
+    with pytest.raises(ExportError, match="reads weight, which is stored transposed for a MatMul"):
         traced(module, 4)

@@ -157,10 +157,10 @@ def test_int4_stores_what_suffers_most_in_eight_bits(checkpoints: dict[str, Path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "int8", "asymmetric": True}, "asymmetric blocks are of int4 weights"),
+        ({"kind": "int8", "asymmetric": True}, "asymmetric blocks need int4 weights"),
         ({"kind": "int4", "int8_share": 1.5}, "int8 share is 1.5"),
         ({"kind": "int4", "int8_share": 0.1, "method": "rtn"}, "the method gptq"),
-        ({"kind": "int8", "int8_share": 0.1}, "of int4 weights"),
+        ({"kind": "int8", "int8_share": 0.1}, "needs int4 weights"),
     ],
 )
 def test_bits_that_cannot_be_had_are_refused(fields: dict, message: str) -> None:

@@ -21,7 +21,7 @@ from melt_runtime.package.reader import Package
 
 from melt_export.errors import ExportError
 from melt_export.export import building
-from melt_export.graph.merge_matmuls import part_names
+from melt_export.graph.merge_matmuls import names_in
 from melt_export.options import ExportOptions
 from melt_export.parity.report import Limits, Quality
 from melt_export.parity.verify import verify
@@ -64,11 +64,11 @@ def test_calibration_errs_less_on_inputs_like_those_it_saw(bits: int) -> None:
 
 def test_names_of_packed_weights_come_apart() -> None:
     known = {"m.0.gate.input_proj.weight", "m.0.attn.q_proj.weight", "m.0.attn.k_proj.weight", "lm_head.weight"}
-    assert part_names("lm_head.weight", known) == ["lm_head.weight"]
+    assert names_in("lm_head.weight", known) == ["lm_head.weight"]
     packed = "m.0.gate.input_proj+attn.q_proj.weight"
-    assert part_names(packed, known) == ["m.0.gate.input_proj.weight", "m.0.attn.q_proj.weight"]
+    assert names_in(packed, known) == ["m.0.gate.input_proj.weight", "m.0.attn.q_proj.weight"]
     with pytest.raises(ExportError, match="does not have"):
-        part_names("m.0.attn.x_proj.weight", known)
+        names_in("m.0.attn.x_proj.weight", known)
 
 
 @pytest.fixture(scope="module")

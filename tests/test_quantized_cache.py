@@ -112,7 +112,7 @@ def test_a_cache_that_no_graph_can_hold_is_refused() -> None:
     with pytest.raises(ExportError, match="'int3' is not one of int4, int8"):
         CacheOptions("int3")
     for dialect, precision in (("standard", "fp32"), ("onnxruntime", "fp16")):
-        with pytest.raises(ExportError, match="--cache int8 is of the dialect onnxruntime at precision fp32"):
+        with pytest.raises(ExportError, match="--cache int8 needs the dialect onnxruntime at precision fp32"):
             ExportOptions(precision, dialect, cache=CacheOptions("int8"))
 
 

@@ -1,1 +1,1 @@
-"""From PyTorch modules to ONNX graphs in their final form."""
+"""ONNX graphs in their final form, made from PyTorch modules."""

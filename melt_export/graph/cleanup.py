@@ -1,4 +1,4 @@
-"""Names that explain themselves, and what is noted about the values of a graph that is not written yet."""
+"""Names of nodes and values, and metadata of values in a graph that is not yet written."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections import Counter
 
 import onnx_ir as ir
 
-# Set on a weight that the file must hold transposed: (out, in) in the checkpoint, (in, out) in the graph.
+# Marks a weight that the file holds transposed: (out, in) in the checkpoint, (in, out) in the graph.
 TRANSPOSED = "melt.transposed"
 CHECKPOINT_NAME = "melt.checkpoint_name"
-# Set on a node: the module that it came from, as in ``layers.0.self_attn.q_proj``.
+# On a node: the module that it came from, as in ``layers.0.self_attn.q_proj``.
 SCOPE = "melt.scope"
 
 
 def name_everything(graph: ir.Graph) -> None:
-    """Node ``/layers.0/self_attn/q_proj/MatMul``, its output ``layers.0/self_attn/q_proj/MatMul.out``."""
+    """Name nodes by module and operator, and values by node.
+
+    For example node ``/layers.0/self_attn/q_proj/MatMul`` and its output ``layers.0/self_attn/q_proj/MatMul.out``.
+    """
     counts: Counter[str] = Counter()
     kept = {id(value) for value in graph.outputs}
     for node in graph:

@@ -1,4 +1,4 @@
-"""Checkpoint weights into one external data file that all graphs of a package share."""
+"""Checkpoint weights in one external data file, shared by all graphs of a package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ExportError
 from .cleanup import CHECKPOINT_NAME, TRANSPOSED
 from .merge_matmuls import PARTS
 
-# Set on a value whose tensor is computed from checkpoint weights: a function of them.
+# On a value that is computed from checkpoint weights: the function that computes it.
 COMPUTED = "melt.computed"
 WEIGHTS_FILE = "weights.data"
 # Smaller constants stay inside the graph files.
@@ -22,7 +22,7 @@ _INLINE_BYTES = 4096
 
 
 def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype) -> None:
-    """Gives every detached weight a tensor that reads, casts and transposes itself only when it is written."""
+    """Give every weight without data a lazy tensor, which is read, cast and transposed when it is written."""
     for model in models:
         for value in model.graph.initializers.values():
             if COMPUTED in value.meta:
@@ -36,7 +36,7 @@ def attach_weights(models: list[ir.Model], weights: Weights, dtype: torch.dtype)
 
 
 def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
-    """The tensor of a value marked COMPUTED, made when it is written."""
+    """Return the lazy tensor of a value with COMPUTED metadata."""
     compute: Callable[[Weights], torch.Tensor] = value.meta[COMPUTED]
 
     def read() -> ir.TensorProtocol:
@@ -49,7 +49,7 @@ def computed_tensor(value: ir.Value, weights: Weights) -> ir.TensorProtocol:
 
 
 def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) -> ir.TensorProtocol:
-    """The weight itself if it is small, else one that is read when it is written."""
+    """Return a lazy tensor of the weight, or the weight itself if it is small."""
 
     def read() -> ir.TensorProtocol:
         tensor = read_weight(value, weights, dtype)
@@ -65,25 +65,25 @@ def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) ->
 
 
 def read_weight(value: ir.Value, weights: Weights, dtype: torch.dtype) -> torch.Tensor:
-    """A detached weight as the graph has it: cast, transposed, and side by side where several were packed into one."""
+    """Read a weight in the graph's form: cast, transposed, and with merged weights side by side."""
     parts = value.meta.get(PARTS)
     if parts:
         assert value.shape is not None
-        packed = torch.empty([int(size) for size in value.shape], dtype=dtype)  # type: ignore[arg-type]
+        merged = torch.empty([int(size) for size in value.shape], dtype=dtype)  # type: ignore[arg-type]
         start = 0
         for part in parts:
             tensor = weights.tensor(part).t()
-            packed[:, start : start + tensor.shape[1]] = tensor
+            merged[:, start : start + tensor.shape[1]] = tensor
             start += tensor.shape[1]
-        return packed
+        return merged
     tensor = weights.tensor(value.meta[CHECKPOINT_NAME]).to(dtype)
     return tensor.t().contiguous() if value.meta.get(TRANSPOSED) else tensor
 
 
 def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Writes all large initializers to ``weights.data``, one that several graphs use only once.
+    """Write all large initializers to ``weights.data``; one that several graphs share is written once.
 
-    ``progress`` is called with the bytes of each tensor as it is written. Raises ExportError, OSError.
+    ``progress`` is called with the size of each written tensor in bytes. Raises ExportError, OSError.
     """
     users: dict[tuple[str, bool], list[ir.Value]] = {}
     for index, model in enumerate(models):
@@ -113,7 +113,7 @@ def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[i
 
 
 def external_bytes(models: list[ir.Model]) -> int:
-    """How much ``write_weights`` will write, at most: for a progress bar."""
+    """Return an upper bound of the bytes that ``write_weights`` writes, for a progress bar."""
     return sum(
         value.const_value.nbytes
         for model in models

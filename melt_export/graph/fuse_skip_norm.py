@@ -1,6 +1,6 @@
-"""A norm and the addition before it as one operator of ONNX Runtime: a loop step is many small nodes, each with a cost.
+"""Fusion of a norm and the addition before it into one ONNX Runtime operator, since each small node has a cost.
 
-A norm alone needs nothing: ONNX Runtime's optimiser fuses it, but not together with the addition.
+ONNX Runtime's own optimiser fuses a norm, but not together with the addition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _DOMAIN, _FUSED = "com.microsoft", "SkipSimplifiedLayerNormalization"
 
 
 class _SkipNorm(pattern.RewriteRuleClassBase):
-    """s = a + b; weight * (s / sqrt(mean(s ** 2) + eps)) -> one node that gives the norm and s."""
+    """Replaces s = a + b; weight * (s / sqrt(mean(s ** 2) + eps)) by one node that returns the norm and s."""
 
     def pattern(  # type: ignore[override]
         self, op: Any, a: ir.Value, b: ir.Value, weight: ir.Value, two: ir.Value, axes: ir.Value, eps: ir.Value
@@ -43,12 +43,12 @@ class _SkipNorm(pattern.RewriteRuleClassBase):
 
 
 def fuse_norms(model: ir.Model) -> None:
-    """Fuses every float32 norm of a sum, in place."""
+    """Fuse every float32 norm of a sum, in place."""
     rewrite(model, pattern_rewrite_rules=[_SkipNorm.rule()])
     model.opset_imports.setdefault(_DOMAIN, 1)
 
 
 def _number(value: ir.Value) -> float | None:
-    """The only element of a constant; None where there is none."""
+    """Return the element of a constant with one element; None for other values."""
     tensor = value.const_value
     return float(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None

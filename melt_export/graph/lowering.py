@@ -1,8 +1,8 @@
-"""Export IR -> ONNX: each PyTorch operator of a loop step as the ONNX nodes that mean the same.
+"""Lowering of the Export IR to ONNX, one function per PyTorch operator.
 
-A loop step has about thirty operators. ``torch.onnx`` knows a thousand, and reading its table of them takes longer than
-everything else in a small export. An operator that is not in ``_LOWERINGS`` is refused by name: write its function and
-name it there.
+A loop step has about thirty operators. ``torch.onnx`` supports a thousand, and reading its table takes longer than the
+rest of a small export. An operator without an entry in ``_LOWERINGS`` is refused by name: write its function and add it
+there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind
 from ..errors import ExportError
 from .cleanup import CHECKPOINT_NAME, SCOPE, TRANSPOSED
 
-_LAST = 2**63 - 1  # the end of a slice that has none
+_LAST = 2**63 - 1  # ONNX's end of a slice without one
 
 torch.library.define("melt_export::onnx_node", "(Tensor?[] inputs, str spec, int[] like) -> Tensor[]")
 
@@ -40,7 +40,7 @@ def onnx_node(
     domain: str = "",
     version: int = 1,
 ) -> list[Tensor]:
-    """One ONNX node in a traced graph, whatever the operator. It cannot be run, only traced.
+    """Put any ONNX node into a traced graph. The call can be traced, not run.
 
     ``like``: for each output the index of the input whose shape and type it has.
     """
@@ -51,9 +51,9 @@ def onnx_node(
 def lower(
     program: torch.export.ExportedProgram, inputs: Sequence[tuple[str, Sequence[int | str]]], opset: int
 ) -> ir.Graph:
-    """The ONNX graph of an exported program: weights without data, nodes and outputs without names.
+    """Convert an exported program to an ONNX graph, without weight data and without names of nodes and outputs.
 
-    ``inputs``: name and shape of each, where a named dimension is a string. Raises ExportError.
+    ``inputs``: name and shape of each input; named dimensions are strings. Raises ExportError.
     """
     translation = _Translation(program, inputs, opset)
     for node in _live(program.graph):
@@ -64,7 +64,7 @@ def lower(
 
 
 def _live(graph: fx.Graph) -> list[fx.Node]:
-    """The operators that an output needs, in their order: assertions about shapes are not among them."""
+    """Return the nodes on which an output depends, in order. This drops assertions about shapes."""
     waiting, live = [graph.output_node()], set()
     while waiting:
         node = waiting.pop()
@@ -75,7 +75,7 @@ def _live(graph: fx.Graph) -> list[fx.Node]:
 
 
 class _Translation:
-    """The ONNX graph as far as it is written, and the ONNX value of each Export IR node."""
+    """An ONNX graph under construction, and the ONNX value of each Export IR node."""
 
     def __init__(
         self, program: torch.export.ExportedProgram, inputs: Sequence[tuple[str, Sequence[int | str]]], opset: int
@@ -83,10 +83,10 @@ class _Translation:
         self.program = program
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": opset})
         self.values: dict[fx.Node, Any] = {}
-        self.dimensions: dict[str, str] = {}  # a symbol of the Export IR -> the name that its dimension has
+        self.dimensions: dict[str, str] = {}  # symbol of the Export IR -> name of the dimension
         self.constants: dict[tuple[str, bytes], ir.Value] = {}
         self.scope = ""
-        self.node: fx.Node  # the one that is translated
+        self.node: fx.Node  # the node that is being translated
         named = iter(inputs)
         placeholders = program.graph.find_nodes(op="placeholder")
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
@@ -105,7 +105,7 @@ class _Translation:
         self.values[node] = value
 
     def _weight(self, node: fx.Node, name: str, kind: InputKind) -> None:
-        """A weight has its checkpoint's name and no data; a table or constant of the module has its values."""
+        """Add an initializer: a weight by its checkpoint name, without data; a buffer or constant with its values."""
         value = self._typed(ir.Value(name=name), node.meta["val"])
         if kind == InputKind.PARAMETER:
             value.meta[CHECKPOINT_NAME] = name
@@ -123,7 +123,7 @@ class _Translation:
         return value
 
     def translate(self, node: fx.Node) -> None:
-        """Writes one operator. Raises ExportError for one that is unknown."""
+        """Translate one operator. Raises ExportError for an unknown one."""
         lowering = _LOWERINGS.get(node.target)  # type: ignore[arg-type]
         if lowering is None:
             raise ExportError(f"the graph has the operator {node.target}, which graph/lowering.py does not know")
@@ -136,12 +136,12 @@ class _Translation:
         self.values[node] = lowering(self, *arguments, **named)  # type: ignore[misc]
 
     def emit(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """Appends a node with one output, typed like the Export IR node: right for the last node of a lowering."""
+        """Append a node whose output has the type of the Export IR node: for the last node of a lowering."""
         value = self.append(op_type, inputs, 1, attributes, domain)[0]
         return self._typed(value, self.node.meta["val"]) if isinstance(self.node.meta["val"], Tensor) else value
 
     def helper(self, op_type: str, *inputs: ir.Value, like: torch.dtype, **attributes: Any) -> ir.Value:
-        """Appends a node on the way to the Export IR node's value: of that type, of a shape that nobody asks for."""
+        """Append an intermediate node of a lowering, with an output of type ``like`` and unknown shape."""
         value = self.append(op_type, inputs, 1, attributes)[0]
         value.type = ir.TensorType(from_torch_dtype(like))
         return value
@@ -151,14 +151,14 @@ class _Translation:
     ) -> Sequence[ir.Value]:
         for value in inputs:
             if value is not None and TRANSPOSED in value.meta and op_type != "MatMul":
-                raise ExportError(f"{op_type} reads {value.name}, which is stored transposed for a product")
+                raise ExportError(f"{op_type} reads {value.name}, which is stored transposed for a MatMul")
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=count)
         node.meta[SCOPE] = self.scope
         self.graph.append(node)
         return node.outputs
 
     def constant(self, content: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
-        """An initializer; equal ones are the same."""
+        """Return an initializer with these values; equal ones are shared."""
         tensor = TorchTensor(torch.tensor(content, dtype=dtype))
         key = (f"{tensor.dtype} {tensor.shape}", tensor.tobytes())
         if key not in self.constants:
@@ -168,7 +168,7 @@ class _Translation:
         return self.constants[key]
 
     def operand(self, value: Any, dtype: torch.dtype) -> ir.Value:
-        """A tensor or number as an operand of the given type."""
+        """Return a tensor or number as an operand of the given type."""
         if not isinstance(value, ir.Value):
             return self.constant(value, dtype)
         if value.dtype == from_torch_dtype(dtype):
@@ -176,7 +176,7 @@ class _Translation:
         return self.helper("Cast", value, like=dtype, to=int(from_torch_dtype(dtype)))
 
     def vector(self, *sizes: int | ir.Value) -> ir.Value:
-        """Whole numbers, some of them known only when the graph runs (one-element tensors), as one int64 tensor."""
+        """Return sizes, some of them one-element tensors known only at run time, as one int64 tensor."""
         if all(isinstance(size, int) for size in sizes):
             return self.constant(list(sizes))
         parts = [self.constant([size]) if isinstance(size, int) else size for size in sizes]
@@ -188,7 +188,7 @@ class _Translation:
 
 
 def _elementwise(op_type: str) -> Callable[..., ir.Value]:
-    """An operator whose operands have the type of its result."""
+    """Return the lowering of an operator whose operands have the type of its result."""
 
     def lowering(to: _Translation, *operands: Any) -> ir.Value:
         return to.emit(op_type, *(to.operand(operand, to.dtype) for operand in operands))
@@ -227,7 +227,7 @@ def _arange(to: _Translation, end: int | ir.Value, **_: Any) -> ir.Value:
 
 
 def _linear(to: _Translation, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
-    """A product with a weight that the file holds transposed, (in, out)."""
+    """Multiply by a weight that the file holds transposed, (in, out)."""
     if TRANSPOSED not in weight.meta:
         assert weight.shape is not None
         if CHECKPOINT_NAME not in weight.meta or weight.uses():
@@ -280,7 +280,7 @@ def _transpose(to: _Translation, x: ir.Value, first: int, second: int) -> ir.Val
 
 
 def _reshape(to: _Translation, x: ir.Value, kept: int, sizes: list[int | ir.Value]) -> ir.Value:
-    """Keeps the first ``kept`` dimensions; the others are ``sizes``, of which at most one is -1."""
+    """Reshape to the first ``kept`` dimensions of x followed by ``sizes``, of which at most one is -1."""
     return to.emit("Reshape", x, to.vector(*[0] * kept, *sizes))
 
 
@@ -308,7 +308,7 @@ def _flatten(to: _Translation, x: ir.Value, start: int = 0, end: int = -1) -> ir
 
 
 def _following(to: _Translation, x: ir.Value, shape: Sequence[Any], axis: int) -> list[int | ir.Value]:
-    """The last dimensions of a reshape, which are those of x from ``axis``: the last unknown one follows by itself."""
+    """Return the last dimensions of a reshape, those of x from ``axis`` on. The last unknown one is -1."""
     unknown = [i for i, size in enumerate(shape) if not isinstance(size, int)]
     return [
         size if isinstance(size, int) else -1 if i == unknown[-1] else _size(to, x, axis + i)
@@ -317,7 +317,7 @@ def _following(to: _Translation, x: ir.Value, shape: Sequence[Any], axis: int) -
 
 
 def _size(to: _Translation, x: ir.Value, axis: int) -> ir.Value:
-    """One dimension of x, as a tensor of one element."""
+    """Return one dimension of x as a one-element tensor."""
     return to.helper("Shape", x, like=torch.int64, start=axis, end=axis + 1)
 
 

@@ -1,7 +1,7 @@
-"""Fewer, larger products: those that read the same input become one, whose result is split.
+"""Merging of matmuls that read the same input into one larger matmul, whose result is split.
 
-A decoding step multiplies one token with every weight; each product is a call of its own that starts and joins the
-threads, so one large product moves more bytes a second than two small ones.
+Decoding multiplies one token by every weight. Each matmul starts and joins threads, so one large matmul reads more
+bytes per second than two small ones.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ import onnx_ir as ir
 from ..errors import ExportError
 from .cleanup import CHECKPOINT_NAME, TRANSPOSED
 
-# Set on a packed weight: the checkpoint's names, in the order of its columns.
+# On a merged weight: its names in the checkpoint, in the order of its columns.
 PARTS = "melt.parts"
-# A gate of one column would only spoil the alignment of what it joins.
+# A narrower weight, such as a gate of one column, would spoil the alignment of the weights it is merged with.
 FEWEST_COLUMNS = 16
 
 
 def merge_matmuls(graph: ir.Graph) -> None:
-    """Joins products of one value with several checkpoint weights, in place.
+    """Merge matmuls of one value with several checkpoint weights, in place.
 
-    The query with the gate's product of the input, key with value, gate_proj with up_proj (and query, key and value of
-    a LoopLM). The arithmetic of each column stays what it was. Weights must be detached and named already.
+    Query with the gate's input projection, key with value, gate_proj with up_proj (in a LoopLM query, key and value).
+    Each column keeps its arithmetic. Weights must be named and without data.
     """
     together: dict[ir.Value | None, list[ir.Node]] = {}
     for node in graph:
-        if node.op_type == "MatMul" and _packable(node.inputs[1]):
+        if node.op_type == "MatMul" and _mergeable(node.inputs[1]):
             together.setdefault(node.inputs[0], []).append(node)
     for nodes in together.values():
         if len(nodes) > 1:
-            _pack(graph, sorted(nodes, key=lambda node: str(node.inputs[1].meta[CHECKPOINT_NAME])))  # type: ignore[union-attr]
+            _merge(graph, sorted(nodes, key=lambda node: str(node.inputs[1].meta[CHECKPOINT_NAME])))  # type: ignore[union-attr]
 
 
-def _packable(weight: ir.Value | None) -> bool:
-    """Whether a product's second operand is a checkpoint weight of its own, stored (in, out)."""
+def _mergeable(weight: ir.Value | None) -> bool:
+    """Return whether a matmul's second operand is a checkpoint weight, stored (in, out), that nothing else uses."""
     if weight is None or not weight.meta.get(TRANSPOSED) or len(weight.uses()) != 1 or weight.shape is None:
         return False
     return int(weight.shape[1]) >= FEWEST_COLUMNS  # type: ignore[arg-type]
 
 
-def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     weights = [weight for node in nodes if (weight := node.inputs[1]) is not None]
     names = [str(weight.meta[CHECKPOINT_NAME]) for weight in weights]
     inputs, columns = int(weights[0].shape[0]), [int(weight.shape[1]) for weight in weights]  # type: ignore[index, arg-type]
 
-    packed = ir.Value(name=packed_name(names), shape=ir.Shape([inputs, sum(columns)]), type=weights[0].type)
-    packed.meta.update({CHECKPOINT_NAME: packed.name, TRANSPOSED: True, PARTS: tuple(names)})
-    path = packed_name([str(node.name).removesuffix("/MatMul").replace(".", "\0").replace("/", ".") for node in nodes])
+    merged = ir.Value(name=merged_name(names), shape=ir.Shape([inputs, sum(columns)]), type=weights[0].type)
+    merged.meta.update({CHECKPOINT_NAME: merged.name, TRANSPOSED: True, PARTS: tuple(names)})
+    path = merged_name([str(node.name).removesuffix("/MatMul").replace(".", "\0").replace("/", ".") for node in nodes])
     path = path.replace(".", "/").replace("\0", ".")
-    product = ir.node("MatMul", [nodes[0].inputs[0], packed], name=f"{path}/MatMul")
-    result = product.outputs[0]
+    matmul = ir.node("MatMul", [nodes[0].inputs[0], merged], name=f"{path}/MatMul")
+    result = matmul.outputs[0]
     result.name, result.type = f"{path[1:]}/MatMul.out", nodes[0].outputs[0].type
     whole = nodes[0].outputs[0].shape
     result.shape = None if whole is None else ir.Shape([*list(whole)[:-1], sum(columns)])
@@ -59,10 +59,10 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     sizes = ir.Value(name=f"{path[1:]}/columns", const_value=ir.tensor(columns, dtype=ir.DataType.INT64))
     sizes.type, sizes.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(columns)])
     split = ir.node("Split", [result, sizes], {"axis": -1}, num_outputs=len(nodes), name=f"{path}/Split")
-    for name, value in ((packed.name, packed), (sizes.name, sizes)):
+    for name, value in ((merged.name, merged), (sizes.name, sizes)):
         graph.initializers[str(name)] = value
 
-    graph.insert_before(next(node for node in graph if node in nodes), [product, split])
+    graph.insert_before(next(node for node in graph if node in nodes), [matmul, split])
     for node, part in zip(nodes, split.outputs, strict=True):
         old = node.outputs[0]
         part.name, part.shape, part.type = old.name, old.shape, old.type
@@ -72,8 +72,8 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         graph.initializers.pop(str(weight.name))
 
 
-def packed_name(names: list[str]) -> str:
-    """ "a.b.k.weight", "a.b.v.weight" -> "a.b.k+v.weight": what differs stands side by side."""
+def merged_name(names: list[str]) -> str:
+    """Name a merged weight, with the differing parts side by side: a.k.weight and a.v.weight become "a.k+v.weight"."""
     parts = [name.split(".") for name in names]
     front = _agreeing(parts)
     back = _agreeing([part[front:][::-1] for part in parts])
@@ -82,22 +82,22 @@ def packed_name(names: list[str]) -> str:
     return ".".join([*parts[0][:front], middle, *(parts[0][end:] if end else [])])
 
 
-def part_names(packed: str, known: Container[str]) -> list[str]:
-    """The weights in a packed one, by its name: ``a.k+v.weight`` is ``a.k.weight`` and ``a.v.weight``.
+def names_in(merged: str, known: Container[str]) -> list[str]:
+    """Return the names of the weights in a merged one: "a.k+v.weight" is a.k.weight and a.v.weight.
 
-    Raises ExportError where they are not among the known.
+    Raises ExportError for a name that is not among the ``known``.
     """
-    first, *others = packed.removesuffix(".weight").split("+")
-    pieces = first.split(".")
-    for shared in range(len(pieces)):
-        names = [".".join((*pieces[:shared], other, "weight")) for other in (".".join(pieces[shared:]), *others)]
+    first, *others = merged.removesuffix(".weight").split("+")
+    words = first.split(".")
+    for shared in range(len(words)):
+        names = [".".join((*words[:shared], other, "weight")) for other in (".".join(words[shared:]), *others)]
         if all(name in known for name in names):
             return names
-    raise ExportError(f"the package stores a product {packed!r} that the checkpoint does not have")
+    raise ExportError(f"the package stores a weight {merged!r} that the checkpoint does not have")
 
 
 def _agreeing(lists: list[list[str]]) -> int:
-    """How many entries the lists have in common at their beginning."""
+    """Return how many entries the lists have in common at their beginning."""
     return next(
         (i for i, entries in enumerate(zip(*lists, strict=False)) if len(set(entries)) > 1), min(map(len, lists))
     )

@@ -1,4 +1,4 @@
-"""A graph as ONNX Runtime's own optimiser leaves it, kept in the package, so that loading has little left to do."""
+"""Optimisation of a graph by ONNX Runtime, stored in the package so that loading is fast."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import onnxruntime
 from ..errors import ExportError
 
 _EXTENSION = ".optimized"
-# What the optimiser makes of a norm stands in ONNX's own domain without being ONNX; since opset 23 ONNX has the same.
+# The optimiser writes its fused norm into ONNX's domain under a name that ONNX lacks; opset 23 has the same operator.
 _NORM, _DEFINED_NORM = "SimplifiedLayerNormalization", "RMSNormalization"
 
 
 def optimize(path: Path) -> None:
-    """Puts what ONNX Runtime makes of a float32 graph in its place; the weights stay where they are, beside it.
+    """Replace a float32 graph by ONNX Runtime's optimised form. The weights stay in their file.
 
-    Not what depends on the processor, and no folding, which would write weights into the graph. Raises ExportError
-    where ONNX Runtime cannot load the graph.
+    Leaves out optimisations that depend on the processor, and constant folding, which would write weights into the
+    graph. Raises ExportError if ONNX Runtime cannot load the graph.
     """
     written = path.with_name(path.name + _EXTENSION)
     options = onnxruntime.SessionOptions()
@@ -28,7 +28,7 @@ def optimize(path: Path) -> None:
     options.log_severity_level = 3
     try:
         onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"])
-    except Exception as error:  # its exceptions have no family
+    except Exception as error:  # its exceptions have no common base
         raise ExportError(f"ONNX Runtime cannot load {path.name}: {' '.join(str(error).split())}") from error
     plain, model = ir.load(path), ir.load(written)
     written.unlink()

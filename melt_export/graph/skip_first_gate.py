@@ -1,6 +1,6 @@
-"""A token's first loop without the gate: its latent is then the layer's input, whatever the gate would say.
+"""Skipping of the gate in a token's first loop, where the latent equals the layer's input whatever the gate gives.
 
-The gate has about an eighth of a layer's weights, and a step at decode is little more than reading weights.
+The gate has about an eighth of a layer's weights, and reading weights takes most of a decoding step.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 
 def skip_first_gate(graph: ir.Graph) -> None:
-    """Puts each layer's gate behind an If that is not taken while every sequence is in its first loop, in place.
+    """Move each layer's gate into an If that is skipped while every sequence is in its first loop, in place.
 
-    For a latent that starts as the first input, a_1: then h_1 = a_1 + z (a_1 - a_1) = a_1, to the last bit. What is
-    moved is all that lies between the Where that starts the latent and the Where that freezes it. Products must not be
-    packed yet: one of the gate's shares its input with the query's.
+    Valid if the latent starts as the first input a_1: then h_1 = a_1 + z (a_1 - a_1) = a_1, exactly. The nodes from the
+    Where that starts the latent to the Where that freezes it are moved. Must run before ``merge_matmuls``, which merges
+    a matmul of the gate with the query's.
     """
     first_loop = next(value for value in graph.inputs if value.name == "first_loop")
     columns = [node.outputs[0] for node in _users(first_loop, "Unsqueeze")]
@@ -31,7 +31,7 @@ def _users(value: ir.Value, kind: str) -> list[ir.Node]:
 
 
 def _all(graph: ir.Graph, first_loop: ir.Value) -> ir.Value:
-    """Whether every sequence is in its first loop: a bool without dimensions."""
+    """Return a scalar bool: whether every sequence is in its first loop."""
     number = ir.node("Cast", [first_loop], {"to": int(ir.DataType.INT32)}, name="/all_first/Cast")
     least = ir.node("ReduceMin", number.outputs, {"keepdims": 0}, name="/all_first/ReduceMin")
     result = ir.node("Cast", least.outputs, {"to": int(ir.DataType.BOOL)}, name="/all_first/Cast_2")
@@ -47,7 +47,7 @@ def _all(graph: ir.Graph, first_loop: ir.Value) -> ir.Value:
 
 
 def _branch(graph: ir.Graph, start: ir.Node, all_first: ir.Value) -> None:
-    """Moves one layer's gate, from the Where that starts its latent, into the second branch of an If."""
+    """Move one layer's gate, from the Where that starts its latent, into the else branch of an If."""
     layer_input, begun = start.inputs[1], start.outputs[0]
     frozen = next(node for node in _users(begun, "Where") if node.inputs[2] is begun)
     inside = {start, frozen}

@@ -158,7 +158,7 @@ def trace_loop_step(
         TensorSpec("exit_probability", "float32", ("batch", "chunk")),
         *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
     )
-    melt = isinstance(model, MeltForCausalLM)
+    melt = isinstance(model.config, MeltConfig)
     step = _MeltStep if steered else _OnlyLoop if melt else _LoopLMStep
     module: nn.Module = step(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])  # type: ignore[arg-type]
     traced = _trace(module, dialect.opset, inputs, outputs, len(fixed), cache_rows)

@@ -1,4 +1,4 @@
-"""How weights and caches are quantized. Read before PyTorch is imported."""
+"""Options of quantization. Importing this does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from ..errors import ExportError
 BITS = {"int4": 4, "int8": 8}
 METHODS = ("rtn", "gptq")
 BLOCKS = (16, 32, 64, 128)
-# What ONNX Runtime's CPU kernels multiply quantized weights with.
+# Types of the activations that ONNX Runtime's CPU kernels multiply quantized weights with.
 ACTIVATIONS = ("int8", "float")
 _USUAL_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a block's numbers may be and how they are chosen. ``bits``: 4 or 8; ``block``: inputs that share a scale;
-    ``positive``: whether scales must be, for whoever reads no others: it costs a little range; ``asymmetric``: whether
-    each block says which of its numbers means zero."""
+    """Quantized values of a block, whole numbers from 0 to ``top``, and how its scale is chosen.
+
+    - ``bits``: 4 or 8.
+    - ``block``: number of inputs that share a scale.
+    - ``positive``: whether scales must be positive, as TensorRT needs; this costs a little range.
+    - ``asymmetric``: whether each block has a zero point of its own.
+    """
 
     bits: int
     block: int
@@ -29,25 +33,31 @@ class Grid:
 
     @property
     def top(self) -> int:
-        """The largest number; the smallest is 0."""
+        """The largest quantized value; the smallest is 0."""
         return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
-        """The number that means zero where blocks do not say."""
+        """The zero point of symmetric blocks."""
         return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """How products are stored. ``kind``: "int4" or "int8"; ``block``: inputs that share a scale; ``head``: of the
-    output head, which is read once a token and spoils more than it saves in 4 bits; ``keep``: patterns (``*``) of
-    checkpoint names that stay as they are; ``int8``: patterns of those that have 8 bits whatever ``kind`` says, and
-    with them what is packed beside them; ``int8_share``: by which share the loop's products may grow so that those that
-    suffer most from 4 bits have 8 (None: 0.1, where they are measured and not named by ``int8``); ``method``: "rtn"
-    (rounded to nearest) or "gptq" (calibrated on ``calibration``, a UTF-8 text; None: Python's documentation);
-    ``asymmetric``: whether blocks of 4 bits say which number means zero; ``activations``: what the weights are
-    multiplied with on the CPU: "int8", rounded in blocks, which is fast, or "float", as they are. Raises ExportError.
+    """How weights are quantized. Raises ExportError.
+
+    - ``kind``: "int4" or "int8".
+    - ``block``: number of inputs that share a scale.
+    - ``head``: kind of the output head, which is read once per token; in 4 bits it loses more than it saves.
+    - ``keep``: patterns (``*``) of checkpoint names that are not quantized.
+    - ``int8``: patterns of checkpoint names that get 8 bits whatever ``kind`` is, as do weights merged with them.
+    - ``int8_share``: share by which the loop's weights may grow to store in 8 bits those that lose most in 4 (None: 0.1
+      for int4 with "gptq" and without ``int8``, else 0).
+    - ``method``: "rtn" (rounded to nearest) or "gptq" (calibrated).
+    - ``calibration``: UTF-8 text for "gptq"; None: Python's documentation.
+    - ``asymmetric``: whether blocks of 4 bits have a zero point each.
+    - ``activations``: what the weights are multiplied with on the CPU: "int8", rounded in blocks, is fast; "float"
+      leaves them unrounded.
     """
 
     kind: str
@@ -73,27 +83,27 @@ class WeightOptions:
         if self.block not in BLOCKS:
             raise ExportError(f"block is {self.block}; it must be one of {', '.join(map(str, BLOCKS))}")
         if self.asymmetric and self.kind != "int4":
-            raise ExportError(f"asymmetric blocks are of int4 weights; {self.kind} would gain nothing from them")
+            raise ExportError(f"asymmetric blocks need int4 weights; {self.kind} would gain nothing from them")
         if self.int8_share is not None and not 0 <= self.int8_share <= 1:
             raise ExportError(f"int8 share is {self.int8_share:g}; it must be from 0 to 1")
         if self.int8_share and (self.kind, self.method) != ("int4", "gptq"):
             raise ExportError(
-                "an int8 share is of int4 weights and the method gptq, which measures what needs more bits"
+                "an int8 share needs int4 weights and the method gptq, which measures which weights need more bits"
             )
 
     @property
     def share(self) -> float:
-        """``int8_share``, or what stands for None."""
+        """``int8_share`` with its default filled in."""
         if self.int8_share is None:
             return _USUAL_SHARE if (self.kind, self.method) == ("int4", "gptq") and not self.int8 else 0.0
         return self.int8_share
 
     def grid(self, bits: int, *, positive: bool = False) -> Grid:
-        """How numbers of so many bits are chosen."""
+        """Return the grid of weights with so many bits."""
         return Grid(bits, self.block, positive, self.asymmetric and bits == BITS["int4"])
 
     def record(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the entry of the manifest."""
         return {
             "kind": self.kind,
             "block": self.block,
@@ -110,8 +120,11 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How rows are stored. ``kind``: "int8" or "int4"; ``calibration``: a UTF-8 text for the scales; None: Python's
-    documentation. Raises ExportError."""
+    """How caches are quantized. Raises ExportError.
+
+    - ``kind``: "int8" or "int4".
+    - ``calibration``: UTF-8 text for the scales; None: Python's documentation.
+    """
 
     kind: str
     calibration: Path | None = None
@@ -121,5 +134,5 @@ class CacheOptions:
             raise ExportError(f"cache {self.kind!r} is not one of {', '.join(BITS)}")
 
     def record(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the entry of the manifest."""
         return {"kind": self.kind, "calibration": self.calibration.name if self.calibration else None}

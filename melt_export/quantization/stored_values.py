@@ -12,7 +12,7 @@ from melt_runtime.package.reader import Package
 from torch import Tensor, nn
 
 from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
-from ..graph.merge_matmuls import part_names
+from ..graph.merge_matmuls import names_in
 from .blocks import Blocks
 from .kv_cache_scales import CacheNumbers, initializer
 from .matmul_weights import EMBEDDING
@@ -44,7 +44,7 @@ def dequantized(model: nn.Module, package: Path) -> None:
             if node.op_type not in _STORED_VALUES:
                 continue
             label, values = stored_values(node)
-            for name in part_names(label, linear):
+            for name in names_in(label, linear):
                 module = linear[name]
                 module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
                 values = values[module.out_features :]

@@ -1,1 +1,1 @@
-"""What PyTorch computes, which every package is compared with."""
+"""Reference results: the checkpoint computed by PyTorch."""

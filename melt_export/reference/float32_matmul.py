@@ -1,5 +1,5 @@
-"""Float32 or float64 arithmetic in PyTorch over weights that stay as they are stored, so that a large bf16 checkpoint
-is never copied."""
+"""Matmuls in float32 or float64 over weights that stay in their stored type, so that a large bf16 checkpoint is never
+copied."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What products are computed in. ``order``: of a sum's terms, "stored", "reversed", or in two "halves"."""
+    """Type of matmuls, and the ``order`` in which their terms are added: "stored", "reversed", or in two "halves"."""
 
     dtype: torch.dtype = torch.float32
     order: str = "stored"
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (..., inputs) times weight (outputs, inputs)."""
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply x (..., inputs) by weight (outputs, inputs)."""
         x, weight = x.to(self.dtype), weight.to(self.dtype)
         if self.order == "reversed":
             return F.linear(x.flip(-1), weight.flip(-1))
@@ -31,13 +31,16 @@ class Arithmetic:
 
 
 FLOAT32, FLOAT64 = Arithmetic(), Arithmetic(torch.float64)
-# The same model in float32: what differs between these is rounding.
+# Results of one model under these orders differ by float32 rounding alone.
 ORDERS = (FLOAT32, Arithmetic(order="reversed"), Arithmetic(order="halves"))
 
 
 class Float32Matmul(TorchFunctionMode):
-    """While it is entered, products and looked-up embeddings have an arithmetic's type; weights are widened one at a
-    time, as they are read, forwards and backwards. Only a product's input gets a gradient."""
+    """Mode in which matmuls and embeddings have an arithmetic's type.
+
+    Weights are widened one at a time, when they are read, in forward and backward. Only a matmul's input gets a
+    gradient.
+    """
 
     def __init__(self, arithmetic: Arithmetic = FLOAT32):
         super().__init__()
@@ -52,17 +55,18 @@ class Float32Matmul(TorchFunctionMode):
 
 
 def _linear(arithmetic: Arithmetic, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = _Product.apply(arithmetic, input, weight, bias)  # type: ignore[no-untyped-call]
+    found: Tensor = _Matmul.apply(arithmetic, input, weight, bias)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Product(torch.autograd.Function):
-    """x (..., inputs) times weight (outputs, inputs), plus bias; the widened weight is not kept for the gradient."""
+class _Matmul(torch.autograd.Function):
+    """Multiply x (..., inputs) by weight (outputs, inputs) and add bias, without keeping the widened weight for the
+    backward."""
 
     @staticmethod
     def forward(ctx: Any, arithmetic: Arithmetic, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        found = arithmetic.product(x, weight)
+        found = arithmetic.matmul(x, weight)
         return found if bias is None else found + bias.to(arithmetic.dtype)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The PyTorch side of parity: every loop's states, and greedy tokens, from the checkpoint itself in float32."""
+"""The PyTorch side of parity: the states of every loop and greedy tokens, computed from the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from transformers import DynamicCache
 
 from .float32_matmul import FLOAT32, Arithmetic, Float32Matmul
 
-# Logits are compared on so many columns at the end of each chunk: a vocabulary is wide.
+# Logits are kept for the last so many tokens of a chunk: a vocabulary is wide.
 LOGIT_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class LoopTrace:
-    """One loop over one sequence's chunk: hidden (chunk, d), latent (layers, chunk, d; None: a LoopLM),
-    exit_probability (chunk,),
-    keys and values (layers, kv_heads, chunk, head_dim), logits (at most LOGIT_COLUMNS, vocab)."""
+    """States after one loop over one sequence's chunk.
+
+    - ``hidden``: (chunk, d).
+    - ``latent``: (layers, chunk, latent_size); None for a LoopLM.
+    - ``exit_probability``: (chunk,).
+    - ``keys``, ``values``: (layers, kv_heads, chunk, head_dim).
+    - ``logits``: (up to LOGIT_COLUMNS, vocab), of the chunk's last tokens.
+    """
 
     loop: int
     hidden: NDArray[Any]
@@ -45,28 +50,27 @@ def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
 
 
 class Reference(Protocol):
-    """A checkpoint as PyTorch computes it, one sequence at a time."""
+    """A checkpoint computed by PyTorch, one sequence at a time."""
 
     def traces(
-        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
+        self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        """Runs chunks of one sequence one after the other: every chunk's loops (as float32, whatever the arithmetic),
-        and each token's depth."""
+        """Run the chunks of one sequence in order. Returns every chunk's loops, in float32, and each token's depth."""
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
-        """Logits (tokens, vocab), float32, of a sequence of its own; every token runs all loops."""
+        """Return the float32 logits (tokens, vocab) of a new sequence; every token runs all loops."""
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
-        """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
+        """Return ``count`` greedy tokens, and for each the difference between the best and the second-best logit."""
 
 
 def open_reference(
     checkpoint: Path, device: str = "cpu", prepare: Callable[[nn.Module], Stored | None] | None = None
 ) -> Reference:
-    """The reference of a MELT or LoopLM checkpoint. device: where, as PyTorch names it. Raises CheckpointError.
+    """Load the reference of a MELT or LoopLM checkpoint onto ``device`` (a PyTorch name). Raises CheckpointError.
 
-    prepare: changes the model before anything runs, as ``quantization.stored_values.as_packaged`` gives it, and returns
-    what its caches keep of rows.
+    ``prepare``, if given, changes the model before anything runs and returns the ``stored`` function of its caches (see
+    ``MeltCache``), as ``quantization.stored_values.as_packaged`` does.
     """
     model = load_model(checkpoint, as_stored=True)
     stored = None if prepare is None else prepare(model)
@@ -75,7 +79,7 @@ def open_reference(
 
 
 class MeltReference:
-    """A MELT checkpoint as PyTorch computes it, one sequence at a time."""
+    """A MELT checkpoint computed by PyTorch. The methods are those of ``Reference``."""
 
     def __init__(self, model: MeltForCausalLM, device: str = "cpu", stored: Stored | None = None):
         self.model, self.config, self.device, self.stored = model, model.config, device, stored
@@ -84,14 +88,13 @@ class MeltReference:
         return MeltCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
-        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
+        self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        """Runs chunks of one sequence one after the other: every chunk's loops, and each token's depth."""
         cache = self._cache()
         traces: list[list[LoopTrace]] = []
         depths: list[int] = []
         with _computing(arithmetic):
-            for ids in pieces:
+            for ids in chunks:
                 valid = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
                 hidden = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
                 depth = torch.zeros(len(ids), dtype=torch.long, device=self.device)
@@ -111,7 +114,6 @@ class MeltReference:
         return traces, depths
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
-        """As ``Reference``."""
         with _computing():
             output = self.model(
                 torch.tensor([list(ids)], device=self.device),
@@ -123,7 +125,6 @@ class MeltReference:
             return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
-        """``count`` greedy tokens, and how far each one's logit stands above the runner-up's."""
         cache = self._cache()
         ids, tokens, margins = list(prompt), [], []
         with _computing():
@@ -144,7 +145,7 @@ class MeltReference:
 
 
 class _StoringCache(DynamicCache):
-    """Keeps of new rows what ``stored`` makes of them, the same for a layer in every loop."""
+    """A cache that keeps ``stored(layer, key, value)`` instead of new keys and values, alike in every loop."""
 
     def __init__(self, layers: int, stored: Stored):
         super().__init__()
@@ -153,13 +154,15 @@ class _StoringCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As DynamicCache."""
         rows = self.stored(layer_idx % self.count, key_states, value_states)
         return super().update(*rows, layer_idx, *args, **kwargs)
 
 
 class LoopLMReference:
-    """A LoopLM checkpoint: every loop keeps the rows of its own caches, so chunks change nothing."""
+    """A LoopLM checkpoint computed by PyTorch. The methods are those of ``Reference``.
+
+    Every loop has caches of its own, so results do not depend on chunks, and every token runs all loops.
+    """
 
     def __init__(self, model: LoopLMForCausalLM, device: str = "cpu", stored: Stored | None = None):
         self.model, self.config, self.device, self.stored = model, model.config, device, stored
@@ -168,13 +171,12 @@ class LoopLMReference:
         return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
-        self, pieces: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
+        self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        """As ``Reference``; every token runs all loops, whatever the threshold."""
         cache, traces = self._cache(), []
         layers = self.config.num_hidden_layers
         with _computing(arithmetic):
-            for ids in pieces:
+            for ids in chunks:
                 seen = cache.get_seq_length() + len(ids)
                 mask = causal_mask(torch.ones(1, seen, dtype=torch.bool, device=self.device), len(ids))
                 positions = torch.arange(seen - len(ids), seen, device=self.device)[None]
@@ -193,10 +195,9 @@ class LoopLMReference:
                     ]
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
-        return traces, [loops] * sum(map(len, pieces))
+        return traces, [loops] * sum(map(len, chunks))
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
-        """As ``Reference``."""
         with _computing():
             output = self.model(
                 torch.tensor([list(ids)], device=self.device),
@@ -207,7 +208,6 @@ class LoopLMReference:
             return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
-        """As ``Reference``."""
         cache = self._cache()
         ids, tokens, margins = list(prompt), [], []
         with _computing():

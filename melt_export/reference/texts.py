@@ -1,4 +1,4 @@
-"""Texts as token ids: what quantization is calibrated on, and what it is measured on."""
+"""Texts as token ids, for calibration and for measuring quality."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from melt_runtime.errors import MeltError
 from melt_runtime.text.tokenizer import TextTokenizer
 
-_FEWEST_TOKENS = 1000  # in a vocabulary that can write more than the task it was made for
+_FEWEST_TOKENS = 1000  # in a vocabulary for general text, rather than for one task
 
 
 def encode_text(
@@ -20,9 +20,13 @@ def encode_text(
     refused: type[MeltError],
     most: int = -1,
 ) -> list[int] | None:
-    """Token ids of the file at ``path`` (UTF-8), or of ``builtin``; None where the vocabulary cannot write the latter.
+    """Return token ids of the file at ``path`` (UTF-8), or of ``builtin``; None if the vocabulary is too small for the
+    latter.
 
-    directory: where the tokenizer is. option: how a user names the file. most: characters read of it (-1: all).
+    - ``directory``: holds the tokenizer.
+    - ``option``: the command-line option of the file, for messages.
+    - ``most``: number of characters to read (-1: all).
+
     Raises ``refused`` for a file that cannot be used.
     """
     tokenizer = TextTokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None

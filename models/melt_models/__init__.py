@@ -1,6 +1,7 @@
-"""Looped language models in PyTorch: LoopLM (Ouro) and MELT, registered with transformers' Auto classes.
+"""PyTorch models of looped language models: LoopLM (Ouro) and MELT, registered with transformers' Auto classes.
 
-The names below import PyTorch when they are first used, so that commands can read their arguments before that.
+Importing this package does not import PyTorch; the first use of one of the model classes does. Commands can therefore
+check their arguments quickly.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
-"""How a token's inputs over the loops become the latent that its keys and values are read from.
+"""Ways to combine a token's inputs over the loops into the latent from which its keys and values are projected.
 
-The learned, element-wise gate is MELT's (arXiv 2605.07721); the others are the simpler ways its ablation compares with.
-All work on a_t, a layer's normed input in loop t, and keep one latent a token and layer while the token loops.
+The learned element-wise gate is MELT's (arXiv 2605.07721); the others are the alternatives of its ablation. Each works
+on a_t, a layer's normed input in loop t, and keeps one latent per token and layer from loop to loop.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from .configuration import MeltConfig
 
-# An untrained gate: near the last loop's own keys and values, where a LoopLM's weights already work.
+# An untrained gate: z = 0.12, so that keys and values stay close to those that a LoopLM's weights were trained for.
 GATE_BIAS_INIT = -2.0
 
 
 class Aggregation(nn.Module):
-    """From the latent so far and a new input to the next latent; ``h_t = a_t``, the last loop only."""
+    """Base class, and the simplest aggregation: ``h_t = a_t``, so that only the last loop counts."""
 
     def start(self, a: Tensor) -> Tensor:
-        """The latent before the first loop, (batch, chunk, latent_size)."""
+        """Return the latent before the first loop, (batch, chunk, latent_size)."""
         return a
 
     def forward(self, a: Tensor, latent: Tensor) -> Tensor:
-        """a (batch, chunk, d), latent (batch, chunk, latent_size) -> the new latent."""
+        """Return the new latent. a: (batch, chunk, d); latent: (batch, chunk, latent_size), kept."""
         return a
 
     def read(self, latent: Tensor) -> Tensor:
-        """h_t (batch, chunk, d): what keys and values are projected from."""
+        """Return h_t, the input of the key and value projections: (batch, chunk, latent_size) -> (batch, chunk, d)."""
         return latent
 
     def first(self, a: Tensor) -> Tensor:
@@ -36,9 +36,10 @@ class Aggregation(nn.Module):
 
 
 class LatentGate(Aggregation):
-    """``h_t = z_t h_{t-1} + (1 - z_t) a_t`` with ``z_t = sigmoid(a_t W_z + h_{t-1} U_z + b_z)``.
+    """MELT's gate: ``h_t = z_t h_{t-1} + (1 - z_t) a_t`` with ``z_t = sigmoid(a_t W_z + h_{t-1} U_z + b_z)``.
 
-    Element-wise it has 2 d^2 + d parameters a layer; with ``width`` 1 it is one number a token, 2 d + 1.
+    The element-wise gate has 2 d^2 + d parameters per layer. With ``width`` 1 the gate is one scalar per token and has
+    2 d + 1 parameters.
     """
 
     def __init__(self, size: int, width: int | None = None, *, from_input: bool = True):
@@ -61,7 +62,7 @@ class LatentGate(Aggregation):
 
 
 class MovingAverage(Aggregation):
-    """``h_t = w a_t + (1 - w) h_{t-1}``: an exponential moving average with a fixed weight."""
+    """Exponential moving average with a fixed weight w: ``h_t = w a_t + (1 - w) h_{t-1}``."""
 
     def __init__(self, weight: float, *, from_input: bool = True):
         super().__init__()
@@ -78,8 +79,11 @@ class MovingAverage(Aggregation):
 
 
 class Mean(Aggregation):
-    """``h_t = (a_1 + ... + a_t) / t``. The latent's last element counts the loops: a token's own, so that a token that
-    left the loop keeps its mean."""
+    """Mean over the loops: ``h_t = (a_1 + ... + a_t) / t``.
+
+    The latent has d + 1 elements. The last one counts the token's loops, so that a token that has left early keeps its
+    mean.
+    """
 
     def start(self, a: Tensor) -> Tensor:
         return torch.cat((a, torch.zeros_like(a[..., :1])), dim=-1)
@@ -93,7 +97,7 @@ class Mean(Aggregation):
 
 
 def make_aggregation(config: MeltConfig) -> Aggregation:
-    """What ``config.aggregation`` names."""
+    """Build the aggregation that ``config.aggregation`` names."""
     size, from_input = config.hidden_size, config.latent_init == "first_input"
     match config.aggregation:
         case "gate":

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there nothing is swept
+except ImportError:  # Windows, where leftovers are not removed
     fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -24,16 +24,16 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class TargetExistsError(ValueError):
-    """The output directory holds something already and force was not given."""
+    """The output directory is not empty, and ``force`` was not given."""
 
 
 @contextmanager
 def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Builds a directory beside ``target`` and gives it that name only when the block ends without an error.
+    """Yield an empty directory that gets the name ``target`` when the block ends without an error.
 
-    Until then whatever stood under the name is untouched; without ``force`` it is never replaced, even if it came
-    meanwhile. With ``force`` an old directory is swapped out in one system call where the platform has it. Raises
-    TargetExistsError or OSError, which names the target (disk full, no permission).
+    Until then a directory of that name is untouched. Without ``force`` it is never replaced, even if it appears
+    meanwhile. With ``force`` it is swapped out in one system call where the platform has one. Raises TargetExistsError,
+    or an OSError (disk full, no permission) that names the target.
     """
     target = target.absolute()
     check_target(target, force=force)
@@ -48,9 +48,10 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def working_directory(parent: Path, prefix: str, *, kept: Path | None = None) -> Iterator[Path]:
-    """An empty directory in ``parent``, gone when the block ends; those of processes that were killed are swept first.
+    """Yield an empty directory in ``parent`` and remove it when the block ends.
 
-    kept: the name for which an old directory lies aside while it is replaced; it is not swept while that is missing.
+    First removes directories with the same prefix that killed processes left behind. While the path ``kept`` does not
+    exist, a directory that was moved aside from that name is not removed.
     """
     for left in parent.glob(glob.escape(prefix) + "*"):
         if not (left.name.endswith(_OLD) and kept is not None and not kept.exists()):
@@ -64,23 +65,23 @@ def working_directory(parent: Path, prefix: str, *, kept: Path | None = None) ->
 
 
 def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new directory and a handle that locks it: the lock ends with the process, however that ends."""
+    """Create a directory and return it with a file handle that locks it until the process ends."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             handle = os.open(made, os.O_RDONLY)
-        except FileNotFoundError:  # another process swept it already
+        except FileNotFoundError:  # another process removed it already
             continue
         if fcntl is not None:
-            with suppress(OSError):  # a file system without locks: nobody can sweep there either
+            with suppress(OSError):  # on a file system without locks no process removes it
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        if made.exists():  # else another process swept it before it was locked
+        if made.exists():  # False if another process removed it before it was locked
             return made, handle
         os.close(handle)
 
 
 def sweep(left: Path) -> None:
-    """Removes a directory or a file unless a living process holds its lock."""
+    """Remove a directory or file unless a living process holds its lock."""
     if fcntl is None or left.is_symlink() or not (left.is_dir() or left.is_file()):
         return
     with suppress(OSError):
@@ -97,7 +98,7 @@ def sweep(left: Path) -> None:
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Errors of a disk that is full name what was being written; libraries raise them in kinds of their own."""
+    """Turn the libraries' various errors of a full disk into an OSError that names ``target``."""
     try:
         yield
     except OSError as error:
@@ -112,7 +113,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def check_target(target: Path, *, force: bool = False) -> None:
-    """Raises TargetExistsError if ``target`` is a file, or a non-empty directory without ``force``."""
+    """Raise TargetExistsError if ``target`` is a file, or a non-empty directory without ``force``."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetExistsError(f"{target} exists and is not a directory; choose another output name")
     above = next((parent for parent in target.absolute().parents if parent.exists()), None)
@@ -123,7 +124,7 @@ def check_target(target: Path, *, force: bool = False) -> None:
 
 
 def _place(build: Path, target: Path, force: bool) -> None:
-    """Gives ``build`` its name. A plain rename takes the place of an empty directory, and of nothing else."""
+    """Rename ``build`` to ``target``. A plain rename replaces an empty directory and nothing else."""
     try:
         build.rename(target)
     except OSError as error:
@@ -137,7 +138,7 @@ def _place(build: Path, target: Path, force: bool) -> None:
 
 
 def _exchange(build: Path, target: Path) -> None:
-    """Swaps two directories; afterwards ``build`` holds the old content."""
+    """Swap two directories; afterwards ``build`` holds the old content."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         swapped = libc.renameat2(_AT_FDCWD, os.fsencode(build), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0
@@ -156,7 +157,7 @@ def _exchange(build: Path, target: Path) -> None:
 
 
 def _share(directory: Path) -> None:
-    """The permissions that ordinary files and directories get here; some libraries write theirs for the owner only."""
+    """Set the permissions that the umask gives; some libraries write files for the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for folder, _, files in os.walk(directory):

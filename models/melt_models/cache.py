@@ -1,4 +1,4 @@
-"""MELT's shared key/value cache in PyTorch: one row a token and layer, rewritten by every loop."""
+"""MELT's shared key/value cache in PyTorch: one key and value per token and layer, rewritten by every loop."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ Stored = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class MeltCache(Cache):
-    """The rows of all committed chunks, and the chunk that is looping now ("open").
+    """Keys and values of all committed chunks, and of the chunk that is looping now (the open chunk).
 
-    ``layers[l].keys`` and ``.values`` are (batch, kv_heads, rows, head_dim). Rows never change in place: an update
-    joins the committed rows with the open chunk's new ones, so gradients flow across chunks. In a batch of
-    different lengths shorter sequences leave holes; ``valid`` (batch, rows) says which rows are tokens.
-    stored: what the cache keeps of a layer's new keys and values, where it cannot keep them exactly.
+    ``layers[l].keys`` and ``.values`` are (batch, kv_heads, positions, head_dim). Nothing is written in place:
+    ``write`` joins the committed positions with the open chunk's, so gradients flow across chunks. In a batch of
+    different lengths shorter sequences leave gaps; ``valid`` (batch, positions) marks the positions that hold tokens.
+
+    ``stored``, if given, maps (layer, key, value) to the values that the cache keeps instead, such as quantized ones.
     """
 
     def __init__(self, num_layers: int, stored: Stored | None = None):
         super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
         self.stored = stored
         self.valid: Tensor | None = None
-        self.lengths: Tensor | None = None  # (batch,) tokens committed
-        self.columns = 0  # input columns seen, padding included: what generate() calls the sequence length
+        self.lengths: Tensor | None = None  # (batch,) committed tokens
+        self.columns = 0  # input columns so far, padding included; generate() calls this the sequence length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes (key, value) the open chunk's rows of a layer; returns all rows, committed ones first."""
+        """Store the open chunk's keys and values of a layer and return all positions, committed ones first.
+
+        key, value: (batch, kv_heads, chunk, head_dim); returned: (batch, kv_heads, positions, head_dim) each.
+        """
         if self.stored is not None:
             key, value = self.stored(layer, key, value)
         slot: Any = self.layers[layer]
@@ -47,13 +51,13 @@ class MeltCache(Cache):
         return key, value
 
     def commit(self, valid: Tensor) -> None:
-        """Closes the open chunk. valid: (batch, chunk) bool, which of its rows are tokens."""
+        """Close the open chunk. valid: (batch, chunk) bool, True where a position holds a token."""
         added = valid.sum(1)
         self.valid = valid if self.valid is None else torch.cat((self.valid, valid), dim=1)
         self.lengths = added if self.lengths is None else self.lengths + added
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: assisted decoding would need to take rows back."""
+        """Raise ValueError: assisted decoding, which crops its cache, is not supported."""
         raise ValueError("a MeltCache cannot be cropped; assisted decoding is not supported")
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -63,9 +67,9 @@ class MeltCache(Cache):
 
 
 class ChunkAttention:
-    """The reference way to write the row and attend: what every exported dialect is compared with.
+    """Writes the cache and attends over it in plain PyTorch: the reference for every exported dialect.
 
-    A token sees the valid committed rows, and its own chunk's rows up to itself.
+    A token attends to the valid committed positions, and to its own chunk up to itself.
     """
 
     def __init__(self, config: MeltConfig, cache: MeltCache, valid: Tensor):

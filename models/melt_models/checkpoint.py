@@ -1,4 +1,5 @@
-"""Reading checkpoint directories, strictly: everything expected is there, nothing else is, and all of it is finite."""
+"""Strict reading of checkpoint directories: all expected tensors are there, no others are, and all values are
+finite."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 CONFIGS: dict[str, type[PreTrainedConfig]] = {"ouro": LoopLMConfig, "melt": MeltConfig, "llama": LlamaConfig}
 LoopedModel: TypeAlias = LoopLMForCausalLM | MeltForCausalLM
 MODELS: dict[str, Any] = {"ouro": LoopLMForCausalLM, "melt": MeltForCausalLM}
-# What building a configuration, or a model without memory, from untrusted values can raise.
+# Errors that transformers and PyTorch raise for a configuration with untrusted values.
 CONFIG_ERRORS = (
     StrictDataclassError,
     ValueError,
@@ -40,8 +41,8 @@ CONFIG_ERRORS = (
     ImportError,
     RuntimeError,
 )
-# What a config may say beside its class's own fields: the rotary embedding, and what is refused by name. Anything else
-# is another library's: transformers would act on some of it (one label each for ``num_labels``).
+# Fields that are read beside those of the configuration's class: the rotary embedding, and fields that are refused by
+# name. Others are dropped: transformers would act on some of them (it makes ``num_labels`` labels).
 _BESIDES = {
     "rope_theta",
     "rope_scaling",
@@ -50,20 +51,20 @@ _BESIDES = {
     "use_sliding_window",
     "quantization_config",
 }
-_MOST_JSON_BYTES = 1 << 24  # an index of 200,000 tensors; as objects it takes up to 25 times as much memory
+_MOST_JSON_BYTES = 1 << 24  # an index of 200,000 tensors; parsed, it takes up to 25 times as much memory
 MOST_TOKENIZER_BYTES = 1 << 28  # several times the largest vocabularies of today
-_MOST_VALUES = 6_000_000  # of a file, three times those of the largest vocabularies; each takes up to 200 bytes
-# Tensors that are computed from the config, which older checkpoints hold all the same: rotary tables and masks.
+_MOST_VALUES = 6_000_000  # per file, three times those of the largest vocabularies; each takes up to 200 bytes
+# Rotary tables and masks, which older checkpoints hold although they are computed from the config.
 _DERIVED = re.compile(
     r"(^|\.)(rotary_emb\.\w+|(original_)?inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached"
     r"|((causal|attention|attn)_)?mask|masked_bias|position_ids)$"
 )
-_MASK = re.compile(r"(^|\.)(self_)?att(n|ention)\.bias$")  # of GPT-2's kind, where it has four dimensions
+_MASK = re.compile(r"(^|\.)(self_)?att(n|ention)\.bias$")  # GPT-2's causal mask, if it has four dimensions
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_json(path: Path, most: int = _MOST_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of so many bytes at most. Raises CheckpointError."""
+    """Read a JSON object from a file of at most ``most`` bytes. Raises CheckpointError."""
     try:
         size = path.stat().st_size
         if size > most:
@@ -82,14 +83,14 @@ def read_json(path: Path, most: int = _MOST_JSON_BYTES) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int:
-    """A whole number of a JSON file. Raises ValueError for one of more digits than anybody means."""
-    if len(digits) > 40:  # transformers writes "no limit" as a number of 31
+    """Parse a whole number of at most 40 digits. Raises ValueError."""
+    if len(digits) > 40:  # transformers writes "no limit" as a number of 31 digits
         raise ValueError(f"{digits[:20]}... is a whole number of {len(digits)} digits")
     return int(digits)
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint directory: LoopLM ("ouro"), MELT or Llama. Raises CheckpointError."""
+    """Read the configuration of a LoopLM ("ouro"), MELT or Llama checkpoint directory. Raises CheckpointError."""
     check_directory(directory)
     path = directory / "config.json"
     content = read_json(path)
@@ -109,14 +110,14 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
 
 def _fields(kind: type[PreTrainedConfig]) -> set[str]:
-    """The fields of a class of configurations, without those that every model of transformers has."""
+    """Return the fields that a configuration class adds to those of every transformers model."""
     own = [base for base in kind.__mro__ if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig]
     named = {name for base in own for name in inspect.get_annotations(base)}
     return named & {field.name for field in fields(kind)}
 
 
 def innermost(error: BaseException) -> str:
-    """The sentence at the bottom of a chain of wrapped validation errors."""
+    """Return the message at the bottom of a chain of wrapped validation errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
@@ -124,7 +125,7 @@ def innermost(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is."""
+    """File, shape and type of a tensor on disk."""
 
     file: Path
     shape: tuple[int, ...]
@@ -132,9 +133,9 @@ class StoredTensor:
 
 
 class Weights(Mapping[str, StoredTensor]):
-    """The tensors of a checkpoint directory, by name, read from disk only when asked for.
+    """Mapping from the names of a checkpoint's tensors to their StoredTensor; values are read from disk on request.
 
-    Single or sharded safetensors. Raises CheckpointError for anything that cannot be trusted.
+    Reads single or sharded safetensors. Raises CheckpointError for files that cannot be read safely.
     """
 
     def __init__(self, directory: Path):
@@ -154,20 +155,20 @@ class Weights(Mapping[str, StoredTensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest type that holds all values of all tensors."""
+        """The narrowest type that can hold the values of all tensors."""
         widest = torch.float16 if self._tensors else torch.float32
         kinds = {stored.dtype for stored in self._tensors.values()}
         return kinds.pop() if len(kinds) == 1 else reduce(torch.promote_types, kinds, widest)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor itself, memory-mapped, or its values in another type.
+        """Return a tensor memory-mapped in its stored type, or cast to ``dtype``.
 
-        Raises CheckpointError if it holds NaN or Inf, or values that the other type cannot.
+        Raises CheckpointError if it holds NaN or Inf, or values beyond the range of ``dtype``.
         """
         stored = self._tensors[name]
         with safe_open(stored.file, framework="pt") as handle:
             value = handle.get_tensor(name)
-        # A sum is finite only if every element is, except for overflow: then look at each.
+        # A finite sum has only finite terms. A sum that is not finite may have overflowed, so each term is checked.
         if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
             raise CheckpointError(f"{stored.file.name}: tensor {name} holds NaN or Inf")
         if dtype is None or dtype == stored.dtype:
@@ -221,7 +222,8 @@ class Weights(Mapping[str, StoredTensor]):
 
 
 def check_names(weights: Weights, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
-    """Compares names and shapes with what the model needs. Raises CheckpointError naming the first tensors at fault."""
+    """Compare names and shapes with those that the model needs. Raises CheckpointError naming the first tensors at
+    fault."""
     optional = {_HEAD} if tied else set()
     missing = sorted(set(expected) - set(weights) - optional)
     unexpected = sorted(set(weights) - set(expected) - optional)
@@ -240,8 +242,11 @@ def check_names(weights: Weights, expected: Mapping[str, tuple[int, ...]], *, ti
 
 
 def check_sizes(config: PreTrainedConfig, weights: Weights) -> None:
-    """Weighs what a config asks for against the tensors that are there, before a model is built: a small checkpoint
-    may ask for any number of layers. Then computes the rotary embedding once. Raises CheckpointError."""
+    """Check that the config's sizes fit the stored tensors, before a model of these sizes is built.
+
+    A small checkpoint may ask for any number of layers. Also computes the rotary embedding once. Raises
+    CheckpointError.
+    """
     path = weights.directory / "config.json"
     if config.num_hidden_layers > len(weights):
         raise CheckpointError(
@@ -270,15 +275,18 @@ def check_sizes(config: PreTrainedConfig, weights: Weights) -> None:
 
 
 def check_looped(config: PreTrainedConfig) -> None:
-    """Raises UnsupportedConfigError for a config that only melt-convert reads."""
+    """Raise UnsupportedConfigError for a config that is not of a looped model, such as Llama's."""
     if config.model_type not in MODELS:
         raise UnsupportedConfigError(
             f"model_type {config.model_type!r} is not a looped model; run melt-convert on the checkpoint first"
         )
 
 
-def hollow_model(config: PreTrainedConfig) -> LoopedModel:
-    """The model of a config with no memory behind its weights, in evaluation mode. Raises UnsupportedConfigError."""
+def meta_model(config: PreTrainedConfig) -> LoopedModel:
+    """Build a model on PyTorch's meta device, without memory for weights, in evaluation mode.
+
+    Raises UnsupportedConfigError.
+    """
     check_looped(config)
     try:
         with torch.device("meta"):
@@ -288,28 +296,28 @@ def hollow_model(config: PreTrainedConfig) -> LoopedModel:
 
 
 def expected_shapes(model: LoopedModel) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model's checkpoint must hold (a tied head only once)."""
+    """Return the name and shape of every tensor that a model's checkpoint must hold (a tied head only once)."""
     tied = model.config.tie_word_embeddings
     return {name: tuple(t.shape) for name, t in model.state_dict().items() if not (tied and name == _HEAD)}
 
 
 def open_checkpoint(directory: Path) -> tuple[LoopedModel, Weights]:
-    """A hollow model and the checked names and shapes of its weights. Raises CheckpointError."""
+    """Return a model on the meta device and its weights, names and shapes checked. Raises CheckpointError."""
     config = read_config(directory)
     check_looped(config)
     weights = Weights(directory)
     check_sizes(config, weights)
-    model = hollow_model(config)
+    model = meta_model(config)
     check_names(weights, expected_shapes(model), tied=config.tie_word_embeddings)
     return model, weights
 
 
 def load_model(directory: Path | str, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> LoopedModel:
-    """A LoopLM or MELT from a checkpoint directory, in evaluation mode.
+    """Load a LoopLM or MELT from a checkpoint directory, in evaluation mode.
 
-    ``dtype`` None: the narrowest that holds all values of all tensors (where they have one type, the weights stay
-    memory-mapped). ``as_stored``: every tensor keeps its own type, for products that widen them (``Float32Matmul``).
-    Raises CheckpointError.
+    With ``dtype`` None the weights get the narrowest type that can hold the values of all tensors; if they all have one
+    type, they stay memory-mapped. With ``as_stored`` every tensor keeps its own type, for ``Float32Matmul``, which
+    widens weights when they are multiplied. Raises CheckpointError.
     """
     model, weights = open_checkpoint(Path(directory))
     dtype = None if as_stored else dtype or weights.dtype

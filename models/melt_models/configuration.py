@@ -1,4 +1,4 @@
-"""Configurations of the two looped models, as transformers classes with the checkpoints' own field names."""
+"""Configurations of both looped models: transformers classes with the field names of published checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from .errors import shown
 
-# RoPE variants whose tables do not depend on how long the sequence has grown.
+# RoPE variants whose tables do not depend on the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORM_LAYOUTS = ("sandwich", "pre")
 LATENT_INITS = ("first_input", "zeros")
@@ -31,15 +31,17 @@ COUNTS = (
 )
 _OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# Sizes and places are 32-bit numbers in the graphs' operators.
+# ONNX operators hold sizes and positions in 32 bits.
 MOST = 2**31 - 1
-# A request, a package and a session have the same bound: each loop costs a run of all layers.
-MOST_LOOPS = 1024  # the most that a package may ask for per token
+# Loops per token. Requests, packages and sessions have the same bound: each loop runs all layers.
+MOST_LOOPS = 1024
 
 
 def check_fields(values: Mapping[str, object]) -> None:
-    """Refuses counts and token ids of a wrong type or size, of any kind of config, before anything is computed with
-    them. A field that is absent is left to its default. Raises ValueError naming the field."""
+    """Check type and range of counts and token ids, before anything is computed from them.
+
+    Works on every kind of config; an absent field gets its default later. Raises ValueError naming the field.
+    """
     for field in COUNTS:
         value: Any = values.get(field, 1)
         most = MOST_LOOPS if field == "total_ut_steps" else MOST
@@ -50,7 +52,7 @@ def check_fields(values: Mapping[str, object]) -> None:
     for field in _TOKEN_IDS:
         value = values.get(field)
         ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
-        least = 0 if field == "eos_token_id" else -1  # pad_token_id -1 is written for "none"
+        least = 0 if field == "eos_token_id" else -1  # a pad_token_id of -1 means none
         if not all(_is_whole(one) and least <= one <= MOST for one in ids):
             whole = "a token id or a list of them" if field == "eos_token_id" else "a token id"
             raise ValueError(f"{field} is {shown(value)}; it must be {whole}")
@@ -62,10 +64,10 @@ def _is_whole(value: object) -> bool:
 
 @strict
 class LoopedConfig(PreTrainedConfig):
-    """What LoopLM and MELT have in common: a decoder stack that is run ``total_ut_steps`` times a token.
+    """Common fields of LoopLM and MELT: a decoder stack that runs ``total_ut_steps`` times per token.
 
-    ``norm_layout`` is ``"sandwich"`` (Ouro: a norm before and after each sub-layer) or ``"pre"`` (Llama: before
-    only). ``head_dim`` and ``num_key_value_heads`` may be absent, as in published configs.
+    ``norm_layout`` is ``"sandwich"`` (Ouro: a norm before and after each sub-layer) or ``"pre"`` (Llama: before only).
+    ``head_dim`` and ``num_key_value_heads`` may be absent, as in published configs.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -75,7 +77,7 @@ class LoopedConfig(PreTrainedConfig):
     intermediate_size: int = 5632
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    # Absent (None) in many published configs; whole numbers once the configuration is built.
+    # Absent (None) in many published configs; __post_init__ fills them in.
     num_key_value_heads: Any = None
     head_dim: Any = None
     hidden_act: str = "silu"
@@ -102,12 +104,12 @@ class LoopedConfig(PreTrainedConfig):
         for name, rope in (("rope_parameters", self.rope_parameters), ("rope_scaling", kwargs.get("rope_scaling"))):
             if not isinstance(rope, dict | None):
                 raise ValueError(f"{name} is {shown(rope)}; it must be an object")
-        # The checkpoint's own RoPE keys, before transformers folds them into rope_parameters.
+        # Set before super() runs: transformers folds the checkpoint's own RoPE keys into rope_parameters.
         kwargs.setdefault("rope_theta", self.default_theta)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Refuses what cannot be built. Raises ValueError with one clear sentence."""
+        """Raise ValueError, in one sentence, for a model that cannot be built."""
         check_fields({field: getattr(self, field) for field in (*COUNTS, *_TOKEN_IDS) if hasattr(self, field)})
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -145,9 +147,9 @@ class LoopedConfig(PreTrainedConfig):
 
 
 def _number(name: str, value: object, above: float = -math.inf) -> None:
-    """Raises ValueError unless ``value`` is a finite number greater than ``above``."""
+    """Raise ValueError unless ``value`` is a finite number above ``above``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Not isfinite: it cannot take a whole number of hundreds of digits.
+    # math.isfinite raises OverflowError for a whole number of hundreds of digits.
     if not number or value <= above or not abs(value) <= sys.float_info.max:  # type: ignore[operator, arg-type]
         more = f" above {above:g}" if math.isfinite(above) else ""
         raise ValueError(f"{name} is {shown(value)}; it must be a finite number{more}")
@@ -169,13 +171,14 @@ class LoopLMConfig(LoopedConfig):
 
 @strict
 class MeltConfig(LoopedConfig):
-    """MELT (arXiv 2605.07721): a LoopLM with one key/value cache a layer, shared by all loops.
+    """MELT (arXiv 2605.07721): a LoopLM with one key/value cache per layer, shared by all loops.
 
-    - ``chunk_size``: how many tokens of a prompt run their loops together. It is part of the model's meaning: tokens
-      of one chunk see each other's rows of the same loop, and earlier chunks' rows as their last loop left them.
+    - ``chunk_size``: number of prompt tokens that run their loops together. It changes the model's results: tokens of
+      one chunk see each other's keys and values of the same loop, and those of earlier chunks as their last loop left
+      them.
     - ``latent_init``: the latent before the first loop: ``"first_input"`` (loop 1 equals LoopLM's) or ``"zeros"``.
-    - ``aggregation``: how a token's inputs over the loops become its latent: MELT's element-wise ``"gate"``, or one of
-      the ways it was compared with (see ``aggregation.py``); ``ema_weight`` is the new input's share under ``"ema"``.
+    - ``aggregation``: how a token's inputs over the loops become its latent: MELT's element-wise ``"gate"``, or an
+      alternative of its ablation (see ``aggregation.py``). ``ema_weight`` is the new input's share under ``"ema"``.
     - ``untrained``: parts that a conversion initialised and nobody trained ("latent_gate", "early_exit_gate").
     """
 
@@ -199,10 +202,10 @@ class MeltConfig(LoopedConfig):
 
     @property
     def latent_size(self) -> int:
-        """Elements of a token's latent in one layer: d, and one more where the mean counts its loops."""
+        """Elements of a token's latent in one layer: d, or d + 1 for the mean, which counts its loops."""
         return self.hidden_size + (self.aggregation == "mean")
 
     @property
     def gate_starts_at_input(self) -> bool:
-        """Whether a token's first latent is its input, h_1 = a_1, whatever a gate with products of its own says."""
+        """Whether a gated token's first latent is its input, h_1 = a_1, so that the first loop needs no gate."""
         return self.aggregation in ("gate", "scalar_gate") and self.latent_init == "first_input"

@@ -1,4 +1,4 @@
-"""Starting checkpoints: a LoopLM (Ouro) or a Llama-shaped model becomes a MELT whose gates are not trained yet."""
+"""Conversion of a LoopLM (Ouro) or Llama-shaped checkpoint to a MELT checkpoint whose gates are untrained."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .checkpoint import (
     check_names,
     check_sizes,
     expected_shapes,
-    hollow_model,
     innermost,
+    meta_model,
     read_config,
     read_json,
 )
 from .configuration import LoopedConfig, LoopLMConfig, MeltConfig, check_fields
 from .errors import CheckpointError, UnsupportedConfigError
 
-# Files that travel with a checkpoint unchanged.
+# Files that are copied unchanged.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,14 +42,14 @@ COMPANIONS = (
 TOKENIZER, _GENERATION = "tokenizer.json", "generation_config.json"
 _SPECIAL = ("pad", "bos", "eos")
 _MOST_ENDS = 256  # tokens that end a text; a runtime reads no more
-# exp(-30): a token never leaves at a gate that nobody trained.
+# sigmoid(-30) is 1e-13: no token leaves early at an untrained exit gate.
 _CLOSED_EXIT_BIAS = -30.0
 
 
 def melt_config(
     source: PreTrainedConfig, *, loops: int | None = None, chunk_size: int = 128, **fields: Any
 ) -> MeltConfig:
-    """The MELT configuration that a source's weights fit; ``fields`` are further ones of MeltConfig.
+    """Return the MELT configuration for a source's weights; ``fields`` are further fields of MeltConfig.
 
     Raises UnsupportedConfigError.
     """
@@ -80,14 +80,14 @@ def melt_config(
 
 
 def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
-    """All tensors of a MELT: the source's own, as they are, and the parts it lacks freshly initialised, in the
-    embedding's dtype.
+    """Return all tensors of a MELT: the source's own, and initial values for the parts it lacks, in the embedding's
+    type.
 
-    The latent gate starts with zero weights and a bias of -2, so z = 0.12: close to the last loop's own keys and
-    values, which a LoopLM's projections were trained for. Raises CheckpointError.
+    The latent gate starts with zero weights and a bias of -2, so z = 0.12: keys and values stay close to those of the
+    last loop, which a LoopLM's projections were trained for. Raises CheckpointError.
     """
     check_sizes(config, weights)
-    expected = expected_shapes(hollow_model(config))
+    expected = expected_shapes(meta_model(config))
     fresh = {name for name in expected if any(f".{part}." in name for part in config.untrained)}
     check_names(
         weights, {name: shape for name, shape in expected.items() if name not in fresh}, tied=config.tie_word_embeddings
@@ -109,7 +109,7 @@ def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
 def convert(
     source: Path, output: Path, *, loops: int | None = None, chunk_size: int = 128, force: bool = False
 ) -> MeltConfig:
-    """Writes the MELT starting checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
+    """Write the MELT checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
     config = melt_config(read_config(source), loops=loops, chunk_size=chunk_size)
     check_companions(source, config)
     weights = Weights(source)
@@ -122,9 +122,9 @@ def convert(
 
 
 def check_companions(directory: Path, config: LoopedConfig) -> None:
-    """Looks at the files that travel with a checkpoint of this configuration.
+    """Check the files that are copied with a checkpoint of this configuration.
 
-    Raises CheckpointError for what is no JSON, for end tokens that are none or outside the vocabulary, and for a
+    Raises CheckpointError for invalid JSON, for end tokens that are invalid or outside the vocabulary, and for a
     tokenizer with more tokens than the embedding has rows.
     """
     found = {
@@ -169,7 +169,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[int]:
-    """The ids that a tokenizer.json gives, whatever the kind of its model."""
+    """Yield the token ids of a parsed tokenizer.json, whatever its model."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
@@ -182,11 +182,11 @@ def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[int]:
 
 
 def save_state(config: MeltConfig, state: dict[str, Tensor], directory: Path) -> None:
-    """Writes config.json and the tensors as (sharded) safetensors, without another copy in memory.
+    """Write config.json and the tensors as (sharded) safetensors, without a second copy in memory.
 
-    Every tensor keeps its type; the config names one that holds the values of all, for whoever casts to it.
+    Every tensor keeps its type. The config's dtype is the narrowest that can hold all of them.
     """
-    model = hollow_model(config)
+    model = meta_model(config)
     if config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, strict=True, assign=True)

@@ -1,4 +1,4 @@
-"""The command ``melt-convert``. PyTorch, which takes seconds, is imported once the arguments are right."""
+"""The ``melt-convert`` command. It checks its arguments before it imports PyTorch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def command(
     source: Annotated[Path, typer.Argument(help="An Ouro or Llama checkpoint directory (config.json, safetensors).")],
     output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
     loops: Annotated[
-        int | None, typer.Option(help="Loops a token; default: the source's own (Ouro), or 1 (Llama).", min=1)
+        int | None, typer.Option(help="Loops per token; default: the source's own (Ouro), or 1 (Llama).", min=1)
     ] = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens that run their loops together.", min=1)] = 128,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
@@ -45,7 +45,7 @@ def command(
 
 
 def main() -> None:
-    """``python -m melt_models.convert_cli``, where nothing but the models is installed."""
+    """Run ``python -m melt_models.convert_cli``, for an install without melt_export."""
     app()
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint directory is, seen from outside: for commands that have not imported PyTorch yet."""
+"""Checks of a checkpoint directory that need no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
-# Forms of a tokenizer that transformers reads and the tokenizers library does not.
+# Tokenizer files that transformers can convert and the tokenizers library cannot read.
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "tiktoken.model", "tekken.json")
 
 
 def check_directory(directory: Path) -> None:
-    """Raises CheckpointError for what is not a directory with a config.json."""
+    """Raise CheckpointError unless ``directory`` is a directory with a config.json."""
     if not directory.exists():
         raise CheckpointError(f"checkpoint directory {directory} does not exist")
     if not directory.is_dir():
@@ -21,7 +21,7 @@ def check_directory(directory: Path) -> None:
 
 
 def without_tokenizer(checkpoint: Path) -> str | None:
-    """A sentence for a checkpoint that has no tokenizer.json, with the way to one if there is one; else None."""
+    """Describe a missing tokenizer.json and how to make one; return None if the checkpoint has it."""
     if (checkpoint / "tokenizer.json").is_file():
         return None
     other = next((name for name in _OTHER_FORMS if (checkpoint / name).is_file()), None)

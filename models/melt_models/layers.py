@@ -1,4 +1,4 @@
-"""The building blocks both models share: norm, rotary embedding, attention projections, MLP, decoder layer."""
+"""Building blocks of both models: RMSNorm, rotary embedding, attention, MLP, decoder layer."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .configuration import LoopedConfig
 
 
 class Attend(Protocol):
-    """Writes a layer's new key/value rows into a cache and attends over it.
+    """Callable that writes a layer's new keys and values into a cache and attends over it.
 
-    Everything that differs between caches, and between the dialects of an exported graph, is behind this call.
-    Query (batch, chunk, heads * head_dim), key and value (batch, chunk, kv_heads * head_dim), **before** rotary
-    embedding. Returns (batch, chunk, heads * head_dim).
+    Everything in which caches, and the dialects of exported graphs, differ is behind this call. query: (batch, chunk,
+    heads * head_dim); key, value: (batch, chunk, kv_heads * head_dim), all **before** rotary embedding. Returns (batch,
+    chunk, heads * head_dim).
     """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in float32, or in its own type if that is wider."""
+    """Cast x to float32, or leave it where its type is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 or wider (arXiv 1910.07467). Shape is kept."""
+    """RMS norm, ``x / rms(x) * weight``, computed in float32 or wider (arXiv 1910.07467). Keeps the shape."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -38,14 +38,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
-        wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # this form ONNX Runtime fuses
+        wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # ONNX Runtime fuses this form
         return self.weight * wide.to(x.dtype)
 
 
 def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for ``positions`` (any shape): two float32 tensors (*positions.shape, head_dim / 2).
+    """Return cosines and sines for ``positions`` (any shape): two float32 tensors (*positions.shape, head_dim / 2).
 
-    RoPE: arXiv 2104.09864; scaled variants come from transformers.
+    RoPE is arXiv 2104.09864; its scaled variants are computed by transformers.
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
@@ -58,7 +58,10 @@ def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the rotate-half form. x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2)."""
+    """Apply RoPE in its rotate-half form.
+
+    x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2).
+    """
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -75,13 +78,16 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention. query (b, heads, c, d), key/value (b, kv_heads, n, d), mask (b or 1, c, n) bool."""
+    """Attend with grouped queries.
+
+    query: (b, heads, c, d); key, value: (b, kv_heads, n, d); mask: (b or 1, c, n) bool.
+    """
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.unsqueeze(1), enable_gqa=grouped)
 
 
 class Attention(nn.Module):
-    """The four projections. Queries read ``x``; keys and values read ``kv``; the cache is the caller's ``attend``."""
+    """Query, key, value and output projections around ``attend``. Queries read ``x``, keys and values read ``kv``."""
 
     def __init__(self, config: LoopedConfig, layer: int):
         super().__init__()
@@ -93,12 +99,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, d, bias=False)
 
     def forward(self, x: Tensor, kv: Tensor, attend: Attend) -> Tensor:
-        """x, kv: (batch, chunk, d) -> (batch, chunk, d)."""
+        """x, kv: (batch, chunk, d). Returns (batch, chunk, d)."""
         return self.o_proj(attend(self.layer, self.q_proj(x), self.k_proj(kv), self.v_proj(kv)))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202), without biases."""
+    """SwiGLU without biases: ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
 
     def __init__(self, config: LoopedConfig):
         super().__init__()
@@ -111,7 +117,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """What LoopLM's and MELT's layers share: Ouro's (sandwich) or Llama's (pre) norm layout, Ouro's tensor names."""
+    """Base of the decoder layers of LoopLM and MELT, with Ouro's tensor names.
+
+    The norm layout is Ouro's ("sandwich": before and after each sub-layer) or Llama's ("pre": before only).
+    """
 
     def __init__(self, config: LoopedConfig, layer: int):
         super().__init__()
@@ -128,17 +137,20 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm_2 = norm() if sandwich else nn.Identity()
 
     def attend_and_transform(self, x: Tensor, a: Tensor, kv: Tensor, attend: Attend) -> Tensor:
-        """Attention of ``a`` over the cache with ``kv``'s rows written, then the MLP, each added to ``x``."""
+        """Add the attention of ``a`` to ``x``, then the MLP. Keys and values are projected from ``kv``.
+
+        All tensors are (batch, chunk, d); ``attend`` writes the cache.
+        """
         x = x + self.input_layernorm_2(self.self_attn(a, kv, attend))
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
 
 def leave_early(remaining: Tensor, exit_probability: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Updates the probability of still looping and says which tokens leave.
+    """Update the probability that a token is still looping, and decide which tokens leave.
 
-    With lambda_t the exit probability of loop t, a token has left by loop t with cumulative probability
-    1 - prod_{j<=t}(1 - lambda_j) (arXiv 2510.25741). A threshold of 1 or more never leaves early.
-    All tensors (batch, chunk); returns (remaining, leaves).
+    With lambda_t the exit probability of loop t, a token has left by loop t with the cumulative probability 1 -
+    prod_{j<=t}(1 - lambda_j) (arXiv 2510.25741), and leaves once that reaches ``threshold``. With a threshold of 1 or
+    more no token leaves early. All tensors are (batch, chunk). Returns (remaining, leaves).
     """
     remaining = remaining * (1.0 - exit_probability)
     if threshold >= 1.0:

@@ -1,4 +1,4 @@
-"""LoopLM (Ouro, arXiv 2510.25741): the starting model, the teacher and the baseline. One cache per layer and loop."""
+"""LoopLM (Ouro, arXiv 2510.25741), with one key/value cache per layer and loop: source of conversions and teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .layers import (
 
 
 class _LoopAttention:
-    """Attends over the cache of one loop: key/value index ``loop * layers + layer``, as Ouro orders them."""
+    """Attends over the caches of one loop. As in Ouro, layer l of loop t uses cache number ``t * layers + l``."""
 
     def __init__(self, config: LoopLMConfig, cache: DynamicCache, loop: int, cos: Tensor, sin: Tensor, mask: Tensor):
         self.config, self.cache, self.loop = config, cache, loop
@@ -42,15 +42,20 @@ class LoopLMLayer(DecoderLayer):
     """A decoder layer whose queries, keys and values all read the normed input."""
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x: (batch, chunk, d), kept."""
+        """x: (batch, chunk, d). Returns the same shape."""
         a = self.input_layernorm(x)
         return self.attend_and_transform(x, a, a, attend)
 
 
 @dataclass
 class LoopLMOutput(CausalLMOutputWithPast):
-    """``logits`` (batch, tokens, vocab) of the chosen loop; ``loop_hidden`` every loop's normed output
-    (loops, batch, tokens, d); ``exit_distribution`` (loops, batch, tokens); ``depth`` loops read per token."""
+    """Output of the forward.
+
+    - ``logits``: (batch, tokens, vocab), of the loop that was chosen.
+    - ``loop_hidden``: (loops, batch, tokens, d), the normed output of every loop.
+    - ``exit_distribution``: (loops, batch, tokens).
+    - ``depth``: (batch, tokens), the loop whose output the head read, counted from 1.
+    """
 
     loop_hidden: Tensor | None = None
     exit_distribution: Tensor | None = None
@@ -58,7 +63,7 @@ class LoopLMOutput(CausalLMOutputWithPast):
 
 
 class LoopLMModel(nn.Module):
-    """Embedding, the stack that is looped, the final norm and the exit gate."""
+    """Embedding, the looped stack of layers, final norm and exit gate."""
 
     def __init__(self, config: LoopLMConfig):
         super().__init__()
@@ -71,7 +76,10 @@ class LoopLMModel(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, num_loops: int
     ) -> tuple[Tensor, Tensor]:
-        """hidden (b, c, d) embeddings -> every loop's normed output (T, b, c, d) and exit probability (T, b, c)."""
+        """Run ``num_loops`` loops. hidden: (b, c, d) embeddings; mask: (b, c, n) bool; positions: (b, c).
+
+        Returns the normed output (T, b, c, d) and the exit probability (T, b, c) of every loop.
+        """
         cos, sin = rotary_tables(self.config, positions)
         outputs, exits = [], []
         for loop in range(num_loops):
@@ -81,8 +89,10 @@ class LoopLMModel(nn.Module):
         return torch.stack(outputs), torch.stack(exits)
 
     def loop_step(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """One loop: the stack, then the final norm, whose output (b, c, d) the next loop reads; and the exit
-        probability (b, c) float32. ``attend`` writes and reads the rows of this loop's own caches."""
+        """Run all layers and the final norm once. hidden: (b, c, d); ``attend`` uses the caches of this loop.
+
+        Returns the normed output (b, c, d), which the next loop reads, and the exit probability (b, c) in float32.
+        """
         for layer in self.layers:
             hidden = layer(hidden, attend)
         hidden = self.norm(hidden)
@@ -90,14 +100,18 @@ class LoopLMModel(nn.Module):
 
 
 def exit_distribution(exit_probability: Tensor) -> Tensor:
-    """p_t = lambda_t * prod_{j<t}(1 - lambda_j); the last loop takes what remains. (loops, ...) -> (loops, ...)."""
+    """Return p_t = lambda_t * prod_{j<t}(1 - lambda_j), where the last loop takes the remainder. Shape (loops, ...)
+    kept."""
     stay = torch.cumprod(1.0 - exit_probability, dim=0)
     before = torch.cat((torch.ones_like(stay[:1]), stay[:-1]))
     return torch.cat((exit_probability[:-1] * before[:-1], before[-1:]))
 
 
 def causal_mask(attention_mask: Tensor, new: int) -> Tensor:
-    """What each of the last ``new`` columns sees. attention_mask (b, all) -> (b, new, all) bool; each sees itself."""
+    """Return which columns each of the last ``new`` columns attends to: its own, and earlier ones that are not padding.
+
+    attention_mask: (b, all) -> (b, new, all) bool.
+    """
     total = attention_mask.shape[1]
     column = torch.arange(total, device=attention_mask.device)
     row = column[total - new :, None]
@@ -105,7 +119,7 @@ def causal_mask(attention_mask: Tensor, new: int) -> Tensor:
 
 
 class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Ouro with a language-modelling head. Loads published Ouro directories: see ``checkpoint.load_model``."""
+    """Ouro with a language-modelling head. ``checkpoint.load_model`` reads published Ouro directories."""
 
     config: LoopLMConfig
     config_class = LoopLMConfig
@@ -135,11 +149,11 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
         exit_threshold: float | None = None,
         **kwargs: Any,
     ) -> LoopLMOutput:
-        """One forward over new tokens (batch, tokens), after those in the cache.
+        """Run new tokens (batch, tokens) after those in the cache.
 
-        All loops run; the exit only chooses which loop's output the head reads, as in Ouro's released code.
-        ``exit_at_step`` counts from 0 and wins over ``exit_threshold``; both default to the config.
-        Raises ValueError for fewer than one loop or an ``exit_at_step`` outside the loops.
+        All loops run; the exit only chooses the loop whose output the head reads, as in Ouro's released code.
+        ``exit_at_step`` counts from 0 and overrides ``exit_threshold``; both default to the config. Raises ValueError
+        for fewer than one loop, or for an ``exit_at_step`` beyond the loops.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, new, _ = hidden.shape
@@ -177,13 +191,16 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> bool:
-        """generate() asks for its cache here; LoopLM's has loops * layers entries, so it grows as they are used."""
+        """Give generate() a cache that grows on use: LoopLM needs loops * layers entries."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DynamicCache()
         return True
 
     def _depth(self, exits: Tensor, exit_at_step: int | None, exit_threshold: float | None) -> Tensor:
-        """Which loop the head reads, counted from 1: (batch, tokens)."""
+        """Return the loop whose output the head reads, (batch, tokens), counted from 1.
+
+        exits: (loops, batch, tokens), the exit probabilities.
+        """
         num_loops = exits.shape[0]
         step = self.config.early_exit_step if exit_at_step is None else exit_at_step
         if step is not None:

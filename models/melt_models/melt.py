@@ -1,15 +1,15 @@
-"""MELT (arXiv 2605.07721): a looped language model with one key/value cache a layer, shared by all loops.
+"""MELT (arXiv 2605.07721): a looped language model with one key/value cache per layer, shared by all loops.
 
-Per token, in loop t of T, in layer l (x_1 is the embedding; h lives only while the token loops):
+In loop t of T, in layer l, for each token (x_1 is the embedding; h lives only while the token loops):
 
     a_t = input_layernorm(x_t)
     z_t = sigmoid(a_t W_z + h_{t-1} U_z + b_z)           the gate
     h_t = z_t * h_{t-1} + (1 - z_t) * a_t                the latent
-    q_t = a_t W_Q;  k_t = h_t W_K;  v_t = h_t W_V        written over the token's one row of the layer's cache
+    q_t = a_t W_Q;  k_t = h_t W_K;  v_t = h_t W_V        k and v overwrite the token's entry in the layer's cache
     x_t <- x_t + attention(q_t) W_O, then the MLP        and after the last layer the final norm
 
-``MeltModel.loop_step`` is that loop and the only place where it is written down: the forward, generate(), training
-and the exported graph all call it.
+``MeltModel.loop_step`` is one such loop, and the only place that defines it: the forward, generate(), training and the
+exported graph all call it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .layers import Attend, DecoderLayer, RMSNorm, leave_early
 
 
 class MeltLayer(DecoderLayer):
-    """A decoder layer whose keys and values read the gated latent instead of the input."""
+    """A decoder layer whose keys and values are projected from the gated latent instead of the input."""
 
     def __init__(self, config: MeltConfig, layer: int):
         super().__init__(config, layer)
@@ -39,10 +39,13 @@ class MeltLayer(DecoderLayer):
     def forward(
         self, x: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """x (batch, chunk, d), latent (batch, chunk, latent_size); first_loop (batch,), active (batch, chunk) bool ->
-        the new x and latent."""
+        """Return the new x and latent.
+
+        x: (batch, chunk, d); latent: (batch, chunk, latent_size); first_loop: (batch,) bool; active: (batch, chunk)
+        bool.
+        """
         a = self.input_layernorm(x)
-        # Where, not a product: a latent that no loop has written yet may hold anything.
+        # torch.where rather than a multiplication: before the first loop the latent may hold NaN.
         latent = torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), self.latent_gate.start(a), latent)
         latent = torch.where(active.unsqueeze(-1), self.latent_gate(a, latent), latent)
         return self.attend_and_transform(x, a, self.latent_gate.read(latent), attend), latent
@@ -54,8 +57,12 @@ class MeltLayer(DecoderLayer):
 
 
 class LoopStep(NamedTuple):
-    """What one loop leaves: hidden (batch, chunk, d), latent (layers, batch, chunk, latent_size), and
-    exit_probability (batch, chunk) float32, this loop's lambda."""
+    """Result of one loop.
+
+    - ``hidden``: (batch, chunk, d).
+    - ``latent``: (layers, batch, chunk, latent_size).
+    - ``exit_probability``: (batch, chunk) float32, this loop's lambda.
+    """
 
     hidden: Tensor
     latent: Tensor
@@ -63,8 +70,12 @@ class LoopStep(NamedTuple):
 
 
 class ChunkOutput(NamedTuple):
-    """A chunk after its last loop: hidden (batch, chunk, d) and depth (batch, chunk), loops spent on each token;
-    loop_hidden (loops, batch, chunk, d) and exit_probability (loops, batch, chunk) of every loop that ran."""
+    """Result of all loops of a chunk.
+
+    - ``hidden``: (batch, chunk, d), after each token's last loop.
+    - ``depth``: (batch, chunk), the number of loops of each token.
+    - ``loop_hidden``: (loops, batch, chunk, d) and ``exit_probability``: (loops, batch, chunk), of every loop that ran.
+    """
 
     hidden: Tensor
     depth: Tensor
@@ -73,7 +84,7 @@ class ChunkOutput(NamedTuple):
 
 
 class MeltModel(nn.Module):
-    """Embedding, the stack that is looped, the final norm and the exit gate."""
+    """Embedding, the looped stack of layers, final norm and exit gate."""
 
     def __init__(self, config: MeltConfig):
         super().__init__()
@@ -84,14 +95,14 @@ class MeltModel(nn.Module):
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
 
     def loop_step(self, hidden: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend) -> LoopStep:
-        """One loop over a chunk: the mathematics of MELT.
+        """Run one loop over a chunk: the mathematics of MELT.
 
         - ``hidden`` (batch, chunk, d): the embedding in the first loop, then the previous loop's normed output.
-        - ``latent`` (layers, batch, chunk, latent_size): as the previous loop left it; not read where ``first_loop``.
+        - ``latent`` (layers, batch, chunk, latent_size): from the previous loop; ignored where ``first_loop`` is True.
         - ``first_loop`` (batch,) bool: whether this is the sequence's first loop over this chunk.
-        - ``active`` (batch, chunk) bool: a token that is not active keeps hidden and latent, so that its cache rows
-          are rewritten with the values they have.
-        - ``attend``: writes the rows and attends over the cache.
+        - ``active`` (batch, chunk) bool: a token that is not active keeps its hidden state and latent, so that its keys
+          and values are rewritten unchanged.
+        - ``attend``: writes the keys and values and attends over the cache.
         """
         x, latents = hidden, []
         for index, layer in enumerate(self.layers):
@@ -115,9 +126,9 @@ class MeltModel(nn.Module):
     def loops(
         self, hidden: Tensor, active: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
     ) -> Iterator[tuple[LoopStep, Tensor]]:
-        """Runs a chunk's loops one after the other, yielding each one's states and (batch, chunk) who was active.
+        """Run a chunk's loops in order. Yields each loop's result and the tokens that were active, (batch, chunk) bool.
 
-        Stops early once no token is active. The chunk's rows stay open in the cache until ``cache.commit``.
+        Stops once no token is active. The chunk stays open in the cache until ``cache.commit``.
         """
         attend = ChunkAttention(self.config, cache, active)
         latent = hidden.new_zeros(len(self.layers), *hidden.shape[:-1], self.config.latent_size)
@@ -135,7 +146,10 @@ class MeltModel(nn.Module):
     def run_chunk(
         self, hidden: Tensor, valid: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
     ) -> ChunkOutput:
-        """All loops of one chunk, then its rows are committed. hidden (batch, chunk, d), valid (batch, chunk) bool."""
+        """Run all loops of a chunk and commit it to the cache.
+
+        hidden: (batch, chunk, d); valid: (batch, chunk) bool.
+        """
         depth = torch.zeros_like(valid, dtype=torch.long)
         hiddens, exits = [], []
         for step, active in self.loops(hidden, valid, cache, num_loops, exit_threshold):
@@ -148,8 +162,13 @@ class MeltModel(nn.Module):
 
 @dataclass
 class MeltOutput(CausalLMOutputWithPast):
-    """``logits`` (batch, tokens, vocab); ``depth`` (batch, tokens) loops spent; ``loop_hidden`` (loops, batch,
-    tokens, d) and ``exit_probability`` (loops, batch, tokens) when every chunk ran the same loops."""
+    """Output of the forward.
+
+    - ``logits``: (batch, tokens, vocab).
+    - ``depth``: (batch, tokens), the number of loops of each token.
+    - ``loop_hidden``: (loops, batch, tokens, d) and ``exit_probability``: (loops, batch, tokens); None unless every
+      chunk ran the same number of loops.
+    """
 
     depth: Tensor | None = None
     loop_hidden: Tensor | None = None
@@ -157,7 +176,7 @@ class MeltOutput(CausalLMOutputWithPast):
 
 
 class MeltForCausalLM(PreTrainedModel, GenerationMixin):
-    """MELT with a language-modelling head. ``generate()`` works with the shared cache, padded batches included."""
+    """MELT with a language-modelling head. ``generate()`` uses the shared cache and takes padded batches."""
 
     config: MeltConfig
     config_class = MeltConfig
@@ -192,11 +211,11 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         exit_threshold: float | None = None,
         **kwargs: Any,
     ) -> MeltOutput:
-        """One forward over new tokens (batch, tokens), in chunks, after those in the cache.
+        """Run new tokens (batch, tokens), in chunks, after those in the cache.
 
-        ``num_loops`` may be more or fewer than trained; ``chunk_size`` and ``exit_threshold`` default to the config.
-        ``attention_mask`` (batch, tokens, or all columns so far) marks padding, on the left or on the right; a padded
-        sequence gives what it gives alone. Raises ValueError for arguments that make no sense.
+        ``num_loops`` may differ from the trained number; ``chunk_size`` and ``exit_threshold`` default to the config.
+        ``attention_mask`` (batch, tokens, or all columns so far) marks padding on the left or on the right; a padded
+        sequence gives the same result as the sequence alone. Raises ValueError for arguments that cannot be used.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens, _ = hidden.shape
@@ -213,7 +232,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
 
         start, counts = _token_span(attention_mask, batch, tokens, hidden.device)
         column = torch.arange(tokens, device=hidden.device)
-        if start is not None:  # shift every sequence to the left edge, so that its chunks begin at its first token
+        if start is not None:  # shift every sequence left, so that its chunks begin at its first token
             hidden = _take(hidden, (start[:, None] + column).clamp(max=tokens - 1))
         valid = column < counts[:, None]
         width = int(counts.max())
@@ -230,7 +249,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         if len({chunk.loop_hidden.shape[0] for chunk in chunks}) == 1:
             loop_hidden = torch.cat([chunk.loop_hidden for chunk in chunks], dim=2)
             exits = torch.cat([chunk.exit_probability for chunk in chunks], dim=2)
-        if start is not None:  # and back to the columns the caller gave
+        if start is not None:  # shift back to the caller's columns
             back = (column - start[:, None]).clamp(0, width - 1)
             output, depth = _take(output, back), depth.gather(1, back)
             if loop_hidden is not None and exits is not None:
@@ -253,21 +272,24 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> bool:
-        """generate() asks for its cache here; MELT has its own kind."""
+        """Give generate() a MeltCache."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MeltCache(len(self.model.layers))
         return True
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (batch, n, d) at index (batch, m) -> (batch, m, d)."""
+    """Gather x (batch, n, d) at index (batch, m) -> (batch, m, d)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _token_span(
     attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """Where each sequence's new tokens begin (None: all at the first column) and how many there are, (batch,)."""
+    """Return the first column (None: 0 for all) and the number of each sequence's new tokens, both (batch,).
+
+    Raises ValueError for a mask with gaps inside a sequence, or without any token.
+    """
     full = torch.full((batch,), tokens, device=device)
     if attention_mask is None:
         return None, full

@@ -1,1 +1,1 @@
-"""Training: from a LoopLM, or from nothing, to a MELT that keeps its quality."""
+"""Training of LoopLM teachers and their distillation into MELT."""

@@ -1,9 +1,10 @@
-"""MELT chunk by chunk with gradients: the forward of both training phases.
+"""Forward of a MELT chunk by chunk, with gradients: both training phases use it.
 
-Chunks run one after the other, a chunk's tokens in parallel, each chunk all its loops. Gradients flow through the rows
-of earlier chunks unless they are cut. With ``alpha`` below 1 attention reads interpolated rows (phase 1 of arXiv
-2605.07721): ``KV = alpha KV_melt + (1 - alpha) KV_looplm``, the LoopLM side being that loop's own ``a_t W_K, a_t W_V``,
-so that every earlier chunk keeps one set of rows a loop. The mathematics of a loop is ``MeltModel.loop_step``.
+Chunks run one after the other, each with all its loops; a chunk's tokens run in parallel. Gradients flow through the
+keys and values of earlier chunks unless they are cut. With ``alpha`` below 1 attention reads interpolated keys and
+values (phase 1 of arXiv 2605.07721): ``KV = alpha KV_melt + (1 - alpha) KV_looplm``. The LoopLM side is the same loop's
+``a_t W_K, a_t W_V``, so earlier chunks then keep one set of keys and values per loop. The mathematics of a loop is
+``MeltModel.loop_step``.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from ..melt import MeltModel
 
 @dataclass(frozen=True)
 class ChunkStates:
-    """What a chunk's loops leave: ``hidden`` (loops, batch, chunk, d), ``exit_probability`` (loops, batch, chunk), and
-    ``attention`` (loops, layers, batch, chunk, heads * head_dim), every attention's output before its projection."""
+    """States of a chunk, loop by loop.
+
+    - ``hidden``: (loops, batch, chunk, d).
+    - ``exit_probability``: (loops, batch, chunk).
+    - ``attention``: (loops, layers, batch, chunk, heads * head_dim), the attention outputs before their projection.
+    """
 
     hidden: Tensor
     exit_probability: Tensor
@@ -34,11 +39,11 @@ class ChunkStates:
 
 
 class _LoopAttention:
-    """Attends over given past rows and the chunk's own, and keeps what came by: one loop of one chunk.
+    """Attention of one chunk in one loop, which records its inputs, keys, values and outputs.
 
-    ``past`` holds earlier chunks' rows, each (2, layers, batch, kv_heads, chunk, head_dim), keys first. ``seen`` gets
-    every layer's normed input a_t where the LoopLM side is needed. Calling a layer again (gradient checkpointing
-    does) stores the same values again.
+    ``past`` holds the keys and values of earlier chunks, each (2, layers, batch, kv_heads, chunk, head_dim), keys
+    first. ``seen`` receives every layer's normed input a_t where the LoopLM side is needed. Running a layer again, as
+    gradient checkpointing does, stores the same values again.
     """
 
     def __init__(self, model: MeltModel, past: list[Tensor], start: int, chunk: int, alpha: float):
@@ -70,37 +75,38 @@ class _LoopAttention:
 
 
 def blend(melt: Tensor, looplm: Tensor, alpha: float) -> Tensor:
-    """``alpha melt + (1 - alpha) looplm``; at both ends exactly one of them."""
+    """Return ``alpha melt + (1 - alpha) looplm``; with alpha 0 or 1 exactly one of them."""
     if alpha in (0.0, 1.0):
         return melt if alpha else looplm
     return alpha * melt + (1 - alpha) * looplm
 
 
 def _see_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A forward pre-hook of Attention(x, kv, attend): tells the attend what x, the layer's normed input, is."""
+    """Forward pre-hook of Attention(x, kv, attend) that stores x, the layer's normed input, in ``attend.seen``."""
     layer: Any = module.layer
     x, _, attend = inputs
     attend.seen[layer] = x
 
 
 class ChunkedForward:
-    """One batch of sequences on its way through a MELT, chunk by chunk.
+    """Forward of one batch of sequences through a MELT, chunk by chunk.
 
-    ``alpha`` is the share of MELT's rows. ``checkpointing`` keeps only what goes into each loop and computes the loop
-    again in the backward pass. Memory for gradients, per sequence: with it about T * N latents and rows of every token,
-    without it every intermediate of every loop, and the past rows joined anew for each chunk and loop.
+    ``alpha`` is MELT's share in keys and values. ``checkpointing`` keeps only the inputs of each loop and computes the
+    loop again in the backward pass. Memory for gradients per sequence: with checkpointing about T * N latents, keys and
+    values of every token; without it every intermediate of every loop, and a copy of all past keys and values per chunk
+    and loop.
     """
 
     def __init__(self, model: MeltModel, num_loops: int, *, alpha: float = 1.0, checkpointing: bool = False):
         self.model, self.num_loops, self.alpha, self.checkpointing = model, num_loops, alpha, checkpointing
         self.length = 0
-        # The rows that loop t reads of each chunk before. At alpha = 1 all loops read the same ones.
+        # past[t]: the earlier chunks' keys and values that loop t reads. At alpha = 1 all loops read the same ones.
         self.past: list[list[Tensor]] = [[] for _ in range(num_loops if alpha < 1 else 1)]
 
     def run(self, hidden: Tensor, num_loops: int | None = None) -> ChunkStates:
-        """hidden (batch, chunk, d), the embeddings of the next tokens -> their states; their rows are kept.
+        """Run the next chunk and keep its keys and values. hidden: (batch, chunk, d), the embeddings.
 
-        ``num_loops`` below the usual number lets this chunk leave early; only at alpha = 1.
+        ``num_loops`` below the usual number lets this chunk leave early, at alpha = 1 only. Raises ValueError.
         """
         loops = self.num_loops if num_loops is None else num_loops
         if self.alpha < 1 and loops != self.num_loops:
@@ -127,7 +133,7 @@ class ChunkedForward:
         return ChunkStates(torch.stack(hiddens), torch.stack(exits), torch.stack(outputs))
 
     def cut(self) -> None:
-        """Lets no gradient through to the chunks so far."""
+        """Stop gradients at the chunks so far."""
         self.past = [[rows.detach() for rows in past] for past in self.past]
 
     def _past(self, loop: int) -> list[Tensor]:
@@ -157,14 +163,20 @@ def _seeing_inputs(model: MeltModel, wanted: bool) -> Iterator[None]:
 
 
 class TeacherForward:
-    """A frozen LoopLM over the same chunks, without gradients: exactly its forward over the whole sequence."""
+    """Forward of a frozen LoopLM over the same chunks, without gradients.
+
+    It equals its forward over the whole sequence.
+    """
 
     def __init__(self, teacher: LoopLMForCausalLM, num_loops: int):
         self.teacher, self.num_loops, self.cache = teacher, num_loops, DynamicCache()
 
     @torch.no_grad()
     def run(self, input_ids: Tensor) -> ChunkStates:
-        """input_ids (batch, chunk) -> states of every loop; ``exit_probability`` holds the exit distribution."""
+        """Run the next chunk. input_ids: (batch, chunk).
+
+        In the states that are returned, ``exit_probability`` holds the exit distribution.
+        """
         outputs: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""``melt-train``: a YAML file and a stage's name -> checkpoints. PyTorch is imported once the arguments are right."""
+"""The ``melt-train`` command. It checks its arguments before it imports PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INTERRUPTED = 130
 
 
 class StageName(StrEnum):
-    """What can be trained."""
+    """Stages that can be trained."""
 
     teacher = "teacher"
     phase1 = "phase1"
@@ -58,7 +58,7 @@ def command(
 
 
 def _train(stage: StageName, config: Path, output: Path | None, resume: bool) -> tuple[RunConfig, list[str]]:
-    """Trains, and returns what was trained: the run and the names of its stages."""
+    """Train, and return the run and the names of its stages."""
     from torch import distributed
     from transformers.utils import logging as transformers_logging
 
@@ -77,7 +77,7 @@ def _train(stage: StageName, config: Path, output: Path | None, resume: bool) ->
 
 
 def _speaks() -> bool:
-    """Whether this is the main process of a launch: all of them meet the same errors, one tells."""
+    """Return whether this is the main process of a launch. All processes meet the same errors; one prints them."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -88,7 +88,7 @@ def _fail(sentence: str, code: int, error: BaseException) -> None:
 
 
 def main() -> None:
-    """``python -m melt_models.training.cli``, which ``accelerate launch -m`` runs."""
+    """Run ``python -m melt_models.training.cli``, which ``accelerate launch -m`` starts."""
     app()
 
 

@@ -1,4 +1,4 @@
-"""The YAML file of a run, read into frozen dataclasses. Whatever it gets wrong is refused by file, section and key."""
+"""Reading of a run's YAML file into frozen dataclasses. Errors name the file, the section and the key."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from .sections import STAGES, check_keys, read_sections
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "flat-cosine")
-# How often the record is kept, and how much lies on a device at once: not what is computed.
+# Fields that do not change what is computed, so that a resumed run may change them.
 FREE_TO_CHANGE = ("micro_batch", "save_every", "log_every")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How a stage is trained.
+    """Hyperparameters of a stage.
 
-    - ``batch_size``: sequences an optimiser step, over all devices; ``micro_batch``: at once on one device (all).
-    - ``learning_rate``; ``gate_learning_rate`` for the latent gates, the same if absent; under ``optimizer: muon``
-      ``matrix_learning_rate`` for the layers' matrices, which also is the gate matrices' if theirs is absent.
-    - ``schedule`` after ``warmup_steps``: "constant", "cosine" down to the share ``final_rate``, or "flat-cosine", the
-      same in the second half of the steps only.
-    - ``clip``: the largest norm of the gradient. ``save_every``, ``log_every``: in steps.
+    - ``batch_size``: sequences per optimiser step, over all devices; ``micro_batch``: sequences at once on one device
+      (None: all).
+    - ``learning_rate``; ``gate_learning_rate``: for the latent gates (None: the same). Under ``optimizer: muon`` the
+      layers' matrices have ``matrix_learning_rate``, and so have the gates' matrices unless they have their own.
+    - ``schedule`` after ``warmup_steps``: "constant", "cosine" down to the share ``final_rate``, or "flat-cosine":
+      constant in the first half of the steps, cosine in the second.
+    - ``clip``: largest norm of the gradient. ``save_every``, ``log_every``: in steps.
     """
 
     steps: int
@@ -75,7 +76,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: how it is trained, and what its objective is told."""
+    """One stage of a run: its hyperparameters and the options of its objective."""
 
     training: StageConfig
     options: TeacherOptions | DistillOptions
@@ -83,10 +84,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: its file, what is trained on, and the stages that the file has.
+    """A run: its file, its data and its stages.
 
-    ``model`` are fields of LoopLMConfig and ``embedding_std`` for a new teacher, ``melt`` those of MeltConfig that a
-    student does not take from its teacher. ``teacher`` is a stage, or the directory of an existing LoopLM.
+    ``model`` holds fields of LoopLMConfig for a new teacher, ``embedding_std`` the standard deviation of its initial
+    embeddings. ``melt`` holds the fields of MeltConfig that a student does not take from its teacher. ``teacher`` is a
+    stage, or the directory of an existing LoopLM.
     """
 
     file: Path
@@ -103,12 +105,12 @@ class RunConfig:
     phase2: Stage | None = None
 
     def stages(self) -> list[str]:
-        """The stages that this run trains, in order."""
+        """Return the names of the stages that this run trains, in order."""
         made = {name: getattr(self, name) for name in STAGES}
         return [name for name, stage in made.items() if isinstance(stage, Stage) and stage.training.steps]
 
 
-# What a section says unless the file does. The phases' learning rates are those of arXiv 2605.07721.
+# Defaults of the sections. The phases' learning rates are those of arXiv 2605.07721.
 _PHASE_RATES = {"learning_rate": 8e-6, "gate_learning_rate": 5e-4}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "teacher": dataclasses.asdict(TeacherOptions()),
@@ -124,7 +126,7 @@ _MELT_FIELDS = set(MeltConfig.__annotations__) - {"model_type", "untrained"}
 
 
 def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
-    """The run that a YAML file describes; ``output`` replaces the file's own. Raises ConfigError."""
+    """Read a run from a YAML file; ``output`` replaces the file's own. Raises ConfigError."""
     content = read_sections(file)
     _check_sections(content, file)
     top: dict[str, Any] = {
@@ -199,7 +201,10 @@ def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stag
 
 
 def build(kind: type[T], section: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a section of the file. Raises ConfigError for unknown keys, wrong types and wrong values."""
+    """Build a dataclass from a section of the file.
+
+    Raises ConfigError for unknown keys, wrong types and wrong values.
+    """
     values = _fields(kind, section, where)
     try:
         return kind(**values)
@@ -214,7 +219,7 @@ def _fields(kind: type, section: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the type that a dataclass's field has. Raises ConfigError."""
+    """Convert ``value`` to the type of a dataclass's field. Raises ConfigError."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in inner:
@@ -242,7 +247,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The value itself; text that is a number like 3e-3, which YAML 1.1 takes for text, as that number."""
+    """Return the value, with text such as "3e-3", which YAML 1.1 does not read as a number, as that number."""
     if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
         try:
             return float(value)

@@ -1,4 +1,4 @@
-"""What training reads: batches of token ids from a synthetic task, or packed from files."""
+"""Batches of token ids for training, from a synthetic task or packed from files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .files import DocumentStream, TokenStream
 
 IGNORE = -100
-# What the data section may say of each kind of file, beside tokenizer and sequence_length.
+# Keys of the data section by kind of file, beside tokenizer and sequence_length.
 FILE_OPTIONS = {
     "text": ("document", "shuffle_buffer", "held_out_percent"),
     "jsonl": ("field", "shuffle_buffer", "held_out_percent"),
@@ -28,25 +28,28 @@ FILE_OPTIONS = {
 
 
 class Batch(NamedTuple):
-    """``input_ids`` (batch, n) int64; ``targets`` (batch, n) int64, the token after each input token, or IGNORE."""
+    """``input_ids`` (batch, n) int64, and ``targets`` (batch, n) int64: the token after each input token, or IGNORE."""
 
     input_ids: Tensor
     targets: Tensor
 
 
 class Batches(Protocol):
-    """An endless stream of batches that can be left and resumed anywhere."""
+    """Endless stream of batches that can be saved and resumed at any point."""
 
     vocab_size: int
     pad_token_id: int | None
     eos_token_id: int | None
 
     def take(self, size: int, progress: float) -> Batch:
-        """The next ``size`` sequences; ``progress`` (0 to 1) is how far the run is, for curricula."""
+        """Return the next ``size`` sequences. ``progress`` (0 to 1) is the run's, for curricula."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, ready for JSON: with it loaded, exactly the same batches follow."""
+        """Return the stream's position as JSON values.
+
+        A stream that loads it continues with exactly the same batches.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -55,9 +58,9 @@ class Batches(Protocol):
 
 
 class TaskBatches:
-    """Examples of a task, generated on the fly: the loss is on the answer and END, the prompt's targets are IGNORE.
+    """Examples of a task, generated on demand. The loss covers the answer and END; targets of the prompt are IGNORE.
 
-    A batch depends on the seed, the number of sequences taken before it, its size and the progress, on nothing else.
+    A batch depends only on the seed, the number of sequences taken before, its size and the progress.
     """
 
     def __init__(self, task: Task, seed: int, held_out: bool = False):
@@ -89,7 +92,10 @@ class TaskBatches:
 
 
 def character_tokenizer(vocabulary: tuple[str, ...], length: int) -> PreTrainedTokenizerFast:
-    """One token a character, nothing added and nothing lost. ``length``: the most tokens that the model is made for."""
+    """Build a tokenizer with one token per character.
+
+    ``length``: the largest number of tokens that the model supports.
+    """
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -107,10 +113,10 @@ class FileBatches:
     """Packed sequences from files, epoch after epoch, each in another order.
 
     ``kind`` is text, jsonl or parquet (documents, each followed by eos; see ``DocumentStream``) or tokens (flat ids;
-    see ``TokenStream``), with ``options`` as in FILE_OPTIONS. ``tokenizer`` is a directory with the checkpoint's
+    see ``TokenStream``); ``options`` are those of FILE_OPTIONS. ``tokenizer`` is a directory with the checkpoint's
     tokenizer. A sequence begins with the last token of the one before, so that every token is a target. ``held_out``
-    reads the part that training never sees. Raises ValueError for what cannot work, here or, where only reading shows
-    it, in take().
+    reads the part that is not trained on. Raises ValueError for unusable options or files, in take() for faults found
+    while reading.
     """
 
     def __init__(
@@ -123,7 +129,7 @@ class FileBatches:
         held_out: bool = False,
         **options: Any,
     ):
-        from .files import DocumentStream, TokenStream  # brings datasets, which tasks do without
+        from .files import DocumentStream, TokenStream  # imports datasets, which tasks do not need
 
         if type(sequence_length) is not int or sequence_length < 1:
             raise ValueError(f"sequence_length is {sequence_length!r}; it must be a whole number from 1")
@@ -158,20 +164,20 @@ class FileBatches:
         self.tokenizer.save_pretrained(directory)
 
     def _encode(self, text: str) -> np.ndarray:
-        """A document's tokens, int64, and eos."""
+        """Return a document's tokens and eos, (n,) int64."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.array([*ids, self.eos_token_id], dtype=np.int64)
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint directory, from local files only. Raises ValueError if it has no eos token."""
+    """Load the tokenizer of a checkpoint directory, from local files only. Raises ValueError if it has no eos token."""
     if not directory.is_dir():
         raise ValueError(f"tokenizer directory {directory} does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # many kinds, of which a panic of the tokenizers library is no Exception
+    except BaseException as error:  # transformers raises errors of many kinds; a panic of tokenizers is no Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{directory} has no tokenizer that transformers can read: {reason[0]}") from error
     if tokenizer.eos_token_id is None:
@@ -180,10 +186,10 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 def make_batches(options: Mapping[str, Any], seed: int, held_out: bool = False) -> Batches:
-    """Batches from the ``data`` section of a run's YAML file, for training or from the part held out.
+    """Make batches from the ``data`` section of a run's YAML file, for training or from the held-out part.
 
-    The section names a task and its options, or exactly one of text, jsonl, parquet and tokens with one file or a
-    list, with ``tokenizer``, ``sequence_length`` and perhaps FILE_OPTIONS. Raises ValueError.
+    The section names a task and its options, or exactly one of text, jsonl, parquet and tokens with one file or a list,
+    with ``tokenizer``, ``sequence_length`` and options of FILE_OPTIONS. Raises ValueError.
     """
     sources = [name for name in ("task", *FILE_OPTIONS) if name in options]
     if len(sources) != 1:

@@ -1,4 +1,4 @@
-"""What stops a training."""
+"""Errors that end a training."""
 
 
 class ConfigError(ValueError):
@@ -6,8 +6,8 @@ class ConfigError(ValueError):
 
 
 class SnapshotError(ValueError):
-    """A stage cannot start or go on where it is asked to. The message says why, and what to do."""
+    """A stage cannot start or resume in its directory. The message says why, and what to do."""
 
 
 class TrainingDivergedError(RuntimeError):
-    """A loss or a gradient is not finite. The message names the step, the loss's parts and the largest gradient."""
+    """A loss or gradient is not finite. The message names the step, the loss's parts and the largest gradient."""

@@ -1,4 +1,4 @@
-"""How good a model is: exact match by real greedy decoding at any depth, and perplexity on what was held out."""
+"""Quality of a model: exact match by greedy decoding at any depth, and perplexity on held-out data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Model: TypeAlias = LoopLMForCausalLM | MeltForCausalLM
 
 
 class Score(NamedTuple):
-    """``accuracy``: the share answered exactly, 0 to 1; ``loops``: the mean loops before each token written."""
+    """``accuracy``: share of exact answers, 0 to 1; ``loops``: mean number of loops per written token."""
 
     accuracy: float
     loops: float
@@ -35,11 +35,11 @@ def exact_match(
     chunk_size: int | None = None,
     batch: int = 500,
 ) -> Score:
-    """Greedy decoding with a cache, one token at a time; an answer counts if all of it and END are written.
+    """Decode greedily with a cache, one token at a time, and count the answers that match exactly, END included.
 
-    ``vocabulary`` is the task's. ``num_loops`` (default: as trained) may be more or fewer; for a LoopLM that is the
-    loop that the head reads. ``chunk_size`` is of the prompt, and only for MELT. Raises ValueError if the prompts or
-    the answers differ in length.
+    ``vocabulary`` is the task's. ``num_loops`` (default: as trained) may be more or fewer; for a LoopLM it is the loop
+    that the head reads. ``chunk_size`` is the prompt's, for MELT only. Raises ValueError if the prompts, or the
+    answers, differ in length.
     """
     ids = {token: index for index, token in enumerate(vocabulary)}
     if len({(len(x.prompt), len(x.answer)) for x in examples}) != 1:
@@ -58,7 +58,10 @@ def exact_match(
 
 @torch.no_grad()
 def greedy(model: Model, prompts: Tensor, count: int, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """prompts (batch, n) -> the ``count`` tokens that follow and the loops before each, both (batch, count)."""
+    """Decode ``count`` tokens after prompts (batch, n).
+
+    Returns the tokens and the loops of each, both (batch, count).
+    """
     step, cache, tokens, depths = prompts, None, [], []
     for _ in range(count):
         output = model(step, past_key_values=cache, logits_to_keep=1, **settings)
@@ -78,9 +81,9 @@ def perplexity(
     chunk_size: int | None = None,
     batch: int = 8,
 ) -> float:
-    """exp of the mean cross-entropy a target, over the next ``sequences`` of a held-out stream.
+    """Return exp of the mean cross-entropy per target, over the next ``sequences`` of a held-out stream.
 
-    The stream is put back afterwards, so that the next call measures the same sequences.
+    The stream is reset afterwards, so that the next call measures the same sequences.
     """
     settings = _settings(model, num_loops, 1.0, chunk_size)
     before, total, labelled = batches.state_dict(), 0.0, 0
@@ -100,12 +103,12 @@ def perplexity(
 
 
 def _settings(model: Model, num_loops: int | None, exit_threshold: float, chunk_size: int | None) -> dict[str, Any]:
-    """Arguments of the model's forward."""
+    """Return the keyword arguments of the model's forward. Raises ValueError for a depth that the model cannot have."""
     num_loops = model.config.total_ut_steps if num_loops is None else num_loops
     settings: dict[str, Any] = {"num_loops": num_loops, "exit_threshold": exit_threshold}
     if isinstance(model, MeltForCausalLM):
         return settings | {"chunk_size": chunk_size}
-    if exit_threshold >= 1.0:  # the last of these loops, whatever the config says
+    if exit_threshold >= 1.0:  # read the last of these loops, whatever the config says
         return settings | {"exit_at_step": num_loops - 1}
     if model.config.early_exit_step is not None:
         raise ValueError(f"early_exit_step is {model.config.early_exit_step} in the config; no threshold is read then")

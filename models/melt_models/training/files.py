@@ -1,4 +1,4 @@
-"""Files as endless streams of packed sequences that resume exactly: documents through ``datasets``, and token files."""
+"""Endless streams of packed sequences from documents (through ``datasets``) or token files, which resume exactly."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-DOCUMENTS = {"line": "line", "paragraph": "paragraph", "file": "document"}  # -> what datasets calls it
+DOCUMENTS = {"line": "line", "paragraph": "paragraph", "file": "document"}  # ours -> the word of datasets
 DTYPES = ("uint16", "uint32")
 
 
 def is_held_out(text: str, percent: float) -> bool:
-    """A property of the text alone: the first 8 bytes of its SHA-256, modulo 10,000, are below 100 * percent."""
+    """Return whether the first 8 bytes of the text's SHA-256, modulo 10,000, are below 100 * percent."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10_000 < 100 * percent
 
 
 class DocumentStream:
     """Documents of text, jsonl or parquet files, shuffled, tokenized and packed without padding.
 
-    Each epoch reads the files in an order of its own, and shuffles the documents within blocks of ``shuffle_buffer``,
-    which is all that is held in memory. (The shuffle of ``datasets`` loses its buffer when it resumes.) A position is
-    small: where a block begins, the document in it, the token in that. ``encode`` gives a document's tokens (n,)
-    int64, eos included. Documents without a word are passed over. ``document`` says what one is in a text file
-    (DOCUMENTS; a paragraph ends at an empty line). Raises ValueError for what cannot be read.
+    Each epoch reads the files in a new order and shuffles the documents within blocks of ``shuffle_buffer`` documents;
+    only one block is in memory. (The shuffle of ``datasets`` loses its buffer when it resumes.) A position is small:
+    the start of a block, the document in it, the token in the document. ``encode`` returns a document's tokens (n,)
+    int64, eos included. Blank documents are skipped. ``document`` is the unit of a text file (a key of DOCUMENTS; a
+    paragraph ends at an empty line). Raises ValueError for files that cannot be read.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class DocumentStream:
         self.how = {"sample_by": DOCUMENTS[document]} if kind == "text" else {}
         self.files, self.encode, self.sequence_length, self.seed = files, encode, sequence_length, seed
         self.field, self.block_size, self.held_out, self.percent = field, shuffle_buffer, held_out, held_out_percent
-        self.encoded: np.ndarray | None = None  # the present document's tokens, once they are needed
+        self.encoded: np.ndarray | None = None  # tokens of the current document, encoded on demand
         self.load_state_dict({"epoch": 0, "block": 0, "begins": None, "document": 0, "token": 0, "last": None})
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
-            "block": self.block,  # how many blocks of this epoch came before the present one
-            "begins": copy.deepcopy(self.begins),  # where datasets stood then
-            "document": self.document,  # how many documents of the block are done
-            "token": self.token,  # how many tokens of the next document are
-            "last": self.last,  # the token with which the next sequence begins
+            "block": self.block,  # blocks of this epoch before the current one
+            "begins": copy.deepcopy(self.begins),  # position of datasets at the start of the block
+            "document": self.document,  # finished documents of the block
+            "token": self.token,  # used tokens of the next document
+            "last": self.last,  # the token that begins the next sequence
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class DocumentStream:
         self.document, self.token, self.last = state["document"], state["token"], state["last"]
 
     def next(self) -> np.ndarray:
-        """The next sequence (sequence_length + 1,) int64, which begins with the last token of the one before."""
+        """Return the next sequence, (sequence_length + 1,) int64. It begins with the last token of the one before."""
         parts = [] if self.last is None else [np.array([self.last])]
         missing = self.sequence_length + 1 - len(parts)
         while missing:
@@ -88,7 +88,7 @@ class DocumentStream:
         return sequence
 
     def _tokens(self) -> np.ndarray:
-        """All tokens of the present document, or of the one after it once they are used up."""
+        """Return all tokens of the current document, or of the next one once they are used up."""
         while True:
             if self.document == len(self.texts):
                 self._next_block()
@@ -107,9 +107,9 @@ class DocumentStream:
             self._read_block()
 
     def _open(self, begins: dict[str, Any] | None) -> None:
-        """Opens this epoch's files, at a place where ``datasets`` stood or at their beginning."""
+        """Open this epoch's files, at a saved position of ``datasets`` or at the beginning."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
-        names = [glob.escape(str(self.files[index])) for index in order]  # datasets takes patterns
+        names = [glob.escape(str(self.files[index])) for index in order]  # datasets reads names as patterns
         try:
             self.dataset = load_dataset(self.builder, data_files=names, split="train", streaming=True, **self.how)
         except _READING as error:
@@ -119,7 +119,7 @@ class DocumentStream:
         self.begins, self.documents = begins, self._read()
 
     def _read_block(self) -> None:
-        """Reads the next documents and brings them into this block's order."""
+        """Read the next documents and shuffle them."""
         read = list(islice(self.documents, self.block_size))
         if not read and self.block == 0:
             part = "is held out" if self.held_out else "is left to train on"
@@ -129,7 +129,7 @@ class DocumentStream:
         self.encoded = None
 
     def _read(self) -> Iterator[str]:
-        """This side's documents, in the order of the files."""
+        """Yield the documents of this side, training or held out, in the order of the files."""
         try:
             for row in self.dataset:
                 if self.field not in row:
@@ -148,11 +148,11 @@ class DocumentStream:
 
 
 class TokenStream:
-    """Flat token ids in ``.npy`` or raw ``.bin`` files, memory-mapped: every epoch all sequences in a new order.
+    """Flat token ids in ``.npy`` or raw ``.bin`` files, memory-mapped. Each epoch has all sequences in a new order.
 
-    The sequences of a file follow each other; each begins with the last token of the one before. What does not fill
-    a sequence is left out, at the beginning or the end, differently every epoch. The last ``held_out_percent`` of
-    each file are held out. ``dtype`` is that of ``.bin`` files, which do not say it. Raises ValueError.
+    The sequences of a file follow each other; each begins with the last token of the one before. Tokens that do not
+    fill a sequence are dropped at the beginning or end, differently in every epoch. The last ``held_out_percent`` of
+    each file are held out. ``dtype`` is that of ``.bin`` files, which have no header. Raises ValueError.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class TokenStream:
             tokens = _map_tokens(file, dtype)
             cut = len(tokens) - int(len(tokens) * held_out_percent / 100)
             self.parts.append(tokens[cut:] if held_out else tokens[:cut])
-        # ends[i]: the sequences in the parts up to i
+        # ends[i]: number of sequences in the parts up to i
         self.ends = np.cumsum([max(0, len(part) - 1) // sequence_length for part in self.parts])
         if not self.ends[-1]:
             part = "held-out part" if held_out else "training part"
@@ -188,7 +188,7 @@ class TokenStream:
         self.taken = state["taken"]
 
     def next(self) -> np.ndarray:
-        """The next sequence, (sequence_length + 1,) int64."""
+        """Return the next sequence, (sequence_length + 1,) int64."""
         epoch, at = divmod(self.taken, int(self.ends[-1]))
         if epoch != self.epoch:
             rng, self.epoch = np.random.default_rng([self.seed, epoch]), epoch
@@ -202,12 +202,12 @@ class TokenStream:
         return self.parts[part][start : start + self.sequence_length + 1].astype(np.int64)
 
 
-# What reading a spoilt file raises. StopIteration: datasets found no row from which to learn the fields.
+# Errors of datasets for a damaged file. StopIteration: it found no row from which to infer the fields.
 _READING = (ValueError, OSError, StopIteration, DatasetGenerationError)
 
 
 def _map_tokens(file: Path, dtype: str | None) -> np.ndarray:
-    """A flat array of token ids, on disk."""
+    """Memory-map a flat array of token ids. Raises ValueError."""
     if file.suffix == ".npy":
         if dtype is not None:
             raise ValueError(f"{file} says its own type; dtype is for .bin files")

@@ -1,4 +1,4 @@
-"""What a run says about itself: JSON lines, TensorBoard where it is installed, and a progress bar."""
+"""Records of a training run: JSON lines, TensorBoard where it is installed, and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .snapshots import write_text
 
-_QUIET_SECONDS = 30.0  # between lines where there is no terminal
+_QUIET_SECONDS = 30.0  # between progress lines without a terminal
 
 
 class Recorder:
     """Writes the figures of every logged step of a stage to ``directory``.
 
-    A resumed stage drops the lines past the step where it goes on, so that the file reads as if nothing had happened.
+    A resumed stage drops the lines after its first step, so that the file reads as if the run had not been interrupted.
     """
 
     def __init__(self, directory: Path, stage: str, step: int, steps: int):
@@ -40,7 +40,7 @@ class Recorder:
         self.begun, self.first, self.spoken = time.monotonic(), step, time.monotonic()
 
     def step(self, done: int, figures: dict[str, Any], *, log: bool) -> None:
-        """Records a step that is done (counted from 1); ``log`` says whether it gets a line."""
+        """Record a finished step (counted from 1), as a line of the file if ``log``."""
         if log:
             self.file.write(json.dumps({"step": done, **figures}) + "\n")
             self.file.flush()
@@ -57,7 +57,7 @@ class Recorder:
             self.spoken = now
 
     def sync(self) -> None:
-        """Makes the lines so far survive a loss of power: done before a snapshot that stands for them."""
+        """Flush the lines to disk. Called before a snapshot, whose steps they record."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class Recorder:
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The lines of steps up to ``step``; a line that a kill tore apart is left out."""
+    """Return the lines of steps up to ``step``, without a last line that was only partly written."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -81,7 +81,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
 
 
 def _board(directory: Path, step: int) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
+    """Return a TensorBoard writer, or None where TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter

@@ -1,7 +1,7 @@
-"""What training minimises: LoopLM's own loss, and the two phases of distillation from a LoopLM into a MELT.
+"""Training objectives: LoopLM's own loss, and both phases of distillation from a LoopLM into a MELT.
 
-Every objective is a module whose forward gives the loss of a (micro-)batch as sums over tokens divided by the size of
-the whole optimiser step, so that gradients of micro-batches add up and those of processes average.
+The forward of an objective returns the loss of a (micro-)batch as sums over tokens divided by the size of the whole
+optimiser step, so that gradients of micro-batches can be added and those of processes averaged.
 """
 
 from __future__ import annotations
@@ -34,38 +34,41 @@ def _at_least(options: object, least: float, *names: str) -> None:
 
 
 class StepSize(NamedTuple):
-    """Of a whole optimiser step, divided by the number of processes."""
+    """Size of a whole optimiser step, divided by the number of processes."""
 
-    labelled: float  # targets that are not IGNORE
+    labelled: float  # targets other than IGNORE
     sequences: float
 
 
 class Losses(NamedTuple):
-    """``total`` is what to differentiate; ``parts`` are detached figures for the record, normalised like it."""
+    """``total`` is the loss to differentiate; ``parts`` are detached figures for the record, normalised like it."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Objective(nn.Module):
-    """``model`` is what is trained, and the only submodule: a frozen teacher is nobody's parameters."""
+    """A loss around ``model``, the trained module. A frozen teacher is not a submodule, so its weights are no
+    parameters."""
 
     model: Any
 
     def spans(self, tokens: int) -> list[tuple[int, int]]:
-        """The pieces (start, end) of a sequence to call forward and backward on, in order; gradients add up."""
+        """Return the spans (start, end) of a sequence, each with its own forward and backward, in order. Gradients add
+        up."""
         return [(0, tokens)]
 
     def forward(
         self, input_ids: Tensor, targets: Tensor, size: StepSize, step: int, steps: int, span: tuple[int, int]
     ) -> Losses:
-        """input_ids, targets (batch, n), whole sequences whatever the span; ``step`` counts from 0 to ``steps`` - 1."""
+        """Compute the loss of one span. input_ids, targets: (batch, n), whole sequences; ``step`` counts from 0."""
         raise ValueError("an Objective needs a forward")
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """``entropy_weight``: how strongly the exit distribution is kept from settling on one loop."""
+    """``entropy_weight``: weight beta of the entropy bonus, which keeps the exit distribution from settling on one
+    loop."""
 
     entropy_weight: float = 0.1
 
@@ -104,22 +107,24 @@ class TeacherObjective(Objective):
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Both phases of the training, and the switches that leave a part of it out.
+    """Options of both distillation phases. The defaults are a plain distillation.
 
-    - ``interpolation``: how alpha goes from 0 to 1, over the first ``interpolation_share`` of the steps; ``"none"`` is
-      alpha = 1 throughout.
+    - ``interpolation``: how alpha rises from 0 to 1 over the first ``interpolation_share`` of the steps: "linear",
+      "cosine", or "none" for alpha = 1 throughout.
     - ``attention_weight``: beta, the weight of the attention-alignment term.
-    - ``distill``: ``"all"`` loops' logits, or the ``"last"`` loop's only.
-    - ``teacher_loop``: a loop learns from the teacher's ``"same"`` loop, or from its ``"last"``, so that every depth is
-      as useful as it can be.
-    - ``chunk_wise``: False runs a whole sequence as one chunk.
-    - ``chunk_sizes``: every chunk's size is drawn from these; none means the model's own chunk size. Small ones teach
-      what decoding does, which is chunk size 1.
-    - ``random_depth``: the share of steps in which each chunk leaves after a number of loops of its own, as tokens do
-      under an exit threshold; only once alpha is 1.
-    - ``exit_weight``: trains the exit gate, on states that it cannot change, to say whether a loop's best token is
-      already the teacher's last loop's; on unlabelled tokens, whose rows others rely on, to stay.
-    - ``truncate``: after so many chunks gradients are cut and the backward pass runs, which bounds memory; 0 never.
+    - ``distill``: the logits of ``"all"`` loops, or of the ``"last"`` only.
+    - ``teacher_loop``: each loop learns from the teacher's ``"same"`` loop, or from its ``"last"``, so that every depth
+      becomes as good as it can.
+    - ``chunk_wise``: if False, a whole sequence is one chunk.
+    - ``chunk_sizes``: each chunk's size is drawn from these; if empty, it is the model's own. Small sizes resemble
+      decoding, which has chunks of one token.
+    - ``random_depth``: share of the steps in which each chunk leaves after a random number of loops, as tokens do under
+      an exit threshold; only at alpha = 1.
+    - ``exit_weight``: weight of the exit gate's loss. The gate learns, without changing the states, whether a loop's
+      best token equals that of the teacher's last loop; on unlabelled tokens, whose keys and values others read, it
+      learns to stay.
+    - ``truncate``: number of chunks after which gradients are cut and the backward pass runs, which bounds memory; 0:
+      never.
     - ``checkpointing``: compute each loop again in the backward pass instead of keeping its intermediates.
     """
 
@@ -154,22 +159,22 @@ PHASE2 = DistillOptions(attention_weight=0.1)
 
 
 class DistillObjective(Objective):
-    """From a frozen LoopLM to a MELT (arXiv 2605.07721), chunk by chunk.
+    """Distillation of a frozen LoopLM into a MELT (arXiv 2605.07721), chunk by chunk.
 
-    ``L = mean over labelled tokens and loops of KL(teacher's loop t || student's loop t)
-    + beta mean over tokens, layers and loops of ||o_melt - o_looplm||^2``, o being an attention's output before its
-    projection, and the norm's square summed over its heads * head_dim elements. Attention reads rows interpolated by
-    alpha. Logged: the divergence in all and in the last loop, the alignment term, the exit gate's loss, alpha.
+    ``L = mean over labelled tokens and loops of KL(teacher's loop t || student's loop t) + beta mean over tokens,
+    layers and loops of ||o_melt - o_looplm||^2``, where o is an attention's output before its projection, and the
+    squared norm sums over its heads * head_dim elements. Attention reads keys and values interpolated by alpha. Logged:
+    the divergence in all loops and in the last, the alignment term, the exit gate's loss, alpha.
     """
 
     def __init__(self, student: MeltForCausalLM, teacher: LoopLMForCausalLM, options: DistillOptions, seed: int):
         super().__init__()
         self.model, self.options, self.seed = student, options, seed
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not a submodule
+        self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple keeps it from becoming a submodule
         self._carry: tuple[ChunkedForward, TeacherForward] | None = None
 
     def alpha(self, step: int, steps: int) -> float:
-        """The share of MELT's own rows in a step: 0 in the first, 1 from the end of the interpolation on."""
+        """Return MELT's share of keys and values in a step: 0 in the first, 1 from the end of the interpolation on."""
         if self.options.interpolation == "none":
             return 1.0
         last = self.options.interpolation_share * (steps - 1)
@@ -177,7 +182,10 @@ class DistillObjective(Objective):
         return done if self.options.interpolation == "linear" else float(0.5 - 0.5 * np.cos(np.pi * done))
 
     def spans(self, tokens: int) -> list[tuple[int, int]]:
-        """Whole sequences; with ``truncate`` pieces of so many chunks of the largest size that may be drawn."""
+        """Return one span, or with ``truncate`` spans of that many chunks.
+
+        A span has room for chunks of the largest size.
+        """
         sizes = self.options.chunk_sizes or (self.model.config.chunk_size,)
         piece = self.options.truncate * max(sizes) if self.options.chunk_wise else 0
         return [(at, min(at + piece, tokens)) for at in range(0, tokens, piece)] if piece else [(0, tokens)]
@@ -211,13 +219,16 @@ class DistillObjective(Objective):
         return Losses(total, {name: value.detach() for name, value in parts.items()})
 
     def _compare(self, student: ChunkStates, teacher: ChunkStates, targets: Tensor, tokens: int) -> dict[str, Tensor]:
-        """Sums over a chunk's labelled tokens; ``attention`` over all tokens, a sequence's ``tokens`` weighing 1."""
+        """Return the loss terms of a chunk, summed over its labelled tokens.
+
+        The term ``attention`` is instead summed over all tokens and divided by the sequence's number of ``tokens``.
+        """
         depth = len(student.hidden)
         labelled = targets != IGNORE
         truth = widen(self._on(targets.device).lm_head(teacher.hidden[:, labelled]))
         mine = widen(self.model.lm_head(student.hidden[:, labelled]))
         first = 0 if self.options.distill == "all" else depth - 1
-        # A chunk that leaves early stands in for its last loop: what is written next must fit the teacher's last.
+        # Later tokens read the keys and values of a chunk's last loop, which therefore learns from the teacher's last.
         goal = torch.cat((truth[: depth - 1], truth[-1:]))
         if self.options.teacher_loop == "last":
             goal = truth[-1:].expand(depth, -1, -1)
@@ -237,7 +248,7 @@ class DistillObjective(Objective):
         return parts
 
     def _chunks(self, step: int, start: int, end: int) -> list[tuple[int, int, int]]:
-        """The (start, end, loops) of every chunk of a span. What is drawn is the same in every process."""
+        """Return (start, end, loops) of every chunk of a span. Random choices are equal in all processes."""
         rng = np.random.default_rng([self.seed, step, start])
         sizes = list(self.options.chunk_sizes or [self.model.config.chunk_size])
         loops = self.model.config.total_ut_steps
@@ -251,7 +262,7 @@ class DistillObjective(Objective):
         return chunks
 
     def _on(self, device: torch.device) -> LoopLMForCausalLM:
-        """The teacher, moved to where the batch is."""
+        """Return the teacher, moved to the batch's device."""
         (teacher,) = self._teacher
         if teacher.lm_head.weight.device != device:
             teacher.to(device)  # type: ignore[arg-type]
@@ -259,7 +270,7 @@ class DistillObjective(Objective):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (loops, tokens, vocab), targets (tokens,) -> (loops, tokens)."""
+    """Return the loss of each loop and token, (loops, tokens). logits: (loops, tokens, vocab); targets: (tokens,)."""
     loops = len(logits)
     flat = F.cross_entropy(logits.flatten(0, 1), targets.repeat(loops), reduction="none")
     return flat.view(loops, -1)

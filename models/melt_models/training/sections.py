@@ -1,4 +1,4 @@
-"""The YAML file of a run, as far as it can be refused before PyTorch is imported: its form and its sections."""
+"""Form and sections of a run's YAML file, checked before PyTorch is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECTIONS = ("output", "seed", "precision", "threads", "data", "model", "melt", 
 
 
 def read_sections(file: Path) -> dict[str, Any]:
-    """A run's file as it stands. Raises ConfigError."""
+    """Read a run's file as plain values. Raises ConfigError."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -29,7 +29,7 @@ def read_sections(file: Path) -> dict[str, Any]:
 
 
 def check_keys(section: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
-    """Raises ConfigError for a key that is not among the known."""
+    """Raise ConfigError for an unknown key."""
     known = sorted(known)
     for key in section:
         if key not in known:

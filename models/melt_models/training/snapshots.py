@@ -1,4 +1,4 @@
-"""Resumable training states: directories that appear whole or not at all, and are checked before they are trusted."""
+"""Training snapshots to resume from: directories written completely or not at all, with hashes checked on reading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Position:
-    """How far a stage is: steps done, tokens seen, seconds of training, and where the data goes on."""
+    """Progress of a stage: finished steps, tokens, seconds of training, and the state of the data stream."""
 
     step: int = 0
     tokens: int = 0
@@ -39,7 +39,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a snapshot holds beside the position: a prepared objective and its prepared optimisers."""
+    """A prepared objective and its prepared optimisers: the contents of a snapshot beside the position."""
 
     objective: nn.Module
     optimizers: Sequence[Any]
@@ -51,7 +51,7 @@ class Trained:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     def model_state(self) -> dict[str, Tensor]:
-        """The weights of ``objective.model``, whole, on the main process (shards are gathered to its CPU)."""
+        """Return the weights of ``objective.model``, whole, on the main process. Shards are gathered to its CPU."""
         options = distributed.StateDictOptions(full_state_dict=self.sharded, cpu_offload=self.sharded)
         state: dict[str, Any] = distributed.get_model_state_dict(self.objective, options=options)
         return {name.removeprefix("model."): value for name, value in state.items()}
@@ -64,7 +64,7 @@ class Trained:
         return [distributed.get_optimizer_state_dict(self.objective, one, options=options) for one in bare]
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, except the position. Every process must call this."""
+        """Return everything, except the position, on which the next step depends. Every process must call this."""
         version, keys, at, has_gauss, gauss = np.random.get_state()
         return {
             "model": self.model_state(),
@@ -76,8 +76,8 @@ class Trained:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Puts everything back as it was."""
-        # Not strict: a parameter that no loss has reached has no optimiser state.
+        """Restore what ``state`` returned."""
+        # Not strict: a parameter without a gradient so far has no optimiser state.
         options = distributed.StateDictOptions(full_state_dict=self.sharded, strict=False)
         model = {f"model.{name}": value for name, value in state["model"].items()}
         distributed.set_model_state_dict(self.objective, model, options=options)
@@ -95,10 +95,10 @@ class Trained:
 
 
 class Snapshots:
-    """The snapshots of one stage in ``directory``: the newest and the one before it.
+    """The two newest snapshots of a stage, in ``directory``.
 
-    ``settings`` are what the stage's results depend on, a flat mapping that JSON can hold. They are written once, and a
-    stage goes on only with equal ones.
+    ``settings`` are everything that the stage's results depend on, as a flat mapping of JSON values. They are written
+    once, and a stage resumes only with equal ones.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], accelerator: Accelerator):
@@ -106,7 +106,7 @@ class Snapshots:
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
 
     def open(self, *, resume: bool) -> None:
-        """Prepares the directory. Raises SnapshotError if a snapshot would be lost, or belongs to other settings."""
+        """Prepare the directory. Raises SnapshotError if a snapshot would be lost, or has other settings."""
         if self.found() and not resume:
             raise SnapshotError(
                 f"{self.directory} holds a snapshot of an unfinished run; pass --resume to go on, or another output"
@@ -123,11 +123,11 @@ class Snapshots:
         self.accelerator.wait_for_everyone()
 
     def found(self) -> list[Path]:
-        """The snapshots, newest first."""
+        """Return the snapshots, newest first."""
         return sorted((path for path in self.directory.glob("step-*") if path.is_dir()), reverse=True)
 
     def save(self, trained: Trained, position: Position) -> None:
-        """Writes a snapshot and only then deletes those older than its predecessor. Every process must call this."""
+        """Write a snapshot, then delete all but the two newest. Every process must call this."""
         state = trained.state()
         if self.accelerator.is_main_process:
             with new_directory(self.directory / f"step-{position.step:09d}", force=True) as build:
@@ -145,9 +145,9 @@ class Snapshots:
         self.accelerator.wait_for_everyone()
 
     def load(self, trained: Trained) -> Position:
-        """Puts the newest whole snapshot back; without any, the position is the start.
+        """Restore the newest undamaged snapshot and return its position; without any snapshot, the start.
 
-        Raises SnapshotError if there are snapshots and all of them are damaged.
+        Raises SnapshotError if all snapshots are damaged.
         """
         chosen: list[Any] = [self._newest_whole() if self.accelerator.is_main_process else None]
         broadcast_object_list(chosen)
@@ -161,7 +161,7 @@ class Snapshots:
         return Position(record["step"], record["tokens"], record["seconds"], record["data"])
 
     def clear(self) -> None:
-        """Deletes the snapshots of a finished stage; its settings stay."""
+        """Delete the snapshots of a finished stage and keep its settings."""
         if self.accelerator.is_main_process:
             for path in self.found():
                 shutil.rmtree(path, ignore_errors=True)
@@ -191,7 +191,7 @@ class Snapshots:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a snapshot, or None."""
+    """Describe the damage of a snapshot; None if there is none."""
     try:
         record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
         if not {"step", "tokens", "seconds", "data", "sha256"} <= set(record):
@@ -207,7 +207,7 @@ def _digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
+    """Replace a file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     build = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with build.open("w", encoding="utf-8") as file:

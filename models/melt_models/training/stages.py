@@ -1,4 +1,4 @@
-"""The stages of a run in order: a LoopLM teacher, phase 1, phase 2. Each ends as an ordinary checkpoint directory."""
+"""The stages of a run in order: a LoopLM teacher, phase 1, phase 2. Each writes an ordinary checkpoint directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..atomic import new_directory
-from ..checkpoint import Weights, hollow_model, load_model, read_config
+from ..checkpoint import Weights, load_model, meta_model, read_config
 from ..configuration import LoopLMConfig, MeltConfig
 from ..convert import COMPANIONS, melt_config, melt_state, save_state
 from ..errors import CheckpointError
@@ -32,7 +32,7 @@ from .trainer import make_accelerator, train
 
 
 def run(config: RunConfig, stages: Sequence[str], *, resume: bool = False) -> None:
-    """Trains the named stages. With ``resume`` finished ones are skipped and an unfinished one goes on.
+    """Train the named stages. With ``resume`` finished stages are skipped and an unfinished one resumes.
 
     Raises ConfigError, CheckpointError, SnapshotError, TrainingDivergedError, OSError.
     """
@@ -80,7 +80,7 @@ def _run_stage(config: RunConfig, name: str, accelerator: Accelerator, *, resume
 
 
 def _batches(config: RunConfig, name: str, seed: int) -> Batches:
-    """What a stage is trained on; no two stages see the same sequences in the same order."""
+    """Return a stage's data. No two stages see the same sequences in the same order."""
     try:
         return make_batches(config.data, seed * len(STAGES) + STAGES.index(name))
     except (ValueError, TypeError) as error:
@@ -89,7 +89,7 @@ def _batches(config: RunConfig, name: str, seed: int) -> Batches:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a stage begins: the configuration of its model, and the directories of weights that it reads, if any."""
+    """Start of a stage: the configuration of its model, and the directories of weights that it reads, if any."""
 
     config: LoopLMConfig | MeltConfig
     embedding_std: float | None = None
@@ -98,7 +98,7 @@ class _Start:
 
     @classmethod
     def of(cls, run: RunConfig, name: str, batches: Batches) -> _Start:
-        """Raises ConfigError, CheckpointError."""
+        """Find out where a stage starts. Raises ConfigError, CheckpointError."""
         if name == "teacher":
             ids = {"pad_token_id": batches.pad_token_id, "eos_token_id": batches.eos_token_id}
             fields = {"vocab_size": batches.vocab_size, **ids, **run.model}
@@ -135,7 +135,7 @@ class _Start:
         return cls(melt, source=source, teacher=teacher)
 
     def settings(self, run: RunConfig, stage: Stage) -> dict[str, Any]:
-        """Everything that the stage's result depends on, flat."""
+        """Return everything that the stage's result depends on, as a flat mapping."""
         told = {**dataclasses.asdict(stage.training), **dataclasses.asdict(stage.options)}
         model = self.config.to_dict()
         model = {f"model.{key}": value for key, value in model.items() if key not in ("transformers_version", "dtype")}
@@ -148,7 +148,7 @@ class _Start:
         return values | {key: value for key, value in told.items() if key not in FREE_TO_CHANGE}
 
     def objective(self, stage: Stage) -> Objective:
-        """What is trained: a new LoopLM, or a MELT beside its frozen teacher; float32."""
+        """Build the objective in float32: a new LoopLM, or a MELT with its frozen teacher."""
         if isinstance(stage.options, TeacherOptions):
             model = LoopLMForCausalLM(cast(LoopLMConfig, self.config))
             if self.embedding_std is not None:
@@ -161,8 +161,8 @@ class _Start:
             state: dict[str, Tensor] = dict(load_model(self.source, dtype=torch.float32).state_dict())
         else:
             state = melt_state(cast(MeltConfig, self.config), Weights(self.source))
-        student = hollow_model(self.config)
-        # Copies: weights read from a file may be mapped, and the teacher's must stay as they are.
+        student = meta_model(self.config)
+        # Copied, because weights may be mapped from a file, and because training must not change the teacher's.
         state = {key: value.float().clone() for key, value in state.items()}
         if self.config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -176,7 +176,7 @@ class _Start:
         )
 
     def write(self, weights: dict[str, Tensor], batches: Batches, output: Path) -> None:
-        """The trained checkpoint as an ordinary directory."""
+        """Write the trained checkpoint as an ordinary directory."""
         config: Any = self.config
         if isinstance(config, MeltConfig):
             config.untrained = [part for part in config.untrained if part != "latent_gate"]
@@ -194,7 +194,7 @@ class _Start:
 
 
 def _digest(directory: Path) -> str:
-    """A hash of a checkpoint's tensors."""
+    """Return a hash of a checkpoint's tensors."""
     whole = hashlib.sha256()
     for path in sorted({stored.file for stored in Weights(directory).values()}):
         with path.open("rb") as file:
@@ -204,7 +204,7 @@ def _digest(directory: Path) -> str:
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """The same sums in the same order every time, where ``wanted``."""
+    """Make PyTorch add in the same order in every run, where ``wanted``."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if wanted:

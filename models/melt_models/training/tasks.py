@@ -1,7 +1,7 @@
 """Synthetic tasks with exact answers that need depth: addition, chained modular arithmetic, p-hop induction.
 
-Every task is one token a character and rectangular: all its prompts have one length, and all its answers. Whether an
-example is held out is a property of its prompt (a stable hash), so training and testing cannot overlap.
+Every task has one token per character; all its prompts have one length, and so have its answers. A stable hash of the
+prompt decides whether an example is held out, so training and testing cannot overlap.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import numpy as np
 
 PAD, END = "<|pad|>", "<|endoftext|>"
 HELD_OUT_PERCENT = 10
-CURRICULUM = 0.4  # of the progress, at the start: a falling share of what is drawn is made easier
-TRAINING_NINES = 0.15  # addition: share of the columns that are made to pass a carry on, after the curriculum
-HARD_NINES = 1 / 3  # and in the hard test set
+CURRICULUM = 0.4  # share of the run, at its start, in which a falling share of the examples is easier
+TRAINING_NINES = 0.15  # addition: share of the columns that pass a carry on, after the curriculum
+HARD_NINES = 1 / 3  # the same in the hard test set
 OPERATORS = "+-*"
-FRUITLESS_DRAWS = 200  # in a row, before a task says that it has no further examples
+FRUITLESS_DRAWS = 200  # in a row, after which a task has no further examples
 
 
 @dataclass(frozen=True)
 class Example:
-    """``prompt`` is what the model reads, ``answer`` what it must write before END."""
+    """``prompt`` is read by the model; ``answer`` must be written before END."""
 
     prompt: str
     answer: str
 
     @property
     def held_out(self) -> bool:
-        """Whether this is a test example: the prompt's first 8 bytes of SHA-256, modulo 100, are below 10."""
+        """Whether this is a test example: the first 8 bytes of the prompt's SHA-256, modulo 100, are below 10."""
         return int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
 class Task(Protocol):
-    """``vocabulary`` is PAD, END, then the characters; ``answer_tokens`` counts END."""
+    """A synthetic task. ``vocabulary`` is PAD, END, then the characters; ``answer_tokens`` counts END."""
 
     name: ClassVar[str]
 
@@ -51,26 +51,27 @@ class Task(Protocol):
     def answer_tokens(self) -> int: ...
 
     def sample(self, rng: np.random.Generator, count: int, held_out: bool, progress: float = 1.0) -> list[Example]:
-        """``count`` examples, all of them held out or none, drawn as training draws them at ``progress`` (0 to 1)."""
+        """Draw ``count`` examples, all held out or none, as in training at ``progress`` (0 to 1)."""
         ...
 
     def test_set(self, count: int, seed: int = 0, hard: bool = False) -> list[Example]:
-        """``count`` different held-out examples, the same ones for the same seed. Raises ValueError if too few are."""
+        """Return ``count`` distinct held-out examples, the same for the same seed. Raises ValueError if there are too
+        few."""
         ...
 
 
 class _Drawn(ABC):
-    """sample() and test_set() of a task that can draw examples in bulk. Tasks are equal if their options are."""
+    """Base of tasks that draw examples in bulk: sample() and test_set(). Tasks are equal if their options are."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def _training(self, rng: np.random.Generator, count: int, progress: float) -> list[Example]:
-        """Some examples (about ``count``, perhaps fewer) as they are trained on, held out or not."""
+        """Draw about ``count`` training examples, held out or not."""
 
     @abstractmethod
     def _testing(self, rng: np.random.Generator, count: int, hard: bool) -> list[Example]:
-        """Some examples as they are tested on, held out or not."""
+        """Draw about ``count`` test examples, held out or not."""
 
     def sample(self, rng: np.random.Generator, count: int, held_out: bool, progress: float = 1.0) -> list[Example]:
         found: list[Example] = []
@@ -104,18 +105,18 @@ def _check_range(name: str, option: str, value: Any, smallest: int, largest: int
 
 
 def _easy(progress: float) -> float:
-    """What is left of the curriculum: 1 at the start, 0 from CURRICULUM of the progress on."""
+    """Return the share of the curriculum that is left: 1 at the start, 0 from CURRICULUM of the progress on."""
     return max(0.0, 1.0 - progress / CURRICULUM)
 
 
 @dataclass(frozen=True)
 class Addition(_Drawn):
-    """Adding two numbers of a fixed number of digits, most significant digit first: ``4829173+3917458=`` ``8746631``.
+    """Addition of two numbers with a fixed number of digits, most significant digit first: ``4829173+3917458=``
+    ``8746631``.
 
-    No sum has more digits than the numbers, so a column always stands at the same place. A carry may run through all
-    columns, and the first digit written depends on it. At first a falling share of the columns in training is free of
-    carries, later a share adds up to 9, so that a carry from the right goes on to the left; in the hard test set a
-    third of the columns does.
+    Sums have no more digits than the numbers, so a column is always at the same place. A carry may run through all
+    columns, and the first written digit depends on it. At the start of training a falling share of the columns has no
+    carries. Later a share of the columns adds up to 9 and so passes a carry on; in the hard test set a third does.
     """
 
     name: ClassVar[str] = "addition"
@@ -137,7 +138,7 @@ class Addition(_Drawn):
         return self.digits + 1
 
     def example(self, a: int, b: int) -> Example:
-        """The example a + b. Raises ValueError if a number is negative or the sum has too many digits."""
+        """Return the example a + b. Raises ValueError if a number is negative or the sum has too many digits."""
         if min(a, b) < 0 or a + b >= 10**self.digits:
             raise ValueError(f"{a}+{b}: both numbers must be 0 or more and their sum below {10**self.digits}")
         return Example(f"{a:0{self.digits}d}+{b:0{self.digits}d}=", f"{a + b:0{self.digits}d}")
@@ -150,7 +151,7 @@ class Addition(_Drawn):
         return self._draw(rng, count, 0.0, HARD_NINES if hard else 0.0)
 
     def _draw(self, rng: np.random.Generator, count: int, carry_free: float, nines: float) -> list[Example]:
-        """Drawn evenly among the sums that fit, but for the shares of columns made free of carries or adding to 9."""
+        """Draw evenly among the sums that fit, except for the shares of columns without carries or adding up to 9."""
         digits = rng.integers(0, 10, (2, count, self.digits))
         easy = rng.random((count, self.digits)) < carry_free
         digits = np.where(easy & (digits.sum(0) > 9), 9 - digits, digits)
@@ -163,10 +164,10 @@ class Addition(_Drawn):
 class Modular(_Drawn):
     """A chain of operations, strictly from left to right, modulo a prime: ``3+5*2-4=`` ``5`` (modulus 7).
 
-    Every operation is a permutation of the residues that is not the identity (no ``+0``, ``*0`` or ``*1``), so none
-    can be left out, and since ``*`` and ``+`` do not commute they cannot be sorted. All answers are equally likely.
-    At first a falling share of the operations in training is the identity (``+0``, ``-0`` or ``*1``). In the hard test
-    set ``*`` alternates with ``+`` or ``-``.
+    Every operation is a permutation of the residues other than the identity (no ``+0``, ``*0`` or ``*1``), so none can
+    be skipped; since ``*`` and ``+`` do not commute, they cannot be reordered. All answers are equally likely. At the
+    start of training a falling share of the operations is the identity (``+0``, ``-0`` or ``*1``). In the hard test set
+    ``*`` alternates with ``+`` or ``-``.
     """
 
     name: ClassVar[str] = "modular"
@@ -174,7 +175,7 @@ class Modular(_Drawn):
     operations: int = 8
 
     def __post_init__(self) -> None:
-        if type(self.modulus) is not int or self.modulus not in (3, 5, 7):  # modulo 2, every * is * 0 or * 1
+        if type(self.modulus) is not int or self.modulus not in (3, 5, 7):  # modulo 2 every factor is 0 or 1
             raise ValueError(f"task {self.name}: modulus is {self.modulus!r}; it must be 3, 5 or 7")
         _check_range(self.name, "operations", self.operations, 1, 512)
 
@@ -201,7 +202,7 @@ class Modular(_Drawn):
         return self._draw(rng, operators, 0.0)
 
     def _draw(self, rng: np.random.Generator, operators: np.ndarray, identities: float) -> list[Example]:
-        """operators: (count, operations), indices into OPERATORS."""
+        """Draw examples. operators: (count, operations), indices into OPERATORS."""
         count, times = len(operators), operators == 2
         numbers = np.where(
             times, rng.integers(2, self.modulus, operators.shape), rng.integers(1, self.modulus, operators.shape)
@@ -224,11 +225,11 @@ class PHop(_Drawn):
 
     For a sequence X_1 ... X_n, find(i) = max {j <= i : X_{j-1} = X_i}: the position after the most recent earlier
     occurrence of the symbol at i. The answer is X at find applied ``hops`` times to n. No symbol follows itself here,
-    so every hop goes to the left, and sequences on which a hop finds nothing are not drawn.
+    so every hop goes to the left; sequences in which a hop finds nothing are not drawn.
 
-    The prompt is the sequence and the number of hops: ``bcadbacd...4``. In training it is at first drawn evenly from
-    1 to ``hops`` for a falling share of the examples. In the hard test set the answer is neither the last symbol nor
-    where half of the hops lead.
+    The prompt is the sequence and the number of hops: ``bcadbacd...4``. At the start of training a falling share of the
+    examples has a number of hops drawn evenly from 1 to ``hops``. In the hard test set the answer is neither the last
+    symbol nor the symbol after half of the hops.
     """
 
     name: ClassVar[str] = "p-hop"
@@ -238,9 +239,9 @@ class PHop(_Drawn):
 
     def __post_init__(self) -> None:
         _check_range(self.name, "hops", self.hops, 1, 99)
-        _check_range(self.name, "alphabet", self.alphabet, 3, 26)  # with 2, the sequence could only alternate
+        _check_range(self.name, "alphabet", self.alphabet, 3, 26)  # with 2 the sequence could only alternate
         _check_range(self.name, "length", self.length, 3, 4096)
-        # A hop goes alphabet - 1 to the left on average; with less room few sequences have all hops.
+        # A hop goes alphabet - 1 to the left on average; in a shorter sequence few have room for all hops.
         if self.hops * self.alphabet > self.length:
             raise ValueError(
                 f"task {self.name}: {self.hops} hops over an alphabet of {self.alphabet} need a length of "
@@ -276,12 +277,12 @@ class PHop(_Drawn):
         return list(self._draw(rng, np.full(count, self.hops), hard))
 
     def _draw(self, rng: np.random.Generator, hops: np.ndarray, hard: bool) -> Iterator[Example]:
-        """hops: (count,), one for each sequence."""
+        """Draw examples. hops: (count,), one for each sequence."""
         count, rows = len(hops), np.arange(len(hops))
         steps = rng.integers(1, self.alphabet, (count, self.length))
         symbols = (steps.cumsum(1) + rng.integers(0, self.alphabet, (count, 1))) % self.alphabet
-        find = np.full((count, self.length), -1)  # -1: there is no earlier occurrence
-        after = np.full((count, self.alphabet), -1)  # the position after the last occurrence of each symbol so far
+        find = np.full((count, self.length), -1)  # -1: no earlier occurrence
+        after = np.full((count, self.alphabet), -1)  # position after each symbol's last occurrence so far
         for at in range(self.length):
             find[:, at] = after[rows, symbols[:, at]]
             after[rows, symbols[:, at]] = at + 1
@@ -302,7 +303,7 @@ TASKS: dict[str, type[Addition] | type[Modular] | type[PHop]] = {task.name: task
 
 
 def make_task(task: str, **options: Any) -> Task:
-    """A task by its name, with its options. Raises ValueError for what there is not or makes no sense."""
+    """Make a task by its name and options. Raises ValueError for an unknown name or option, or a value out of range."""
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
     known = [field.name for field in fields(TASKS[task])]

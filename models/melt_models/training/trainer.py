@@ -1,4 +1,4 @@
-"""The training loop: the same code on one device and under ``accelerate launch`` on several."""
+"""The training loop, for one device and for several under ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GATE = ".latent_gate."
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:
-    """The devices of this run. Raises ConfigError where the hardware has no bf16."""
+    """Return the devices of this run. Raises ConfigError where the hardware has no bf16."""
     wanted = "bf16" if precision == "bf16" else "no"
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(f"precision is bf16, which {torch.cuda.get_device_name()} does not compute in; use fp32")
@@ -35,7 +35,7 @@ def make_accelerator(precision: str = "fp32") -> Accelerator:
 
 
 def rate_at(config: StageConfig, step: int) -> float:
-    """The factor on every learning rate in a step, counted from 0: warm-up, then the schedule."""
+    """Return the factor on every learning rate in a step, counted from 0: warm-up, then the schedule."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     done = step / max(config.steps, 1)
     if config.schedule == "flat-cosine":
@@ -46,7 +46,8 @@ def rate_at(config: StageConfig, step: int) -> float:
 
 
 def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest; the gates in their own groups."""
+    """Make AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest. Gates have groups of their
+    own."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -81,11 +82,11 @@ def train(
     settings: Mapping[str, Any],
     resume: bool = False,
 ) -> dict[str, Tensor]:
-    """Trains ``objective.model`` and returns its weights: whole, on the main process.
+    """Train ``objective.model`` and return its weights, whole, on the main process.
 
-    ``state`` gets the snapshots, ``metrics`` the file ``<stage>.jsonl``. ``settings`` are what the result depends on:
-    with ``resume`` a snapshot made under others is refused.
-    Raises TrainingDivergedError, SnapshotError, ConfigError.
+    ``state`` is the directory of snapshots; ``metrics`` that of the file ``<stage>.jsonl``. ``settings`` are everything
+    that the result depends on: ``resume`` refuses a snapshot with other settings. Raises TrainingDivergedError,
+    SnapshotError, ConfigError.
     """
     if config.batch_size % accelerator.num_processes:
         raise ConfigError(
@@ -96,7 +97,7 @@ def train(
     snapshots = Snapshots(state, settings, accelerator)
     snapshots.open(resume=resume)
     options: Any = objective.options
-    # The exit gate without a loss of its own, and the latent gate while alpha is 0.
+    # Parameters may lack gradients: the exit gate without its loss, and the latent gate while alpha is 0.
     unused = isinstance(options, DistillOptions) and (not options.exit_weight or options.interpolation != "none")
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
     prepared, *optimizers = accelerator.prepare(objective, *make_optimizers(objective, config))
@@ -133,19 +134,20 @@ def train(
 def _take(batches: Batches, size: int, progress: float) -> Batch:
     try:
         return batches.take(size, progress)
-    except ValueError as error:  # what only reading shows
+    except ValueError as error:  # faults that show only while files are read
         raise ConfigError(f"section data: {error}") from error
 
 
 class _Loop:
-    """One optimiser step: this process's share of the batch, in pieces, then the update."""
+    """Optimiser steps: gradients of this process's share of the batch, micro-batch by micro-batch, then the update."""
 
     def __init__(self, objective: Objective, trained: Trained, config: StageConfig):
         self.objective, self.trained, self.config, self.accelerator = objective, trained, config, trained.accelerator
         self.rates = [[group["lr"] for group in one.param_groups] for one in trained.optimizers]
 
     def step(self, step: int, input_ids: Tensor, targets: Tensor) -> dict[str, float]:
-        """input_ids, targets (batch, n) of all processes -> the figures of the step. Raises TrainingDivergedError."""
+        """Run one step and return its figures. input_ids, targets: (batch, n), of all processes. Raises
+        TrainingDivergedError."""
         config, accelerator = self.config, self.accelerator
         factor = rate_at(config, step)
         for optimizer, rates in zip(self.trained.optimizers, self.rates, strict=True):
@@ -164,7 +166,8 @@ class _Loop:
         return figures
 
     def _gradients(self, step: int, input_ids: Tensor, targets: Tensor) -> dict[str, float]:
-        """Adds up the gradients of this process's sequences; returns the loss and its parts over all processes."""
+        """Add up the gradients of this process's sequences. Returns the loss and its parts, averaged over all
+        processes."""
         config, accelerator = self.config, self.accelerator
         processes, share = accelerator.num_processes, len(input_ids) // accelerator.num_processes
         size = StepSize(max(1, int((targets != IGNORE).sum())) / processes, len(input_ids) / processes)
@@ -194,7 +197,7 @@ class _Loop:
         return named
 
     def _largest_gradients(self) -> Tensor:
-        """(parameters,): the largest magnitude in each one's gradient; 0 without one."""
+        """Return the largest magnitude in each parameter's gradient, (parameters,); 0 without a gradient."""
         gradients = [p.grad for p in self.trained.objective.parameters()]
         local = [None if g is None else g.to_local() if hasattr(g, "to_local") else g for g in gradients]
         present = [g for g in local if g is not None and g.numel()]
@@ -206,7 +209,7 @@ class _Loop:
         names = [name.removeprefix("module.") for name, _ in self.trained.objective.named_parameters()]
         values = self.accelerator.gather(largest[None]).cpu()
         order = values.nan_to_num(nan=math.inf).amax(0)
-        # Of several that are not finite, the one named is a NaN if there is any.
+        # Among gradients that are not finite, a NaN is named before an Inf.
         order = torch.where(values.isnan().any(0), math.inf, order.clamp(max=torch.finfo(order.dtype).max))
         at = int(order.argmax())
         worst = math.nan if values[:, at].isnan().any() else float(values[:, at].max())

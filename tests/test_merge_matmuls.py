@@ -1,4 +1,4 @@
-"""Products that read the same input are one product in a package for ONNX Runtime, and only there."""
+"""Matmuls that read the same input are merged in a package for ONNX Runtime, and only there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_models.checkpoint import Weights
 
-from melt_export.graph.merge_matmuls import packed_name
+from melt_export.graph.merge_matmuls import merged_name
 from melt_export.parity.verify import verify
 
 LAYER = "model.layers.0."
@@ -73,6 +73,6 @@ def test_a_gate_of_one_column_stays_alone_and_the_package_agrees(
 
 
 def test_a_packed_name_shows_what_differs() -> None:
-    assert packed_name(["a.k.weight", "a.v.weight"]) == "a.k+v.weight"
-    assert packed_name(["a.b.k.weight", "a.c.weight"]) == "a.b.k+c.weight"
-    assert packed_name(["a.k", "a.v"]) == "a.k+v"
+    assert merged_name(["a.k.weight", "a.v.weight"]) == "a.k+v.weight"
+    assert merged_name(["a.b.k.weight", "a.c.weight"]) == "a.b.k+c.weight"
+    assert merged_name(["a.k", "a.v"]) == "a.k+v"

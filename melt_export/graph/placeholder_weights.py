@@ -1,4 +1,4 @@
-"""Models whose weights have shapes but no memory, so that tracing a large one costs nothing."""
+"""Models whose weights have shapes but almost no memory, so that a large model is traced at no cost."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def without_memory(model: M, dtype: torch.dtype) -> M:
-    """Replaces every parameter by a single zero stretched to its shape, on the CPU, in ``dtype``. Returns the model.
+def with_placeholder_weights(model: M, dtype: torch.dtype) -> M:
+    """Replace every parameter by one zero expanded to its shape, on the CPU, in ``dtype``. Returns the model.
 
     Shared parameters (a tied head) stay shared.
     """
