@@ -24,7 +24,8 @@ from ..graph.cleanup import CHECKPOINT_NAME, TRANSPOSED
 from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.external_weights import COMPUTED
 from ..graph.merge_matmuls import FEWEST_COLUMNS, PARTS
-from .blocks import Blocks, gptq, round_to_nearest, two_a_byte
+from .blocks import Blocks, round_to_nearest, two_a_byte
+from .gptq import gptq
 from .options import BITS, Grid, WeightOptions
 from .sensitivity import most_sensitive
 
