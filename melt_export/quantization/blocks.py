@@ -87,14 +87,15 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> Blocks:
 
 def rounding_error(weight: Tensor, grid: Grid) -> float:
     """The mean square error that rounding a weight (outputs, inputs) to a symmetric grid may be expected to make."""
-    steps = in_blocks(weight.float(), grid.block).abs().amax(-1) / grid.middle
+    steps = torch.linalg.vector_norm(in_blocks(weight.float(), grid.block), torch.inf, dim=-1) / grid.middle
     return float(steps.square().mean()) / 12
 
 
 def in_blocks(rows: Tensor, block: int) -> Tensor:
     """(outputs, inputs) -> (outputs, blocks, block), padded with zeros."""
     count = -(-rows.shape[1] // block)
-    return nn.functional.pad(rows, (0, count * block - rows.shape[1])).unflatten(1, (count, block))
+    missing = count * block - rows.shape[1]
+    return (nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(1, (count, block))
 
 
 def best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,8 @@ def _quantized(rows: Tensor, order: Tensor, factor: Tensor, importance: Tensor, 
     scales, zeros = best_scales(blocks, grid, importance)
     columns = rows.t()[order]
     block_of = (order // grid.block).tolist()
-    solve(columns, factor, *(part.squeeze(-1).t().contiguous() for part in (scales, zeros)), block_of, grid)
+    steps, middles = (part.squeeze(-1).t().contiguous() for part in (scales, zeros))
+    solve(columns, factor, steps, middles, block_of, grid)
     numbers = zeros.expand(blocks.shape).flatten(1).clone()  # padding means zero, whatever number stands for it
     numbers[:, order] = columns.t()
     return Blocks.of(numbers.view(blocks.shape), scales, zeros, grid, inputs)

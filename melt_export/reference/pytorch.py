@@ -44,6 +44,13 @@ def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
         yield
 
 
+def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
+    """The arguments with which a MELT or LoopLM runs all loops for every token."""
+    if isinstance(model, LoopLMForCausalLM):
+        return {"num_loops": loops, "exit_at_step": loops - 1}
+    return {"num_loops": loops, "chunk_size": chunk, "exit_threshold": 1.0}
+
+
 class Reference(Protocol):
     """A checkpoint as PyTorch computes it, one sequence at a time."""
 
@@ -116,9 +123,7 @@ class MeltReference:
             output = self.model(
                 torch.tensor([list(ids)], device=self.device),
                 past_key_values=self._cache(),
-                num_loops=loops,
-                chunk_size=chunk,
-                exit_threshold=1.0,
+                **every_loop(self.model, loops, chunk),
             )
             return output.logits[0].float().cpu().numpy()
 
@@ -131,9 +136,7 @@ class MeltReference:
                 output = self.model(
                     torch.tensor([ids], device=self.device),
                     past_key_values=cache,
-                    num_loops=loops,
-                    chunk_size=chunk,
-                    exit_threshold=1.0,
+                    **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
                 )
                 best = output.logits[0, -1].topk(2)
@@ -201,8 +204,7 @@ class LoopLMReference:
             output = self.model(
                 torch.tensor([list(ids)], device=self.device),
                 past_key_values=self._cache(),
-                num_loops=loops,
-                exit_at_step=loops - 1,
+                **every_loop(self.model, loops, chunk),
             )
             return output.logits[0].float().cpu().numpy()
 
@@ -215,8 +217,7 @@ class LoopLMReference:
                 output = self.model(
                     torch.tensor([ids], device=self.device),
                     past_key_values=cache,
-                    num_loops=loops,
-                    exit_at_step=loops - 1,
+                    **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
                 )
                 best = output.logits[0, -1].topk(2)
