@@ -19,7 +19,8 @@ from melt_export.export import building
 from melt_export.options import ExportOptions
 from melt_export.parity.report import Limits
 from melt_export.parity.verify import verify
-from melt_export.quantization.blocks import Blocks, gptq, round_to_nearest, rounding_error
+from melt_export.quantization.blocks import Blocks, round_to_nearest, rounding_error
+from melt_export.quantization.gptq import gptq
 from melt_export.quantization.options import Grid, WeightOptions
 from melt_export.quantization.sensitivity import most_sensitive, sensitivities
 

@@ -25,8 +25,9 @@ from melt_export.graph.merge_matmuls import names_in
 from melt_export.options import ExportOptions
 from melt_export.parity.report import Limits, Quality
 from melt_export.parity.verify import verify
-from melt_export.quantization.blocks import Blocks, gptq, round_to_nearest
+from melt_export.quantization.blocks import Blocks, round_to_nearest
 from melt_export.quantization.calibration import calibration_tokens, hessians
+from melt_export.quantization.gptq import gptq
 from melt_export.quantization.options import Grid, WeightOptions
 
 

@@ -1,4 +1,4 @@
-"""Weights as whole numbers in blocks with a scale each: rounded to nearest, or with the errors made up for (GPTQ)."""
+"""Weights as whole numbers in blocks with a scale each: how they are stored, the scales, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from .options import Grid
 # Shares of a block's largest value that a scale may stand for: rounding errs less when it clips a little.
 _SHRINK = tuple(1 - step / 50 for step in range(15))
 _ELEMENTS_AT_ONCE = 1 << 18  # what is searched at a time stays in a processor's cache
-_DAMPING = 0.1  # of the mean of a Hessian's diagonal: the text that comes is not the one that was seen
-_COLUMNS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,12 @@ class Blocks:
         return two_a_byte(nn.functional.pad(self.zeros, (0, self.zeros.shape[1] % 2)))
 
     @classmethod
+    def of(cls, numbers: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, inputs: int) -> Blocks:
+        """numbers (outputs, blocks, block), scales and zeros (outputs, blocks, 1), all float32."""
+        kept = zeros.squeeze(-1).to(torch.uint8) if grid.asymmetric else None
+        return cls(numbers.to(torch.uint8), scales.squeeze(-1), grid.bits, inputs, kept)
+
+    @classmethod
     def stacked(cls, parts: list[Blocks]) -> Blocks:
         """Weights of the same inputs and kind, the outputs of one after those of the other."""
         numbers, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
@@ -73,78 +77,28 @@ def one_a_byte(packed: Tensor) -> Tensor:
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Blocks:
     """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square."""
-    outputs, inputs = weight.shape
-    count = -(-inputs // grid.block)
-    numbers = torch.empty(outputs, count, grid.block, dtype=torch.uint8)
-    scales, zeros = torch.empty(outputs, count), torch.empty(outputs, count)
-    step = max(1, _ELEMENTS_AT_ONCE // inputs)
-    for at in range(0, outputs, step):
-        rows = _in_blocks(weight[at : at + step].float(), grid.block)
-        scale, zero = _best_scales(rows, grid, torch.ones(count, grid.block))
-        numbers[at : at + step] = _rounded(rows, scale, zero, grid).to(torch.uint8)
-        scales[at : at + step], zeros[at : at + step] = scale.squeeze(-1), zero.squeeze(-1)
-    return _blocks(numbers, scales, zeros, grid, inputs)
-
-
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Blocks:
-    """Quantizes a weight (outputs, inputs) column by column, each error spread over the columns still to come.
-
-    hessian (inputs, inputs): the sum of x x^T over the inputs x of the product. Columns that matter most go first;
-    a block's scale is chosen before, by errors weighted with what the other columns cannot make up for. GPTQ:
-    arXiv 2210.17323.
-    """
-    outputs, inputs = weight.shape
-    diagonal = hessian.diagonal().double()
-    mean = float(diagonal.mean())
-    if not mean > 0:
-        return round_to_nearest(weight, grid)  # nothing ever came in
-    order = diagonal.argsort(descending=True)
-    damped = hessian.double()[order][:, order] / mean
-    damped.diagonal().add_(_DAMPING)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-
-    importance = torch.empty(inputs)
-    importance[order] = (1 / inverse.diagonal()).float()
-    rows = _in_blocks(weight.float(), grid.block)
-    scales, zeros = _best_scales(rows, grid, _in_blocks(importance[None], grid.block)[0])
-    left = weight.float()[:, order]
-    steps, middles = (part.expand(rows.shape).flatten(1)[:, order].contiguous() for part in (scales, zeros))
-    chosen = torch.empty_like(left)
-    for start in range(0, inputs, _COLUMNS_AT_ONCE):
-        end = min(start + _COLUMNS_AT_ONCE, inputs)
-        errors = torch.empty(outputs, end - start)
-        for column in range(start, end):
-            step, zero = steps[:, column], middles[:, column]
-            number = _rounded(left[:, column], step, zero, grid)
-            error = (left[:, column] - (number - zero) * step) / factor[column, column]
-            left[:, column:end] -= error[:, None] * factor[column, column:end]
-            chosen[:, column], errors[:, column - start] = number, error
-        left[:, end:] -= errors @ factor[start:end, end:]
-    # Padding means zero, whatever number stands for it.
-    numbers = zeros.expand(rows.shape).flatten(1).clone()
-    numbers[:, order] = chosen
-    stored = numbers.unflatten(1, rows.shape[1:]).to(torch.uint8)
-    return _blocks(stored, scales.squeeze(-1), zeros.squeeze(-1), grid, inputs)
+    found = []
+    for some in weight.split(max(1, _ELEMENTS_AT_ONCE // weight.shape[1])):
+        rows = in_blocks(some.float(), grid.block)
+        scales, zeros = best_scales(rows, grid, torch.ones(rows.shape[1:]))
+        found.append(Blocks.of(rounded(rows, scales, zeros, grid), scales, zeros, grid, weight.shape[1]))
+    return Blocks.stacked(found)
 
 
 def rounding_error(weight: Tensor, grid: Grid) -> float:
     """The mean square error that rounding a weight (outputs, inputs) to a symmetric grid may be expected to make."""
-    steps = _in_blocks(weight.float(), grid.block).abs().amax(-1) / grid.middle
+    steps = torch.linalg.vector_norm(in_blocks(weight.float(), grid.block), torch.inf, dim=-1) / grid.middle
     return float(steps.square().mean()) / 12
 
 
-def _blocks(numbers: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, inputs: int) -> Blocks:
-    return Blocks(numbers, scales, grid.bits, inputs, zeros.to(torch.uint8) if grid.asymmetric else None)
-
-
-def _in_blocks(rows: Tensor, block: int) -> Tensor:
+def in_blocks(rows: Tensor, block: int) -> Tensor:
     """(outputs, inputs) -> (outputs, blocks, block), padded with zeros."""
     count = -(-rows.shape[1] // block)
-    return nn.functional.pad(rows, (0, count * block - rows.shape[1])).unflatten(1, (count, block))
+    missing = count * block - rows.shape[1]
+    return (nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(1, (count, block))
 
 
-def _best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
+def best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Scales, and the numbers that mean zero: both float32 (outputs, blocks, 1).
 
     Symmetric: the largest value goes to the side that has one number more, unless scales must be positive.
@@ -160,16 +114,16 @@ def _best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, 
     best = widest = torch.where(widest == 0, 1.0, widest)
     if grid.bits == 8:
         return best, zero
-    least = torch.full_like(widest, float("inf"))
+    least, wide = torch.full_like(widest, float("inf")), torch.empty_like(rows)
     for shrink in _SHRINK:
         scale = widest * shrink
-        wide = (_rounded(rows, scale, zero, grid) - zero) * scale
-        error = ((wide - rows).square() * importance).sum(-1, keepdim=True)
+        rounded(rows, scale, zero, grid, out=wide).sub_(zero).mul_(scale)
+        error = wide.sub_(rows).square_().mul_(importance).sum(-1, keepdim=True)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return best, zero
 
 
-def _rounded(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """The nearest numbers, as float32."""
-    return (rows / scale + zero).round().clamp(0, grid.top)
+def rounded(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+    """The nearest numbers, as float32. out: the memory for them; new memory costs more than the arithmetic."""
+    return torch.div(rows, scale, out=out).add_(zero).round_().clamp_(0, grid.top)

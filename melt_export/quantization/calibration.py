@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from melt_models.checkpoint import load_model
 from melt_models.configuration import LoopedConfig
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..reference.pytorch import open_reference
+from ..reference.float32_matmul import Float32Matmul
+from ..reference.pytorch import every_loop
 from ..reference.texts import encode_text
 
 _SEQUENCE = 256
 _SEQUENCES = 32
+_AT_ONCE = 4
 _RANDOM_SEQUENCES = 4  # of random tokens, of which more would not say more
 _LARGEST_TEXT = 1 << 22  # characters that are read of a file
+_HEAD = "lm_head"  # whose input is counted and whose output nobody needs
 
 
 def calibration_tokens(checkpoint: Path, config: LoopedConfig, path: Path | None) -> list[list[int]]:
@@ -44,38 +49,45 @@ def _documentation() -> str:
 def hessians(
     checkpoint: Path, sequences: list[list[int]], loops: int, chunk: int, progress: Step = no_progress
 ) -> dict[str, Tensor]:
-    """Of every product, by its weight's checkpoint name, the sum of x x^T over all tokens and loops: (inputs, inputs).
+    """Of every matmul, by its weight's checkpoint name, the sum of x x^T over all tokens and loops: (inputs, inputs).
 
-    Products that read the same input share one.
+    Matmuls that read the same input share one. Raises CheckpointError.
     """
-    reference = open_reference(checkpoint)
-    model: nn.Module = reference.model  # type: ignore[attr-defined]
+    model: nn.Module = load_model(checkpoint, as_stored=True)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    model.lm_head = linear[_HEAD] = nn.Identity()  # type: ignore[assignment]
     found: dict[str, Tensor] = {}
-    last: list[tuple[Tensor, str]] = []  # the input that came in last, and the product it came into first
     shared: dict[str, str] = {}
+    last: list[tuple[Tensor, str]] = []  # the inputs that came in last, and the matmul each came into first
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0]
-            for seen, owner in last:
-                if seen is x and owner != name:
-                    shared[name] = owner
-                    return
-            rows = x.detach().flatten(0, -2).float()
-            found[name] = rows.t() @ rows + found.get(name, 0)
+            owner = next((owner for seen, owner in last if seen is x), name)
+            if owner != name:
+                shared[name] = owner
+                return
+            rows = x.flatten(0, -2).float()
+            if name not in found:
+                found[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            found[name].addmm_(rows.t(), rows)
             last[:] = [(x, name), *last[:1]]
 
         return hook
 
-    handles = [
+    for name, module in linear.items():
         module.register_forward_pre_hook(watch(f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    for ids in sequences:
-        reference.logits(ids, loops, chunk)
-        last.clear()
-        progress("calibrating", len(sequences), 1)
-    for handle in handles:
-        handle.remove()
+    options = every_loop(model, loops, chunk)
+    with torch.inference_mode(), Float32Matmul():
+        for batch in _batches(sequences):
+            model(torch.tensor(batch), use_cache=False, **options)
+            last.clear()
+            progress("calibrating", len(sequences), len(batch))
     return found | {name: found[owner] for name, owner in shared.items()}
+
+
+def _batches(sequences: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Neighbours of one length, a few at a time: a weight is read, and widened, once for all of them."""
+    for _, neighbours in groupby(sequences, key=len):
+        alike = list(neighbours)
+        yield from (alike[at : at + _AT_ONCE] for at in range(0, len(alike), _AT_ONCE))

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from melt_models import LoopLMForCausalLM
 from melt_models.checkpoint import load_model
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
 from ..reference.float32_matmul import Float32Matmul
+from ..reference.pytorch import every_loop
 from .blocks import rounding_error
 from .options import Grid
 
@@ -75,9 +75,6 @@ def _text_loss(model: nn.Module, ids: list[int], loops: int, chunk: int) -> Tens
     """The sum over a sequence's tokens of how badly each is foreseen, in nats; gradients go back to the embedding."""
     tokens = torch.tensor([ids])
     embedded = model.get_submodule("model.embed_tokens")(tokens).float().requires_grad_()
-    how: dict[str, Any] = {"chunk_size": chunk, "exit_threshold": 1.0}
-    if isinstance(model, LoopLMForCausalLM):
-        how = {"exit_at_step": loops - 1}
     with Float32Matmul():
-        logits = model(inputs_embeds=embedded, num_loops=loops, **how).logits[0, :-1]
+        logits = model(inputs_embeds=embedded, **every_loop(model, loops, chunk)).logits[0, :-1]
     return F.cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")

@@ -49,6 +49,13 @@ def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
         yield
 
 
+def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
+    """The arguments with which a MELT or LoopLM runs all loops for every token."""
+    if isinstance(model, LoopLMForCausalLM):
+        return {"num_loops": loops, "exit_at_step": loops - 1}
+    return {"num_loops": loops, "chunk_size": chunk, "exit_threshold": 1.0}
+
+
 class Reference(Protocol):
     """A checkpoint computed by PyTorch, one sequence at a time."""
 
@@ -118,9 +125,7 @@ class MeltReference:
             output = self.model(
                 torch.tensor([list(ids)], device=self.device),
                 past_key_values=self._cache(),
-                num_loops=loops,
-                chunk_size=chunk,
-                exit_threshold=1.0,
+                **every_loop(self.model, loops, chunk),
             )
             return output.logits[0].float().cpu().numpy()
 
@@ -132,9 +137,7 @@ class MeltReference:
                 output = self.model(
                     torch.tensor([ids], device=self.device),
                     past_key_values=cache,
-                    num_loops=loops,
-                    chunk_size=chunk,
-                    exit_threshold=1.0,
+                    **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
                 )
                 best = output.logits[0, -1].topk(2)
@@ -202,8 +205,7 @@ class LoopLMReference:
             output = self.model(
                 torch.tensor([list(ids)], device=self.device),
                 past_key_values=self._cache(),
-                num_loops=loops,
-                exit_at_step=loops - 1,
+                **every_loop(self.model, loops, chunk),
             )
             return output.logits[0].float().cpu().numpy()
 
@@ -215,8 +217,7 @@ class LoopLMReference:
                 output = self.model(
                     torch.tensor([ids], device=self.device),
                     past_key_values=cache,
-                    num_loops=loops,
-                    exit_at_step=loops - 1,
+                    **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
                 )
                 best = output.logits[0, -1].topk(2)
