@@ -128,23 +128,23 @@ def test_a_chat_stops_with_the_templates_end_of_a_turn(package: Path, runtime: R
 
 def test_the_server_stops_chats_there_and_completions_not(runtime: Runtime) -> None:
     from melt_runtime.scheduler.scheduler import Scheduler
-    from melt_runtime.server.schema import ChatAsk, CompletionAsk
+    from melt_runtime.server.schema import ChatBody, CompletionBody
     from melt_runtime.server.service import Service
 
     with Scheduler(runtime, slots=1) as scheduler:
         service = Service(runtime, scheduler, "m")
         chat = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
-        (request,) = service.job(ChatAsk.model_validate(chat)).requests
+        (request,) = service.job(ChatBody.model_validate(chat)).requests
         assert request.options.stop_ids == {0, 48, 49}
-        (request,) = service.job(ChatAsk.model_validate({**chat, "ignore_eos": True})).requests
+        (request,) = service.job(ChatBody.model_validate({**chat, "ignore_eos": True})).requests
         assert request.options.stop_ids == set()
-        (request,) = service.job(CompletionAsk.model_validate({"model": "m", "prompt": "a"})).requests
+        (request,) = service.job(CompletionBody.model_validate({"model": "m", "prompt": "a"})).requests
         assert request.options.stop_ids == {0}
 
 
 def test_a_template_is_given_variables_by_the_api_the_server_and_the_chat(package: Path, runtime: Runtime) -> None:
     from melt_runtime.scheduler.scheduler import Scheduler
-    from melt_runtime.server.schema import ChatAsk
+    from melt_runtime.server.schema import ChatBody
     from melt_runtime.server.service import Service
 
     ours, question = runtime.tokenizer, [{"role": "user", "content": "a"}]
@@ -158,7 +158,7 @@ def test_a_template_is_given_variables_by_the_api_the_server_and_the_chat(packag
         expected = ours.encode("axy")
         assert runtime.chat_prompt(question, think=True) == expected
         ask = {"model": "m", "messages": question, "chat_template_kwargs": {"think": True}}
-        assert Service(runtime, scheduler, "m").job(ChatAsk.model_validate(ask)).requests[0].prompt == tuple(expected)
+        assert Service(runtime, scheduler, "m").job(ChatBody.model_validate(ask)).requests[0].prompt == tuple(expected)
         conversation = Conversation(runtime.session(max_tokens=1), variables={"think": True})
         "".join(conversation.answer("a"))
         assert conversation.session.tokens[:3] == tuple(expected)

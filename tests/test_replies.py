@@ -10,7 +10,7 @@ from melt_runtime import GenerationOptions, Logprobs, TextDelta
 from melt_runtime.decoding.generator import TokenSequence
 from melt_runtime.decoding.settings import LoopSettings
 from melt_runtime.results import Generation
-from melt_runtime.server.replies import Form, StreamedChoice
+from melt_runtime.server.replies import ReplyFormat, StreamedChoice
 from melt_runtime.text.tokenizer import TextTokenizer
 from test_text import byte_fallback, byte_id, byte_level
 from tokenizers import Tokenizer
@@ -41,11 +41,11 @@ def draw(tokenizer: TextTokenizer, ids: list[int], stop: tuple[str, ...] = ()) -
     return deltas, sequence.result([1] * len(deltas))
 
 
-def form(tokenizer: Tokenizer, chat: bool) -> Form:
-    return Form(chat, "1", "model", "print", TextTokenizer(tokenizer))
+def form(tokenizer: Tokenizer, chat: bool) -> ReplyFormat:
+    return ReplyFormat(chat, "1", "model", "print", TextTokenizer(tokenizer))
 
 
-def both(chosen: Form, deltas: list[TextDelta], end: Generation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def both(chosen: ReplyFormat, deltas: list[TextDelta], end: Generation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A choice told in parts, and at once."""
     stream = StreamedChoice(chosen, 0)
     *most, last = deltas

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from melt_runtime.server.failures import ApiError
 from melt_runtime.server.intake import parsed
-from melt_runtime.server.schema import ChatAsk, CompletionAsk
+from melt_runtime.server.schema import ChatBody, CompletionBody
 
 INNER = {"role", "content", "type", "text", "schema", "ünknown"}
-FIELDS = sorted(INNER | {*ChatAsk.model_fields, *CompletionAsk.model_fields})
+FIELDS = sorted(INNER | {*ChatBody.model_fields, *CompletionBody.model_fields})
 WORDS = ["user", "assistant", "tool", "text", "image_url", "json_schema", "none", "auto", "\x00", "~ids"]
 VALUES = st.recursive(
     st.none()
@@ -47,11 +47,11 @@ def read(kind: type[Any], body: bytes) -> None:
         assert isinstance(found, kind)
 
 
-@pytest.mark.parametrize("kind", [ChatAsk, CompletionAsk])
+@pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 @settings(max_examples=150, deadline=None)
 @given(body=BODIES)
 def test_any_object_is_read_or_refused(kind: type[Any], body: dict[str, Any]) -> None:
-    other = "prompt" if kind is ChatAsk else "messages"
+    other = "prompt" if kind is ChatBody else "messages"
     text = json.dumps({name: value for name, value in body.items() if name != other})
     read(kind, text.encode())
     read(kind, text.encode()[: len(text) // 2])
@@ -60,4 +60,4 @@ def test_any_object_is_read_or_refused(kind: type[Any], body: dict[str, Any]) ->
 @settings(max_examples=100, deadline=None)
 @given(body=st.binary(max_size=200))
 def test_any_bytes_are_refused(body: bytes) -> None:
-    read(CompletionAsk, body)
+    read(CompletionBody, body)

@@ -96,7 +96,7 @@ def serve_command(
             from ..server.guard import Keys, is_loopback
             from ..server.lifecycle import DrainingServer
             from ..server.logs import configure, log
-            from ..server.process import settle
+            from ..server.process import configure_process
             from ..server.service import Service
         except ImportError as error:
             raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
@@ -113,7 +113,7 @@ def serve_command(
             raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
         allowed = room(max_connections)
         listener = _listen(host, port, stall)
-        settle()
+        configure_process()
         with hash_progress(package) as progress:
             runtime = Runtime.load(
                 package, backend=backend, device=device, threads=threads, expected_hash=expect, progress=progress

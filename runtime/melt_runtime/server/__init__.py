@@ -1,1 +1,1 @@
-"""``melt-run serve``: a package behind an HTTP interface that clients of OpenAI's understand."""
+"""``melt-run serve``: serve a package over HTTP to OpenAI clients."""

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The application and its routes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .failures import ApiError, as_api_error
 from .guard import Guard, Keys, note, request_id
 from .intake import Preparation, Uploads, parsed
 from .metrics import CONTENT_TYPE, prometheus
-from .process import give_back
-from .replies import Form, StreamedChoice, usage
-from .schema import ChatAsk, CompletionAsk
+from .process import trim_memory
+from .replies import ReplyFormat, StreamedChoice, usage
+from .schema import ChatBody, CompletionBody
 from .service import Job, Service
 from .streaming import EventStream, Feed
 
-# A page that may ask nobody but this server, and stand in no other page.
+# The page may connect to this server only, and must not be framed.
 _POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -37,7 +37,7 @@ _TRIM_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a call may cost, who may make one, and what is written down. ``local``: see Guard."""
+    """Limits on requests: body size, API keys, local hosts only (see Guard), and whether prompts are logged."""
 
     max_body: int = 1 << 20
     keys: Keys = field(default_factory=Keys)
@@ -46,7 +46,7 @@ class Limits:
 
 
 def build_app(service: Service, limits: Limits) -> FastAPI:
-    """The application around a service, which it closes at its end."""
+    """Build the application around a service, whose scheduler it closes at its end."""
     uploads = Uploads()
     preparation = Preparation(service.scheduler.slots + service.scheduler.max_waiting)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=_lifespan(service, preparation))
@@ -54,14 +54,14 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
     _add_failures(app)
     _add_facts(app, service)
 
-    async def ready(request: Request, kind: type[CompletionAsk | ChatAsk]) -> tuple[CompletionAsk | ChatAsk, Job]:
+    async def ready(request: Request, kind: type[CompletionBody | ChatBody]) -> tuple[CompletionBody | ChatBody, Job]:
         body = await uploads.read(request, limits.max_body)
 
-        def prepare() -> tuple[CompletionAsk | ChatAsk, Job]:
-            ask = parsed(kind, body)
+        def prepare() -> tuple[CompletionBody | ChatBody, Job]:
+            call = parsed(kind, body)
             if limits.log_prompts:
-                note(request, **ask.model_dump(include={"prompt", "messages"}))
-            return ask, service.job(ask)
+                note(request, **call.model_dump(include={"prompt", "messages"}))
+            return call, service.job(call)
 
         return await preparation.run(prepare, len(body))
 
@@ -73,11 +73,11 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, *await ready(request, CompletionAsk))
+        return await _answer(service, request, *await ready(request, CompletionBody))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, request, *await ready(request, ChatAsk))
+        return await _answer(service, request, *await ready(request, ChatBody))
 
     return app
 
@@ -95,10 +95,10 @@ def _lifespan(service: Service, preparation: Preparation) -> Callable[[FastAPI],
 
 
 async def _trim() -> None:
-    """Returns freed memory to the system every now and then: what a crowd of requests took is not kept for good."""
+    """Return freed memory to the system at intervals, so that a burst of requests does not keep it."""
     while True:
         await asyncio.sleep(_TRIM_SECONDS)
-        await run_in_threadpool(give_back)
+        await run_in_threadpool(trim_memory)
 
 
 def _add_failures(app: FastAPI) -> None:
@@ -170,13 +170,15 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return JSONResponse(model)
 
 
-async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatAsk, job: Job) -> Response:
-    chat = isinstance(ask, ChatAsk)
-    form = Form(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
+async def _answer(service: Service, request: Request, call: CompletionBody | ChatBody, job: Job) -> Response:
+    chat = isinstance(call, ChatBody)
+    reply_format = ReplyFormat(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
     feed = Feed(service.scheduler, job.requests, service.backlog)
-    note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(ask.stream))
-    if ask.stream:
-        return EventStream(feed, lambda tell: _stream(request, form, feed, job, ask.usage_in_stream, tell))
+    note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(call.stream))
+    if call.stream:
+        return EventStream(
+            feed, lambda send_event: _stream(request, reply_format, feed, job, call.usage_in_stream, send_event)
+        )
     deltas: list[list[TextDelta]] = [[] for _ in job.requests]
     ends: dict[int, Generation] = {}
     async with feed.for_client(request.receive):
@@ -185,18 +187,23 @@ async def _answer(service: Service, request: Request, ask: CompletionAsk | ChatA
                 deltas[index].append(event)
             else:
                 ends[index] = _ended(event)
-    drawn = _drawn(request, [delta for one in deltas for delta in one], ends)
-    choices = [form.whole(index, one, ends[index]) for index, one in enumerate(deltas)]
-    counts = usage(job.prompt_tokens, drawn, job.cached_tokens(ends))
-    return JSONResponse(form.frame(choices, part=False, usage=counts))
+    generated = _log_tokens(request, [delta for one in deltas for delta in one], ends)
+    choices = [reply_format.whole(index, one, ends[index]) for index, one in enumerate(deltas)]
+    counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
+    return JSONResponse(reply_format.frame(choices, part=False, usage=counts))
 
 
 async def _stream(
-    request: Request, form: Form, feed: Feed, job: Job, counted: bool, tell: Callable[[Any], Awaitable[None]]
+    request: Request,
+    reply_format: ReplyFormat,
+    feed: Feed,
+    job: Job,
+    counted: bool,
+    send_event: Callable[[Any], Awaitable[None]],
 ) -> None:
-    """Tells a client each token as it comes; an error that ends the stream early is told instead of [DONE]."""
-    choices = [StreamedChoice(form, index) for index in range(len(job.requests))]
-    last: dict[int, TextDelta] = {}  # told with the end, which follows at once
+    """Send each token as an event as it comes. An error that ends the stream early is sent instead of [DONE]."""
+    choices = [StreamedChoice(reply_format, index) for index in range(len(job.requests))]
+    last: dict[int, TextDelta] = {}  # sent with the end, which follows at once
     deltas: list[TextDelta] = []
     ends: dict[int, Generation] = {}
     blank = {"usage": None} if counted else {}
@@ -211,21 +218,22 @@ async def _stream(
             else:
                 ends[index] = _ended(event)
                 part = choices[index].part(last.get(index), ends[index])
-            await tell(form.frame([part], part=True, **blank))
+            await send_event(reply_format.frame([part], part=True, **blank))
     except (MeltError, ApiError) as error:
         note(request, error=str(error))
-        await tell((as_api_error(error) if isinstance(error, MeltError) else error).body())
+        await send_event((as_api_error(error) if isinstance(error, MeltError) else error).body())
         return
     finally:
-        drawn = _drawn(request, deltas, ends)
+        generated = _log_tokens(request, deltas, ends)
     if counted:
-        counts = usage(job.prompt_tokens, drawn, job.cached_tokens(ends))
-        await tell(form.frame([], part=True, usage=counts))
-    await tell("[DONE]")
+        counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
+        await send_event(reply_format.frame([], part=True, usage=counts))
+    await send_event("[DONE]")
 
 
 def _ended(event: Generation | MeltError) -> Generation:
-    """How a request ended. Raises what ended it before it had anything to say, or was cancelled."""
+    """Return a request's Generation. Raises the error that ended it before any output, or ApiError if it was
+    cancelled."""
     if isinstance(event, MeltError):
         raise event
     if event.finish_reason == "cancelled":
@@ -235,8 +243,8 @@ def _ended(event: Generation | MeltError) -> Generation:
     return event
 
 
-def _drawn(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
-    """How many tokens were drawn; the log hears of it."""
+def _log_tokens(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
+    """Log the number of generated tokens and return it."""
     loops = sum(delta.depth for delta in deltas)
     late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}
     note(request, completion_tokens=len(deltas), mean_depth=round(loops / max(len(deltas), 1), 3), **late)

@@ -1,4 +1,4 @@
-"""Connections within bounds: how many, how large their headers, and how long one may keep the server waiting."""
+"""Limits on connections: their number, size of headers, and how long a client may keep the server waiting."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import ArgumentError
 from .failures import ApiError
 
-MAX_CONNECTIONS = 512  # where the system allows as many
-HEADER_BYTES = 64 << 10  # of a request's line and headers
-HEADER_SECONDS = 15.0  # from the connection, or the answer before, to the last byte of the headers
-UNTAKEN_SECONDS = 5.0  # after which an answer that its client does not take may make room for others
-_SMALL = 32  # bytes of a body's piece on average, where it comes in more than _PIECES: each costs a turn of the server
-_PIECES = 1024
-_BACKLOG = 128  # connections that are accepted in one go
-_SPARE_FILES = 24  # that the process may yet open besides connections
+MAX_CONNECTIONS = 512  # unless the system allows fewer
+HEADER_BYTES = 64 << 10  # request line and headers
+HEADER_SECONDS = 15.0  # from connecting, or the preceding answer, to the last byte of the headers
+UNTAKEN_SECONDS = 5.0  # after which an untaken answer may be dropped for a new connection
+_LEAST_PART = 32  # least average bytes per part of a body with more than _FREE_PARTS parts: each costs a turn
+_FREE_PARTS = 1024
+_BACKLOG = 128  # connections accepted in one go
+_SPARE_FILES = 24  # file descriptors reserved for other uses
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many connections there may be, and how many more are accepted before the first of them is looked at."""
+    """The most connections, and the most that are accepted ahead of handling."""
 
     connections: int
     backlog: int
 
 
 def room(asked: int | None) -> Room:
-    """So much that accepting never fails for want of file descriptors, which would shut everybody out.
+    """Return limits with which accepting never fails for lack of file descriptors, which would lock out all clients.
 
-    asked: connections; None takes as many as is sensible. Raises ArgumentError for more than the system allows.
+    ``asked``: connections; None: a sensible number. Raises ArgumentError for more than the system allows.
     """
     free = _free_files()
     if free is None:
@@ -55,7 +55,7 @@ def room(asked: int | None) -> Room:
 
 
 def _free_files() -> int | None:
-    """File descriptors that connections may take; None where the system does not say."""
+    """Return the file descriptors available for connections; None if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -68,18 +68,18 @@ def _free_files() -> int | None:
     return None if most == resource.RLIM_INFINITY else most - used - _SPARE_FILES
 
 
-class _Pieces(h11.Connection):
-    """Reads requests, and refuses a body that comes in many tiny chunks."""
+class _LimitedRequests(h11.Connection):
+    """A request parser that refuses bodies of many tiny chunks."""
 
     _count = _bytes = 0
 
     def next_event(self) -> Any:
-        """What came next. Raises h11.RemoteProtocolError."""
+        """Return the next event. Raises h11.RemoteProtocolError."""
         event = super().next_event()
         if isinstance(event, h11.Data):
             self._count += 1
             self._bytes += len(event.data)
-            if self._count > _PIECES + self._bytes // _SMALL:
+            if self._count > _FREE_PARTS + self._bytes // _LEAST_PART:
                 raise h11.RemoteProtocolError("the body comes in too many small chunks", error_status_hint=413)
         elif isinstance(event, h11.Request):
             self._count = self._bytes = 0
@@ -87,53 +87,55 @@ class _Pieces(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """A connection of HTTP/1.1. At most ``most`` are open: for one more, the one that has kept the server waiting for
-    longest goes, for its headers, its body or its next request; else the one that has not taken its answer for longest;
-    if all do, the new one is answered with 503."""
+    """An HTTP/1.1 connection, of which at most ``most`` are open.
+
+    To admit one more, the connection is dropped that has kept the server waiting longest for headers, body or next
+    request; else the one whose answer has been untaken longest; else the new one is answered with 503.
+    """
 
     most = MAX_CONNECTIONS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
+        """Handle a new client."""
         super().connection_made(transport)
         self._since = monotonic()
         self._late: asyncio.TimerHandle | None = None
-        self._blocked: float | None = None  # since when the client takes nothing of a long answer
-        self.conn = _Pieces(h11.SERVER, HEADER_BYTES)
+        self._blocked: float | None = None  # since when the client has read nothing of a long answer
+        self.conn = _LimitedRequests(h11.SERVER, HEADER_BYTES)
         self._watch()
         if len(self.connections) > self.most:
             self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
+        """Handle received bytes."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """An answer is on its way."""
+        """Handle the end of an answer."""
         super().on_response_complete()
         self._since = monotonic()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
+        """Handle a client that left."""
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._watch()
 
     def pause_writing(self) -> None:
-        """The client does not take as much as there is."""
+        """Note that the client reads too slowly."""
         super().pause_writing()
         self._blocked = monotonic()
 
     def resume_writing(self) -> None:
-        """It took most of it."""
+        """Note that the client has caught up."""
         super().resume_writing()
         self._blocked = None
 
     @property
     def untaken(self) -> float | None:
-        """Since when an answer lies here that the client does not take; None: none does."""
+        """The time since when an answer is untaken by the client, or None."""
         if self._blocked is not None:
             return self._blocked
         done = self.cycle is not None and self.cycle.response_complete
@@ -141,13 +143,13 @@ class Connection(H11Protocol):
 
     @property
     def answering(self) -> bool:
-        """Whether a request is being answered, its body being here, or an answer has not been taken yet."""
+        """Whether a complete request is being answered, or an answer is not fully taken."""
         cycle = self.cycle
         asked = cycle is not None and not cycle.response_complete and (cycle.response_started or not cycle.more_body)
         return asked or self.transport.get_write_buffer_size() > 0
 
     def _watch(self) -> None:
-        """Times the headers, and nothing else: a request's body has a limit of its own."""
+        """Limit the time for headers; a body has its own limit."""
         between = (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
         if between and self._late is None:
             self._late = self.loop.call_later(HEADER_SECONDS, self.timeout_keep_alive_handler)
@@ -156,7 +158,7 @@ class Connection(H11Protocol):
             self._late = None
 
     def _make_room(self) -> None:
-        """Ends the connection that has kept the server waiting for longest."""
+        """Drop a connection for this one, or refuse this one."""
         others = [one for one in self.connections if isinstance(one, Connection) and one is not self]
         waiting = [one for one in others if not one.answering]
         if waiting:
@@ -175,6 +177,6 @@ class Connection(H11Protocol):
 
 
 def bounded(most: int) -> type[Connection]:
-    """The protocol with a limit of its own."""
+    """Make the protocol class with its own limit."""
     fields: dict[str, Any] = {"most": most}
     return type("BoundedConnection", (Connection,), fields)

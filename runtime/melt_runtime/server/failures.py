@@ -1,4 +1,4 @@
-"""What the server refuses, in the shape that OpenAI's clients expect."""
+"""Errors in the format that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A refusal: HTTP status, a sentence, the field it is about, and a code for programs."""
+    """An error reply: HTTP status, message, the field it concerns, and a code for programs."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -23,17 +23,17 @@ class ApiError(Exception):
         self.headers: dict[str, str] = {}
 
     def body(self) -> dict[str, Any]:
-        """The object {"error": ...}."""
+        """Return the object {"error": ...}."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The refusal as a reply."""
+        """Return the HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def as_api_error(error: MeltError) -> ApiError:
-    """An error of the runtime as a refusal."""
+    """Convert a runtime error to an error reply."""
     if isinstance(error, BusyError):
         busy = ApiError(429, str(error), code="busy")
         busy.headers["Retry-After"] = str(math.ceil(error.retry_after))
@@ -46,7 +46,7 @@ def as_api_error(error: MeltError) -> ApiError:
 
 
 def as_refusal(error: ValidationError) -> ApiError:
-    """A body that does not fit its schema: the first thing wrong with it, by the path of its field."""
+    """Convert a schema violation to an error reply about the first wrong field, by its path."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith(TAG)]
     context = first.get("ctx", {})

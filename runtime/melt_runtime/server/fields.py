@@ -1,4 +1,4 @@
-"""What the fields of a request are made of: bounds, fields that may only ask for nothing, unions by what they hold."""
+"""Types of request fields: bounds, unsupported fields, unions by JSON type."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from ..text.stop_strings import MAX_STOP_CHARACTERS
 
-MOST = (1 << 31) - 1  # of any count or id
-TAG = "~"  # begins the name of a branch of a union, which is no part of a field's path
+MOST = (1 << 31) - 1  # for counts and ids
+TAG = "~"  # prefix of a union branch's name, which is not part of a field's path
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -26,8 +26,8 @@ Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class Strict(BaseModel):
-    """An object of which every field is known, and whose values are not converted. The first error is the only one, so
-    that a body of many wrong fields costs no more than a right one."""
+    """An object with known fields only and no conversion of values. Only the first error is reported, to bound the cost
+    of bad bodies."""
 
     model_config = ConfigDict(strict=True)
 
@@ -40,29 +40,29 @@ class Strict(BaseModel):
             if unknown is not None:
                 near = get_close_matches(unknown[:64], names, 1)
                 hint = f"; is it {near[0]!r}?" if near else ""
-                raise wrong(f"there is no such field{hint}", unknown[:64])
+                raise invalid(f"there is no such field{hint}", unknown[:64])
         return content
 
 
-def wrong(sentence: str, field: str | None = None) -> PydanticCustomError:
-    """What a validator raises. field: where in the value it is wrong."""
+def invalid(sentence: str, field: str | None = None) -> PydanticCustomError:
+    """Make a validator's error. ``field``: the place within the value."""
     found = {} if field is None else {"field": field}
     return PydanticCustomError("not_supported", "{sentence}", {"sentence": sentence, **found})  # type: ignore[arg-type]
 
 
-def nothing(sentence: str, *allowed: Any) -> BeforeValidator:
-    """Of a field that nothing here could honour: null and the ``allowed`` values, which ask for nothing, become None;
-    any other is refused with the sentence."""
+def unsupported(sentence: str, *allowed: Any) -> BeforeValidator:
+    """Accept null and the ``allowed`` values, which request nothing, as None; refuse any other with the sentence."""
 
     def check(value: Any) -> None:
         if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
-            raise wrong(sentence)
+            raise invalid(sentence)
 
     return BeforeValidator(check)
 
 
 def by_kind(kinds: dict[type, str | Callable[[Any], str]], sentence: str) -> Discriminator:
-    """The branch of a union by the JSON type of a value: a tag, or what gives one. Only this branch's error is told."""
+    """Choose a union's branch by the value's JSON type (a tag, or a function that returns one), so that only its errors
+    show."""
 
     def tag(value: Any) -> str | None:
         found = next((kinds[kind] for kind in kinds if type(value) is kind), None)

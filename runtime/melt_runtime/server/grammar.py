@@ -1,4 +1,4 @@
-"""JSON by a schema: llguidance says which tokens may come next."""
+"""JSON output by a schema, enforced with llguidance."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from .schema_weight import weigh
 Result = TypeVar("Result")
 
 _NOTHING = "no JSON fits it that the tokenizer can write"
-_BLANKS = r" ?|\n {0,16}"  # bounded, so that no model can go on with blanks for ever
-_MAX_STATES = 20_000  # of the automaton that a call's grammars share; each takes up to 2 kB
-_BASE_WEIGHT = 100  # of any choice's grammar, besides its schema's
-_COPY_SHARE = 20  # a choice's copy of a compiled grammar takes this part of it
-_MAX_WEIGHT = 100_000  # of all grammars that are alive, about 250 MB
-_HEAVY = 1_000  # a schema of this weight takes a tenth of a second, and its turn
-_MAX_TURNS = 4  # heavy schemas that may wait for theirs
+_BLANKS = r" ?|\n {0,16}"  # bounded, so that a model cannot continue with blanks for ever
+_MAX_STATES = 20_000  # of the automaton shared by a call's grammars; each takes up to 2 kB
+_BASE_WEIGHT = 100  # per choice, besides its schema's weight
+_COPY_SHARE = 20  # each further choice's copy weighs this fraction of the grammar
+_MAX_WEIGHT = 100_000  # of all live grammars, about 250 MB
+_HEAVY = 1_000  # above this, compiling takes over 0.1 s and waits for its turn
+_MAX_TURNS = 4  # heavy schemas that may wait for their turn
 
 
 class Grammars:
-    """Makes the constraints of a package's requests; the tokenizer is read once. Raises ArgumentError for a package
-    without a tokenizer or end of text, and where llguidance is not installed."""
+    """A factory of constraints for a package's requests.
+
+    Raises ArgumentError for a package without tokenizer or end token, or without llguidance.
+    """
 
     def __init__(self, runtime: Runtime):
         try:
@@ -49,23 +51,22 @@ class Grammars:
         self._vocabulary = _Vocabulary(runtime.tokenizer, runtime.manifest.vocab_size, self._stop_ids)
         self._tokenizer = self._vocabulary.tokenizer(llguidance)
         self._lock = threading.Lock()
-        self._weight = 0  # of all grammars that are alive
-        self._returned: deque[int] = deque()  # weights of those that are not any more, perhaps told by a collection
-        self._waiting = 0  # heavy schemas that are not compiled yet
+        self._weight = 0  # of all live grammars
+        self._returned: deque[int] = deque()  # weights of freed grammars; the garbage collector may append any time
+        self._waiting = 0  # heavy schemas waiting to be compiled
         self._turn = threading.Lock()
 
     def constraint(self, schema: dict[str, Any] | bool) -> JsonConstraint:
-        """A constraint for one sequence; raises as ``constraints`` does."""
+        """Make a constraint for one sequence. Raises as ``constraints`` does."""
         return self.constraints(schema, 1)[0]
 
     def constraints(
         self, schema: dict[str, Any] | bool, count: int, stop_ids: Collection[int] = ()
     ) -> list[JsonConstraint]:
-        """Constraints for the sequences of one call, from one compiled grammar. ``stop_ids``: what ends a sequence,
-        where it is not the package's own.
+        """Make constraints for the sequences of one call, from one compiled grammar.
 
-        Raises ArgumentError for a schema that llguidance does not take or that is too large, BusyError when the
-        grammars of other calls take too much.
+        ``stop_ids``: the ids that end a sequence, if not the package's. Raises ArgumentError for a schema that is too
+        large or that llguidance refuses, BusyError if other calls' grammars take all room.
         """
         weight = weigh(schema)
         total = weight + count * (_BASE_WEIGHT + weight // _COPY_SHARE)
@@ -88,7 +89,7 @@ class Grammars:
         options = asked.get("x-guidance")
         blanks = {"whitespace_pattern": _BLANKS, **(options if isinstance(options, dict) else {})}
         text = _guarded(lambda: json.dumps({**asked, "x-guidance": blanks}))
-        # Without no_forcing, llguidance would have our tokenizer spell text that can only be one, and allow that alone.
+        # Without no_forcing, llguidance would force the tokenizer's spelling of determined text.
         lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'
         make = self._library.LLMatcher
         matcher = _guarded(
@@ -98,7 +99,7 @@ class Grammars:
         return matcher
 
     def _reserve(self, weight: int) -> _Share:
-        """Counts a grammar's weight as long as the share is alive."""
+        """Count a grammar's weight while the returned share is alive."""
         with self._lock:
             while self._returned:
                 self._weight -= self._returned.popleft()
@@ -111,7 +112,7 @@ class Grammars:
 
     @contextmanager
     def _heavy_turn(self) -> Iterator[None]:
-        """One heavy schema is compiled at a time."""
+        """Wait to compile a heavy schema; one is compiled at a time."""
         with self._lock:
             if self._waiting >= _MAX_TURNS:
                 raise BusyError(f"{self._waiting} large JSON schemas are being compiled; try again", 1.0)
@@ -125,14 +126,14 @@ class Grammars:
 
 
 class JsonConstraint:
-    """What one sequence may say so that it becomes JSON by its schema; a ``track.Constraint``."""
+    """A Constraint that makes one sequence JSON by its schema."""
 
     def __init__(self, matcher: Any, vocabulary: _Vocabulary, stop_ids: Sequence[int], share: _Share):
         self._matcher, self._vocabulary, self._stop_ids, self._share = matcher, vocabulary, stop_ids, share
         self._begun = False
 
     def mask(self, history: Sequence[int]) -> NDArray[np.bool_]:
-        """The tokens that may come next; the stop ids once the JSON may end, and they alone once it must."""
+        """Return the tokens that may come next: with the stop ids once the JSON may end, only these once it must."""
         vocabulary, stopped = self._vocabulary, self._matcher.is_stopped()
         if stopped:
             allowed = np.zeros(vocabulary.size, np.bool_)
@@ -144,7 +145,7 @@ class JsonConstraint:
         return allowed
 
     def accept(self, token: int) -> None:
-        """A token was drawn."""
+        """Record a sampled token."""
         if token in self._stop_ids:
             return
         _guarded(lambda: self._matcher.consume_token(self._vocabulary.entry(token, not self._begun)))
@@ -153,14 +154,17 @@ class JsonConstraint:
 
 
 class _Share:
-    """What holds a grammar's weight: it is given back when the last constraint is gone."""
+    """A reference to a grammar's weight, which is returned when the last constraint is freed."""
 
     __slots__ = ("__weakref__",)
 
 
 class _Vocabulary:
-    """The tokens as llguidance reads them: an entry of bytes for each, and another for each token that has other bytes
-    where it begins a text. Tokens that a text does not show, and stop ids, are in no JSON."""
+    """The tokens as llguidance reads them: bytes per token, and a second entry if a token has other bytes at a text's
+    start.
+
+    Tokens without text and stop ids occur in no JSON.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, size: int, stop_ids: Collection[int]):
         self.size = size
@@ -176,27 +180,27 @@ class _Vocabulary:
                 self._entries.append(first)
 
     def entry(self, token: int, begins: bool) -> int:
-        """The entry of a token. ``begins``: it begins the text."""
+        """Return a token's entry. ``begins``: whether it starts the text."""
         return int(self._first[token]) if begins else token
 
     def tokens_of(self, entries: NDArray[np.bool_], begins: bool) -> NDArray[np.bool_]:
-        """Which tokens (size,) are among the entries; those that llguidance leaves out at the end are not."""
+        """Return the tokens (size,) among the entries. llguidance may omit entries at the end."""
         known = np.zeros(len(self._entries), np.bool_)
         known[: len(entries)] = entries[: len(known)]
         return known[self._first] if begins else known[: self.size].copy()
 
     def tokenizer(self, library: Any) -> Any:
-        """llguidance's tokenizer, which has one more entry, for the end of the text."""
+        """Make llguidance's tokenizer, with one more entry for the end of text."""
         from llguidance._tokenizer import TokenizerWrapper
 
         silent = [i for i, text in enumerate(self._entries) if not text or text[0] == 0xFF]
-        # An entry without text is in no JSON; it needs a name of its own all the same.
+        # Entries without text occur in no JSON, but need distinct names.
         names = [text or b"\xff<%d>" % i for i, text in enumerate(self._entries)]
         return library.LLTokenizer(TokenizerWrapper(_Entries([*names, b"\xff<end>"], [*silent, len(names)])))
 
 
 class _Entries:
-    """A tokenizer as llguidance's wrapper takes it, its last token the end of the text. It is never asked to spell."""
+    """A tokenizer for llguidance's wrapper; the last token is the end of text. It is never asked to encode."""
 
     bos_token_id = None
 
@@ -213,7 +217,7 @@ def _no_turn() -> Iterator[None]:
 
 
 def _guarded(call: Callable[[], Result]) -> Result:
-    """What a call of a library gives. Raises ArgumentError for all that it raises; a panic of Rust is no Exception."""
+    """Call a library. Raises ArgumentError for any error, including Rust panics, which are BaseExceptions."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):
@@ -228,7 +232,7 @@ def _check(matcher: Any, what: str) -> None:
 
 
 def _reason(message: str) -> str:
-    """llguidance's words in one line, without where in our grammar it happened."""
+    """Return llguidance's message in one line, without positions in our grammar."""
     message = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message)
     message = re.split(r"\n<|\n +\d+ \| ", message)[0]
     if message.startswith("NoExtension"):

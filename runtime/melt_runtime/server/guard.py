@@ -1,4 +1,4 @@
-"""Who may ask: keys, and the hosts a browser may name; a log line per request."""
+"""Access control by API keys and Host headers, and a log line per request."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from ..errors import ArgumentError
 from .failures import ApiError
 from .logs import log
 
-OPEN_PATHS = ("/", "/health", "/ready")  # need no key
-_FACTS = "melt_facts"  # where a request's scope keeps what its log line will say
+OPEN_PATHS = ("/", "/health", "/ready")  # paths that need no key
+_FACTS = "melt_facts"  # the scope's key for the fields of the request's log line
 
 
 class Keys:
-    """The API keys; none at all lets everybody in. Only hashes are kept, and all are compared, so that the time tells
-    nothing of them."""
+    """The API keys; without any, everyone is admitted. Only hashes are kept, and all are compared, so that timing
+    reveals nothing."""
 
     def __init__(self, keys: Iterable[str] = ()):
         self._hashes = [_hash(key.encode()) for key in keys]
 
     @classmethod
     def read(cls, environment: str | None, file: Path | None) -> Keys:
-        """From the text of an environment variable, between commas, and a file, one a line. Raises ArgumentError."""
+        """Read keys from an environment variable, separated by commas, and a file, one per line. Raises
+        ArgumentError."""
         found = [] if environment is None else environment.split(",")
         if file is not None:
             try:
@@ -46,7 +47,7 @@ class Keys:
         return bool(self._hashes)
 
     def admit(self, authorization: bytes) -> bool:
-        """Whether an Authorization header holds one of the keys."""
+        """Return whether an Authorization header holds one of the keys."""
         if not self._hashes:
             return True
         scheme, _, given = authorization.partition(b" ")
@@ -60,7 +61,7 @@ def _hash(key: bytes) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name for one, is this machine's own."""
+    """Return whether an address or host name is this machine's own."""
     if host == "localhost":
         return True
     try:
@@ -70,8 +71,11 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Wraps the application. ``local``: only a Host header that names this machine is answered, so that a web page
-    elsewhere cannot reach a server without keys through its visitor's browser."""
+    """Middleware for keys and hosts.
+
+    ``local``: answer only Host headers that name this machine, so that web pages elsewhere cannot reach a server
+    without keys through a visitor's browser.
+    """
 
     def __init__(self, app: ASGIApp, keys: Keys, local: bool):
         self._app, self._keys, self._local = app, keys, local
@@ -114,10 +118,10 @@ class Guard:
 
 
 def note(request: Request, **facts: object) -> None:
-    """Adds to the request's line in the log."""
+    """Add fields to the request's log line."""
     request.scope[_FACTS].update(facts)
 
 
 def request_id(request: Request) -> str:
-    """The name of a request in log and reply."""
+    """Return a request's id, as in log and reply."""
     return str(request.scope[_FACTS]["id"])

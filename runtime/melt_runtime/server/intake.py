@@ -1,4 +1,4 @@
-"""Bodies on their way in, and from a body to a job: so many bytes at once, and so many at once in preparation."""
+"""Read and prepare requests, with limits on the bytes read and the work prepared at the same time."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from starlette.requests import ClientDisconnect
 
 from ..errors import BusyError, MeltError
 from .failures import ApiError, as_refusal
-from .process import give_back
-from .schema import Ask
+from .process import trim_memory
+from .schema import RequestBody
 
-A = TypeVar("A", bound=Ask)
+A = TypeVar("A", bound=RequestBody)
 R = TypeVar("R")
-BODY_SECONDS = 60.0  # how long a body may take to arrive
-MAX_UPLOADS = 64 << 20  # bytes of bodies that have not arrived whole, all together
-_AT_ONCE = 2  # calls that are prepared at once
-_LARGE = 1 << 16  # bytes of a body that waits for others of its size, and after which memory is given back
+BODY_SECONDS = 60.0  # for a body to arrive
+MAX_UPLOADS = 64 << 20  # bytes of all incomplete bodies together
+_WORKERS = 2  # calls prepared at the same time
+_LARGE = 1 << 16  # bytes above which bodies are prepared one by one and memory is trimmed
 
 
 class Uploads:
-    """Bodies that have not arrived whole: at most ``most`` bytes together. When there are more, the one that has the
-    most is cut. For the event loop's thread."""
+    """Bodies being received, at most ``most`` bytes together. Beyond that, the largest is cut. For the event loop's
+    thread."""
 
     def __init__(self, most: int = MAX_UPLOADS):
         self.most = most
         self._sizes: dict[asyncio.Timeout, int] = {}
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """The JSON that came with a request. Raises ApiError: 413 over ``limit`` bytes, 415 for another type, 408 for
-        one that is late or was cut, 499 if the client left."""
+        """Read a request's JSON body.
+
+        Raises ApiError: 413 above ``limit`` bytes, 415 for another type, 408 if late or cut, 499 if the client left.
+        """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"the body's type is {kind[:100]!r}; it must be application/json")
@@ -49,8 +51,8 @@ class Uploads:
         try:
             async with asyncio.timeout(BODY_SECONDS) as time:
                 try:
-                    async for piece in request.stream():
-                        body += piece
+                    async for part in request.stream():
+                        body += part
                         if len(body) > limit:
                             raise too_large
                         self._has(time, len(body))
@@ -73,15 +75,17 @@ class Uploads:
 
 
 class Preparation:
-    """Where calls are made ready to run, off the event loop: two at once, of which one may be large, so that small ones
-    and the scheduler's thread always have their turn; ``most`` may wait for theirs. Raises BusyError for one more."""
+    """Workers that prepare calls off the event loop, two at a time and only one of them large.
+
+    Small calls and the scheduler's thread so get their turns. At most ``most`` calls wait. Raises BusyError for more.
+    """
 
     def __init__(self, most: int):
         self.most, self._waiting = most, 0
-        self._threads, self._large = ThreadPoolExecutor(_AT_ONCE, "melt-prepare"), asyncio.Lock()
+        self._threads, self._large = ThreadPoolExecutor(_WORKERS, "melt-prepare"), asyncio.Lock()
 
     async def run(self, work: Callable[[], R], size: int = 0) -> R:
-        """What ``work`` gives. size: bytes of what it works on."""
+        """Return the result of ``work``. ``size``: bytes that it works on."""
         if self._waiting >= self.most:
             raise BusyError(f"{self._waiting} calls wait to be prepared; try again in a second", 1.0)
         self._waiting += 1
@@ -94,15 +98,15 @@ class Preparation:
         finally:
             self._waiting -= 1
             if size > _LARGE:
-                asyncio.get_running_loop().run_in_executor(self._threads, give_back)
+                asyncio.get_running_loop().run_in_executor(self._threads, trim_memory)
 
     def close(self) -> None:
-        """Ends its threads, once they are done."""
+        """Stop the threads once they are done."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _refused(work: Callable[[], R]) -> R | Exception:
-    """What ``work`` gives or refuses; a refusal alone, without the frames that hold the body and all that was made of
+    """Return the result or the error of ``work``; the error without its frames, which hold the body and all made of
     it."""
     try:
         return work()
@@ -112,7 +116,7 @@ def _refused(work: Callable[[], R]) -> R | Exception:
 
 
 def parsed(kind: type[A], body: bytes) -> A:
-    """What a body asks for. Raises ApiError 400."""
+    """Validate a body. Raises ApiError 400."""
     try:
         content = from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How a server ends: it goes on answering while what runs comes to its end, and is over in time whatever happens."""
+"""The end of a server: it answers while running requests end, and exits in time whatever happens."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from starlette.concurrency import run_in_threadpool
 from ..scheduler.scheduler import Scheduler
 from .connection import Connection
 
-GRACE = 0.3  # seconds that a cut request has to come out of its loop, and then to send its last words
-_LAST_RESORT = 0.9  # seconds after the drain at which the process ends from outside
+GRACE = 0.3  # seconds for a cut request to leave its loop, and then to send its last event
+_LAST_RESORT = 0.9  # seconds after the drain at which the process is ended by force
 
 
 class DrainingServer(uvicorn.Server):
-    """At the first SIGTERM or SIGINT it takes no more requests, says so at /ready, and goes on: what runs has ``drain``
-    seconds to end by itself, and is then cut with an error at its end. At the second it is cut at once.
+    """A server that ends gracefully on SIGTERM or SIGINT.
 
-    The process ends at the latest a second after the drain, even if a step of the model or the event loop hangs.
+    At the first signal it refuses new requests, reports that at /ready, and gives running ones ``drain`` seconds to
+    end; then it cuts them with an error. A second signal cuts them at once. The process exits at most a second after
+    the drain, even if the model or the event loop hangs.
     """
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain: float):
@@ -35,18 +36,17 @@ class DrainingServer(uvicorn.Server):
         self._signalled = False
 
     def take_signals(self) -> None:
-        """From here on a signal is this server's: one that comes before its loop runs ends it, and one that comes after
-        changes nothing."""
+        """Handle signals from now on: one before the event loop runs ends the server, one after it changes nothing."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_exit)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
+        """Begin to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came; for the main thread."""
+        """Handle a signal, in the main thread."""
         if self._loop is None or self._loop.is_closed():
             self.should_exit = True
         elif not self._signalled:
@@ -74,7 +74,7 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.02)
         for connection in list(self.server_state.connections):
             cycle = connection.cycle if isinstance(connection, Connection) else None
-            if cycle is not None and not cycle.response_complete:  # it sends no body, or takes no answer
+            if cycle is not None and not cycle.response_complete:  # a client that sends no body or takes no answer
                 connection.transport.abort()
         self.should_exit = True
 

@@ -1,4 +1,4 @@
-"""One JSON object a line on standard error."""
+"""Logging as one JSON object per line on standard error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _JsonLines(logging.Formatter):
 
 
 def configure() -> None:
-    """This server's lines, and uvicorn's and asyncio's warnings and errors, go to standard error as JSON."""
+    """Route the server's lines, and warnings and errors of uvicorn and asyncio, to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     others = (logging.getLogger(name) for name in ("uvicorn", "asyncio"))
@@ -35,5 +35,5 @@ def configure() -> None:
 
 
 def log(event: str, **facts: Any) -> None:
-    """Writes a line."""
+    """Write a line."""
     LOGGER.info(event, extra={"facts": facts})

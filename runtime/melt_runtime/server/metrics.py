@@ -1,4 +1,4 @@
-"""A scheduler's counts as Prometheus reads them (text format 0.0.4)."""
+"""Format a scheduler's counters for Prometheus (text format 0.0.4)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def prometheus(metrics: SchedulerMetrics, unread: int) -> str:
-    """The page behind /metrics. unread: tokens that clients have not taken yet."""
+    """Return the page of /metrics. ``unread``: tokens that clients have not taken."""
     deep = sum(loops * count for loops, count in metrics.depth.items())
-    # "le" counts all up to a depth; the deepest are counted together, so nothing is known to be at most that.
+    # A bucket counts all up to its depth. The last depth also stands for greater ones, so it has no bound.
     bounds = [loops for loops in metrics.depth if loops < DEEPEST]
     depth = _cumulative(bounds, [metrics.depth[loops] for loops in bounds], sum(metrics.depth.values()))
     lines = [
@@ -23,14 +23,14 @@ def prometheus(metrics: SchedulerMetrics, unread: int) -> str:
         *_head("melt_requests_total", "counter", "Requests that ended, by outcome."),
         *(f'melt_requests_total{{outcome="{name}"}} {count}' for name, count in metrics.requests.items()),
         *_single("melt_prompt_tokens_total", "counter", "Prompt tokens run through the model.", metrics.prompt_tokens),
-        *_single("melt_prefix_hits_total", "counter", "Prompts that began as one before.", metrics.prefix_hits),
-        *_single("melt_prefix_tokens_total", "counter", "Prompt tokens put back, not run.", metrics.prefix_tokens),
-        *_single("melt_prefix_bytes", "gauge", "Rows of prompts that are kept.", metrics.prefix_bytes),
-        *_single("melt_generated_tokens_total", "counter", "Tokens drawn.", metrics.generated_tokens),
-        *_single("melt_unread_tokens", "gauge", "Tokens drawn that no client has taken yet.", unread),
+        *_single("melt_prefix_hits_total", "counter", "Prompts whose beginning was restored.", metrics.prefix_hits),
+        *_single("melt_prefix_tokens_total", "counter", "Prompt tokens restored, not run.", metrics.prefix_tokens),
+        *_single("melt_prefix_bytes", "gauge", "Size of the prefix cache.", metrics.prefix_bytes),
+        *_single("melt_generated_tokens_total", "counter", "Generated tokens.", metrics.generated_tokens),
+        *_single("melt_unread_tokens", "gauge", "Generated tokens that no client has read.", unread),
         *_histogram("melt_first_token_seconds", "From submission to the first token.", metrics.first_token),
         *_histogram("melt_inter_token_seconds", "From a token to the next.", metrics.inter_token),
-        *_head("melt_depth_loops", "histogram", f"Loops before each token drawn; {DEEPEST} stands for more, too."),
+        *_head("melt_depth_loops", "histogram", f"Loops per generated token; {DEEPEST} means that many or more."),
         *_buckets("melt_depth_loops", depth, deep),
         *_single("melt_state_bytes", "gauge", "State of all slots, whatever the loops.", metrics.state_bytes),
         *_single("melt_weights_bytes", "gauge", "Graphs and weights as stored.", metrics.weights_bytes),

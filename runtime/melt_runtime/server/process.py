@@ -1,4 +1,4 @@
-"""How the server's process shares out memory and turns."""
+"""Memory and thread settings of the server's process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ctypes
 import sys
 from typing import Any
 
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of glibc's mallopt
-_TURN = 0.0005  # seconds that one thread may compute in Python before another has its turn; Python's own are 5 ms
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # options of glibc's mallopt
+_TURN = 0.0005  # seconds before a thread must yield the interpreter; Python's default is 5 ms
 
 
 def _glibc() -> Any:
@@ -21,12 +21,12 @@ def _glibc() -> Any:
 _LIBRARY = _glibc()
 
 
-def settle() -> None:
-    """Prepares the process; call it before threads are made.
+def configure_process() -> None:
+    """Configure the process; call it before threads are started.
 
-    With glibc, all threads share two heaps, and what is large lies in none: bodies of a megabyte in many threads would
-    otherwise leave as many heaps grown for good. The scheduler's thread, which needs a turn after every loop, gets one
-    soon, whatever else computes.
+    With glibc, all threads share two heaps, and large blocks are in neither: otherwise large bodies in many threads
+    would leave many grown heaps. Threads yield the interpreter soon, because the scheduler's thread needs it after
+    every loop.
     """
     sys.setswitchinterval(_TURN)
     if _LIBRARY is not None:
@@ -34,7 +34,7 @@ def settle() -> None:
         _LIBRARY.mallopt(_MMAP_THRESHOLD, 1 << 17)
 
 
-def give_back() -> None:
-    """Returns memory that was freed to the system, where the C library keeps it."""
+def trim_memory() -> None:
+    """Return freed memory to the system, if the C library keeps it."""
     if _LIBRARY is not None:
         _LIBRARY.malloc_trim(0)

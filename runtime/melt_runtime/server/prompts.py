@@ -1,4 +1,4 @@
-"""Prompts that cannot fit are refused before much of them is tokenized."""
+"""Encode prompts, and refuse those that cannot fit before much of them is tokenized."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from ..errors import ArgumentError, PromptError
 from ..runtime import Runtime
-from .schema import ChatAsk, CompletionAsk
+from .schema import ChatBody, CompletionBody
 
-_CHARACTERS = 16  # for each token of room are tokenized at once; most text has 3 to 5 per token
+_CHARACTERS = 16  # characters per free token that are tokenized at first; most text has 3 to 5 per token
 
 
-def encoded(runtime: Runtime, ask: CompletionAsk | ChatAsk) -> Sequence[list[int]]:
-    """The prompts of a call as token ids. Raises PromptError, ArgumentError."""
-    if isinstance(ask, ChatAsk):
-        return [_chat(runtime, ask)]
-    prompt = ask.prompt
+def encoded(runtime: Runtime, call: CompletionBody | ChatBody) -> Sequence[list[int]]:
+    """Return the token ids of a call's prompts. Raises PromptError, ArgumentError."""
+    if isinstance(call, ChatBody):
+        return [_chat(runtime, call)]
+    prompt = call.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [_one(runtime, prompt)]  # type: ignore[arg-type]
     if not prompt:
@@ -29,23 +29,23 @@ def _one(runtime: Runtime, prompt: str | list[int]) -> list[int]:
     return runtime.encode(prompt)
 
 
-def _chat(runtime: Runtime, ask: ChatAsk) -> list[int]:
+def _chat(runtime: Runtime, call: ChatBody) -> list[int]:
     room = runtime.manifest.max_seq_len
-    if len(ask.messages) > room:
-        raise PromptError(f"{len(ask.messages)} messages do not fit: the cache has room for {room} tokens")
+    if len(call.messages) > room:
+        raise PromptError(f"{len(call.messages)} messages do not fit: the cache has room for {room} tokens")
     if runtime.tokenizer is None:
         raise ArgumentError("the package has no tokenizer, so no chat template")
-    variables = ask.chat_template_kwargs or {}
-    text = runtime.tokenizer.render_chat([message.plain() for message in ask.messages], **variables)
+    variables = call.chat_template_kwargs or {}
+    text = runtime.tokenizer.render_chat([message.plain() for message in call.messages], **variables)
     check_length(runtime, text)
     return runtime.tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_length(runtime: Runtime, text: str) -> None:
-    """Raises PromptError for a text that has more tokens than there is room for, found by tokenizing its beginning.
+    """Raise PromptError for a text with more tokens than fit, found by tokenizing its beginning.
 
-    A text that fits costs at most twice its tokenizing. The beginning may have twice as many tokens as there is room
-    for, because the token at its end is cut.
+    A text that fits is tokenized at most twice. The beginning may have up to twice the tokens that fit, because its
+    last token is cut.
     """
     if runtime.tokenizer is None:
         return
@@ -53,9 +53,9 @@ def check_length(runtime: Runtime, text: str) -> None:
     size = _CHARACTERS * room
     while size < len(text):
         try:
-            # A batch of one: other threads go on meanwhile, which `encode` does not let them.
+            # A batch of one, because only encode_batch releases the interpreter lock.
             (begun,) = runtime.tokenizer.backend_tokenizer.encode_batch([text[:size]], add_special_tokens=False)
-        except Exception:  # encoding says what is wrong with the text
+        except Exception:  # encode() raises the error about this text
             runtime.tokenizer.encode(text[:size], add_special_tokens=False)
             return
         if len(begun.ids) > 2 * room:

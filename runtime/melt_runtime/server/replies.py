@@ -1,6 +1,8 @@
-"""Replies in OpenAI's shapes. Each choice also has ``depth``, the loops behind each token, and ``token_ids``; at its
-end ``saved``, the share of all loops, its prompt's too, that leaving early saved, ``warnings`` if there are any, and
-``deadline`` if time was over."""
+"""Replies in OpenAI's formats.
+
+Each choice also has ``depth``, the loops behind each token, and ``token_ids``; at its end ``saved``, the share of loops
+that early exit saved, prompt included, ``warnings`` if any, and ``deadline`` if time ran out.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from ..results import Generation, Logprobs, TextDelta
 from ..text.token_bytes import Offsets
 from ..text.tokenizer import TextTokenizer
 
-Entry = dict[str, Any]  # the logprobs of one token
+Entry = dict[str, Any]  # one token's logprobs
 
 
 @dataclass(frozen=True)
-class Form:
-    """How the replies of one call look. id: the call's name."""
+class ReplyFormat:
+    """The format of one call's replies. ``id``: the call's id."""
 
     chat: bool
     id: str
@@ -28,7 +30,7 @@ class Form:
     tokenizer: TextTokenizer | None
 
     def frame(self, choices: Sequence[dict[str, Any]], part: bool, **more: Any) -> dict[str, Any]:
-        """A whole reply, or a part of a stream."""
+        """Return a whole reply, or a part of a stream."""
         kind = ("chat.completion.chunk" if part else "chat.completion") if self.chat else "text_completion"
         return {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
@@ -41,7 +43,7 @@ class Form:
         }
 
     def whole(self, index: int, deltas: Sequence[TextDelta], end: Generation) -> dict[str, Any]:
-        """A finished choice."""
+        """Return a finished choice."""
         text = end.text
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         logprobs = _Logprobs(self)
@@ -55,7 +57,8 @@ class Form:
         entries: Sequence[Entry],
         end: Generation | None,
     ) -> dict[str, Any]:
-        """A choice, or a part of one. ``said``: its text; ``entries``: its logprobs; ``end``: if this is its end."""
+        """Return a choice or a part of one. ``said``: its text. ``entries``: its logprobs. ``end``: set if this is its
+        end."""
         logprobs: dict[str, Any] | None = None
         if entries and self.chat:
             logprobs = {"content": list(entries), "refusal": None}
@@ -74,14 +77,14 @@ class Form:
         }
 
     def chat_entry(self, token: int, logprobs: Logprobs) -> Entry:
-        """A token of a chat with its logprobs."""
+        """Return the logprobs entry of a chat's token."""
         top = [self._entry(*one) for one in logprobs.top]
         return {**self._entry(token, logprobs.token), "top_logprobs": top}
 
     def completion_entry(self, token: int, logprobs: Logprobs, offset: int) -> Entry:
-        """What a token of a completion adds to each of the lists."""
+        """Return what a completion's token adds to each of the logprobs lists."""
         top: dict[str, float] = {}
-        for one, value in logprobs.top:  # of two tokens with the same text the likelier keeps it
+        for one, value in logprobs.top:  # of two tokens with the same text, the likelier keeps it
             text = self._text(one)
             top[f"token_id:{one}" if text in top else text] = value
         return {
@@ -98,7 +101,7 @@ class Form:
         return b"" if self.tokenizer is None else self.tokenizer.token_bytes.of(token)
 
     def _text(self, token: int) -> str:
-        """A token on its own: "bytes:\\xf0\\x9f" where its bytes are no text, "token_id:7" where it has none."""
+        """Return a token's own text: "bytes:\\xf0\\x9f" if its bytes are not text, "token_id:7" if it has none."""
         own = self._bytes(token)
         if not own:
             return f"token_id:{token}"
@@ -109,71 +112,75 @@ class Form:
 
 
 class StreamedChoice:
-    """A choice of a stream, told part by part."""
+    """A choice of a stream, sent in parts."""
 
-    def __init__(self, form: Form, index: int):
-        self._form, self._index = form, index
-        self._logprobs = _Logprobs(form)
-        self._told = 0  # characters of its text
+    def __init__(self, format: ReplyFormat, index: int):
+        self._format, self._index = format, index
+        self._logprobs = _Logprobs(format)
+        self._told = 0  # characters already sent
         self._first = True
 
     def part(self, delta: TextDelta | None, end: Generation | None = None) -> dict[str, Any]:
-        """Its next token. ``end``: it is the last; without a token there is only what was held back of the text."""
+        """Return the part for the next token. ``end``: set with the last; without a token, it holds only text held
+        back."""
         text = delta.text if delta is not None else end.text[self._told :] if end is not None else ""
         role = {"role": "assistant"} if self._first else {}
-        said: dict[str, Any] = {"delta": {**role, "content": text}} if self._form.chat else {"text": text}
+        said: dict[str, Any] = {"delta": {**role, "content": text}} if self._format.chat else {"text": text}
         deltas = [] if delta is None else [delta]
         entries = self._logprobs.add(deltas)
         if end is not None:
             entries += self._logprobs.rest()
         self._told += len(text)
         self._first = False
-        return self._form.choice(self._index, said, deltas, entries, end)
+        return self._format.choice(self._index, said, deltas, entries, end)
 
 
 class _Logprobs:
-    """The logprobs of one choice, token by token. The entry of a completion comes once the token's offset in the text
-    is known, which is at once but for byte-fallback tokens."""
+    """One choice's logprobs, token by token. A completion's entry is complete once the token's text offset is known,
+    which is delayed only for byte-fallback tokens."""
 
-    def __init__(self, form: Form):
-        self._form = form
-        self._offsets = None if form.tokenizer is None else Offsets(form.tokenizer.token_bytes)
+    def __init__(self, format: ReplyFormat):
+        self._format = format
+        self._offsets = None if format.tokenizer is None else Offsets(format.tokenizer.token_bytes)
         self._waiting: deque[tuple[int, Logprobs]] = deque()
 
     def add(self, deltas: Iterable[TextDelta]) -> list[Entry]:
-        """The next tokens; returns the entries that are complete."""
+        """Add tokens. Return the entries that are complete."""
         found: list[Entry] = []
         for delta in deltas:
             if delta.logprobs is None:
                 continue
-            if self._form.chat:
-                found.append(self._form.chat_entry(delta.token_id, delta.logprobs))
+            if self._format.chat:
+                found.append(self._format.chat_entry(delta.token_id, delta.logprobs))
                 continue
             self._waiting.append((delta.token_id, delta.logprobs))
             found += self._known(self._place(delta.token_id))
         return found
 
     def rest(self) -> list[Entry]:
-        """The entries that are left at the end."""
+        """Return the remaining entries at the end."""
         return [] if self._offsets is None else self._known(self._offsets.flush())
 
     def _place(self, token: int) -> list[int]:
-        if self._offsets is None or self._form.tokenizer is None:
+        if self._offsets is None or self._format.tokenizer is None:
             return [0]
-        return self._offsets.push(token, self._form.tokenizer.shows(token, skip_special_tokens=True))
+        return self._offsets.push(token, self._format.tokenizer.shows(token, skip_special_tokens=True))
 
     def _known(self, offsets: Iterable[int]) -> list[Entry]:
-        return [self._form.completion_entry(*self._waiting.popleft(), offset) for offset in offsets]
+        return [self._format.completion_entry(*self._waiting.popleft(), offset) for offset in offsets]
 
 
 def _reason(end: Generation) -> str:
-    """Why it ended, in OpenAI's words, whose clients know no deadline."""
+    """Return the finish reason in OpenAI's terms, which have no deadline."""
     return "length" if end.finish_reason == "deadline" else end.finish_reason
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """The counts of a call: prompts once, however many choices, and how much of them had been run before; tokens drawn,
-    the ends among them."""
+    """Return a call's token counts.
+
+    Prompts count once, whatever the number of choices. ``completion_tokens``: sampled tokens, end tokens included.
+    ``cached_tokens``: prompt tokens that did not have to run.
+    """
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -1,4 +1,4 @@
-"""What a request may say. Fields that nothing here could honour are refused unless they ask for nothing."""
+"""The schema of request bodies. Unsupported fields are refused unless they request nothing."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from ..text.stop_strings import MAX_STOP_STRINGS
-from .fields import Count, Name, Number, Seconds, Seed, Share, Stop, Strict, Tokens, by_kind, nothing, wrong
+from .fields import Count, Name, Number, Seconds, Seed, Share, Stop, Strict, Tokens, by_kind, invalid, unsupported
 
 _PENALTY = "this server has no penalty by count, so only 0 is possible; repetition_penalty is supported"
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside its tokens."""
+    """The options of a stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[None, nothing("streams are not obfuscated; only false is possible", False)] = None
+    include_obfuscation: Annotated[None, unsupported("streams are not obfuscated; only false is possible", False)] = (
+        None
+    )
 
 
 class JsonSchema(Strict):
-    """A schema by name; ``strict`` or not, it is kept to."""
+    """A named schema; it is always enforced, ``strict`` or not."""
 
     name: str | None = None
     description: str | None = None
@@ -33,7 +35,7 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """Free text, any JSON object, or JSON by a schema."""
+    """The output format: free text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -41,12 +43,12 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise wrong("the type json_schema comes with json_schema, and nothing else does")
+            raise invalid("the type json_schema comes with json_schema, and nothing else does")
         return self
 
     @property
     def schema_asked(self) -> dict[str, Any] | bool | None:
-        """The schema to keep to; None: free text."""
+        """The schema to enforce; None for free text."""
         if self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
@@ -54,12 +56,15 @@ class ResponseFormat(Strict):
 
 def _no_bias(value: Any) -> None:
     if value is not None and not (isinstance(value, dict) and all(bias == 0 for bias in value.values())):
-        raise wrong("tokens cannot be biased here; only {} or biases of 0 are possible")
+        raise invalid("tokens cannot be biased here; only {} or biases of 0 are possible")
 
 
-class Ask(Strict):
-    """What completions and chats have in common. ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``,
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos`` and ``max_seconds`` are this server's own."""
+class RequestBody(Strict):
+    """The common fields of completions and chats.
+
+    ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``, ``top_k``, ``min_p``, ``repetition_penalty``,
+    ``ignore_eos`` and ``max_seconds`` are extensions of OpenAI's API.
+    """
 
     model: Name
     stream: bool | None = None
@@ -85,37 +90,37 @@ class Ask(Strict):
     repetition_penalty: Number | None = None
     ignore_eos: bool | None = None
     max_seconds: Seconds | None = None
-    frequency_penalty: Annotated[None, nothing(_PENALTY, 0, 0.0)] = None
-    presence_penalty: Annotated[None, nothing(_PENALTY, 0, 0.0)] = None
+    frequency_penalty: Annotated[None, unsupported(_PENALTY, 0, 0.0)] = None
+    presence_penalty: Annotated[None, unsupported(_PENALTY, 0, 0.0)] = None
     logit_bias: Annotated[None, BeforeValidator(_no_bias)] = None
-    # For the records of whoever asks, and for servers that are many; not kept.
+    # For the client's records and for load balancing; accepted and not stored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    store: Annotated[None, nothing("this server stores no replies; only false is possible", False)] = None
+    store: Annotated[None, unsupported("this server stores no replies; only false is possible", False)] = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
-    def _streamed(self) -> Ask:
+    def _streamed(self) -> RequestBody:
         if self.stream_options is not None and not self.stream:
-            raise wrong("they belong to a stream", "stream_options")
+            raise invalid("they belong to a stream", "stream_options")
         return self
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether a stream ends with the counts."""
+        """Whether a stream ends with token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 def _prompts(value: Sequence[Any]) -> str:
-    """Which kind of prompts a list holds, by its first."""
+    """Return the kind of prompts in a list, by its first."""
     first = value[0] if value else 0
     return "~texts" if isinstance(first, str) else "~lists" if isinstance(first, list) else "~ids"
 
 
-class CompletionAsk(Ask):
-    """A prompt, or several: text or token ids."""
+class CompletionBody(RequestBody):
+    """A completion request with one or several prompts: text or token ids."""
 
     prompt: Annotated[
         Annotated[str, Tag("~text")]
@@ -125,14 +130,14 @@ class CompletionAsk(Ask):
         by_kind({str: "~text", list: _prompts}, "a prompt is text, token ids, or a list of either"),
     ]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Annotated[None, nothing("prompts are not repeated in replies; only false is possible", False)] = None
+    echo: Annotated[None, unsupported("prompts are not repeated in replies; only false is possible", False)] = None
     best_of: Count | None = None
-    suffix: Annotated[None, nothing("nothing can be put in before a suffix; only null is possible", "")] = None
+    suffix: Annotated[None, unsupported("nothing can be put in before a suffix; only null is possible", "")] = None
 
     @model_validator(mode="after")
-    def _all_are_told(self) -> CompletionAsk:
+    def _all_are_told(self) -> CompletionBody:
         if self.best_of not in (None, self.n or 1):
-            raise wrong("every choice is told, so best_of can only be n", "best_of")
+            raise invalid("every choice is returned, so best_of can only be n", "best_of")
         return self
 
 
@@ -151,12 +156,12 @@ _PARTS = {
 def _text_alone(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind in _PARTS:
-        raise wrong(f"{_PARTS[kind]}, only text is", "type")
+        raise invalid(f"{_PARTS[kind]}, only text is", "type")
     return part
 
 
 class TextPart(Strict):
-    """A piece of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -164,12 +169,12 @@ class TextPart(Strict):
 
 def _a_speaker(role: Any) -> Any:
     if role in ("tool", "function"):
-        raise wrong("tools are not supported, so nothing speaks in this role")
+        raise invalid("tools are not supported, so nothing speaks in this role")
     return role
 
 
 class Message(Strict):
-    """One turn of a conversation. A message of a reply may be sent back with all its fields."""
+    """One message of a chat. A reply's message may be sent back with all its fields."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_a_speaker)]
     content: Annotated[
@@ -179,59 +184,61 @@ class Message(Strict):
         by_kind({type(None): "~none", str: "~text", list: "~parts"}, "content is text or a list of parts"),
     ] = None
     name: str | None = None
-    refusal: Annotated[None, nothing("refusals are not supported; only null is possible")] = None
-    audio: Annotated[None, nothing("audio is not supported; only null is possible")] = None
-    annotations: Annotated[None, nothing("annotations are not supported; only [] is possible", [])] = None
-    tool_calls: Annotated[None, nothing("tools are not supported; only [] is possible", [])] = None
-    function_call: Annotated[None, nothing("tools are not supported; only null is possible")] = None
-    # Other servers' names for what a model thought: null where it did not.
-    reasoning: Annotated[None, nothing("reasoning is not supported; only null is possible")] = None
-    reasoning_content: Annotated[None, nothing("reasoning is not supported; only null is possible")] = None
-    tool_call_id: Annotated[None, nothing("tools are not supported; only null is possible")] = None
+    refusal: Annotated[None, unsupported("refusals are not supported; only null is possible")] = None
+    audio: Annotated[None, unsupported("audio is not supported; only null is possible")] = None
+    annotations: Annotated[None, unsupported("annotations are not supported; only [] is possible", [])] = None
+    tool_calls: Annotated[None, unsupported("tools are not supported; only [] is possible", [])] = None
+    function_call: Annotated[None, unsupported("tools are not supported; only null is possible")] = None
+    # Other servers' fields for reasoning; null without it.
+    reasoning: Annotated[None, unsupported("reasoning is not supported; only null is possible")] = None
+    reasoning_content: Annotated[None, unsupported("reasoning is not supported; only null is possible")] = None
+    tool_call_id: Annotated[None, unsupported("tools are not supported; only null is possible")] = None
 
     @model_validator(mode="after")
     def _said(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise wrong("it is missing", "content")
+            raise invalid("it is missing", "content")
         return self
 
     def plain(self) -> dict[str, str]:
-        """As a chat template takes it; developers speak as the system."""
+        """Return the message as a dict for the chat template; developers become the system."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatAsk(Ask):
-    """A conversation to go on with."""
+class ChatBody(RequestBody):
+    """A chat request."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    chat_template_kwargs: dict[str, Any] | None = None  # what the template is given beside the messages
+    chat_template_kwargs: dict[str, Any] | None = None  # further variables for the chat template
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[None, nothing("tools are not supported; only [] is possible", [])] = None
-    tool_choice: Annotated[None, nothing('tools are not supported; only "none" is possible', "none", "auto")] = None
+    tools: Annotated[None, unsupported("tools are not supported; only [] is possible", [])] = None
+    tool_choice: Annotated[None, unsupported('tools are not supported; only "none" is possible', "none", "auto")] = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[None, nothing("tools are not supported; only [] is possible", [])] = None
-    function_call: Annotated[None, nothing('tools are not supported; only "none" is possible', "none", "auto")] = None
-    modalities: Annotated[None, nothing('answers are text; only ["text"] is possible', ["text"], [])] = None
-    audio: Annotated[None, nothing("audio is not supported; only null is possible")] = None
-    prediction: Annotated[None, nothing("predictions are not supported; only null is possible")] = None
-    moderation: Annotated[None, nothing("moderation is not supported; only null is possible")] = None
-    web_search_options: Annotated[None, nothing("there is no search; only null is possible")] = None
+    functions: Annotated[None, unsupported("tools are not supported; only [] is possible", [])] = None
+    function_call: Annotated[None, unsupported('tools are not supported; only "none" is possible', "none", "auto")] = (
+        None
+    )
+    modalities: Annotated[None, unsupported('answers are text; only ["text"] is possible', ["text"], [])] = None
+    audio: Annotated[None, unsupported("audio is not supported; only null is possible")] = None
+    prediction: Annotated[None, unsupported("predictions are not supported; only null is possible")] = None
+    moderation: Annotated[None, unsupported("moderation is not supported; only null is possible")] = None
+    web_search_options: Annotated[None, unsupported("there is no search; only null is possible")] = None
     reasoning_effort: Annotated[
-        None, nothing('how much a token is thought over is said by loops; only "none" is possible', "none")
+        None, unsupported('how much a token is thought over is said by loops; only "none" is possible', "none")
     ] = None
-    verbosity: Annotated[None, nothing('verbosity is not supported; only "medium" is possible', "medium")] = None
-    prompt_cache_options: Annotated[None, nothing("kept prompts have no options; only null is possible")] = None
+    verbosity: Annotated[None, unsupported('verbosity is not supported; only "medium" is possible', "medium")] = None
+    prompt_cache_options: Annotated[None, unsupported("kept prompts have no options; only null is possible")] = None
     prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
-    def _agreed(self) -> ChatAsk:
+    def _agreed(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise wrong("it needs logprobs to be true", "top_logprobs")
+            raise invalid("it needs logprobs to be true", "top_logprobs")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
-            raise wrong("max_tokens and max_completion_tokens differ; give one", "max_tokens")
+            raise invalid("max_tokens and max_completion_tokens differ; give one", "max_tokens")
         return self

@@ -1,4 +1,4 @@
-"""What keeping to a JSON schema would take, before anything is built of it."""
+"""Estimate the cost of a JSON schema's grammar before building it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import ArgumentError
-from .schema_patterns import meeting, patterns
+from .schema_patterns import overlap, patterns
 
-MAX_VALUES = 10_000  # objects, lists and scalars of a schema; compiling them takes a second and 60 MB at most
-MAX_MEETING = 12  # patterns that one text must match at once: with 20 compiling takes seconds, with 24 no end
-MAX_MULTIPLE = 65_536  # of multipleOf, without its decimal places: each remainder is a state of about 500 bytes
-_ENUM_SHARE = 5  # so many scalars of an enum cost as much as another value
+MAX_VALUES = 10_000  # objects, lists and scalars; compiling them takes at most a second and 60 MB
+MAX_OVERLAP = 12  # patterns that one text must match: with 20 compiling takes seconds, with 24 it does not end
+MAX_MULTIPLE = 65_536  # of multipleOf, without decimal places: each remainder is a state of about 500 bytes
+_ENUM_SHARE = 5  # enum scalars that cost as much as a value
 _TEXT_SHARE = 64  # characters that cost as much as a value
-_PAIR_SHARE = 4  # pairs of patterns for names that cost as much as a value: each is compared with each
-_MEETING_SHARE = 20  # sets of patterns that meet that cost as much as a value
+_PAIR_SHARE = 4  # pairs of name patterns that cost as much as a value; all pairs are compared
+_OVERLAP_SHARE = 20  # sets of overlapping patterns that cost as much as a value
 _MAX_DEPTH = 100
 _STATE_SHARE = 5  # remainders that cost as much as a value
-_LARGEST = 10**30  # multipleOf that is looked at in decimal
+_LARGEST = 10**30  # the largest multipleOf that is examined
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if"}
 
 
 def weigh(schema: Any) -> int:
-    """About how many values of a schema, of 2.5 kB each, its grammar costs. Raises ArgumentError for a schema with more
-    than MAX_VALUES values, MAX_MULTIPLE remainders or MAX_MEETING patterns for one text."""
+    """Return a schema's cost in values of 2.5 kB.
+
+    Raises ArgumentError for more than MAX_VALUES values, MAX_MULTIPLE remainders or MAX_OVERLAP patterns on one text.
+    """
     values = 0.0
     multiples: set[int] = set()
     combined = False
@@ -45,21 +47,21 @@ def weigh(schema: Any) -> int:
                 f"the JSON schema is too large: it has more than {MAX_VALUES:,} values (each {_TEXT_SHARE} "
                 f"characters count as another, {_ENUM_SHARE} scalars of an enum as one, and patternProperties by pairs)"
             )
-    return math.ceil(values + _remainders(multiples, combined) / _STATE_SHARE + _meetings(schema))
+    return math.ceil(values + _remainders(multiples, combined) / _STATE_SHARE + _overlap_cost(schema))
 
 
-def _meetings(schema: Any) -> float:
-    """What the patterns that one text must match at once cost: every set of them may be a state."""
-    most = meeting(schema)
-    if most > MAX_MEETING:
+def _overlap_cost(schema: Any) -> float:
+    """Return the cost of patterns that one text must match: each set of them may be a state."""
+    most = overlap(schema)
+    if most > MAX_OVERLAP:
         raise ArgumentError(
-            f"the JSON schema is too large: a text may have to match more than {MAX_MEETING} patterns at once"
+            f"the JSON schema is too large: a text may have to match more than {MAX_OVERLAP} patterns at once"
         )
-    return patterns(schema) / most * 2**most / _MEETING_SHARE if most > 1 else 0.0
+    return patterns(schema) / most * 2**most / _OVERLAP_SHARE if most > 1 else 0.0
 
 
 def _remainders(multiples: set[int], combined: bool) -> int:
-    """How many remainders there are to tell apart. combined: one number may have to be a multiple of all at once."""
+    """Return the number of remainders to distinguish. ``combined``: a number may have to be a multiple of all."""
     count, together = sum(multiples), 1
     for multiple in multiples if combined else ():
         together = math.lcm(together, multiple)
@@ -73,7 +75,8 @@ def _remainders(multiples: set[int], combined: bool) -> int:
 
 
 def _values(schema: Any) -> Iterator[tuple[Any, bool]]:
-    """Every value of a schema, and whether it is one of an enum. Raises ArgumentError for one that is too deep."""
+    """Yield every value of a schema, and whether it belongs to an enum. Raises ArgumentError for a schema that is too
+    deep."""
     stack = [(schema, False, 0)]
     while stack:
         value, of_enum, depth = stack.pop()
@@ -87,7 +90,7 @@ def _values(schema: Any) -> Iterator[tuple[Any, bool]]:
 
 
 def _multiple(value: Any) -> set[int]:
-    """How many remainders a multipleOf has, but for powers of ten."""
+    """Return the number of remainders of a multipleOf, without powers of ten."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         return set()
     if value > _LARGEST:

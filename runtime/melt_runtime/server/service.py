@@ -1,4 +1,4 @@
-"""From what was asked to the scheduler's requests."""
+"""Turn API calls into the scheduler's requests."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .failures import ApiError
 from .grammar import Grammars
-from .limits import DEEPER, MAX_SECONDS, MAX_UNREAD, STALLED
+from .limits import LOOP_FACTOR, MAX_SECONDS, MAX_UNREAD, STALLED
 from .prompts import encoded
-from .schema import Ask, ChatAsk, CompletionAsk
+from .schema import ChatBody, CompletionBody, RequestBody
 from .streaming import Backlog
 
-COMPLETION_TOKENS = 16  # where a completion does not say; a chat goes on as far as it may
+COMPLETION_TOKENS = 16  # a completion's default; a chat's is the maximum
 _DEPTH = ("loops", "exit_threshold", "min_loops", "exit_change")
 _PASSED = (*_DEPTH, "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The requests of one call, a choice each, ``choices`` of every prompt; and how many tokens its prompts have."""
+    """The requests of one call: ``choices`` for each prompt. ``prompt_tokens``: of all prompts, each counted once."""
 
     requests: tuple[Request, ...]
     choices: int
     prompt_tokens: int
 
     def cached_tokens(self, ends: Mapping[int, Generation]) -> int:
-        """How many of the prompts' tokens had been run before the call, as its ends tell, by choice."""
+        """Return how many prompt tokens did not have to run. ``ends``: by request."""
         of_prompts = [range(at, at + self.choices) for at in range(0, len(self.requests), self.choices)]
         known = [[ends[index].cached_tokens for index in prompt if index in ends] for prompt in of_prompts]
         return sum(min(one, default=0) for one in known)
 
 
 class Service:
-    """A package that is being served under a name. ``max_tokens``: the most that a choice may have (None: as many as
-    the cache holds); ``max_loops``: the most that a token may have (None: four times the package's); ``max_seconds``:
-    the most that a call may take, waiting included; ``max_unread``: how many tokens all clients together may leave
-    unread; ``stalled``: seconds without a loop or step after which the scheduler counts as stuck."""
+    """A package served under a name.
+
+    ``max_tokens``: the most per choice (None: what the cache holds). ``max_loops``: the most per token (None: four
+    times the package's). ``max_seconds``: the most per call, with waiting. ``max_unread``: tokens that all clients
+    together may leave unread. ``stalled``: seconds without a loop or step after which the scheduler counts as stuck.
+    """
 
     def __init__(
         self,
@@ -60,36 +62,36 @@ class Service:
     ):
         self.runtime, self.scheduler, self.name = runtime, scheduler, name
         self.max_seconds, self.backlog, self.stalled = max_seconds, Backlog(max_unread), stalled
-        self.max_loops = min(DEEPER * runtime.manifest.loops, MAX_LOOPS) if max_loops is None else max_loops
+        self.max_loops = min(LOOP_FACTOR * runtime.manifest.loops, MAX_LOOPS) if max_loops is None else max_loops
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
     def check_model(self, name: str) -> None:
-        """Raises ApiError 404 for another model than this one."""
+        """Raise ApiError 404 for another model's name."""
         if name != self.name:
             message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def job(self, ask: CompletionAsk | ChatAsk) -> Job:
-        """What to run for a call. Takes its time: prompts are encoded, grammars compiled. Raises ApiError, MeltError.
+    def job(self, call: CompletionBody | ChatBody) -> Job:
+        """Make the requests of a call. Takes time: encodes prompts and compiles grammars. Raises ApiError, MeltError.
 
-        Choice i of a prompt draws with seed + i.
+        Choice i of a prompt uses the seed + i.
         """
-        self.check_model(ask.model)
-        count = ask.n or 1
+        self.check_model(call.model)
+        count = call.n or 1
         most = self.scheduler.slots + self.scheduler.max_waiting
-        if _prompts(ask) * count > most:
-            raise ApiError(400, f"{_prompts(ask) * count} choices are more than the {most} that can run and wait", "n")
-        options, deadline = self._options(ask), self._deadline(ask)
-        seeds = [None if ask.seed is None else ask.seed + number for number in range(count)]
+        if _prompts(call) * count > most:
+            raise ApiError(400, f"{_prompts(call) * count} choices are more than the {most} that can run and wait", "n")
+        options, deadline = self._options(call), self._deadline(call)
+        seeds = [None if call.seed is None else call.seed + number for number in range(count)]
         chosen = [self.runtime.options(**options, seed=seed) for seed in seeds]
-        prompts = encoded(self.runtime, ask)
-        requests = [Request(tuple(prompt), one, deadline, _logprobs(ask)) for prompt in prompts for one in chosen]
+        prompts = encoded(self.runtime, call)
+        requests = [Request(tuple(prompt), one, deadline, _logprobs(call)) for prompt in prompts for one in chosen]
         for request in requests[::count]:
             request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
-        constraints = self._constraints(ask, len(requests), chosen[0].stop_ids)
+        constraints = self._constraints(call, len(requests), chosen[0].stop_ids)
         pairs = zip(requests, constraints, strict=True)
         return Job(
             tuple(replace(request, constraint=constraint) for request, constraint in pairs),
@@ -97,37 +99,37 @@ class Service:
             sum(map(len, prompts)),
         )
 
-    def _options(self, ask: CompletionAsk | ChatAsk) -> dict[str, Any]:
-        asked = ask.max_tokens
-        if isinstance(ask, ChatAsk):
-            asked = asked or ask.max_completion_tokens
+    def _options(self, call: CompletionBody | ChatBody) -> dict[str, Any]:
+        asked = call.max_tokens
+        if isinstance(call, ChatBody):
+            asked = asked or call.max_completion_tokens
         if asked is not None and asked > self.max_tokens:
             raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
-        if ask.loops is not None and ask.loops > self.max_loops:
-            raise ApiError(400, f"loops is {ask.loops}; this server allows {self.max_loops}", "loops")
-        usual = self.max_tokens if isinstance(ask, ChatAsk) else min(COMPLETION_TOKENS, self.max_tokens)
-        passed = {name: getattr(ask, name) for name in _PASSED if getattr(ask, name) is not None}
-        if isinstance(ask, ChatAsk) and not ask.ignore_eos:
+        if call.loops is not None and call.loops > self.max_loops:
+            raise ApiError(400, f"loops is {call.loops}; this server allows {self.max_loops}", "loops")
+        usual = self.max_tokens if isinstance(call, ChatBody) else min(COMPLETION_TOKENS, self.max_tokens)
+        passed = {name: getattr(call, name) for name in _PASSED if getattr(call, name) is not None}
+        if isinstance(call, ChatBody) and not call.ignore_eos:
             passed["stop_ids"] = self.runtime.chat_stop_ids
         return {
             "loops": min(self.runtime.manifest.loops, self.max_loops),
             **passed,
             "max_tokens": asked or usual,
-            "temperature": 1.0 if ask.temperature is None else ask.temperature,
-            "ignore_eos": bool(ask.ignore_eos),
+            "temperature": 1.0 if call.temperature is None else call.temperature,
+            "ignore_eos": bool(call.ignore_eos),
         }
 
-    def _deadline(self, ask: Ask) -> float:
-        if ask.max_seconds is None:
+    def _deadline(self, call: RequestBody) -> float:
+        if call.max_seconds is None:
             return self.max_seconds
-        if ask.max_seconds > self.max_seconds:
-            message = f"max_seconds is {ask.max_seconds:g}; this server allows {self.max_seconds:g}"
+        if call.max_seconds > self.max_seconds:
+            message = f"max_seconds is {call.max_seconds:g}; this server allows {self.max_seconds:g}"
             raise ApiError(400, message, "max_seconds")
-        return ask.max_seconds
+        return call.max_seconds
 
-    def _constraints(self, ask: Ask, count: int, stop_ids: Collection[int]) -> Sequence[Constraint | None]:
-        """What each choice of a call may say."""
-        schema = None if ask.response_format is None else ask.response_format.schema_asked
+    def _constraints(self, call: RequestBody, count: int, stop_ids: Collection[int]) -> Sequence[Constraint | None]:
+        """Return the constraint of each choice."""
+        schema = None if call.response_format is None else call.response_format.schema_asked
         if schema is None:
             return [None] * count
         with self._lock:
@@ -136,14 +138,14 @@ class Service:
         return self._grammars.constraints(schema, count, stop_ids)
 
 
-def _prompts(ask: CompletionAsk | ChatAsk) -> int:
-    """How many prompts a call has."""
-    several = isinstance(ask, CompletionAsk) and isinstance(ask.prompt, list) and bool(ask.prompt)
-    return len(ask.prompt) if several and not isinstance(ask.prompt[0], int) else 1  # type: ignore[union-attr]
+def _prompts(call: CompletionBody | ChatBody) -> int:
+    """Return the number of prompts in a call."""
+    several = isinstance(call, CompletionBody) and isinstance(call.prompt, list) and bool(call.prompt)
+    return len(call.prompt) if several and not isinstance(call.prompt[0], int) else 1  # type: ignore[union-attr]
 
 
-def _logprobs(ask: Ask) -> int | None:
-    """How many of the likeliest tokens each delta names, as the scheduler takes it."""
-    if isinstance(ask, ChatAsk):
-        return (ask.top_logprobs or 0) if ask.logprobs else None
-    return ask.logprobs if isinstance(ask, CompletionAsk) else None
+def _logprobs(call: RequestBody) -> int | None:
+    """Return how many of the likeliest tokens each delta reports; None: no logprobs."""
+    if isinstance(call, ChatBody):
+        return (call.top_logprobs or 0) if call.logprobs else None
+    return call.logprobs if isinstance(call, CompletionBody) else None

@@ -1,4 +1,4 @@
-"""From the scheduler's thread to the event loop and on to the client, who may be slow, or gone."""
+"""Pass events from the scheduler's thread to the event loop and to clients that may be slow or gone."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Event = TextDelta | Generation | MeltError
 
 
 class Backlog:
-    """What was drawn and not taken yet, of all feeds together: at most ``most`` events. When there are more, the feed
-    that is furthest behind is cut, and nobody else notices. For the event loop's thread."""
+    """The unread events of all feeds, at most ``most``. Beyond that, the feed furthest behind is cut. For the event
+    loop's thread."""
 
     def __init__(self, most: int):
         self.most, self.unread = most, 0
         self.feeds: set[Feed] = set()
 
     def add(self, feed: Feed) -> None:
-        """An event lies in a feed."""
+        """Count a new event of a feed."""
         self.feeds.add(feed)
         feed.unread += 1
         self.unread += 1
@@ -37,7 +37,7 @@ class Backlog:
             max(self.feeds, key=lambda one: one.unread).cut()
 
     def take(self, feed: Feed, count: int = 1) -> None:
-        """Events of a feed were taken, or thrown away."""
+        """Uncount events that were read or dropped."""
         feed.unread -= count
         self.unread -= count
         if not feed.unread:
@@ -45,10 +45,10 @@ class Backlog:
 
 
 class Feed:
-    """The events of several requests, in the order they came, by the number of the request.
+    """The events of several requests in order of arrival, each with its request's index.
 
-    The scheduler never waits for whoever reads: events lie in a queue, and count in the backlog. Open it in the event
-    loop. Raises what ``Scheduler.submit`` raises, and then none of them runs.
+    The scheduler never waits for a reader: events are queued and count in the backlog. Create it in the event loop.
+    Raises what ``Scheduler.submit`` raises; then none of the requests runs.
     """
 
     def __init__(self, scheduler: Scheduler, requests: Sequence[Request], backlog: Backlog):
@@ -56,15 +56,15 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open = len(requests)
-        self._tickets = []
+        self._handles = []
         try:
             for index, request in enumerate(requests):
-                self._tickets.append(scheduler.submit(request, partial(self._hear, index)))
+                self._handles.append(scheduler.submit(request, partial(self._receive_event, index)))
         except BaseException:
             self.close()
             raise
 
-    def _hear(self, index: int, event: Event) -> None:
+    def _receive_event(self, index: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._put, index, event)
 
     def _put(self, index: int, event: Event) -> None:
@@ -73,14 +73,14 @@ class Feed:
             self._backlog.add(self)
 
     def cut(self) -> None:
-        """Ends it, because its reader is too far behind; what it has not read is thrown away."""
+        """End the feed because its reader is too far behind; unread events are dropped."""
         behind = self.unread
         self.close()
         error = MeltError(f"the client is {behind} tokens behind; this server keeps {self._backlog.most} for all")
         self._events.put_nowait((0, error))
 
     def close(self) -> None:
-        """Nobody reads on: nothing runs or is kept for it any more."""
+        """Cancel all requests and drop unread events."""
         self._closed = True
         self.cancel()
         self._backlog.take(self, self.unread)
@@ -88,8 +88,8 @@ class Feed:
             self._events.get_nowait()
 
     def cancel(self) -> None:
-        """Ends what still runs, each with its next token at the latest."""
-        for handle in self._tickets:
+        """Cancel the running requests, each at its next loop or token."""
+        for handle in self._handles:
             if not handle.done:
                 handle.cancel()
 
@@ -103,7 +103,7 @@ class Feed:
 
     @asynccontextmanager
     async def for_client(self, receive: Receive) -> AsyncIterator[None]:
-        """While a client waits: once it is gone, or the block is left, nothing runs for it any more."""
+        """Cancel all requests once the client is gone or the block is left."""
         watch = asyncio.create_task(_gone(receive))
         watch.add_done_callback(lambda task: self.cancel())
         try:
@@ -119,7 +119,8 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, one a message. ``messages``: called with a way to send one; it returns at the end."""
+    """A response of server-sent events. ``messages``: called with a function that sends one event; returns at the
+    end."""
 
     media_type = "text/event-stream"
 
@@ -129,13 +130,13 @@ class EventStream(Response):
         self._feed, self._messages = feed, messages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it all."""
+        """Send all events."""
 
-        async def tell(message: Any) -> None:
+        async def send_event(message: Any) -> None:
             text = message if isinstance(message, str) else json.dumps(message, separators=(",", ":"))
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
         async with self._feed.for_client(receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._messages(tell)
+            await self._messages(send_event)
             await send({"type": "http.response.body", "body": b""})
