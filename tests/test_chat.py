@@ -60,7 +60,7 @@ def test_it_answers_and_obeys(runtime: Runtime, tiny_package: Path, prompt: str)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{first}\n{second}\n"
     assert "/reset" in result.stderr
-    assert result.stderr.count("3 loops a token") == 2
+    assert result.stderr.count("3 loops per token") == 2
     history = [f"user: {prompt}", f"assistant: {first}", f"user: {other}", f"assistant: {second}"]
     assert result.stderr.splitlines()[-4:] == history
 
@@ -248,7 +248,7 @@ def test_an_interrupt_at_the_prompt_says_how_to_leave(tiny_package: Path, monkey
     monkeypatch.setattr("builtins.input", read)
     result = run("chat", tiny_package)
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines()[1:] == ["/quit or Ctrl-D leaves", "4 loops a token"]
+    assert result.stderr.splitlines()[1:] == ["/quit or Ctrl-D leaves", "4 loops per token"]
 
 
 @pytest.mark.parametrize("place", [1, 2, 4])

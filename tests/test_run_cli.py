@@ -126,7 +126,7 @@ class TestGenerate:
         plain, result = run(*request), run(*request, "--stats", "--threads", 1)
         assert result.stdout == plain.stdout
         assert "time to first token" in result.stderr
-        assert "2.00 a token" in result.stderr
+        assert "2.00 per token" in result.stderr
         assert f"{Package.open(tiny_package).manifest.state_bytes():,} bytes" in result.stderr
 
     def test_stats_of_one_token(self, tiny_package: Path, prompt: str) -> None:

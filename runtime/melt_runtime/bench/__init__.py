@@ -1,1 +1,1 @@
-"""Measures packages on this machine."""
+"""Measure packages on this machine."""

@@ -1,5 +1,7 @@
-"""Resident memory of a process that does nothing but load one package and decode, to the last token that fits:
-``python -m`` this, with JSON."""
+"""Measure the resident memory of a process that loads one package and decodes, up to the last token that fits.
+
+Run it with ``python -m`` and JSON arguments.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ _TOKENS = 4
 
 
 def main() -> None:
-    """Loads, decodes a few tokens and prints the bytes as JSON."""
+    """Load, decode a few tokens, and print the bytes as JSON."""
     order = json.loads(sys.argv[1])
     runtime = Runtime.load(order["package"], threads=order["threads"], check_hashes=False)
     loaded = resident("VmRSS")

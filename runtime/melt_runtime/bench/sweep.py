@@ -1,6 +1,6 @@
-"""How fast packages run here, rivals in turn with each other, so that a noisy machine disturbs all alike.
+"""Measure packages in turn with each other, so that other load on the machine affects all alike.
 
-The road is that of generation, through the loop driver to the next token: where a backend runs a whole token as one
+Each token takes generation's path, through the loop driver to the next token: where a backend runs a token as one
 graph, that graph is timed.
 """
 
@@ -32,15 +32,17 @@ from ..runtime import Runtime
 from ..sampling.sampler import Sampler, SamplingParams
 from ..untrusted import whole_number
 
-_PROMPT = 128  # tokens, where a sweep does not say
+_PROMPT = 128  # default tokens of the timed prompt
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is run: every combination of these. ``contexts``: tokens in the cache before the ones that are timed;
-    ``loops`` and ``chunks`` empty: each package's own. ``prompt``: tokens of the prompt whose prefill is timed (0:
-    none; None: 128, or as many as every package holds); ``tokens``: decoded a visit; ``rounds``: visits to each
-    combination. Raises ArgumentError."""
+    """The combinations to measure. Raises ArgumentError.
+
+    ``contexts``: tokens in the cache before the timed ones. ``loops``, ``chunks``: empty for each package's own.
+    ``prompt``: tokens of the prompt whose prefill is timed (0: none; None: 128, or as many as every package holds).
+    ``tokens``: decoded per visit. ``rounds``: visits to each combination.
+    """
 
     contexts: tuple[int, ...] = (0,)
     loops: tuple[int, ...] = ()
@@ -65,7 +67,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Point:
-    """One combination; ``loops`` and ``chunk`` None: the package's own."""
+    """One combination. ``loops``, ``chunk``: None for the package's own."""
 
     context: int
     loops: int | None
@@ -75,7 +77,8 @@ class Point:
 
 @dataclass
 class Samples:
-    """Seconds, one entry a visit: the median of its tokens, and of their loops."""
+    """Measurements, one per visit, in seconds: the median of its tokens and of their loops, prefill; bandwidth in
+    bytes/s."""
 
     token: list[float] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
@@ -84,7 +87,7 @@ class Samples:
 
 
 def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
-    """Refuses a sweep that a package cannot run, before anything is loaded. Raises ArgumentError."""
+    """Raise ArgumentError for a sweep that a package cannot run, before anything is loaded."""
     longest = max(*(context + 1 for context in sweep.contexts), sweep.prompt or 0)
     if longest > manifest.max_seq_len:
         raise ArgumentError(f"{name} holds {manifest.max_seq_len} tokens; the sweep needs {longest}")
@@ -97,11 +100,11 @@ def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
 
 
 def loop_bytes(package: Package, context: int, batch: int = 1, loops: int | None = None) -> dict[str, int]:
-    """Bytes that one loop step over one token a sequence must move, as stored: the weights it multiplies with, the
-    rows of ``context`` tokens and the new one's, and hidden and latent in and out.
+    """Return the bytes that one loop step must move for one token per sequence, as stored.
 
-    The mean over ``loops`` loops (None: the package's): what only a branch of the graph reads, the gate, is not read in
-    the first. Weights in fp16 are widened by a CPU, which then moves twice as many.
+    These are the weights, the keys and values of ``context`` tokens and the new one, and hidden and latent in and out.
+    The mean over ``loops`` loops (None: the package's), because the gate's weights are not read in the first. A CPU
+    moves twice the bytes of fp16 weights, because it widens them.
     """
     manifest, graph = package.manifest, package.path("loop_step")
     stored = {name: count for name, count in initializer_bytes(graph).items() if not name.startswith("rotary.")}
@@ -116,14 +119,17 @@ def loop_bytes(package: Package, context: int, batch: int = 1, loops: int | None
 
 
 class Stopwatch:
-    """Times what generation runs: the loop driver's chunks, and the likeliest token after them."""
+    """A timer of what generation runs: the loop driver's chunks, and the likeliest token after them."""
 
     def __init__(self, driver: LoopDriver):
         self.driver, self._greedy = driver, Sampler(SamplingParams())
 
     def decode(self, context: int, loops: int, tokens: int) -> tuple[float, float]:
-        """Median seconds of a token, over ``tokens`` tokens behind ``context`` others and one that does not count; and
-        of a loop, which is a token without its head over the number of its loops."""
+        """Return the median seconds per token and per loop, over ``tokens`` tokens after ``context`` others and one
+        warm-up token.
+
+        A loop's time is that of a token without the head, divided by its loops.
+        """
         driver, settings = self.driver, LoopSettings(loops)
         self._declare(context, loops)
         times, new = [], [[0]] * driver.batch
@@ -136,7 +142,7 @@ class Stopwatch:
         return float(np.median(times[1:])), self._loop(context, loops, tokens)
 
     def prefill(self, prompt: int, chunk: int, loops: int) -> float:
-        """Seconds from a prompt of ``prompt`` tokens to the token after it."""
+        """Return the seconds from a prompt of ``prompt`` tokens to the next token."""
         self.driver.reset()
         started = perf_counter()
         self._next([[0] * prompt] * self.driver.batch, LoopSettings(loops, chunk=chunk))
@@ -154,12 +160,12 @@ class Stopwatch:
         for _ in range(tokens + 1):
             started = perf_counter()
             state.run_chunk(np.zeros((batch, 1), np.int64), control, loops, head=False)
-            state.read("hidden")  # a device computes while the host goes on
+            state.read("hidden")  # waits for a device
             times.append((perf_counter() - started) / loops)
         return float(np.median(times[1:]))
 
     def _declare(self, context: int, loops: int) -> None:
-        """Says that the cache holds so many tokens: what its rows hold changes no time."""
+        """Set the number of cached tokens without running them; the cache's contents do not affect times."""
         for slot in range(self.driver.batch):
             self.driver.clear(slot)
             self.driver.depth[slot].extend([loops] * context)
@@ -167,7 +173,7 @@ class Stopwatch:
 
 
 class _Timed:
-    """A session of ONNX Runtime whose bound runs are timed; everything else is its own."""
+    """An ONNX Runtime session that times its bound runs."""
 
     def __init__(self, session: Any):
         self.session, self.seconds, self._run = session, 0.0, session.run_with_iobinding
@@ -176,17 +182,15 @@ class _Timed:
         return getattr(self.session, name)
 
     def run_with_iobinding(self, binding: Any) -> None:
-        """Runs, and adds the time to ``seconds``."""
+        """Run and add the time to ``seconds``."""
         started = perf_counter()
         self._run(binding)
         self.seconds += perf_counter() - started
 
 
 def overhead(runtime: Runtime, tokens: int = 64, loops: int | None = None) -> float | None:
-    """The share of a generation's time that is spent outside the graphs' runs: binding, the loop driver, sampling.
-
-    None for a backend that is not ONNX Runtime.
-    """
+    """Return the share of generation time outside the graphs: binding, loop driver, sampling. None for other backends
+    than ONNX Runtime."""
     sessions = getattr(runtime.backend, "sessions", None)
     if sessions is None:
         return None
@@ -205,9 +209,9 @@ def overhead(runtime: Runtime, tokens: int = 64, loops: int | None = None) -> fl
 
 
 def peak_memory(package: Path, batch: int, loops: int, threads: int | None) -> dict[str, int | None]:
-    """Resident bytes of a fresh process that loads a package and decodes with it: "loaded_bytes", "peak_bytes".
+    """Return the resident bytes of a fresh process that loads a package and decodes: "loaded_bytes", "peak_bytes".
 
-    None each where the system does not tell. Raises BackendError if the process fails.
+    The values are None if the system does not tell. Raises BackendError if the process fails.
     """
     order = json.dumps({"package": str(package), "batch": batch, "loops": loops, "threads": threads})
     ran = subprocess.run(
@@ -221,9 +225,9 @@ def peak_memory(package: Path, batch: int, loops: int, threads: int | None) -> d
 
 
 def bench(packages: Sequence[Path], sweep: Sweep, progress: Step = no_progress) -> dict[str, Any]:
-    """Measures packages over a sweep, in turn; the first is what the others are compared with.
+    """Measure packages over a sweep, in turn; the others are compared with the first.
 
-    Returns plain values that ``json`` can write. Raises PackageError, BackendError, ArgumentError.
+    Returns plain values for JSON. Raises PackageError, BackendError, ArgumentError.
     """
     opened = [Package.open(path, check_hashes=False) for path in packages]
     names = _names(packages)
@@ -253,7 +257,7 @@ def bench(packages: Sequence[Path], sweep: Sweep, progress: Step = no_progress) 
 
 
 def _names(packages: Sequence[Path]) -> list[str]:
-    """Directory names, numbered where several are alike."""
+    """Return directory names, numbered where several are alike."""
     plain = [path.resolve().name for path in packages]
     return [name if plain.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(plain, start=1)]
 
@@ -261,7 +265,7 @@ def _names(packages: Sequence[Path]) -> list[str]:
 def _with_threads(
     packages: Sequence[Package], names: Sequence[str], sweep: Sweep, threads: int | None, progress: Step
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The sections that one number of threads adds to the report."""
+    """Yield the report's sections for one number of threads."""
     label = f"{threads or 'default'} threads"
     used = threads or physical_cores()
     progress(f"read bandwidth, {label}", 1, 0)
@@ -280,7 +284,7 @@ def _with_threads(
     for batch in sweep.batches:  # one batch's state at a time
         watches = [Stopwatch(runtime.driver(batch)) for runtime in runtimes]
         own = [point for point in points if point.batch == batch]
-        for turn in range(sweep.rounds + 1):  # the first does not count
+        for turn in range(sweep.rounds + 1):  # the first round is a warm-up
             for point in own:
                 for at, watch in enumerate(watches):
                     rate = bandwidth.measure()
@@ -325,7 +329,7 @@ def _row(
     sweep: Sweep,
     threads: int,
 ) -> dict[str, Any]:
-    """One combination of one package. A prefill is timed with the first context and holds for all."""
+    """Return one combination's results for one package. Prefill is timed with the first context only."""
     own, first = samples[at, point], samples[0, point]
     prefill = samples[at, Point(sweep.contexts[0], point.loops, point.batch, point.chunk)].prefill
     loops = point.loops or package.manifest.loops
@@ -353,7 +357,7 @@ def _row(
 
 
 def spread(values: Any) -> dict[str, float] | None:
-    """Median and quartiles; None of nothing."""
+    """Return median and quartiles; None without values."""
     if len(values) == 0:
         return None
     low, middle, high = (float(v) for v in np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)))

@@ -1,1 +1,1 @@
-"""The melt-run command."""
+"""The ``melt-run`` command."""

@@ -1,4 +1,4 @@
-"""``melt-run bench``: how fast packages run here, as a table and as JSON."""
+"""``melt-run bench``: measure how fast packages run here."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..progress import shown_progress
 from .errors import reported_errors
 from .tables import human_bytes
 
-_WIDTH = 200  # of the table in a file or a pipe
+_WIDTH = 200  # characters of a table that is not shown on a terminal
 _LIBRARIES = ("melt-export", *ONNX_RUNTIMES, "numpy")
 
 
 def bench_command(
     package: Annotated[Path, typer.Argument(help="The package to measure.")],
     against: Annotated[
-        list[Path] | None, typer.Option(help="A rival, run in turn with it; may be given several times.")
+        list[Path] | None, typer.Option(help="A package to compare with, run in turn; may be given several times.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     context: Annotated[str, typer.Option(help="Tokens in the cache before the timed ones, such as 0,512,2048.")] = "0",
-    loops: Annotated[str, typer.Option(help="Loops a token, such as 1,2,4. Default: each package's.")] = "",
+    loops: Annotated[str, typer.Option(help="Loops per token, such as 1,2,4. Default: each package's.")] = "",
     batch: Annotated[str, typer.Option(help="Sequences at a time, such as 1,4.")] = "1",
     chunk: Annotated[str, typer.Option(help="Prefill chunks, such as 32,128. Default: each package's.")] = "",
     threads: Annotated[str, typer.Option(help="Threads, such as 1,2. Default: the physical cores.")] = "",
@@ -44,10 +44,10 @@ def bench_command(
     tokens: Annotated[int, typer.Option(help="Tokens decoded at each visit.")] = 4,
     rounds: Annotated[int, typer.Option(help="Visits to each combination, packages in turn.")] = 5,
 ) -> None:
-    """Measure speed, bytes and memory of a package, and of rivals in turn with it.
+    """Measure speed, bytes and memory of a package, and of others in turn with it.
 
-    Every combination of the lists is run. Bandwidth is what this machine reads with as many threads, measured first
-    and again before each visit.
+    Every combination of the lists is run. Bandwidth is what this machine reads with as many threads, measured first and
+    again before each visit.
     """
     with reported_errors():
         sweep = Sweep(
@@ -75,7 +75,7 @@ def bench_command(
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
-    """ "0,512" -> (0, 512). Raises ArgumentError."""
+    """Parse "0,512" as (0, 512). Raises ArgumentError."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     wrong = next((word for word in words if not word.isascii() or not word.isdigit()), None)
     if wrong is not None:
@@ -88,7 +88,7 @@ def _versions() -> dict[str, str]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """The report as tables."""
+    """Print the report as tables."""
     for found in report["bandwidth"]:
         console.print(f"memory is read at {_middle(found['bytes_s'], 1e9, 1)} GB/s with {found['threads']} threads")
     table = Table("package", "state", "loaded", "peak")
@@ -110,7 +110,7 @@ _SHOWN = (
     "first token",
     "prefill/s",
     "decode/s",
-    "a loop",
+    "per loop",
     "moves",
     "GB/s",
     "of bandwidth",
@@ -120,7 +120,7 @@ _SHOWN = (
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """A row's figures in the order of the columns."""
+    """Format a result's figures in the order of the columns."""
     return [
         _middle(row["first_token_s"], 1, 3, " s"),
         _middle(row["prefill_tokens_s"], 1, 1),
@@ -135,5 +135,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _middle(values: dict[str, float] | None, unit: float, digits: int, sign: str = "") -> str:
-    """The median in a unit; a dash where nothing was measured."""
+    """Format the median in a unit; a dash if nothing was measured."""
     return "-" if values is None else f"{values['median'] / unit:.{digits}f}{sign}"

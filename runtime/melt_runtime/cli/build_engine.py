@@ -1,4 +1,4 @@
-"""``melt-run build-engine``: a package's graphs as TensorRT plans, built where they will run."""
+"""``melt-run build-engine``: build a package's graphs as TensorRT plans on the machine that runs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Weights = StrEnum("Weights", {name: name for name in WEIGHTS})  # type: ignore[m
 
 WeightsOption = Annotated[
     Weights | None,
-    typer.Option(help="Store the loop step's products in fewer bits; default: as the package has them."),
+    typer.Option(help="Store the loop step's weights in fewer bits; default: as the package has them."),
 ]
 CapabilityOption = Annotated[
     list[str] | None,
@@ -45,7 +45,7 @@ def build_engine_command(
         int | None, typer.Option(help="Most scratch memory, in MiB; default: the library's choice.")
     ] = None,
     weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory and come when needed.")
+        bool, typer.Option("--weight-streaming", help="Allow weights in host memory, copied when needed.")
     ] = False,
     timing_cache: Annotated[
         Path | None, typer.Option(help="For tensorrt, a file of kernel timings to use and extend.")
@@ -72,5 +72,5 @@ def build_engine_command(
 
 
 def built_line(manifest: Manifest, options: EngineOptions, spec: EngineSpec) -> str:
-    """What was built, in a line."""
+    """Describe the built engine in a line."""
     return f"engine {engine_name(options, manifest.precision)}: {engine_line(spec)}"

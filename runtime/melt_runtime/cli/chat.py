@@ -1,4 +1,4 @@
-"""``melt-run chat``: a conversation in the terminal, and its commands."""
+"""``melt-run chat``: a chat in the terminal, and its commands."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from .errors import for_terminal, one_line
 from .inspect import untrained_warnings
 
 HELP = """\
-  /loops N    think N loops a token from now on; without N: say how many
+  /loops N    use N loops per token from now on; without N: show the number
   /history    show the conversation
-  /save FILE  keep the conversation in a file
-  /load FILE  go on with a kept conversation, and the options it had
+  /save FILE  save the conversation to a file
+  /load FILE  continue a saved conversation with its options
   /reset      forget the conversation
   /help       show this
   /quit       leave (so does Ctrl-D)
-  Ctrl-C      stop the answer; what came of it stays in the conversation"""
+  Ctrl-C      stop the answer; its text so far stays in the conversation"""
 
 
 class Chat:
-    """Answers on standard output, notices on standard error.
+    """A chat with answers on standard output and notices on standard error.
 
-    session: of a package with a chat template. system: a message that every conversation begins with, or None.
-    variables: what the template is given beside the messages.
+    ``session``: of a package with a chat template. ``system``: the first message of every conversation, or None.
+    ``variables``: further variables for the chat template.
     """
 
     def __init__(self, session: Session, system: str | None = None, variables: Mapping[str, Any] | None = None):
         self.conversation = Conversation(session, system, notice, variables)
 
     def run(self) -> None:
-        """Reads messages until the end of input or /quit. Raises MeltError where going on makes no sense."""
+        """Read messages until the end of input or /quit. Raises MeltError if the chat cannot go on."""
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if interactive:
-            with suppress(ImportError):  # line editing and what was typed before, where the platform has it
+            with suppress(ImportError):  # line editing and history, where the platform has it
                 import readline  # noqa: F401
             for warning in untrained_warnings(self.conversation.session.runtime.manifest):
                 notice(f"Warning: {warning}")
@@ -104,7 +104,7 @@ class Chat:
             notice("\nstopped before the first word; the message is forgotten")
 
     def _loops(self) -> str:
-        return f"{self.conversation.loops.loops} loops a token"
+        return f"{self.conversation.loops.loops} loops per token"
 
     def _size(self) -> str:
         return f"{len(self.conversation.messages)} messages, {len(self.conversation.session)} tokens"
@@ -112,8 +112,11 @@ class Chat:
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """While it lasts, Ctrl-C is noted instead of raised, so that nothing is left half-way; gives a function that says
-    whether it came. A second one raises KeyboardInterrupt. For the main thread."""
+    """Hold Ctrl-C for the length of the block, so that nothing is left half-done; yields a function that tells whether
+    it came.
+
+    A second one raises KeyboardInterrupt. For the main thread.
+    """
     came = False
 
     def note(number: int, frame: object) -> None:
@@ -130,7 +133,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def notice(text: str) -> None:
-    """What is no answer, on standard error."""
+    """Print a notice on standard error."""
     typer.secho(for_terminal(text, sys.stderr), err=True, dim=True)
 
 

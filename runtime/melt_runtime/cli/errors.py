@@ -1,4 +1,4 @@
-"""How every command of the family ends: what it refuses is one line on standard error and exit code 2."""
+"""How commands end: refusals are one line on standard error and exit code 2."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ INTERRUPTED = 130
 
 
 def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = ()) -> None:
-    """Runs a command line and exits. ``refused``: the errors that are an answer and not a defect.
+    """Run a command line and exit.
 
-    With MELT_TRACEBACK=1 in the environment those show where they were raised.
+    ``refused``: errors that are refusals, not defects. MELT_TRACEBACK=1 in the environment shows their traceback.
     """
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-            signal.signal(number, _end)  # so that what is half-built is removed
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored by nohup
+            signal.signal(number, _end)  # so that temporary files are removed
     code = 0
     try:
         result = app(prog_name=name, standalone_mode=False)
@@ -42,14 +42,17 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    """Ends as the shell reports a signal's death, once everything is cleaned up."""
+    """Exit with the code of a signal's death, after cleanup."""
     sys.exit(128 + number)
 
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turns what a command raises into its exit: 2 after one line for an error, 130 after Ctrl-C, quiet for a pipe.
-    A MeltWarning is one line on standard error."""
+    """Turn exceptions of a command into its exit: 2 after one line for an error, 130 for Ctrl-C, silent for a closed
+    pipe.
+
+    A MeltWarning is printed as one line on standard error.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", MeltWarning)
@@ -58,7 +61,7 @@ def reported_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        # Else Python would try to flush what is left when it ends, and complain.
+        # Else Python would try to flush the rest at exit, and print an error.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
@@ -75,7 +78,7 @@ def reported_errors() -> Iterator[None]:
 
 
 def _show(others: Callable[..., None]) -> Callable[..., None]:
-    """How a warning is shown; ``others``: of other categories."""
+    """Return a function that shows warnings. ``others``: shows other categories."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, MeltWarning):
@@ -87,20 +90,19 @@ def _show(others: Callable[..., None]) -> Callable[..., None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, and without characters that a terminal would act on, for parts of it may
-    be a stranger's; a file system's names the file."""
+    """Return an error's message as one printable line, because parts of it may be untrusted. OSErrors name the file."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return printable(f"{os.fsdecode(error.filename)}: {error.strerror}")
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def for_terminal(text: str, stream: TextIO) -> str:
-    """Text as it may be written to a stream: on a terminal without characters that it would act on, such as escape
-    sequences, which a model or its tokenizer may contain."""
+    """Return text for a stream: on a terminal, without escape sequences and the like, which a model may produce."""
     return printable(text, kept="\n\t") if stream.isatty() else text
 
 
 def _usage(error: Exception) -> str | None:
-    """What the command line library says of a wrong option (or its help, of none at all); None for other errors."""
+    """Return the command line library's message about a wrong option (or its help, without a command); None for other
+    errors."""
     describe = getattr(error, "format_message", None)
     return None if describe is None else str(describe())

@@ -1,4 +1,4 @@
-"""What is in a package, as plain facts: read from its manifest and file list, without loading a graph."""
+"""Describe a package by its manifest and file list, without loading a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..package.reader import Package
 from ..text.end_tokens import EndToken, end_tokens
 from ..untrusted import FieldError, flag, listed, printable, read_object
 
-# What the loops column of the comparison with a LoopLM shows.
+# The loops shown in the comparison with a LoopLM.
 COMPARED_LOOPS = (1, 2, 4, 8, 16)
 _UNTRAINED = {
     "latent_gate": "the latent gate is untrained: answers will be poor until it is trained",
@@ -29,7 +29,7 @@ _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file: ``role`` is "graph", "weights" or "text" (tokenizer, templates, settings)."""
+    """A file. ``role``: "graph", "weights" or "text" (tokenizer, templates, settings)."""
 
     name: str
     role: str
@@ -38,7 +38,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """A graph: its ONNX file, that file's bytes, and the names that go in and out."""
+    """A graph: its ONNX file with its bytes, and the names of inputs and outputs."""
 
     name: str
     file: str
@@ -49,7 +49,7 @@ class GraphFacts:
 
 @dataclass(frozen=True)
 class StateFacts:
-    """A state of the loop step. ``bytes`` is what a session of the described batch allocates for it."""
+    """A state of the loop step. ``bytes``: allocated for a session of the described batch."""
 
     name: str
     kind: str
@@ -60,11 +60,11 @@ class StateFacts:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Bytes at ``length`` tokens in each of ``batch`` sequences.
+    """Bytes with ``length`` tokens in each of ``batch`` sequences.
 
-    ``weights_bytes``: the weights as stored. ``state_bytes``: all state a session allocates, at any number of loops
-    and any length. ``cache_bytes``: the key/value rows that the tokens occupy. ``looplm_cache_bytes``: the rows that
-    a LoopLM with one cache per loop would occupy, by its number of loops.
+    ``weights_bytes``: as stored. ``state_bytes``: all state of a session, whatever the loops and the length.
+    ``cache_bytes``: keys and values of the tokens. ``looplm_cache_bytes``: those of a LoopLM with one cache per loop,
+    by number of loops.
     """
 
     length: int
@@ -77,8 +77,8 @@ class MemoryFacts:
 
 @dataclass(frozen=True)
 class ParityFacts:
-    """What parity.json says. ``current`` is False when it was written for another manifest than the package's;
-    ``problem`` says why it cannot be read, where it cannot."""
+    """The content of parity.json. ``current``: False if it was written for another manifest. ``problem``: why it cannot
+    be read."""
 
     passed: bool
     current: bool
@@ -99,10 +99,10 @@ class ParityFacts:
 
 @dataclass(frozen=True)
 class PackageFacts:
-    """Everything ``melt-run inspect`` shows. Sizes of the model that its configuration does not name are None.
+    """All that ``melt-run inspect`` shows. Model sizes missing in the configuration are None.
 
-    ``parity`` is None for a package that was never verified. ``warnings`` are sentences for people. ``backends``: what
-    could run the package on this machine, best first, and why the others cannot.
+    ``parity``: None if never verified. ``warnings``: sentences for the user. ``backends``: which backends can run the
+    package here, best first, and why others cannot.
     """
 
     directory: str
@@ -138,15 +138,15 @@ class PackageFacts:
     backends: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as plain values that ``json`` can write."""
+        """Return the facts as plain values for JSON."""
         return asdict(self)
 
 
 def describe(package: Package, *, length: int | None = None, batch: int = 1, device: int = 0) -> PackageFacts:
-    """The facts of an open package, with its memory at a length in tokens (None: all it can hold) and a batch, and
-    what could run it on this machine (on an NVIDIA device of this index, where there is one).
+    """Describe an open package. Raises ArgumentError for a length or batch beyond the package's, PackageError.
 
-    Raises ArgumentError for a length or batch beyond the package's, PackageError for a broken tokenizer.
+    ``length``, ``batch``: for its memory, in tokens (None: the most) and sequences. ``device``: index of the NVIDIA
+    device for its backends.
     """
     manifest = package.manifest
     length = manifest.max_seq_len if length is None else length
@@ -203,21 +203,21 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
 
 
 def arithmetic_of(manifest: Manifest) -> str:
-    """What a package computes in, for people."""
+    """Describe what a package computes in."""
     if not manifest.weights:
         return manifest.precision
-    products = f"{manifest.precision}; {manifest.weights.get('kind')} weights are multiplied on the CPU with"
-    return f"{products} {'float' if activations_of(manifest) == 'float' else '8-bit'} activations"
+    matmuls = f"{manifest.precision}; {manifest.weights.get('kind')} weights are multiplied on the CPU with"
+    return f"{matmuls} {'float' if activations_of(manifest) == 'float' else '8-bit'} activations"
 
 
 def activations_of(manifest: Manifest) -> str | None:
-    """What quantized weights are multiplied with by ONNX Runtime on the CPU: "int8" or "float"; None without any."""
+    """Return the activations that ONNX Runtime multiplies quantized weights with on the CPU: "int8" or "float"; None
+    without quantized weights."""
     return str(manifest.weights.get("activations", "int8")) if manifest.weights else None
 
 
 def untrained_warnings(manifest: Manifest, loops: int | None = None) -> tuple[str, ...]:
-    """One sentence for each part of a model that was initialised, never trained, and is read in so many loops (None:
-    as many as the package runs)."""
+    """Return a warning for each untrained part that is used with this number of loops (None: the package's)."""
     unread = unread_parts(manifest.model, manifest.loops if loops is None else loops)
     return tuple(
         _UNTRAINED.get(part, f"the part {part!r} is untrained") for part in manifest.untrained if part not in unread
@@ -225,8 +225,10 @@ def untrained_warnings(manifest: Manifest, loops: int | None = None) -> tuple[st
 
 
 def unread_parts(model: Mapping[str, Any], loops: int) -> tuple[str, ...]:
-    """The gates of a configuration that no answer depends on in so many loops: in one loop no token can leave before
-    its last, and a latent that starts at its input stays there, whatever a gate says."""
+    """Return the gates that do not affect results with this number of loops.
+
+    With one loop, no token can leave early, and a latent that starts at its input stays there.
+    """
     if loops > 1:
         return ()
     starts_at_input = model.get("latent_init", "first_input") == "first_input"
@@ -258,7 +260,7 @@ def _memory(package: Package, length: int, batch: int) -> MemoryFacts:
 
 
 def _parity(package: Package) -> ParityFacts | None:
-    """What parity.json says; a broken one says nothing of the package, which is as sound as before."""
+    """Read parity.json. A broken file does not make the package invalid."""
     path = package.directory / PARITY
     if not path.exists() and not path.is_symlink():
         return None
@@ -275,5 +277,5 @@ def _parity(package: Package) -> ParityFacts | None:
 
 
 def _sentence(value: Any, where: str) -> str:
-    """A sentence, as it can be shown."""
+    """Accept any value as a printable sentence."""
     return printable(str(value))[:1000]

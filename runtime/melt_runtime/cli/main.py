@@ -1,4 +1,4 @@
-"""The ``melt-run`` command. Text goes to standard output, all else to standard error."""
+"""The ``melt-run`` command. Results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 
 MaxTokens = Annotated[int, typer.Option(help="Most new tokens in an answer.")]
-Loops = Annotated[int | None, typer.Option(help="Most loops a token; default: the package's.")]
+Loops = Annotated[int | None, typer.Option(help="Most loops per token; default: the package's.")]
 ExitThreshold = Annotated[
     float | None,
     typer.Option(
@@ -44,27 +44,27 @@ ExitThreshold = Annotated[
         "default: the package's."
     ),
 ]
-MinLoops = Annotated[int, typer.Option(help="Loops that every token has at least.")]
+MinLoops = Annotated[int, typer.Option(help="Least loops per token.")]
 ExitChange = Annotated[
     float,
-    typer.Option(help="A token leaves, too, once a loop changes its hidden state by less than this share; 0: never."),
+    typer.Option(help="A token also leaves once a loop changes its hidden state by less than this share; 0: never."),
 ]
 ChunkSize = Annotated[
     int | None,
     typer.Option(help="Prompt tokens that run their loops together; default: the package's. It changes the answer."),
 ]
-Temperature = Annotated[float, typer.Option(help="Divides the logits before drawing; 0 takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(help="Draw from the smallest set with this share of probability; 1: from all.")]
+Temperature = Annotated[float, typer.Option(help="Divides the logits before sampling; 0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this share of probability; 1: from all.")]
 MinP = Annotated[
-    float, typer.Option(help="Draw from tokens at least this fraction as likely as the likeliest; 0: off.")
+    float, typer.Option(help="Sample from tokens at least this fraction as likely as the likeliest; 0: off.")
 ]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely; 1: off.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same draws; default: new ones each time.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer; default: a new one each time.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 ChatTemplateKwargs = Annotated[
     str | None,
-    typer.Option(help="What the chat template is given beside the messages, as JSON: '{\"enable_thinking\": false}'."),
+    typer.Option(help="Further variables for the chat template, as JSON: '{\"enable_thinking\": false}'."),
 ]
 
 
@@ -185,7 +185,7 @@ def chat(
 def inspect(
     package: PackageDirectory,
     length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence, for the memory tables; default: the most that fit.")
+        int | None, typer.Option(help="Tokens per sequence, for the memory tables; default: the most that fit.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time, for the memory tables.")] = 1,
     device: DeviceIndex = 0,
@@ -211,7 +211,7 @@ app.command("serve", epilog=_EPILOG)(serve_command)
 def _depth(
     loops: int | None, exit_threshold: float | None, min_loops: int, exit_change: float, chunk: int | None
 ) -> dict[str, Any]:
-    """How deep to think, checked now; None is the package's to say. Raises ArgumentError."""
+    """Check the loop options and return them; None means the package's. Raises ArgumentError."""
     most = max(min_loops, 1) if loops is None else loops
     LoopSettings(most, 1.0 if exit_threshold is None else exit_threshold, chunk, min_loops, exit_change)
     given = {"loops": loops, "exit_threshold": exit_threshold, "chunk": chunk}
@@ -229,7 +229,7 @@ def _request(
     seed: int | None,
     stop: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """The options of a request, checked now: a large package takes a while to load. Raises ArgumentError."""
+    """Check a request's options before the package is loaded, which takes a while. Raises ArgumentError."""
     sampling = {
         "temperature": temperature,
         "top_k": top_k,
@@ -250,7 +250,7 @@ def _load(package: Path, backend: str, device: int, threads: int | None, expect:
 
 
 def _read_stdin() -> str:
-    """The prompt on standard input, less one line break at its end. Raises PromptError unless it is UTF-8."""
+    """Read the prompt from standard input, without one final line break. Raises PromptError unless it is UTF-8."""
     if sys.stdin.isatty():
         notice("type the prompt, then Ctrl-D")
     try:
@@ -261,7 +261,7 @@ def _read_stdin() -> str:
 
 
 def _variables(text: str | None) -> dict[str, Any]:
-    """The variables of --chat-template-kwargs. Raises ArgumentError."""
+    """Parse --chat-template-kwargs. Raises ArgumentError."""
     if text is None:
         return {}
     try:
@@ -274,7 +274,8 @@ def _variables(text: str | None) -> dict[str, Any]:
 
 
 def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: dict[str, Any] | None) -> list[int]:
-    """The prompt's token ids. ids: it is written so. chat: it is a message of one; what the template is given."""
+    """Return the prompt's token ids. ``ids``: the text is token ids. ``chat``: wrap it as a message, with these
+    variables."""
     if ids:
         words = text.replace(",", " ").split()
         wrong = next((word for word in words if not re.fullmatch(r"-?[0-9]{1,18}", word)), None)
@@ -287,7 +288,7 @@ def _prompt_ids(runtime: Runtime, text: str, ids: bool, chat: dict[str, Any] | N
 
 
 def _stream(generator: Generator, *, ids: bool, silent: bool) -> list[float]:
-    """Writes what comes, as it comes, and returns when each token came (perf_counter seconds)."""
+    """Write deltas as they come. Return each token's time of arrival (perf_counter seconds)."""
     arrivals: list[float] = []
     for delta in generator:
         if not silent:
@@ -304,8 +305,8 @@ def _write(text: str) -> None:
 
 
 def main() -> None:
-    """The ``melt-run`` command."""
-    # A terminal that lacks a character, or input that is no text, must not end a conversation.
+    """Run the ``melt-run`` command."""
+    # Characters that the terminal lacks, and input that is not text, must not end a chat.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

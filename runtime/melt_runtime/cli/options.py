@@ -1,4 +1,4 @@
-"""Options that several commands of melt-run have."""
+"""Options shared by several commands of melt-run."""
 
 from __future__ import annotations
 

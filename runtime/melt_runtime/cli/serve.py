@@ -1,4 +1,4 @@
-"""``melt-run serve``: options, and a server until a signal ends it."""
+"""``melt-run serve``: start a server that runs until a signal ends it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
 from .tables import hash_progress
 
 KEYS_VARIABLE = "MELT_API_KEYS"
-PREFIX_BYTES = 64 << 20  # of prompts that are kept, where nothing else is said
+PREFIX_BYTES = 64 << 20  # default size of the prefix cache
 
 
 def serve_command(
@@ -42,7 +42,7 @@ def serve_command(
     ] = MAX_SECONDS,
     max_loops: Annotated[
         int | None,
-        typer.Option(help="Most loops a token may have; default: four times the package's.", min=1, max=MAX_LOOPS),
+        typer.Option(help="Most loops per token; default: four times the package's.", min=1, max=MAX_LOOPS),
     ] = None,
     max_connections: Annotated[
         int | None,
@@ -70,7 +70,7 @@ def serve_command(
     ] = None,
     max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.", min=1)] = 1 << 20,
     api_key_file: Annotated[
-        Path | None, typer.Option(help=f"A file of API keys, one a line, besides those in {KEYS_VARIABLE}.")
+        Path | None, typer.Option(help=f"A file of API keys, one per line, besides those in {KEYS_VARIABLE}.")
     ] = None,
     without_key: Annotated[
         bool, typer.Option("--without-key", help="Listen on an address that others reach, with no key at all.")
@@ -135,7 +135,7 @@ def serve_command(
             server_header=False,
             ssl_certfile=tls_cert,
             ssl_keyfile=tls_key,
-            timeout_graceful_shutdown=1,  # DrainingServer has waited by then
+            timeout_graceful_shutdown=1,  # DrainingServer has already waited
         )
         config.load()
         server = DrainingServer(config, scheduler, drain)
@@ -158,18 +158,18 @@ def serve_command(
             scheduler.close(drain=False)
         log("stopped")
         sys.stdout.flush()
-        os._exit(0)  # Python's own end waits for threads, and tears libraries down, for as long as these take
+        os._exit(0)  # normal interpreter exit would wait for threads and unload libraries
 
 
 def _require_tls(cert: Path, key: Path) -> None:
-    """Refuses a certificate and key that cannot be used, before anything large is loaded. Raises ArgumentError."""
+    """Raise ArgumentError for an unusable certificate and key, before anything large is loaded."""
     for option, path in (("--tls-cert", cert), ("--tls-key", key)):
         try:
             path.open("rb").close()
         except OSError as error:
             raise ArgumentError(f"{option} {path} cannot be read: {error.strerror}") from error
     try:
-        # A password would be asked for at the terminal, which a service does not have.
+        # Else a password would be asked for at the terminal.
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=lambda: b"")
     except (OSError, ValueError) as error:
         raise ArgumentError(
@@ -179,9 +179,9 @@ def _require_tls(cert: Path, key: Path) -> None:
 
 
 def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> PrefixCache | None:
-    """Room in the host's memory for prompts that were run before. Raises ArgumentError for more than there is."""
+    """Make the prefix cache. Raises ArgumentError for more memory than is available."""
     free = available_memory()
-    if free is not None and runtime.backend.name == "onnxruntime":  # the slots' state will lie there, too
+    if free is not None and runtime.backend.name == "onnxruntime":  # which also holds the slots' state
         batch = runtime.backend.max_batch if slots is None else slots
         free = max(free - runtime.memory(batch=batch).session_bytes, 0)
     if asked is None:
@@ -192,8 +192,10 @@ def _prefix_store(runtime: Runtime, slots: int | None, asked: int | None) -> Pre
 
 
 def _listen(host: str, port: int, stall: int) -> socket.socket:
-    """A listening socket, before anything large is loaded; connections on it end when the other side takes nothing for
-    ``stall`` seconds, where the system can do that. Raises ArgumentError where there is none to be had."""
+    """Open the listening socket before anything large is loaded. Raises ArgumentError.
+
+    Where the system supports it, connections end when the client takes nothing for ``stall`` seconds.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How results look: the tables of ``melt-run inspect``, a generation's numbers, the progress of opening a package."""
+"""Format results: the tables of ``melt-run inspect``, statistics of a generation, progress of opening a package."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ..text.end_tokens import EndToken
 from ..untrusted import printable
 from .inspect import MemoryFacts, PackageFacts, StateFacts
 
-# Hashing less than this takes about as long as it takes to notice a bar.
+# Hashing less than this is over before a bar is noticed.
 _PROGRESS_FROM_BYTES = 200_000_000
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes for people, in binary units: "1.5 MiB"."""
+    """Format a number of bytes in binary units: "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -39,9 +39,9 @@ def human_bytes(count: float) -> str:
 
 @contextmanager
 def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
-    """A callback for the ``progress`` of opening a package, which draws a bar on standard error.
+    """Yield a callback for the ``progress`` of opening a package, which draws a bar on standard error.
 
-    None where nobody would see it: standard error is no terminal, or the package is small. Raises PackageError.
+    Yields None if standard error is not a terminal or the package is small. Raises PackageError.
     """
     total = 0
     if sys.stderr.isatty():
@@ -55,7 +55,7 @@ def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
 
         def advance(count: int) -> None:
             bar.advance(task, count)
-            # What follows the hashing, loading the graphs, is not this bar's to show.
+            # The bar does not cover loading the graphs, which follows.
             if bar.finished:
                 bar.stop()
 
@@ -63,8 +63,11 @@ def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
 
 
 def generation_dict(result: Generation) -> dict[str, Any]:
-    """A generation as plain values that ``json`` can write; its depths one by one and as count, mean, least and most
-    loops, and the share of loops that leaving early saved."""
+    """Return a generation as plain values for JSON.
+
+    ``depth``: all depths, with their number, mean, minimum and maximum. ``saved``: the share of loops that early exit
+    saved.
+    """
     depth = result.depth
     return {
         "text": result.text,
@@ -83,20 +86,20 @@ def generation_dict(result: Generation) -> dict[str, Any]:
 
 
 def stats_lines(result: Generation, started: float, arrivals: Sequence[float], state_bytes: int) -> list[str]:
-    """Speed, depth and memory of a generation, for people. started: when it began; arrivals: when each token came,
-    both in seconds of one clock."""
+    """Format speed, depth and memory of a generation. ``started``, ``arrivals``: when it began and each token came, in
+    seconds."""
     decoding = arrivals[-1] - arrivals[0]
     speed = f"{(len(arrivals) - 1) / decoding:.1f} tokens/s" if decoding > 0 else "one token, no rate"
     return [
         f"decode               {speed}",
         f"time to first token  {arrivals[0] - started:.3f} s for {result.prompt_tokens} prompt tokens",
-        f"mean loops           {sum(result.depth) / len(result.depth):.2f} a token, {result.saved:.0%} of all not run",
+        f"mean loops           {sum(result.depth) / len(result.depth):.2f} per token, {result.saved:.0%} saved",
         f"state                {state_bytes:,} bytes",
     ]
 
 
 def engine_line(spec: EngineSpec) -> str:
-    """An engine in a few words: library, devices, size and sizes it was built for."""
+    """Describe an engine in a line: library, devices, bytes and largest sizes."""
     last = spec.profiles[-1]
     return (
         f"{spec.flavour} {spec.version}, compute capability {devices_of(spec)}, "
@@ -105,8 +108,8 @@ def engine_line(spec: EngineSpec) -> str:
 
 
 def print_facts(facts: PackageFacts) -> None:
-    """Prints a package's facts as a panel and tables."""
-    console = Console(highlight=False, markup=False)  # what a package says is no markup
+    """Print a package's facts as a panel and tables."""
+    console = Console(highlight=False, markup=False)  # texts of a package may look like markup
     console.print(_summary(facts))
     for warning in facts.warnings:
         console.print(Text(f"Warning: {warning}", style="bold yellow"))
@@ -131,7 +134,7 @@ def _summary(facts: PackageFacts) -> Panel:
     shape = f"{_known(facts.layers)} layers, d {_known(facts.hidden_size)}, {_known(facts.heads)} heads"
     rows = {
         "model": f"{shape}, {_known(facts.kv_heads)} key/value heads, vocabulary {facts.vocab_size:,}",
-        "loops": f"{facts.loops} a token, exit threshold {facts.exit_threshold:g} ({early})",
+        "loops": f"{facts.loops} per token, exit threshold {facts.exit_threshold:g} ({early})",
         "graphs": f"{facts.dialect} dialect, {facts.precision}",
         "arithmetic": facts.arithmetic,
         "limits": f"{facts.max_seq_len:,} tokens, batch {facts.max_batch}, chunk {facts.chunk}",
@@ -159,7 +162,7 @@ def _known(value: int | None) -> str:
 
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
-    """A table with (heading, justification) columns."""
+    """Make a table with (heading, justification) columns."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="cyan")
     for heading, justify in columns:
         table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
@@ -196,12 +199,12 @@ def _backends(facts: PackageFacts) -> Table:
 
 def _states(facts: PackageFacts) -> Table:
     columns = (("state", "left"), ("kind", "left"), ("dtype", "left"), ("shape", "left"), ("allocated", "right"))
-    table = _table("StatePool of the loop step", *columns)
+    table = _table("States of the loop step", *columns)
 
     def alike(state: StateFacts) -> tuple[str, str, str, tuple[int | str, ...]]:
         return (state.name.split(".")[0], state.kind, state.dtype, state.shape)
 
-    # A cache for each layer, all of one shape: one row for them, in the order in which they first appear.
+    # Caches of all layers have one shape: show them in one row, in order of first appearance.
     order = {alike(state): number for number, state in reversed(list(enumerate(facts.states)))}
     ordered = sorted(facts.states, key=lambda state: order[alike(state)])
     for (name, kind, dtype, shape), members in groupby(ordered, alike):
