@@ -27,7 +27,7 @@ class Generation:
 
     @property
     def saved(self) -> float:
-        """Return the share of loops that early exit saved, of ``loops`` per token."""
+        """The share of loops that early exit saved, of ``loops`` per token."""
         most = self.loops * len(self.depth)
         return 1 - sum(self.depth) / most if most else 0.0
 

@@ -136,7 +136,7 @@ def require_memory(device: Device, batch: int, state: int, scratch: int, total: 
 
 @dataclass
 class _PinnedUse:
-    """Whether the device may still be reading pinned memory; shared by a state and its parts."""
+    """A flag, shared by a state and its parts: the device may still be reading pinned memory."""
 
     busy: bool = False
 

@@ -27,7 +27,8 @@ _LAUNCHED = 4  # with more than this times the package's loops, loops are launch
 
 
 class Interrupted(Exception):
-    """Raised between loops when a call's tokens are no longer wanted. The sequences are as before the call."""
+    """An exception raised between loops when a call's tokens are no longer wanted. The sequences are as before the
+    call."""
 
 
 class LoopDriver:

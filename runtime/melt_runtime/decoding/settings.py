@@ -47,7 +47,7 @@ class LoopSettings:
 
     @property
     def adaptive(self) -> bool:
-        """Return whether a token may leave before its last loop."""
+        """Whether a token may leave before its last loop."""
         return self.min_loops < self.loops and (self.exit_threshold < 1.0 or self.exit_change > 0.0)
 
     def check(self, manifest: Manifest) -> None:

@@ -26,12 +26,12 @@ class Memory:
 
     @property
     def session_bytes(self) -> int:
-        """Return the bytes that one session allocates."""
+        """The bytes that one session allocates."""
         return self.state_bytes + self.scratch_bytes
 
     @property
     def fits(self) -> bool:
-        """Return whether a session fits, as far as is known."""
+        """Whether a session fits, as far as is known."""
         return self.available_bytes is None or self.session_bytes <= self.available_bytes
 
 

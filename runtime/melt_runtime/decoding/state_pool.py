@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class StatePool:
-    """Lends each call a state of its own, from any thread.
+    """A pool that lends each call its own state, from any thread.
 
     Without memory for another state, a call takes the one of the stream that was read longest ago, which then raises
     OvertakenError; a call that is computing is waited for. ``open_driver``: allocates a state for a batch.

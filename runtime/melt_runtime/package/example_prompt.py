@@ -18,5 +18,5 @@ def example_prompt(package: Package) -> str | None:
 
 
 def read_example_prompt(path: Path) -> str:
-    """The text of an example_prompt.txt less its last line break. Raises PackageError."""
+    """Return the text of an example_prompt.txt without its final line break. Raises PackageError."""
     return read_text(path, _MAX_BYTES).removesuffix("\n").removesuffix("\r")

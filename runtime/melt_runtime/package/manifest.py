@@ -126,7 +126,7 @@ class Manifest:
 
 
 def version_for(states: Sequence[StateSpec]) -> int:
-    """The oldest format that has such states."""
+    """Return the oldest format version that has such states."""
     carried = any(state.input == "latent" or state.kind == "per_loop" for state in states)
     return 1 if carried else _ONE_LOOP
 

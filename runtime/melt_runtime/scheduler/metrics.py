@@ -24,7 +24,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Return the number of observations."""
+        """The number of observations."""
         return sum(self.counts)
 
 

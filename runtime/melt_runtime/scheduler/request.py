@@ -79,7 +79,7 @@ class RequestHandle:
 
     @property
     def done(self) -> bool:
-        """Return whether the request has ended."""
+        """Whether the request has ended."""
         return self._over.is_set()
 
     def result(self, timeout: float | None = None) -> Generation:

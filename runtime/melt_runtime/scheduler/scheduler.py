@@ -94,13 +94,13 @@ class Scheduler:
 
     @property
     def open(self) -> bool:
-        """Return whether the scheduler takes requests."""
+        """Whether the scheduler takes requests."""
         with self._changed:
             return not self._closing and self._thread.is_alive()
 
     @property
     def stalled(self) -> float:
-        """Return the seconds since the last loop or step; 0 if there is nothing to do."""
+        """The seconds since the last loop or step; 0 if there is nothing to do."""
         moved = self._moved
         return 0.0 if moved is None else max(monotonic() - moved, 0.0)
 
