@@ -181,16 +181,16 @@ class BufferState(ABC):
         """Copy the chunk's positions into read-only caches; in other dialects the graph has written them."""
         width = control.active.shape[1]
         for state in self._read_only:
-            heads, rows, size = (int(dim) for dim in state.shape[1:])
-            row = size * ITEM_BYTES[state.dtype]
+            heads, positions, size = (int(dim) for dim in state.shape[1:])
+            step = size * ITEM_BYTES[state.dtype]
             for slot, (at, count) in enumerate(
                 zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
             ):
                 if count:
-                    begin = self.offsets.get(state.input, 0) + (slot * heads * rows + int(at)) * row
-                    target = StridedRegion(state.input, begin, rows * row)
-                    source = StridedRegion(state.output, slot * heads * width * row, width * row)
-                    self.copy(target, source, int(count) * row, heads)
+                    begin = self.offsets.get(state.input, 0) + (slot * heads * positions + int(at)) * step
+                    target = StridedRegion(state.input, begin, positions * step)
+                    source = StridedRegion(state.output, slot * heads * width * step, width * step)
+                    self.copy(target, source, int(count) * step, heads)
 
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the logits of columns (batch, n) of the chunk as (batch, n, vocab), valid until the next call."""
@@ -271,14 +271,14 @@ class BufferState(ABC):
         self, buffer: str, state: StateSpec, slot: int, start: int, stop: int
     ) -> tuple[StridedRegion, int, int]:
         """Return the region of a sequence's positions, a block per head, with the number of heads and the head size."""
-        heads, rows, size = (int(dim) for dim in state.bound_shape[1:])
-        if not (0 <= slot < self.batch and 0 <= start < stop <= rows):
+        heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
+        if not (0 <= slot < self.batch and 0 <= start < stop <= positions):
             raise ArgumentError(
-                f"positions {start} to {stop - 1} of slot {slot} are not among {rows} positions of {self.batch} slots"
+                f"positions {start} to {stop - 1} of slot {slot} exceed {positions} positions of {self.batch} slots"
             )
-        row = size * ITEM_BYTES[state.dtype]
-        begin = self.offsets.get(buffer, 0) + (slot * heads * rows + start) * row
-        return StridedRegion(buffer, begin, rows * row), heads, size
+        step = size * ITEM_BYTES[state.dtype]
+        begin = self.offsets.get(buffer, 0) + (slot * heads * positions + start) * step
+        return StridedRegion(buffer, begin, positions * step), heads, size
 
     def put(self, buffer: str, values: NDArray[Any]) -> None:
         """Write an array to the front of a buffer."""
@@ -338,10 +338,10 @@ class BufferState(ABC):
         """Copy one column (batch,) of each sequence's hidden together for the head; not needed for a single column."""
         if self.width == 1:
             return
-        row = int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
+        step = int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
         for slot, column in enumerate(columns.tolist()):
-            source = StridedRegion(self._hidden_buffers[self.current], (slot * self.width + column) * row, row)
-            self.copy(StridedRegion("head_hidden", slot * row, row), source, row, 1)
+            source = StridedRegion(self._hidden_buffers[self.current], (slot * self.width + column) * step, step)
+            self.copy(StridedRegion("head_hidden", slot * step, step), source, step, 1)
 
     def run_head(self) -> None:
         """Run the head on the gathered columns."""
@@ -365,11 +365,11 @@ class BufferState(ABC):
         """Write the attention mask (batch, 1, chunk, context). In the portable dialect it does not cover the chunk
         itself."""
         mask = self.stage("attention_mask", np.dtype(np.bool_), (self.batch, 1, width, context))
-        row = np.arange(context)
+        position = np.arange(context)
         seen = np.repeat(control.lengths[:, None], width, axis=1)
         if self.manifest.dialect != "portable":
             seen = seen + np.arange(1, width + 1)
-        np.less(row, seen[:, None, :, None], out=mask)
+        np.less(position, seen[:, None, :, None], out=mask)
         self.send("attention_mask", mask.nbytes)
 
     def _exits(self) -> NDArray[np.float32]:

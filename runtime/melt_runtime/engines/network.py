@@ -205,7 +205,7 @@ def quantize_matmuls(network: Network, file: Path, kind: str, dtype: str) -> Sav
             saved += weight.bytes - quantized.data.nbytes - 2 * quantized.scales.size
         _replace_source(network, layer, constant.get_output(0).name, done[weight.name])
     if not done:
-        raise BackendError(f"{file.name} has no matrix product whose sizes {kind} weights fit")
+        raise BackendError(f"{file.name} has no matmul whose sizes {kind} weights fit")
     network.map_wires()
     return Savings(total - saved, saved)
 

@@ -137,7 +137,7 @@ def _check_attention_fused(network: Network, manifest: Manifest) -> None:
     for layer in attentions:
         attention = layer.attention
         if attention.mask is None or attention.mask.name != "attention_mask" or attention.causal:
-            raise BackendError(f"loop_step: {layer.name} does not attend under attention_mask: it would see stale rows")
+            raise BackendError(f"loop_step: {layer.name} ignores attention_mask: it would see stale positions")
         for part, index in (("keys", 1), ("values", 2)):
             tensor = layer.get_input(index)
             origin = network.origin(tensor)
