@@ -302,6 +302,12 @@ def test_sizes_are_weighed_against_the_tensors_before_a_model_is_built(
     refused(checkpoint, "config.json asks for", *words)
 
 
+def test_layers_of_tensors_without_values_are_bounded_too(checkpoint: Path) -> None:
+    change_tensors(checkpoint, lambda t: t.update({f"model.layers.{at}.x": torch.zeros(0) for at in range(2, 20_000)}))
+    change_config(checkpoint, num_hidden_layers=20_000)
+    refused(checkpoint, "config.json asks for 20000 layers", "1024 are read at most")
+
+
 @pytest.mark.parametrize("field", ["num_labels", "_attn_implementation", "dtype", "text_config", "auto_map", "seed"])
 @pytest.mark.parametrize("value", [10**9, "flash_attention_2", [], {"a": 1}], ids=str)
 def test_what_a_config_says_to_other_libraries_changes_nothing(field: str, value: object, checkpoint: Path) -> None:
@@ -488,6 +494,12 @@ def test_a_shard_that_is_not_there_is_refused_by_name(sharded: Path) -> None:
 def test_an_index_that_names_a_file_outside_is_refused(name: str, sharded: Path) -> None:
     change_index(sharded, lambda index: index["weight_map"].update({V_PROJ: name}))
     refused(sharded, "index.json", name, "outside")
+
+
+@pytest.mark.parametrize("length", [256, 1_000_000])
+def test_an_index_that_names_what_no_file_is_called_is_refused(length: int, sharded: Path) -> None:
+    change_index(sharded, lambda index: index["weight_map"].update({V_PROJ: "a" * length}))
+    refused(sharded, "index.json names 'aaaa", "...", "which no file is called")
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": []}])

@@ -228,6 +228,18 @@ def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, pack
     }
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_whose_numbers_overflow_fails_without_a_warning(
+    tiny_checkpoint: Path, make_package: MakePackage, tmp_path: Path
+) -> None:
+    large = Path(shutil.copytree(tiny_checkpoint, tmp_path / "large"))
+    tensors = load_file(large / "model.safetensors")
+    save_file({name: tensor.fill_(1e38) for name, tensor in tensors.items()}, large / "model.safetensors")
+    report = verify(make_package(large), large, tokens=4)
+    assert not report.passed
+    assert "PyTorch's own float32 differs" in report.failures()[0]
+
+
 def test_another_checkpoint_is_refused(make_checkpoint: MakeCheckpoint, tiny_package: Path) -> None:
     with pytest.raises(ParityError, match="num_hidden_layers"):
         verify(tiny_package, make_checkpoint(num_hidden_layers=1), tokens=4)

@@ -33,6 +33,7 @@ from .report import Accuracy, GenerationResult, Limits, ParityReport, StateError
 _LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
 
 
+@np.errstate(invalid="ignore", over="ignore")  # NaN and Inf of a model are in the report, and need no warning
 def verify(
     package: Path,
     checkpoint: Path,

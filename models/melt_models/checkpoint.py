@@ -52,6 +52,8 @@ _BESIDES = {
     "quantization_config",
 }
 _MOST_JSON_BYTES = 1 << 24  # an index of 200,000 tensors; parsed, it takes up to 25 times as much memory
+_MOST_NAME = 255  # characters of a file name
+_MOST_LAYERS = 1024  # each takes a millisecond and some kilobytes to build, even if its tensors have no values
 MOST_TOKENIZER_BYTES = 1 << 28  # several times the largest vocabularies of today
 _MOST_VALUES = 6_000_000  # per file, three times those of the largest vocabularies; each takes up to 200 bytes
 # Rotary tables and masks, which older checkpoints hold although they are computed from the config.
@@ -187,6 +189,9 @@ class Weights(Mapping[str, StoredTensor]):
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} has no weight_map")
             names = sorted(set(map(str, weight_map.values())))
+            long = next((name for name in names if len(name) > _MOST_NAME), None)
+            if long:
+                raise CheckpointError(f"{index} names {shown(long)}, which no file is called")
             outside = next((name for name in names if Path(name).name != name), None)
             if outside:
                 raise CheckpointError(f"{index} names {outside!r}, which is outside the checkpoint directory")
@@ -252,6 +257,8 @@ def check_sizes(config: PreTrainedConfig, weights: Weights) -> None:
         raise CheckpointError(
             f"{path} asks for {config.num_hidden_layers} layers; the checkpoint has only {len(weights)} tensors"
         )
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise CheckpointError(f"{path} asks for {config.num_hidden_layers} layers; {_MOST_LAYERS} are read at most")
     stored = sum(math.prod(tensor.shape) for tensor in weights.values())
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     for sizes in (
