@@ -20,10 +20,11 @@ FEWEST_COLUMNS = 16
 
 
 def merge_matmuls(graph: ir.Graph) -> None:
-    """Joins products of one value with several checkpoint weights, in place.
+    """Joins products of one value with several checkpoint weights, in place and in the graph's order.
 
-    The query with the gate's product of the input, key with value, gate_proj with up_proj (and query, key and value of
-    a LoopLM). The arithmetic of each column stays what it was. Weights must be detached and named already.
+    The gate's product of the input with the query, key with value, gate_proj with up_proj (and query, key and value
+    where they read the same). The arithmetic of each column stays what it was. Weights must be detached and named
+    already.
     """
     together: dict[ir.Value | None, list[ir.Node]] = {}
     for node in graph:
@@ -31,7 +32,23 @@ def merge_matmuls(graph: ir.Graph) -> None:
             together.setdefault(node.inputs[0], []).append(node)
     for nodes in together.values():
         if len(nodes) > 1:
-            _pack(graph, sorted(nodes, key=lambda node: str(node.inputs[1].meta[CHECKPOINT_NAME])))  # type: ignore[union-attr]
+            _pack(graph, nodes)
+
+
+def attend_merged(graph: ir.Graph) -> None:
+    """Gives each GroupQueryAttention query, key and value side by side where one product made them, in place: the
+    operator finds them there by itself, and nothing is split."""
+    for attention in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        first = attention.inputs[0]
+        split = None if first is None else first.producer()
+        if split is None or split.op_type != "Split" or tuple(attention.inputs[:3]) != tuple(split.outputs):
+            continue
+        if any(len(part.uses()) != 1 for part in split.outputs):
+            continue
+        attention.replace_input_with(0, split.inputs[0])
+        attention.replace_input_with(1, None)
+        attention.replace_input_with(2, None)
+        graph.remove(split, safe=True)
 
 
 def _packable(weight: ir.Value | None) -> bool:
