@@ -20,10 +20,10 @@ FEWEST_COLUMNS = 16
 
 
 def merge_matmuls(graph: ir.Graph) -> None:
-    """Merge matmuls of one value with several checkpoint weights, in place.
+    """Merge matmuls of one value with several checkpoint weights, in place and in the graph's order.
 
-    Query with the gate's input projection, key with value, gate_proj with up_proj (in a LoopLM query, key and value).
-    Each column keeps its arithmetic. Weights must be named and without data.
+    The gate's input projection with query, key with value, gate_proj with up_proj (and query, key and value where they
+    read the same value). Each column keeps its arithmetic. Weights must be named and without data.
     """
     together: dict[ir.Value | None, list[ir.Node]] = {}
     for node in graph:
@@ -31,7 +31,22 @@ def merge_matmuls(graph: ir.Graph) -> None:
             together.setdefault(node.inputs[0], []).append(node)
     for nodes in together.values():
         if len(nodes) > 1:
-            _merge(graph, sorted(nodes, key=lambda node: str(node.inputs[1].meta[CHECKPOINT_NAME])))  # type: ignore[union-attr]
+            _merge(graph, nodes)
+
+
+def attend_merged(graph: ir.Graph) -> None:
+    """Hand merged query, key and value to GroupQueryAttention as one input, in place: it splits them itself."""
+    for attention in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        first = attention.inputs[0]
+        split = None if first is None else first.producer()
+        if split is None or split.op_type != "Split" or tuple(attention.inputs[:3]) != tuple(split.outputs):
+            continue
+        if any(len(part.uses()) != 1 for part in split.outputs):
+            continue
+        attention.replace_input_with(0, split.inputs[0])
+        attention.replace_input_with(1, None)
+        attention.replace_input_with(2, None)
+        graph.remove(split, safe=True)
 
 
 def _mergeable(weight: ir.Value | None) -> bool:

@@ -26,7 +26,7 @@ from .cleanup import CHECKPOINT_NAME, SCOPE, TRANSPOSED, name_everything
 from .dialects import Dialect, GraphAttention, GraphInputs
 from .fuse_skip_norm import fuse_norms
 from .lowering import lower
-from .merge_matmuls import merge_matmuls
+from .merge_matmuls import attend_merged, merge_matmuls
 from .skip_first_gate import skip_first_gate
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -166,6 +166,7 @@ def trace_loop_step(
         if steered and isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
             skip_first_gate(traced.model.graph)
         merge_matmuls(traced.model.graph)
+        attend_merged(traced.model.graph)
         fuse_norms(traced.model)
     return traced
 
