@@ -228,7 +228,7 @@ class ChatBody(RequestBody):
     moderation: Annotated[None, unsupported("moderation is not supported; only null is possible")] = None
     web_search_options: Annotated[None, unsupported("there is no search; only null is possible")] = None
     reasoning_effort: Annotated[
-        None, unsupported('how much a token is thought over is said by loops; only "none" is possible', "none")
+        None, unsupported('loops sets the depth of thought; only "none" is possible', "none")
     ] = None
     verbosity: Annotated[None, unsupported('verbosity is not supported; only "medium" is possible', "medium")] = None
     prompt_cache_options: Annotated[None, unsupported("kept prompts have no options; only null is possible")] = None
