@@ -274,7 +274,8 @@ class BufferState(ABC):
         heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
         if not (0 <= slot < self.batch and 0 <= start < stop <= positions):
             raise ArgumentError(
-                f"positions {start} to {stop - 1} of slot {slot} exceed {positions} positions of {self.batch} slots"
+                f"positions {start} to {stop - 1} of slot {slot} are not among the {positions} positions of "
+                f"{self.batch} slots"
             )
         step = size * ITEM_BYTES[state.dtype]
         begin = self.offsets.get(buffer, 0) + (slot * heads * positions + start) * step
