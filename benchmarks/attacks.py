@@ -1,7 +1,6 @@
-"""What clients that mean harm send to a server in a soak: bodies, headers, grammars, stop strings, loops, and silence.
+"""Hostile clients for the soak: they send broken bodies, endless headers, costly grammars and stop strings, or nothing.
 
-An attack fails if it is answered as if the server were broken (a status from 500, but for 503, 504), or if it succeeds
-where it must be refused.
+An attack fails if the server breaks (a status from 500 other than 503 and 504), or accepts what it must refuse.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from urllib.parse import urlsplit
 
 import httpx
 
-PAUSE = 0.05  # seconds between two attacks of a client
+PAUSE = 0.05  # seconds between a client's attacks
 _WAIT = 60.0
-_IDLE = 32  # connections that say nothing, of one client
+_IDLE = 32  # silent connections per client
 _BASE: dict[str, Any] = {"model": "soak", "prompt": [5, 6, 7], "max_tokens": 2, "ignore_eos": True}
 _JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One thing that a client can do. body: of a request; refused: whether it must be answered with 400 to 429."""
+    """A hostile request. ``refused``: whether it must be answered with a status from 400 to 429."""
 
     name: str
     body: bytes
@@ -43,7 +42,7 @@ def _schema(schema: Any, **fields: Any) -> bytes:
 
 
 def bodies() -> list[Attack]:
-    """Requests, made once: what they cost is the server's."""
+    """Make all hostile bodies in advance, so that they cost the client nothing later."""
     many = {f"x{at}": at for at in range(50_000)}
     return [
         Attack("bad bodies", random.Random(0).randbytes(100_000)),
@@ -63,8 +62,7 @@ def bodies() -> list[Attack]:
 
 
 class Attacker:
-    """A client that means harm. ``attack`` does one thing; its name is what it was. Raises ValueError for an answer
-    that must not be."""
+    """A hostile client."""
 
     def __init__(self, url: str, draw: random.Random):
         parts = urlsplit(url)
@@ -72,14 +70,14 @@ class Attacker:
         self._bodies, self._idle = bodies(), list[socket.socket]()
 
     def attack(self) -> str:
-        """Does one thing, and says what it was."""
+        """Make one random attack and return its name. Raises ValueError for a wrong answer."""
         raw: list[Callable[[], str]] = [self._endless_headers, self._half_a_body, self._vanish, self._silence]
         if self._draw.random() < 0.5:
             with contextlib.suppress(OSError):
                 return self._draw.choice(raw)()
             return "cut connections"
         one = self._draw.choice(self._bodies)
-        with contextlib.suppress(httpx.TransportError):  # cut in its middle
+        with contextlib.suppress(httpx.TransportError):  # the server closed the connection
             reply = httpx.post(f"{self._url}/v1/completions", content=one.body, headers=_JSON, timeout=_WAIT)
             wrong = reply.status_code >= 500 and reply.status_code not in (503, 504)
             if wrong or (one.refused and reply.status_code == 200):
@@ -87,7 +85,7 @@ class Attacker:
         return one.name
 
     def close(self) -> None:
-        """Lets go of what it holds."""
+        """Close the silent connections."""
         for raw in self._idle:
             raw.close()
 

@@ -1,4 +1,4 @@
-"""What all benchmarks need: machine and versions behind figures, where figures go, how documents show them."""
+"""Functions that all benchmarks share: facts about the machine, packages with random weights, and Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from melt_runtime import machine as machine_facts
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#eaeef2"
-# Of matplotlib; a plot adds what is its own.
+# Settings of matplotlib for all plots.
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
 
 
 def machine() -> dict[str, Any]:
-    """The machine, by what matters for figures; nothing that names it."""
+    """Return facts about the machine that matter for figures, without its name."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
@@ -50,24 +50,23 @@ def machine() -> dict[str, Any]:
 
 
 def loaded_machine() -> dict[str, Any]:
-    """``machine`` with its load average now: call it before measuring."""
+    """Return ``machine`` with the present load average. Call it before measuring."""
     return {**machine(), "load_at_start": round(os.getloadavg()[0], 2)}
 
 
 def versions(*libraries: str) -> dict[str, str]:
-    """Python's version and those of installed libraries. Raises PackageNotFoundError."""
+    """Return the versions of Python and of installed libraries. Raises PackageNotFoundError."""
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def command_line(script: str, arguments: list[str]) -> str:
-    """A command as documents show it, with nothing of this machine's paths in it."""
+    """Format a command for documents, with paths cut to file names."""
     shown = ["=".join(Path(p).name if p.startswith("/") else p for p in a.split("=")) for a in arguments]
     return f"python benchmarks/{script} {shlex.join(shown)}".rstrip()
 
 
 def melt_export(checkpoint: Path, output: Path, rows: int, *options: str) -> Path:
-    """Has melt-export make a package for one sequence of ``rows`` tokens, unverified. Raises RuntimeError with its
-    reason."""
+    """Run melt-export for one sequence of ``rows`` tokens, unverified. Raises RuntimeError with its error."""
     command = [sys.executable, "-c", "from melt_export.entry_points import export; export()"]
     command += ["--checkpoint", str(checkpoint), "--output", str(output), "--max-seq-len", str(rows)]
     ran = subprocess.run(
@@ -81,9 +80,10 @@ def melt_export(checkpoint: Path, output: Path, rows: int, *options: str) -> Pat
 def random_package(
     directory: Path, shape: dict[str, Any], options: dict[str, Any], named: str | None = None
 ) -> Iterator[str]:
-    """Makes ``directory/package`` from a MELT with random weights, a line before each step: for a child process.
+    """Write ``directory/package``, a MELT with random weights, yielding a line before each step. For a child process.
 
-    shape: fields of its configuration, in place of those of the shape ``named``; options: of ExportOptions.
+    ``shape``: fields of the configuration, overriding those of the shape ``named``. ``options``: fields of
+    ExportOptions.
     """
     from melt_models import MeltConfig
 
@@ -98,7 +98,10 @@ def random_package(
 
 
 def resident(field: str) -> int:
-    """Bytes of memory of this process: "VmRSS" now, "VmHWM" at its peak. Raises OSError where that is not told."""
+    """Return bytes of this process's memory: "VmRSS" now, "VmHWM" at its peak.
+
+    Raises OSError where the system lacks them.
+    """
     size = machine_facts.resident(field)
     if size is None:
         raise OSError(f"this system does not tell {field}")
@@ -106,30 +109,30 @@ def resident(field: str) -> int:
 
 
 def save(path: Path, section: str, report: Any) -> None:
-    """Puts a section into a JSON file and leaves the file's other sections as they are."""
+    """Write a section of a JSON file and keep the others."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     content[section] = report
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: the first column left, the others right."""
+    """Format a Markdown table, the first column aligned left and the others right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def human(count: float) -> str:
-    """Bytes in decimal units."""
+    """Format bytes in decimal units."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def clock(seconds: float) -> str:
-    """163 -> "2:43"."""
+    """Format seconds as minutes: 163 -> "2:43"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def facts(section: dict[str, Any]) -> str:
-    """Machine, date and versions of a section as a list."""
+    """Format machine, date and versions of a section as a list."""
     machine, versions = section["machine"], section["versions"]
     load = f", load average at the start {machine['load_at_start']:.1f}"
     if machine["load_at_start"] > machine["cores"] / 2:
@@ -148,5 +151,5 @@ def plural(count: int, noun: str) -> str:
 
 
 def command(*lines: str) -> str:
-    """Commands as a Markdown block."""
+    """Format commands as a Markdown block."""
     return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"

@@ -1,13 +1,13 @@
-"""What building an engine costs: time, peak memory and size, each build in a process of its own.
+"""Cost of building an engine: time, peak memory and size, with one process per build.
 
     python benchmarks/engine_build.py [--layers N] [--build fp16 --build fp16-int4 ...] [--json FILE]
 
-Makes a random checkpoint in a real model's shape, exports it in the standard dialect and builds TensorRT-RTX engines
-from it, which needs no GPU. With all layers (--layers 0) it needs 10 GB of memory and of disk, and a quiet machine:
+Makes a random checkpoint in a real model's shape, exports it in the standard dialect and builds TensorRT-RTX engines,
+which needs no GPU. With all layers (--layers 0) it needs 10 GB of memory and of disk, and a quiet machine:
 
     python benchmarks/engine_build.py --layers 0 --build fp16 --build fp16-int4 --json docs/benchmarks.json
 
-``write_docs.py`` turns the JSON file into docs/benchmarks.md. Runs on Linux (it reads /proc).
+``write_docs.py`` writes the JSON file's figures to docs/benchmarks.md. Runs on Linux (it reads /proc).
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ BUILDS = ("fp16", "bf16", "fp32", "fp16-int4", "fp16-int8", "fp16-fp8")
 
 @dataclass(frozen=True)
 class Build:
-    """One build. ``peak_bytes``: resident memory of the process that built (VmHWM), of which ``start_bytes`` was there
-    before; ``plans``: bytes by graph."""
+    """Figures of one build.
+
+    - ``peak_bytes``: peak resident memory of its process (VmHWM), ``start_bytes`` of which it had before the build.
+    - ``plans``: bytes by graph.
+    """
 
     name: str
     seconds: float
@@ -45,7 +48,7 @@ class Build:
 
 
 def export(checkpoint: Path, output: Path, precision: str, rows: int) -> None:
-    """In a child process: an unverified package in the standard dialect."""
+    """Export an unverified package in the standard dialect. For a child process."""
     import torch
 
     from melt_export.export import ExportOptions, building
@@ -56,7 +59,7 @@ def export(checkpoint: Path, output: Path, precision: str, rows: int) -> None:
 
 
 def build(package: Path, name: str, answer: Connection) -> None:
-    """In a child process, which imports no torch: builds one engine and sends a Build."""
+    """Build one engine and send a Build, without importing torch. For a child process."""
     from melt_runtime.engines.build import EngineOptions, build_engine
     from melt_runtime.package.reader import Package
 
@@ -71,7 +74,7 @@ def build(package: Path, name: str, answer: Connection) -> None:
 
 
 def in_child(function: Any, *arguments: Any) -> None:
-    """Runs a function in a fresh process. Raises RuntimeError if it fails."""
+    """Run a function in a fresh process. Raises RuntimeError if it fails."""
     child = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     child.start()
     child.join()
@@ -80,7 +83,7 @@ def in_child(function: Any, *arguments: Any) -> None:
 
 
 def measure(shape: str, layers: int | None, builds: list[str], rows: int, directory: Path) -> list[Build]:
-    """Makes the checkpoint and the packages, and builds one engine after the other."""
+    """Make the checkpoint and the packages, and build one engine after the other."""
     from melt_models import MeltConfig
 
     from melt_export.random_checkpoint import SHAPES, make
@@ -132,7 +135,10 @@ def main(
 
 
 def report(shape: str, layers: int, rows: int, machine: dict[str, Any], builds: list[Build]) -> dict[str, Any]:
-    """The section of the JSON file. layers: 0 for all of the shape; machine: as it was before the first build."""
+    """Return the section of the JSON file.
+
+    ``layers``: 0 for all of the shape. ``machine``: its facts before the first build.
+    """
     from melt_export.random_checkpoint import SHAPES
 
     return {

@@ -1,15 +1,15 @@
-"""What one loop step costs: its time against buffer and tokens, and memory against loops and generated tokens.
+"""Cost of a loop step: time by buffer size and tokens, memory by loops and generated tokens.
 
     python benchmarks/loop_step.py [--json FILE] [--quick]
 
-Exports its own packages (random weights in the Ouro-1.4B shape, cut to a few layers) into a temporary directory and
-measures them with the runtime. Three questions:
+Exports packages (random weights in the Ouro-1.4B shape, cut to a few layers) into a temporary directory and measures
+them with the runtime. Three questions:
 
 - time: does a decoding step's time depend on the buffer, or only on the tokens in it?
 - loops: do state and resident memory depend on the number of loops?
 - long: does resident memory grow while tokens are generated?
 
-``write_docs.py`` turns the JSON file into docs/benchmarks.md. Runs on Linux (it reads /proc).
+``write_docs.py`` writes the JSON file's figures to docs/benchmarks.md. Runs on Linux (it reads /proc).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-# The embedding table and the head are cut to this vocabulary: a loop step reads neither.
+# A small vocabulary: a loop step reads neither the embedding nor the head.
 VOCABULARY = 1024
 PROMPT = [1, 2, 3, 4]
 MEMORY_ROWS = 4096
@@ -44,10 +44,14 @@ _LIBRARIES = ("melt-export", "onnxruntime", "numpy")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run. ``buffers``: rows of each package's cache; ``tokens``: tokens already in it; ``rounds``: visits to
-    each configuration; ``time_loops``: loops a visit, of which the first is the warm-up; ``loops``: the numbers of
-    loops whose memory is compared over ``loop_tokens`` tokens; ``long_tokens``: tokens generated in one go, each
-    with ``long_loops`` loops, resident memory sampled every ``long_every``."""
+    """Settings of a run.
+
+    - ``buffers``: tokens that each package's cache can hold; ``tokens``: tokens in it.
+    - ``rounds``: visits to each configuration; ``time_loops``: loops per visit, the first of them a warm-up.
+    - ``loops``: numbers of loops whose memory is compared over ``loop_tokens`` tokens.
+    - ``long_tokens``: tokens of the long generation, with ``long_loops`` loops each; resident memory is read every
+      ``long_every`` tokens.
+    """
 
     shape: str = "ouro-1.4b"
     layers: int = 2
@@ -69,7 +73,7 @@ QUICK = {"layers": 1, "rounds": 4, "loop_tokens": 8, "long_tokens": 100, "long_e
 
 
 def in_child(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-    """Runs a generator in a fresh process and yields what it yields. Raises RuntimeError if the process fails."""
+    """Run a generator in a fresh process and yield its values. Raises RuntimeError if the process fails."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_send_all, args=(theirs, function, *arguments))
@@ -95,7 +99,7 @@ def _send_all(pipe: Connection, function: Callable[..., Iterator[Any]], *argumen
 
 
 def export_packages(directory: Path, settings: Settings, rows: tuple[int, ...]) -> Iterator[str]:
-    """Makes one checkpoint and exports a package for each buffer size, yielding a line before each step."""
+    """Make one checkpoint and export a package for each buffer size, yielding a line before each step."""
     from melt_models import MeltConfig
 
     from melt_export.export import ExportOptions, building
@@ -112,14 +116,14 @@ def export_packages(directory: Path, settings: Settings, rows: tuple[int, ...]) 
 
 
 def package_path(directory: Path, rows: int) -> Path:
-    """Where the package with a cache of so many rows lies."""
+    """Return the directory of the package with a cache of ``rows`` tokens."""
     return directory / f"rows-{rows}"
 
 
 def step_times(driver: LoopDriver, tokens: int, loops: int) -> list[float]:
-    """Seconds of the loop steps of one decoded token over a cache of ``tokens`` tokens, the first loop left out.
+    """Return seconds of the loop steps of one decoded token over a cache of ``tokens`` tokens, without the first loop.
 
-    The cache is filled by declaring it full: what the rows hold does not matter for time.
+    The cache is only declared full: its content does not affect the time.
     """
     driver.lengths[...] = tokens
     (chunk,) = driver.chunks([[1]])
@@ -128,8 +132,11 @@ def step_times(driver: LoopDriver, tokens: int, loops: int) -> list[float]:
 
 
 def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) -> list[dict[str, Any]]:
-    """One row a configuration: rows, tokens, median and quartiles of a step in microseconds, and the ratio to the
-    smallest buffer that holds as many tokens (median over the rounds of the ratio within a round)."""
+    """Measure each configuration: buffer size, tokens, median and quartiles of a step in microseconds.
+
+    Adds the ratio to the smallest buffer that holds as many tokens: the median over the rounds of the ratio within a
+    round.
+    """
     drivers = {
         rows: Runtime.load(
             package_path(directory, rows), backend="onnxruntime", threads=settings.threads, check_hashes=False
@@ -139,10 +146,10 @@ def measure_time(directory: Path, settings: Settings, tick: Callable[[], None]) 
     configurations = [(rows, n) for n in settings.tokens for rows in settings.buffers if n < rows]
     found: dict[tuple[int, int], list[list[float]]] = {c: [] for c in configurations}
     for round_ in range(settings.rounds + 1):
-        # A B C, then C B A: neither a drift of the machine nor the predecessor favours one of them.
+        # In the order A B C, then C B A, so that neither a drift of the machine nor the predecessor favours one.
         for rows, tokens in configurations if round_ % 2 else configurations[::-1]:
             times = step_times(drivers[rows], tokens, settings.time_loops)
-            if round_:  # round 0 warms up
+            if round_:  # round 0 is the warm-up
                 found[rows, tokens].append(times)
         tick()
     result = []
@@ -172,7 +179,7 @@ def _generator(runtime: Runtime, driver: LoopDriver, tokens: int, loops: int) ->
 
 
 def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Iterator[dict[str, int]]:
-    """State and resident memory, in bytes, of a process that generates ``tokens`` tokens with ``loops`` loops."""
+    """Yield state and resident memory, in bytes, of a process that generates ``tokens`` tokens with ``loops`` loops."""
     runtime = Runtime.load(package, backend="onnxruntime", threads=threads, check_hashes=False)
     loaded = resident("VmRSS")
     driver = runtime.driver()
@@ -188,7 +195,7 @@ def memory_of_loops(package: Path, tokens: int, loops: int, threads: int) -> Ite
 
 
 def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, int]]:
-    """Resident memory in bytes after every ``long_every`` tokens of one long generation."""
+    """Yield resident memory in bytes after every ``long_every`` tokens of one long generation."""
     runtime = Runtime.load(package, backend="onnxruntime", threads=settings.threads, check_hashes=False)
     deltas = _generator(runtime, runtime.driver(), settings.long_tokens, settings.long_loops)
     for count, _ in enumerate(deltas, start=1):
@@ -197,7 +204,7 @@ def memory_of_tokens(package: Path, settings: Settings) -> Iterator[dict[str, in
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
-    """All three measurements, as they go into the JSON file."""
+    """Make all three measurements and return the section of the JSON file."""
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": loaded_machine(),
@@ -205,7 +212,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         "settings": asdict(settings) | {"vocabulary": VOCABULARY, "memory_rows": MEMORY_ROWS},
     }
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # The fresh processes come first: the memory of what follows must not be in their way.
+    # Fresh processes run first, before this process needs memory itself.
     with Progress(*columns, console=console) as display, tempfile.TemporaryDirectory(prefix="melt-bench-") as name:
         directory = Path(name)
         sizes = tuple(sorted({*settings.buffers, MEMORY_ROWS}))
@@ -232,8 +239,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """The results as tables."""
-    table = Table("tokens in the cache", "rows of the buffer", "median", "quartiles", "against", title="One loop step")
+    """Print the results as tables."""
+    table = Table("tokens in the cache", "size of the buffer", "median", "quartiles", "against", title="One loop step")
     for row in report["time"]:
         low, high = row["quartiles_us"]
         table.add_row(

@@ -1,8 +1,8 @@
-"""Makes a MELT checkpoint with random weights in a real model's shape, shard by shard, in little memory.
+"""Makes a MELT checkpoint with random weights in a real model's shape, for measuring size, memory and speed.
 
     python benchmarks/make_checkpoint.py OUTPUT [--shape ouro-1.4b] [--layers N]
 
-For measuring size, memory and speed; its answers mean nothing.
+It is written shard by shard, in little memory.
 """
 
 from __future__ import annotations

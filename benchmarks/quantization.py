@@ -1,10 +1,10 @@
-"""What fewer bits cost: packages of one checkpoint with quantized weights and caches, each measured on the same text.
+"""Cost of quantization: packages of one checkpoint with quantized weights and caches, measured on the same text.
 
     python benchmarks/quantization.py CHECKPOINT [TEXT] [--tokens 8192] [--json FILE] [--plot FILE] [--variant "..."]
 
-A variant is what would be given to melt-export; without any, the usual ones are measured. Every package is compared
-with the checkpoint in float32, as melt-verify does, on more of the text than it takes. Without a text it is the
-paragraphs in which the packages of constraints.txt, as installed, describe themselves. The plot needs matplotlib.
+A variant is a set of options of melt-export; by default the usual ones are measured. Every package is compared with the
+checkpoint in float32, as melt-verify does, on more text. The default text is taken from the descriptions of the
+installed packages that constraints.txt pins. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ VARIANTS = (
     "--weights int4 --cache int8",
     "--cache int4",
 )
-# By variant: the growth of the perplexity, in percent, that SmolLM2-135M at one loop is promised to stay under.
+# Upper limits for the growth of SmolLM2-135M's perplexity at one loop, in percent, by variant.
 PROMISED = {"--weights int4": 5.0, "--weights int8": 0.5, "--cache int8": 0.5}
 _ROWS = 1024
 _CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
-_SHORTEST, _LONGEST = 150, 1500  # characters: of a paragraph, of what is taken of one package
-_ONE_LINE = 0.1  # points whose logarithms are closer stand in one line of the plot, and so would their names
+_SHORTEST, _LONGEST = 150, 1500  # characters of a paragraph, and of all text per package
+_ONE_LINE = 0.1  # points whose logarithms are closer need names on different sides
 _NOT_PROSE = ("http", "<", "|", "```", "::", ">>>", "- [", "{")
 
 
 def descriptions() -> str:
-    """The prose in which the installed ones of the pinned packages describe themselves, in constraints.txt's order."""
+    """Return the prose of the installed packages' descriptions, in constraints.txt's order."""
     found = []
     for line in _CONSTRAINTS.read_text(encoding="utf-8").splitlines():
         name, pinned, _ = line.partition("==")
@@ -69,7 +69,7 @@ def descriptions() -> str:
 def run(
     checkpoint: Path, text: Path, tokens: int, variants: tuple[str, ...], directory: Path, step: Step
 ) -> Iterator[dict[str, Any]]:
-    """One row a variant, as they are measured. Raises RuntimeError where melt-export refuses one."""
+    """Measure the variants and yield one row for each. Raises RuntimeError if melt-export fails."""
     held = expected = None
     for variant in variants:
         step(f"exporting {variant}", 0, 0)
@@ -94,7 +94,7 @@ def run(
 
 
 def broken(rows: list[dict[str, Any]]) -> list[str]:
-    """The variants that are over what is promised of them, a sentence each."""
+    """Return a sentence for each variant that exceeds its limit."""
     return [
         f"{row['variant']}: perplexity {row['perplexity_change_percent']:+.2f}%, promised +{limit:g}% at most"
         for row in rows
@@ -103,7 +103,7 @@ def broken(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
+    """Format the rows as a table."""
     cells = [
         [
             f"`{row['variant']}`",
@@ -115,12 +115,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    head = ["melt-export", "weights", "cache, bytes a token", "perplexity", "KL, nats", "same best token"]
+    head = ["melt-export", "weights", "cache, bytes per token", "perplexity", "KL, nats", "same best token"]
     return table(head, cells)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Quality against bytes: what a variant's weights and 1,024 rows of its cache take, and what it costs."""
+    """Plot quality against the bytes of weights and 1,024 tokens of cache."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -143,10 +143,10 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
                 ha="right" if beside else "left",
                 fontsize=8,
             )
-        axes.set(yscale="log", xlabel=f"weights and {_ROWS:,} rows of cache, MB", ylabel="KL divergence, nats")
+        axes.set(yscale="log", xlabel=f"weights and {_ROWS:,} tokens of cache, MB", ylabel="KL divergence, nats")
         axes.margins(y=0.15)
         axes.set_xlim(0, 1.25 * max(sizes))
-        axes.set_title("What fewer bits cost")
+        axes.set_title("Cost of quantization")
         figure.savefig(file, dpi=150)
         plt.close(figure)
 

@@ -1,9 +1,9 @@
-"""Puts the measured tables of docs/benchmarks.json into docs/serving.md; the rest of the document is written by hand.
+"""Writes the measured tables of docs/benchmarks.json into docs/serving.md; its other text is written by hand.
 
     python benchmarks/serving_docs.py
 
-Between ``<!-- batching -->`` and ``<!-- /batching -->`` comes what batching.py measured, between ``<!-- soak -->`` and
-``<!-- /soak -->`` what soak.py did; where there are no figures, the command that makes them.
+The figures of batching.py stand between ``<!-- batching -->`` and ``<!-- /batching -->``, those of soak.py between
+``<!-- soak -->`` and ``<!-- /soak -->``; without figures, the command that measures them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Row = dict[str, Any]
 
 
 def batching(section: Row) -> str:
-    """The tables on throughput and delay, without their heading."""
+    """Return the tables on throughput and delay, without their heading."""
     return batching_part(section).partition("\n\n")[2]
 
 
 def soak(section: Row) -> str:
-    """The table on a soak."""
+    """Return the table of a soak."""
     settings, kept = section["settings"], section["memory"]
     asked = sum(section["requests"].values())
     kinds = ", ".join(f"{count:,} {name}" for name, count in section["requests"].items())
@@ -61,7 +61,7 @@ def soak(section: Row) -> str:
         + f"\n{facts(section)}\n"
         + table(["", "measured"], totals)
         + (f"\nAttacks: {', '.join(f'{count:,} {name}' for name, count in attacks.items())}.\n" if attacks else "")
-        + f"\nHow long clients waited, in ms; answers have 1 to {settings['longest']} tokens, and "
+        + f"\nClients' waiting times in ms. Answers have 1 to {settings['longest']} tokens, and "
         f"{plural(max(settings['clients'] - settings['slots'], 0), 'client')} at a time wait for a slot.\n\n"
         + table(["", "p50", "p99", "answers"], latency)
     )
@@ -71,7 +71,7 @@ PARTS: dict[str, Callable[[Row], str]] = {"batching": batching, "soak": soak}
 
 
 def filled(document: str, content: Row) -> str:
-    """The document with its tables. Raises ValueError where a pair of marks is missing."""
+    """Fill the tables into the document. Raises ValueError where a pair of marks is missing."""
     for name, part in PARTS.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if document.count(begin) != 1 or document.count(end) != 1:

@@ -1,16 +1,16 @@
-"""A server under mixed requests for a while: does one fail, does its memory stay where it is?
+"""Soak test: a server under mixed requests. Does a request fail, and does memory grow?
 
     python benchmarks/soak.py [--seconds 600 | --quick] [--json FILE] [--package DIR]
 
-Starts ``melt-run serve`` on loopback with a small package (random weights; or one that is there) and lets clients ask
-without a pause: short and long, streamed and whole, at all depths, greedy and drawn, several choices at once, streams
-that are cut half way, and requests that must be refused. A request fails if its answer is not what it must be: another
-status, a stream without its end, another number of tokens. Ends after so many seconds, or so many requests.
+Starts ``melt-run serve`` on loopback with a small package (random weights, or an existing one). Clients ask without a
+pause: short and long, streamed and whole, at all depths, greedy and sampled, several choices at once, streams that are
+cut half way, and requests that must be refused. A request fails if its answer has the wrong status or the wrong number
+of tokens, or is a stream without its end. The soak ends after a number of seconds, or of requests.
 
-In the third quarter of the time clients that mean harm (``attacks.py``) are among them. The honest 99th percentile
-may double, and once they are gone the memory must be within 5% of what it was before.
+Hostile clients (``attacks.py``) join in the third quarter of the time. Meanwhile the 99th percentile of the other
+clients may double, and afterwards memory must be within 5% of its size before.
 
-Needs Linux, and pip install 'melt-export[export,serve]' httpx. ``serving_docs.py`` puts the figures into
+Needs Linux, and pip install 'melt-export[export,serve]' httpx. ``serving_docs.py`` writes the figures to
 docs/serving.md.
 """
 
@@ -55,17 +55,22 @@ _MODEL = {
     "chunk_size": 32,
     "max_position_embeddings": 1024,
 }
-_WAIT = 120.0  # seconds after which a request has failed
-_ENOUGH = 100  # failed requests after which nobody asks any more
-_ATTACKED = (0.5, 0.75)  # of the time
-_SLOWER, _LARGER = 2.0, 0.05  # what the attacked quarter may do to the 99th percentile, and leave of memory
+_WAIT = 120.0  # seconds until a request counts as failed
+_ENOUGH = 100  # failed requests that end the soak
+_ATTACKED = (0.5, 0.75)  # share of the time at which attacks start and end
+_SLOWER, _LARGER = 2.0, 0.05  # largest factor on the 99th percentile under attack, and growth of memory after it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """seconds: how long; most: requests after which it ends all the same; clients: that ask at once; attackers: that
-    mean harm, for a quarter of the time; slots: of the server; threads: it computes with; longest: new tokens of a long
-    answer; seed: of the mixture."""
+    """Settings of a soak.
+
+    - ``seconds``: duration; ``most``: number of requests that ends it earlier.
+    - ``clients``, ``attackers``: number of clients at once; the latter are hostile, for a quarter of the time.
+    - ``slots``, ``threads``: of the server.
+    - ``longest``: new tokens of a long answer.
+    - ``seed``: of the mixture of requests.
+    """
 
     seconds: float = 600.0
     most: int = 500_000
@@ -79,8 +84,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to ask. body: fields of the request; cut: tokens after which the client leaves; refused: the status that
-    it must be answered with."""
+    """A kind of request.
+
+    - ``body``: fields of the request.
+    - ``cut``: number of tokens after which the client leaves.
+    - ``refused``: the status with which it must be refused.
+    """
 
     name: str
     body: dict[str, Any]
@@ -91,12 +100,12 @@ class Kind:
 
 @dataclass
 class Tally:
-    """What came of the requests so far. Any thread may add to it."""
+    """Results of the requests so far, shared by all threads."""
 
     asked: Counter[str] = field(default_factory=Counter)
-    # When it was asked, seconds to the first token and to the end; of streams not cut.
+    # For each stream that was not cut: its start, seconds to the first token, seconds to the end.
     seconds: list[tuple[float, float, float]] = field(default_factory=list)
-    whole: list[tuple[float, float]] = field(default_factory=list)  # the same of answers that came in one piece
+    whole: list[tuple[float, float]] = field(default_factory=list)  # for each whole answer: its start and seconds
     attacks: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     errors: list[str] = field(default_factory=list)
@@ -104,7 +113,7 @@ class Tally:
 
 
 def mixture(draw: random.Random, settings: Settings, vocabulary: int, loops: int) -> Kind:
-    """The next request of a client."""
+    """Draw a client's next request."""
     prompt = [draw.randrange(2, vocabulary) for _ in range(draw.choice((1, 3, 17, 90)))]
     count = draw.choice((1, 4, 16, settings.longest))
     body: dict[str, Any] = {
@@ -132,7 +141,7 @@ def mixture(draw: random.Random, settings: Settings, vocabulary: int, loops: int
 
 
 def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
-    """One request. Raises what is wrong with its answer."""
+    """Send one request. Raises an error that says what is wrong with its answer."""
     begin = monotonic()
     if not kind.stream:
         reply = client.post("/v1/completions", json=kind.body)
@@ -169,7 +178,7 @@ def ask(client: httpx.Client, kind: Kind, tally: Tally) -> None:
 def client_loop(
     url: str, settings: Settings, number: int, draw_kind: Callable[[random.Random], Kind], tally: Tally, due: float
 ) -> None:
-    """One client, until the time or the requests are used up, or too many failed."""
+    """Send requests until the time or the requests are used up, or too many failed."""
     draw = random.Random(settings.seed * 1000 + number)
     with httpx.Client(base_url=url, timeout=_WAIT) as client:
         while monotonic() < due:
@@ -186,7 +195,7 @@ def client_loop(
 
 
 def attacker_loop(url: str, settings: Settings, number: int, tally: Tally, start: float, due: float) -> None:
-    """One client that means harm, from ``start`` to ``due``."""
+    """Attack from ``start`` to ``due``."""
     sleep(max(start - monotonic(), 0.0))
     attacker = Attacker(url, random.Random(settings.seed * 1000 - 1 - number))
     while monotonic() < due:
@@ -203,8 +212,8 @@ def attacker_loop(url: str, settings: Settings, number: int, tally: Tally, start
 
 
 def attacked(tally: Tally, start: float, due: float) -> dict[str, Any]:
-    """The 99th percentiles of honest clients while nobody meant harm, and of those who asked from ``start`` to ``due``,
-    in seconds."""
+    """Return the other clients' 99th percentiles in seconds, without attacks and during attacks, ``start`` to
+    ``due``."""
     found: dict[str, Any] = {}
     for name, values in (
         ("first_token", [(at, first) for at, first, _ in tally.seconds]),
@@ -219,11 +228,11 @@ def attacked(tally: Tally, start: float, due: float) -> dict[str, Any]:
 
 @contextmanager
 def serving(package: Path, settings: Settings) -> Iterator[tuple[str, int]]:
-    """A server process: its URL and its process id. Raises RuntimeError with its last words if it does not start."""
+    """Start a server process and yield its URL and process id. Raises RuntimeError with its last line if it fails."""
     program = "from melt_runtime.cli.main import main; main()"
     options = [
         "serve",
-        "--prefix-bytes",  # so few that kept beginnings of prompts soon reach their bound
+        "--prefix-bytes",  # so few that the prefix cache is soon full
         1 << 20,
         package,
         "--name",
@@ -262,7 +271,7 @@ def _ready(client: httpx.Client) -> bool:
 
 
 def size_of(process: int) -> int:
-    """Resident memory of a process in bytes. Raises RuntimeError if it has ended."""
+    """Return the resident memory of a process in bytes. Raises RuntimeError if it has ended."""
     size = resident("VmRSS", process)
     if size is None:
         raise RuntimeError("the server ended before the soak did")
@@ -270,14 +279,17 @@ def size_of(process: int) -> int:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median and 99th percentile in seconds, and how many there were."""
+    """Return median, 99th percentile (seconds) and number of values."""
     p50, p99 = np.percentile(values, (50, 99)).tolist() if values else (0.0, 0.0)
     return {"p50": p50, "p99": p99, "count": len(values)}
 
 
 def memory(samples: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
-    """From samples (second, bytes): at most 60 of them, and what memory did once it had settled: medians of the second
-    and of the last quarter of the time, and the difference."""
+    """Summarise samples (second, bytes): up to 60 of them, medians of the second and last quarter, and their
+    difference.
+
+    The first quarter is left out, because memory has not settled yet.
+    """
     quarters = [[size for at, size in samples if part <= at / seconds < part + 0.25] for part in (0.25, 0.75)]
     early, late = (float(np.median(quarter or [samples[-1][1]])) for quarter in quarters)
     every = -(-len(samples) // 60)
@@ -291,7 +303,7 @@ def memory(samples: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
 
 
 def run(settings: Settings, package: Path, advance: Callable[[float], None] = lambda seconds: None) -> dict[str, Any]:
-    """The section of the JSON file. advance: called with the seconds that are over."""
+    """Run a soak and return the section of the JSON file. ``advance`` is called with the elapsed seconds."""
     manifest = Package.open(package).manifest
     machine, tally = loaded_machine(), Tally()
 
@@ -301,7 +313,7 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
     with serving(package, settings) as (url, process):
         begin = monotonic()
         arguments = (url, settings)
-        # A first grammar, of an honest client, loads the library that compiles them.
+        # The first grammar loads the library that compiles grammars; it must not count as growth.
         first = {"model": "soak", "prompt": [5], "response_format": {"type": "json_object"}}
         httpx.post(f"{url}/v1/completions", json=first, timeout=_WAIT)
         start, due = (begin + part * settings.seconds for part in _ATTACKED)
@@ -346,8 +358,7 @@ def run(settings: Settings, package: Path, advance: Callable[[float], None] = la
 
 
 def with_tokenizer(directory: Path, shape: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
-    """As ``random_package``; the package has a tokenizer of characters, so that grammars and stop strings mean
-    something to it."""
+    """Write a package as ``random_package`` does, with a tokenizer of characters for grammars and stop strings."""
     for line in random_package(directory, shape, options):
         if (directory / "checkpoint").is_dir():
             characters = ["<pad>", "<end>", "<unk>", *map(chr, range(32, 127))]
@@ -360,7 +371,7 @@ def with_tokenizer(directory: Path, shape: dict[str, Any], options: dict[str, An
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """The results as tables."""
+    """Print the results as tables."""
     console.print(
         f"{sum(report['requests'].values()):,} requests in {report['seconds']:.0f} s, {report['errors']} failed; "
         f"{report['tokens']:,} tokens; memory {report['memory']['grown_bytes'] / 1e6:+.2f} MB"
@@ -379,7 +390,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def broken(report: dict[str, Any]) -> list[str]:
-    """What the soak was to show and did not."""
+    """Return a sentence for each promise that the soak broke."""
     grown, settled = report["memory"]["grown_bytes"], report["memory"]["settled_bytes"]
     found = [f"{report['errors']} requests failed"] if report["errors"] else []
     found += [f"memory grew by {grown / settled:.1%}"] if grown > _LARGER * settled else []

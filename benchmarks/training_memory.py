@@ -1,10 +1,11 @@
-"""What training keeps for the backward pass, against sequence length, chunk size and loops.
+"""Memory that training keeps for the backward pass, by sequence length, chunk size and loops.
 
     python benchmarks/training_memory.py [--json FILE]
 
-Counts the bytes of every tensor that autograd keeps between the forward and the backward pass of one phase-2 step (each
-storage once, weights not), for one sequence. The count is exact and the same on every machine; weights, gradients,
-optimiser states and the teacher's cache come on top. ``write_docs.py`` turns the JSON file into docs/benchmarks.md.
+Counts the bytes of every tensor that autograd keeps between the forward and the backward pass of a phase-2 step, for
+one sequence (each storage once, weights excluded). The count is exact and equal on every machine. Weights, gradients,
+optimiser states and the teacher's cache need memory besides. ``write_docs.py`` writes the JSON file's figures to
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: a sequence of so many tokens, in chunks of so many, each with so many loops."""
+    """One measurement: tokens per sequence, tokens per chunk, loops per token."""
 
     tokens: int = 1024
     chunk: int = 128
@@ -58,7 +59,7 @@ POINTS = (
 
 
 def kept_bytes(point: Point, mode: dict[str, Any]) -> int:
-    """The most bytes that autograd keeps at once; a truncated run frees each piece before the next."""
+    """Return the most bytes that autograd keeps at once. A truncated run frees each span before the next."""
     torch.manual_seed(0)
     teacher = LoopLMForCausalLM(LoopLMConfig(**SHAPE, total_ut_steps=point.loops))
     student = MeltForCausalLM(melt_config(teacher.config, chunk_size=point.chunk))

@@ -1,9 +1,9 @@
-"""Turns docs/benchmarks.json into docs/benchmarks.md and docs/loop_step.png; neither is written by hand.
+"""Writes docs/benchmarks.md and docs/loop_step.png from docs/benchmarks.json; neither is edited by hand.
 
     python benchmarks/write_docs.py
 
-Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the sections "loop_step", written by loop_step.py,
-and, where they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
+Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the section "loop_step" (loop_step.py) and, if
+they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
 (batching.py), "reach" (reach.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
 """
 
@@ -27,13 +27,14 @@ Row = dict[str, Any]
 
 
 def slope(rows: list[Row]) -> float:
-    """Microseconds that 1,000 more tokens in the cache cost a step, fitted through the largest buffer's medians."""
+    """Return the microseconds that 1,000 more tokens in the cache add to a step, fitted to the largest buffer's
+    medians."""
     largest = [row for row in rows if row["rows"] == max(r["rows"] for r in rows)]
     return 1000 * float(np.polyfit([r["tokens"] for r in largest], [r["median_us"] for r in largest], 1)[0])
 
 
 def time_part(report: Row) -> str:
-    """The section on a step's time."""
+    """Write the section on a step's time."""
     rows, settings = report["time"], report["settings"]
     large = max(row["rows"] for row in rows)
     ratios = [row["ratio"] for row in rows if row["rows"] == large]
@@ -49,27 +50,27 @@ def time_part(report: Row) -> str:
         ]
         for r in rows
     ]
-    head = ["tokens in the cache", "rows of the buffer", "median, µs", "quartiles, µs", "ratio to the smallest buffer"]
+    head = ["tokens in the cache", "size of the buffer", "median, µs", "quartiles, µs", "ratio to the smallest buffer"]
     return (
         "## Time of one loop step at decode\n\n"
-        "One token goes through its loops over a cache that holds a number of tokens, in a buffer of a number of "
-        f"rows. {plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, "
+        "One token runs its loops over a cache of some tokens, in a buffer with room for more. "
+        f"{plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, "
         f"{settings['precision']}, {settings['dialect']} dialect, one sequence, "
-        f"{plural(settings['threads'], 'thread')}. A step has to read all weights of the layers and the rows of the "
-        "tokens; the question is whether the rest of the buffer costs anything.\n\n"
+        f"{plural(settings['threads'], 'thread')}. A step must read all weights of the layers and the keys and values "
+        "of the tokens; the question is whether the rest of the buffer costs anything.\n\n"
         + table(head, cells)
-        + f"\nAt equal tokens, the {large:,}-row buffer took {min(ratios):.3f} to {max(ratios):.3f} times as long as "
-        "the smallest buffer that holds them. "
-        f"1,000 more tokens in the cache cost {slope(rows):,.0f} µs a step.\n\n"
-        f"All configurations are visited in turn, {settings['rounds']} rounds, in alternating order; a visit is one "
-        f"token with {settings['time_loops']} loops, of which the first is not counted ({rows[0]['steps']} steps a "
-        "row). The ratio is taken within each round, then its median and quartiles over the rounds, so that a slow "
-        "moment of the machine does not enter it.\n"
+        + f"\nAt equal tokens, the buffer for {large:,} tokens took {min(ratios):.3f} to {max(ratios):.3f} times as "
+        "long as the smallest buffer that holds them. "
+        f"1,000 more tokens in the cache add {slope(rows):,.0f} µs per step.\n\n"
+        f"All configurations take turns for {settings['rounds']} rounds, in alternating order; a turn is one token "
+        f"with {settings['time_loops']} loops, of which the first is not counted ({rows[0]['steps']} steps per "
+        "configuration). The ratio is taken within each round, then its median and quartiles over the rounds, so that "
+        "a slow moment of the machine does not matter.\n"
     )
 
 
 def memory_part(report: Row) -> str:
-    """The sections on memory."""
+    """Write the sections on memory."""
     settings, loops, long = report["settings"], report["loops"], report["long"]
     rows = settings["memory_rows"]
     cells = [
@@ -87,10 +88,10 @@ def memory_part(report: Row) -> str:
     samples = [[f"{s['tokens']:,}", f"{s['resident_bytes']:,}"] for s in long]
     return (
         "## Memory against the number of loops\n\n"
-        f"A fresh process each: load the package, open a session of {rows:,} rows, generate {loops[0]['tokens']} "
-        "tokens. Peak resident memory is VmHWM and counts the program, the weights and the state. The last column is "
-        "computed, not measured: what the caches alone of a LoopLM take, which keeps one a loop, in the same shape, "
-        "precision and number of rows.\n\n"
+        f"Each number of loops has a fresh process: load the package, open a session for {rows:,} tokens, generate "
+        f"{loops[0]['tokens']} tokens. Peak resident memory is VmHWM and counts the program, the weights and "
+        "the state. The last column is computed, not measured: the caches of a LoopLM of the same shape, precision and "
+        "length, which keeps one cache per loop.\n\n"
         + table(["loops", "state, bytes", "peak resident, bytes", "LoopLM caches (computed), bytes"], cells)
         + f"\nThe state is {'the same' if len({r['state_bytes'] for r in loops}) == 1 else 'NOT the same'} for every "
         f"number of loops; peak resident memory differs by {max(peaks) / min(peaks) - 1:.2%} at most.\n\n"
@@ -103,7 +104,7 @@ def memory_part(report: Row) -> str:
 
 
 def export_part(export: Row) -> str:
-    """The section on exporting a real-size checkpoint."""
+    """Write the section on exporting a real-size checkpoint."""
     cells = [
         ["peak resident memory", f"{export['peak_resident_kib']:,} KiB ({human(export['peak_resident_kib'] * 1024)})"],
         ["wall time", clock(export["wall_seconds"])],
@@ -124,7 +125,7 @@ def export_part(export: Row) -> str:
 
 
 def engines_part(section: Row) -> str:
-    """The section on building engines."""
+    """Write the section on building engines."""
     builds = section["builds"]
     graphs = [graph for graph in ("embed", "loop_step", "lm_head") if graph in builds[0]["plans"]]
     cells = [
@@ -142,8 +143,8 @@ def engines_part(section: Row) -> str:
     return (
         "## Engines\n\n"
         f"Building TensorRT-RTX engines on the CPU, without a GPU: {part}{plural(section['layers'], 'layer')} of the "
-        f"{section['shape']} shape, random weights, a cache of {section['rows']:,} rows, three plans each. Each build "
-        "has a process of its own; peak resident memory is its VmHWM. These engines were built, not run.\n\n"
+        f"{section['shape']} shape, random weights, a cache for {section['rows']:,} tokens, three plans each. Each "
+        "build has a process of its own; peak resident memory is its VmHWM. These engines were built, not run.\n\n"
         + command(section["command"])
         + f"\n{facts(section)}\n"
         + table(head, cells)
@@ -151,13 +152,13 @@ def engines_part(section: Row) -> str:
 
 
 def precision_name(build: str) -> str:
-    """ "fp16-int4" -> "fp16, int4 weights"."""
+    """Name a build's precision: "fp16-int4" -> "fp16, int4 weights"."""
     precision, _, weights = build.partition("-")
     return f"{precision}, {weights} weights" if weights else precision
 
 
 def training_part(section: Row) -> str:
-    """The section on what training keeps for the backward pass."""
+    """Write the section on memory that training keeps for the backward pass."""
     modes, shape = section["modes"], section["shape"]
     cells = [
         [f"{r['tokens']:,}", f"{r['chunk']:,}", f"{r['loops']}", *(human(r[mode]) for mode in modes)]
@@ -177,7 +178,7 @@ def training_part(section: Row) -> str:
 
 
 def batching_part(section: Row) -> str:
-    """The section on continuous batching."""
+    """Write the section on continuous batching."""
     settings, chunk = section["settings"], section["chunk"]
     what = (
         f"{plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, fp32"
@@ -201,23 +202,23 @@ def batching_part(section: Row) -> str:
     ]
     return (
         "## Continuous batching\n\n"
-        f"{what}; {plural(settings['loops'], 'loop')} a token, {plural(settings['threads'], 'thread')}, through the "
+        f"{what}; {plural(settings['loops'], 'loop')} per token, {plural(settings['threads'], 'thread')}, through the "
         f"scheduler; {plural(settings['rounds'], 'round')} in which all configurations take turns.\n\n"
         + command(section["command"])
         + f"\n{facts(section)}\n"
         + table(["streams", "tokens/s, together", "quartiles", "tokens/s, each"], rates)
-        + f"\nHow long a running stream waits for its next token, in ms. The prompt is prefilled in chunks of {chunk:,}"
+        + f"\nA running stream's waiting time for its next token, in ms. The prompt is prefilled in chunks of {chunk:,}"
         " tokens, one between two steps of the stream.\n\n"
         + table(["", "median", "quartiles", "99th percentile", "tokens"], gaps)
     )
 
 
 def quantization_part(section: Row) -> str:
-    """The section on what fewer bits cost."""
+    """Write the section on the cost of quantization."""
     return (
-        "## What fewer bits cost\n\nPackages of SmolLM2-135M at one loop against the checkpoint in float32, on "
-        f"{section['rows'][0]['positions']:,} tokens that nothing was calibrated on. A variant is what melt-export was "
-        "given.\n\n"
+        "## Cost of quantization\n\nPackages of SmolLM2-135M at one loop against the checkpoint in float32, on "
+        f"{section['rows'][0]['positions']:,} tokens that are in no calibration text. A variant is the options of "
+        "melt-export.\n\n"
         + command(section["command"])
         + f"\n{quantization.markdown(section['rows'])}"
         + "\n![Quality against bytes.](quantization.png)\n"
@@ -225,7 +226,7 @@ def quantization_part(section: Row) -> str:
 
 
 def markdown(content: Row) -> str:
-    """docs/benchmarks.md."""
+    """Write docs/benchmarks.md."""
     report = content["loop_step"]
     reach = [reach_docs.part(content["reach"])] if "reach" in content else []
     parts = [
@@ -233,7 +234,7 @@ def markdown(content: Row) -> str:
         "Written by `python benchmarks/write_docs.py` from `docs/benchmarks.json`; do not edit. Times of other "
         "machines will differ; the ratios and the bytes of state should not.\n",
         *reach,
-        "![Left: time of a loop step against the tokens in the cache, one line a buffer size. Right: memory against "
+        "![Left: time of a loop step against the tokens in the cache, one line per buffer size. Right: memory against "
         "the number of loops.](loop_step.png)\n",
         f"Loop step and memory were measured with:\n\n{command(report['command'])}\n{facts(report)}",
         time_part(report),
@@ -253,7 +254,7 @@ def markdown(content: Row) -> str:
 
 
 def plot(report: Row, path: Path) -> None:
-    """docs/loop_step.png: two panels."""
+    """Draw docs/loop_step.png: two panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -274,7 +275,7 @@ def _subtitle(axes: Any, text: str) -> None:
 
 
 def _highest(report: Row, tokens: int) -> float:
-    """The largest upper quartile at a number of tokens, in microseconds."""
+    """Return the largest upper quartile at a number of tokens, in microseconds."""
     return max(row["quartiles_us"][1] for row in report["time"] if row["tokens"] == tokens)
 
 
@@ -291,7 +292,7 @@ def _time_panel(axes: Any, report: Row) -> None:
         y = np.array([row["median_us"] for row in rows]) / 1000
         spread = np.abs(np.array([row["quartiles_us"] for row in rows]).T / 1000 - y)
         color, last = _COLORS[index % 3], index == len(sizes) - 1
-        # The lines lie on each other: they are drawn a few points apart, the largest buffer named below them.
+        # The lines would coincide, so they are drawn a few points apart, with the largest buffer named below.
         beside = ScaledTranslation((index - (len(sizes) - 1) / 2) * 5 / 72, 0, axes.figure.dpi_scale_trans)
         axes.errorbar(
             x,
@@ -311,7 +312,7 @@ def _time_panel(axes: Any, report: Row) -> None:
         )
         at_end = x[-1] == axes_end
         axes.annotate(
-            f"buffer of {size:,} rows",
+            f"buffer for {size:,} tokens",
             (x[-1], y[-1] if at_end else _highest(report, x[-1]) / 1000),
             xytext=(-12, -26 if last else 26) if at_end else (0, 14),
             textcoords="offset points",
@@ -360,10 +361,10 @@ def _memory_panel(axes: Any, report: Row) -> None:
     axes.set_xlim(0, max(loops) * 1.04)
     axes.set_ylim(0, None)
     axes.set_xticks(loops)
-    axes.set_xlabel("loops a token")
+    axes.set_xlabel("loops per token")
     axes.set_ylabel("memory, GB")
     axes.set_title("More loops, the same memory")
-    _subtitle(axes, f"the same slice, one sequence, {report['settings']['memory_rows']:,} rows")
+    _subtitle(axes, f"the same slice, one sequence, {report['settings']['memory_rows']:,} tokens")
 
 
 def main(

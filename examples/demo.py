@@ -1,4 +1,4 @@
-"""The demo: an exported addition model answers held-out problems at 1, 2, 3 and 4 loops, with no PyTorch loaded.
+"""Demo: an exported addition model answers held-out problems with 1, 2, 3 and 4 loops, without PyTorch.
 
 python examples/demo.py PACKAGE
 """
@@ -22,37 +22,37 @@ PROBLEMS = Path(__file__).with_name("addition_problems.jsonl")
 
 
 class Problem(NamedTuple):
-    """What the model reads, and what it must write before its end token."""
+    """``prompt`` is read by the model; ``answer`` must be written before the end token."""
 
     prompt: str
     answer: str
 
 
 def held_out_problems() -> list[Problem]:
-    """Additions with long carries that training never drew (see the checkpoint's model card)."""
+    """Read additions with long carries that were never trained on (see the checkpoint's model card)."""
     return [Problem(**json.loads(line)) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
 
 
 def answers(runtime: Runtime, problems: list[Problem], loops: int, exit_threshold: float = 1.0) -> list[Generation]:
-    """What the package writes after each prompt, greedily."""
+    """Generate an answer to each problem, greedily."""
     prompts = [problem.prompt for problem in problems]
     return runtime.generate(prompts, max_tokens=12, loops=loops, exit_threshold=exit_threshold)
 
 
 def accuracy(problems: list[Problem], generations: list[Generation]) -> float:
-    """The share answered exactly, 0 to 1."""
+    """Return the share of exact answers, 0 to 1."""
     return sum(g.text == problem.answer for problem, g in zip(problems, generations, strict=True)) / len(problems)
 
 
 def mean_depth(generations: list[Generation]) -> float:
-    """Loops a token, over the tokens that were written."""
+    """Return the mean loops per written token."""
     depths = [depth for g in generations for depth in g.depth[g.prompt_tokens :]]
     return sum(depths) / len(depths)
 
 
 def main(
     package: Annotated[Path, typer.Argument(help="A package of examples/addition-melt.")],
-    count: Annotated[int, typer.Option(help="Held-out problems a row.", min=1, max=200)] = 200,
+    count: Annotated[int, typer.Option(help="Number of held-out problems.", min=1, max=200)] = 200,
 ) -> None:
     """Show some answers, then the accuracy against the number of loops and with early exit."""
     console = Console(soft_wrap=True)
@@ -72,7 +72,7 @@ def main(
         shown.add_row(problem.prompt.rstrip("="), *marked)
     console.print(shown)
 
-    table = Table("depth", "exactly right", "loops a token", title=f"{count} held-out problems with long carries")
+    table = Table("depth", "exactly right", "loops per token", title=f"{count} held-out problems with long carries")
     for name, generations in found.items():
         table.add_row(name, f"{accuracy(problems, generations):.1%}", f"{mean_depth(generations):.2f}")
     console.print(table)

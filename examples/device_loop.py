@@ -1,14 +1,15 @@
-"""A device that runs for months: readings come in, answers go out, and a power cut costs at most one turn.
+"""A program for a device that runs for months: it answers readings, and a power cut costs at most one turn.
 
     python examples/device_loop.py PACKAGE READINGS DIRECTORY [--follow]
 
-A turn takes a line of the file READINGS, appends it to the conversation, and writes the model's answer as a line of
-DIRECTORY/answers.jsonl. Started again after whatever stopped it, the program goes on where it was, and the answers are
-those of a run that was never stopped, sampling included.
+A turn reads a line of the file READINGS, appends it to the conversation, and writes the model's answer as a line of
+DIRECTORY/answers.jsonl. After any interruption the program resumes, and the answers equal those of a run without
+interruption, sampling included.
 
-What makes that so is the order of a turn: first the session is saved under the number of the next turn (whole or not at
-all), then the answer's line is written and synced. The lines say how many turns are over, so the session to go on from
-is the one with their number; a line that was cut by the power is dropped, and its turn runs again, from the same state.
+The order of a turn's steps ensures this. First the session is saved under the number of the next turn (completely or
+not at all), then the answer's line is written and synced. The number of lines is the number of finished turns, so the
+session to resume from is the one with that number. A line that a power cut left incomplete is dropped, and its turn
+runs again from the same session.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ INSTRUCTION = "readings of a pump, and what they mean.\n"
 
 
 def session_file(directory: Path, turn: int) -> Path:
-    """Where the session lies from which a turn begins."""
+    """Return the path of the session with which a turn begins."""
     return directory / "sessions" / f"turn-{turn:08d}"
 
 
 def turns_done(answers: Path) -> int:
-    """How many answers were written whole; what follows the last whole line is cut off."""
+    """Return the number of complete answers, and cut off what follows the last complete line."""
     content = answers.read_bytes() if answers.exists() else b""
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -43,7 +44,7 @@ def turns_done(answers: Path) -> int:
 
 
 def begin(runtime: Runtime, directory: Path, turn: int) -> Session:
-    """The session from which a turn begins: new, or as it was saved. Raises SessionError."""
+    """Load the session with which a turn begins, or make a new one. Raises SessionError."""
     if turn:
         return runtime.load_session(session_file(directory, turn))
     session = runtime.session(**OPTIONS)
@@ -52,7 +53,7 @@ def begin(runtime: Runtime, directory: Path, turn: int) -> Session:
 
 
 def tidy(directory: Path, turn: int) -> None:
-    """Removes every session but that of a turn, and what was being written when the power went."""
+    """Delete all sessions except one turn's, and incomplete files that a power cut left behind."""
     (directory / "sessions").mkdir(parents=True, exist_ok=True)
     for file in (directory / "sessions").iterdir():
         if file != session_file(directory, turn):
@@ -60,7 +61,7 @@ def tidy(directory: Path, turn: int) -> None:
 
 
 def answer(session: Session, reading: str, kept: int) -> str:
-    """One turn. When the cache is full, all but the first ``kept`` tokens, the instruction, is forgotten."""
+    """Run one turn. When the cache is full, forget all but the first ``kept`` tokens, the instruction."""
     prompt = session.runtime.encode(f"{reading}: ")
     if session.room < len(prompt) + ANSWER_TOKENS:
         session.truncate(kept)
@@ -69,8 +70,10 @@ def answer(session: Session, reading: str, kept: int) -> str:
 
 
 def readings(path: Path, start: int, follow: bool) -> Iterator[str]:
-    """The lines of a file from a number on; follow: waits for more instead of ending. Lines that are still being
-    written are left for later."""
+    """Yield the lines of a file from a number on. With ``follow`` wait for more at the end.
+
+    An incomplete last line is left for later.
+    """
     with path.open(encoding="utf-8") as file:
         number = 0
         while True:

@@ -1,4 +1,4 @@
-"""The runtime inside a program of your own: python examples/embed.py PACKAGE [PROMPT]"""
+"""The runtime inside your own program: python examples/embed.py PACKAGE [PROMPT]"""
 
 import sys
 
@@ -6,7 +6,7 @@ from melt_runtime import MeltError, Runtime
 
 
 def main(package: str, prompt: str | None = None) -> None:
-    """Prints what the package says, token by token, then a second answer that thought no deeper than one loop."""
+    """Print an answer token by token, then an answer with one loop."""
     runtime = Runtime.load(package)
     prompt = prompt or runtime.example_prompt or "Once upon a time"
     for delta in runtime.stream(prompt, max_tokens=32):

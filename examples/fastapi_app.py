@@ -1,9 +1,9 @@
-"""A web application of your own around the runtime: requests share slots, answers stream, who leaves frees a slot.
+"""Your own web application around the runtime: requests share slots, and answers are streamed.
 
     MELT_PACKAGE=PACKAGE uvicorn --app-dir examples fastapi_app:app
     curl -N localhost:8000/answers -H 'Content-Type: application/json' -d '{"prompt": "2+2=", "loops": 4}'
 
-``melt-run serve`` speaks OpenAI's language; this is the place to begin for an interface that is yours.
+``melt-run serve`` has OpenAI's interface; start here for an interface of your own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Events = asyncio.Queue[TextDelta | Generation | MeltError]
 
 
 class Question(BaseModel):
-    """What a client sends. loops: None is the package's number."""
+    """Body of a request. ``loops`` None: the package's number."""
 
     prompt: str
     loops: int | None = Field(None, ge=1)
@@ -33,7 +33,7 @@ class Question(BaseModel):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Allocates everything at the start, and gives it back at the end."""
+    """Load the package at the start and free it at the end."""
     with Scheduler(Runtime.load(os.environ["MELT_PACKAGE"]), max_waiting=16) as scheduler:
         app.state.scheduler = scheduler
         yield
@@ -44,13 +44,13 @@ app = FastAPI(lifespan=lifespan)
 
 @app.exception_handler(MeltError)
 async def refused(request: HttpRequest, error: MeltError) -> Response:
-    """The runtime's errors are one sentence each, fit for clients."""
+    """Answer with the runtime's error, which is one sentence and fit for clients."""
     return JSONResponse({"error": str(error)}, 429 if isinstance(error, BusyError) else 400)
 
 
 @app.post("/answers")
 async def answer(question: Question) -> Response:
-    """A JSON line a token, {"text", "loops"}, and at the end {"finish_reason"} or {"error"}."""
+    """Stream JSON lines: {"text", "loops"} per token, then {"finish_reason"} or {"error"}."""
     scheduler: Scheduler = app.state.scheduler
     runtime, loop, events = scheduler.runtime, asyncio.get_running_loop(), Events()
     options = runtime.options(max_tokens=question.max_tokens, loops=question.loops)
@@ -65,6 +65,6 @@ async def answer(question: Question) -> Response:
             failed = isinstance(event, MeltError)
             yield json.dumps({"error": str(event)} if failed else {"finish_reason": event.finish_reason}) + "\n"
         finally:
-            handle.cancel()  # for a client that left; nothing happens to an answer that is over
+            handle.cancel()  # frees the slot of a client that left; no effect on a finished answer
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")

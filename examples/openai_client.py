@@ -12,13 +12,13 @@ from openai import OpenAI, OpenAIError
 
 
 def main(url: str, prompt: str) -> None:
-    """An answer at two depths, then one that streams and leaves the loops early."""
+    """Print an answer at two depths, then stream one with early exit."""
     client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
     model = client.models.list().data[0]
     most = int(getattr(model, "loops", 1))
-    print(f"{model.id}, up to {most} loops a token")
+    print(f"{model.id}, up to {most} loops per token")
 
-    for loops in sorted({1, most}):  # what OpenAI's interface does not know goes into extra_body
+    for loops in sorted({1, most}):  # fields beyond OpenAI's go into extra_body
         reply = client.completions.create(
             model=model.id, prompt=prompt, temperature=0, max_tokens=32, extra_body={"loops": loops}
         )

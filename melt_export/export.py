@@ -133,8 +133,10 @@ def build_package(
         if options.precision == "fp32":
             halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
-            assert dialect.products is not None
-            raised = quantize_matmuls(graphs[name].model, quantized, seen, dialect.products, TORCH_DTYPES[dtype])
+            assert dialect.quantized_matmul is not None
+            raised = quantize_matmuls(
+                graphs[name].model, quantized, seen, dialect.quantized_matmul, TORCH_DTYPES[dtype]
+            )
             record["raised"] = [*record.get("raised", ()), *raised]
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of the page; they skip, with the reason, where there is none."""
+"""A headless Chromium for the tests of the page. They skip, with the reason, where there is none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 60_000  # milliseconds after which a test gives up; nothing here should take many
+PATIENCE = 60_000  # milliseconds; a hang limit
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser (of Playwright), without a window."""
+    """Yield a Playwright browser without a window."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="Playwright drives the browser: pip install playwright"
     )
@@ -29,7 +29,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page that is open, with what it asked for and what it complained of.
+    """An open page, with the requests and errors that it made.
 
     ``url``: of the server; ``options``: of Playwright's new_context, such as a viewport or a colour scheme.
     """
@@ -46,7 +46,7 @@ class Visit:
         self.page.goto(url)
 
     def ask(self, text: str) -> Any:
-        """Types a message and sends it with Enter; the answer's paragraph, which may still grow."""
+        """Type a message and send it with Enter. Returns the answer's paragraph, which may still grow."""
         before = self.page.locator("p.assistant").count()
         self.page.get_by_label("Message").fill("")
         self.page.get_by_label("Message").press_sequentially(text)
@@ -54,34 +54,34 @@ class Visit:
         return self.page.locator("p.assistant").nth(before)
 
     def answer(self, text: str) -> Any:
-        """Like ``ask``, and waits for the end."""
+        """Ask and wait for the end of the answer."""
         answer = self.ask(text)
         self.until("#send", "Send")
         return answer
 
     def tokens(self, answer: Any) -> list[tuple[str, str]]:
-        """The tokens of an answer, each with what its colour says: text, title."""
+        """Return (text, title) of each token of an answer; the title explains the colour."""
         found = answer.locator(".token").evaluate_all("all => all.map(one => [one.textContent, one.title])")
         return [tuple(one) for one in found]
 
     def dial(self, name: str, key: str, times: int = 1) -> None:
-        """Moves a slider with the keyboard."""
+        """Move a slider with the keyboard."""
         slider = self.page.get_by_role("slider", name=name)
         for _ in range(times):
             slider.press(key)
 
     def until(self, selector: str, text: str) -> None:
-        """Waits until an element says just this."""
+        """Wait until an element has exactly this text."""
         self.page.locator(selector).filter(has_text=re.compile(f"^{re.escape(text)}$")).wait_for()
 
     def some(self, count: int) -> None:
-        """Waits until so many tokens are there."""
+        """Wait for ``count`` tokens."""
         self.page.locator(".token").nth(count - 1).wait_for(state="attached")
 
     def text(self, selector: str) -> str:
-        """The text of an element."""
+        """Return the text of an element."""
         return str(self.page.locator(selector).text_content())
 
     def close(self) -> None:
-        """Closes it."""
+        """Close the page."""
         self.context.close()

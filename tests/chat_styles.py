@@ -1,4 +1,7 @@
-"""Chat templates in the styles of today's models, written for these tests; each exercises what its family relies on."""
+"""Chat templates in the styles of current models, written for these tests.
+
+Each uses the features its family relies on.
+"""
 
 # ruff: noqa: E501 (templates have long lines)
 

@@ -1,4 +1,4 @@
-"""Small real models, exported once a session and shared by the tests."""
+"""Small real models, exported once per session and shared by the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 let_ctrl_c_through()
 torch.set_num_threads(1)
-# pytest listens to loggers that do not propagate, and PyTorch writes a trace of all that it does where someone listens.
+# pytest captures loggers that do not propagate, and PyTorch then writes a trace of all its work.
 logging.getLogger("torch.__trace").propagate = True
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?0123456789:"
@@ -52,7 +52,7 @@ MakePackage = Callable[..., Path]
 
 
 def write_tokenizer(directory: Path, alphabet: str = ALPHABET) -> None:
-    """A character-level tokenizer, of 45 tokens as a rule, with a chat template."""
+    """Write a character-level tokenizer, by default of 45 tokens, with a chat template."""
     vocab = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -64,15 +64,15 @@ def write_tokenizer(directory: Path, alphabet: str = ALPHABET) -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where everything lies that all processes of a run use and none changes."""
+    """The directory that all processes of a test run share. Tests do not change its content."""
     return shared_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(shared: Path) -> MakeCheckpoint:
-    """A function of config fields -> a random MELT checkpoint, made once for equal fields.
+    """A function that makes a random MELT checkpoint from config fields, once for equal fields.
 
-    ``tokenizer``: whether it has the usual one; ``alphabet``: or one of these characters.
+    ``tokenizer``: whether it has a tokenizer; ``alphabet``: its characters.
     """
 
     def make(*, tokenizer: bool = False, alphabet: str = "", **fields: object) -> Path:
@@ -89,7 +89,7 @@ def make_checkpoint(shared: Path) -> MakeCheckpoint:
 
 @pytest.fixture(scope="session")
 def make_looplm(shared: Path) -> MakeCheckpoint:
-    """A function of config fields -> a random LoopLM (Ouro) checkpoint, made once for equal fields."""
+    """A function that makes a random LoopLM (Ouro) checkpoint from config fields, once for equal fields."""
 
     def make(**fields: object) -> Path:
         def build(directory: Path) -> None:
@@ -104,7 +104,7 @@ def make_looplm(shared: Path) -> MakeCheckpoint:
 
 @pytest.fixture(scope="session")
 def make_package(shared: Path) -> MakePackage:
-    """A function of a checkpoint and export options -> a package, made once for equal arguments. Do not change it."""
+    """A function that exports a checkpoint, once for equal arguments. Do not change the package."""
 
     def make(checkpoint: Path, **options: object) -> Path:
         def build(directory: Path) -> None:
@@ -118,39 +118,39 @@ def make_package(shared: Path) -> MakePackage:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
-    """The usual small model, with a tokenizer."""
+    """The default small model, with a tokenizer."""
     return make_checkpoint(tokenizer=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_package(make_package: MakePackage, tiny_checkpoint: Path) -> Path:
-    """The usual small model in fp32 for ONNX Runtime, with a tokenizer. Do not change it."""
+    """The default small model in fp32 for ONNX Runtime, with a tokenizer. Do not change it."""
     return make_package(tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def tiny_package_without_tokenizer(make_package: MakePackage, make_checkpoint: MakeCheckpoint) -> Path:
-    """The same without a tokenizer. Do not change it."""
+    """The default small package without a tokenizer. Do not change it."""
     return make_package(make_checkpoint())
 
 
 @pytest.fixture(scope="session")
 def served_package(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> Path:
-    """A small model that can say every printable character, with room for long streams, at most four at once."""
+    """A small model that can write every printable character, with room for long streams in four slots."""
     alphabet = "\n" + "".join(map(chr, range(32, 127)))
     return make_package(make_checkpoint(vocab_size=104, max_position_embeddings=8192, alphabet=alphabet), max_batch=4)
 
 
 @pytest.fixture(scope="session")
 def served_runtime(served_package: Path) -> Runtime:
-    """What the server's answers are compared with."""
+    """The runtime that the server's answers are compared with."""
     return Runtime.load(served_package)
 
 
 @pytest.fixture(scope="module")
 def server(served_package: Path) -> Iterator[Server]:
-    """A server process on that package, for the tests of one module."""
-    from serving import Server  # with the client, which only these tests need
+    """A server process with that package, one per test module."""
+    from serving import Server  # imports the client, which only these tests need
 
     with Server(served_package) as server:
         yield server
@@ -158,5 +158,5 @@ def server(served_package: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def package_copy(tiny_package: Path, tmp_path: Path) -> Path:
-    """A copy of the usual package that a test may spoil."""
+    """A copy of the default package that a test may change."""
     return Path(shutil.copytree(tiny_package, tmp_path / "copy"))

@@ -1,8 +1,8 @@
-"""A stand-in for a CUDA device and for TensorRT's runtime, in host memory. Nothing of CUDA or TensorRT is shown by it.
+"""A stand-in for a CUDA device and for TensorRT's runtime, in host memory. It proves nothing about CUDA or TensorRT.
 
-What it is for: the logic around them. Its stream is lazy: work waits until someone synchronizes, so that whoever reads
-too early, or writes over what is still to be read, gets wrong values. A graph is a list of work with the addresses
-of its capture. A plan is the name of an ONNX file, which ONNX Runtime's CPU provider runs at the addresses given.
+It tests the logic around them. Its stream is lazy: work waits until someone synchronizes, so that code that reads too
+early, or overwrites what is still to be read, gets wrong values. A graph is a list of work with the addresses of its
+capture. A plan is the name of an ONNX file, which ONNX Runtime's CPU provider runs at the given addresses.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CANDIDATES = 16
 
 
 class HostMemory:
-    """Host memory that stands for either kind; the device counts it."""
+    """Host memory that stands for device or pinned memory, counted by the device."""
 
     def __init__(self, device: HostDevice, count: int, kind: str):
         self.device, self.bytes, self.kind = device, count, kind
@@ -53,11 +53,10 @@ class HostMemory:
         device.live.append((kind, count))
 
     def array(self) -> np.ndarray:
-        """The bytes."""
+        """Return the bytes."""
         return host_array(self.address, self.bytes, self)
 
     def free(self) -> None:
-        """Gives it back."""
         if self.address:
             self.device.live.remove((self.kind, self.bytes))
             self.address = 0
@@ -67,7 +66,7 @@ class HostMemory:
 
 
 class HostStream:
-    """Work that waits for ``synchronize``, or is recorded."""
+    """A stream whose work waits for ``synchronize``, or is recorded into a graph."""
 
     def __init__(self) -> None:
         self.handle = id(self)
@@ -77,7 +76,6 @@ class HostStream:
         STREAMS[self.handle] = self
 
     def put(self, work: Callable[[], None]) -> None:
-        """Adds work."""
         (self.waiting if self.recorded is None else self.recorded).append(work)
 
     def copy(self, target: int, source: int, count: int) -> None:
@@ -120,7 +118,7 @@ STREAMS: dict[int, HostStream] = {}
 
 
 class HostDevice:
-    """A device of so many bytes. ``fails``: the kind of allocation that fails although there was room."""
+    """A device with ``total`` bytes. ``fails``: the kind of allocation that always fails."""
 
     name, capability, driver = "host memory", "8.9", "13.0"
 
@@ -153,7 +151,7 @@ class HostDevice:
 
 @cache
 def session_of(path: str) -> onnxruntime.InferenceSession:
-    """A graph, loaded once."""
+    """Load a graph once."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -161,7 +159,7 @@ def session_of(path: str) -> onnxruntime.InferenceSession:
 
 
 class HostContext:
-    """An execution context: shapes and addresses as they are when work is put on the stream."""
+    """An execution context. It takes shapes and addresses at the time when work is put on the stream."""
 
     def __init__(self, engine: HostEngine):
         self.engine = engine
@@ -198,7 +196,7 @@ class HostContext:
         shapes, addresses, (scratch, count) = dict(self.shapes), dict(self.addresses), self.scratch
 
         def work() -> None:
-            ctypes.memset(scratch, 0xAB, count)  # scratch memory is nobody's between runs
+            ctypes.memset(scratch, 0xAB, count)  # scratch memory has no defined content between runs
             self.engine.run(shapes, addresses)
 
         STREAMS[stream].put(work)
@@ -206,7 +204,7 @@ class HostContext:
 
 
 class HostEngine:
-    """An "engine": an ONNX file, and for the head the likeliest tokens beside it."""
+    """An engine that is an ONNX file. The head's also returns the top candidates."""
 
     capturable, fails = True, False
     streamable_weights_size = 0
@@ -247,7 +245,7 @@ class HostEngine:
         return HostContext(self)
 
     def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        """Runs the graph where its tensors lie."""
+        """Run the graph on tensors at the given addresses."""
         binding = self.session.io_binding()
         for tensor in self.session.get_inputs():
             binding.bind_input(tensor.name, "cpu", 0, TYPES[tensor.type], shapes[tensor.name], addresses[tensor.name])
@@ -277,7 +275,7 @@ class HostEngine:
 
 
 class HostRuntime:
-    """Reads plans."""
+    """The library's runtime, which reads plans."""
 
     def __init__(self, logger: Any):
         self.logger = logger
@@ -291,7 +289,7 @@ class HostRuntime:
 
 
 class HostTensorRT:
-    """What of the library's module the backend touches."""
+    """The parts of the library's module that the backend uses."""
 
     __version__ = "1.7.1"
     Runtime = HostRuntime
@@ -305,14 +303,14 @@ class HostTensorRT:
 
 
 def host_library(flavour: str) -> Library:
-    """The stand-in for an installed TensorRT-RTX; TensorRT is not there."""
+    """Return the stand-in for an installed TensorRT-RTX. TensorRT is not installed."""
     if flavour != "tensorrt-rtx":
         raise BackendError("TensorRT is not installed (stand-in)")
     return Library(flavour, HostTensorRT)
 
 
 def add_plans(directory: Path, name: str = "double", candidates: int = CANDIDATES, **changes: Any) -> EngineSpec:
-    """Keeps an "engine" in a package."""
+    """Store an engine in a package."""
     package = Package.open(directory, check_hashes=False)
     manifest, buckets = package.manifest, length_buckets(package.manifest.cache_rows)
     with new_engine(directory, name) as build:

@@ -1,4 +1,4 @@
-"""Processes that tests start: Ctrl-C reaches them whatever started the tests, and each has a time limit."""
+"""Processes started by tests. Ctrl-C always reaches them, and each has a time limit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from threading import Timer
 from typing import Any
 
-LIMIT = 300.0  # seconds, for what takes a few where nothing else computes
+LIMIT = 300.0  # seconds; a hang limit for commands that take a few on a quiet machine
 
 
 def let_ctrl_c_through() -> None:
-    """Gives SIGINT back its usual meaning, here and in every process that is started from now on.
+    """Restore SIGINT's default handler, here and in every process that is started later.
 
-    Whoever starts the tests may ignore it, and a process that inherits this never hears a Ctrl-C: ``nohup``, a job in a
-    script's background, some executors of CI.
+    The tests' parent may ignore SIGINT (``nohup``, a script's background job, some executors of CI), and a process that
+    inherits this never receives a Ctrl-C.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,7 +24,7 @@ def let_ctrl_c_through() -> None:
 
 @contextmanager
 def started(command: Sequence[Any], limit: float = LIMIT, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A running process, which is killed when the block ends or after ``limit`` seconds."""
+    """Start a process and kill it when the block ends, or after ``limit`` seconds."""
     with subprocess.Popen([str(part) for part in command], **options) as process:
         timer = Timer(limit, process.kill)
         timer.start()

@@ -16,7 +16,7 @@ from typing import Any, Self
 import httpx
 from openai import OpenAI
 
-WAIT = 60.0  # seconds after which a test gives up; nothing here should take one
+WAIT = 60.0  # seconds; a hang limit
 
 
 class Server:
@@ -50,27 +50,27 @@ class Server:
         self._listening.set()
 
     def answers(self, path: str) -> bool:
-        """Whether a GET succeeds."""
+        """Return whether a GET succeeds."""
         try:
             return httpx.get(self.url + path, timeout=WAIT, verify=False).status_code == 200
         except httpx.TransportError:
             return False
 
     def log(self) -> list[dict[str, Any]]:
-        """What it wrote so far."""
+        """Return the log lines so far."""
         return [json.loads(line) for line in list(self.lines) if line.startswith("{")]
 
     def client(self, key: str = "none") -> OpenAI:
-        """OpenAI's own client, which does not try twice."""
+        """Return OpenAI's own client, without retries."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers behind /metrics by name."""
+        """Return the values of /metrics by name."""
         lines = httpx.get(f"{self.url}/metrics", timeout=WAIT).text.splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[0] != "#"}
 
     def end(self) -> int:
-        """Waits for its end; its exit code."""
+        """Wait for the process to end and return its exit code."""
         code = self.process.wait(WAIT)
         self._reader.join(WAIT)
         return code
@@ -85,7 +85,7 @@ class Server:
 
 
 def eventually(true: Callable[[], bool]) -> None:
-    """Waits until something is so."""
+    """Wait until a condition holds."""
     for _ in range(int(WAIT / 0.02)):
         if true():
             return

@@ -1,4 +1,4 @@
-"""What takes long to make, made once in a run of the tests, however many processes it has."""
+"""Directories that take long to make and are made once per test run, however many processes it has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that all processes of this run have in common: pytest-xdist gives each its own one in it."""
+    """Return the directory shared by all processes of this run; pytest-xdist gives each its own below it."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
@@ -21,7 +21,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_once(folder: Path, name: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The directory that ``make`` fills for this key: one process makes it, the others wait and get the same."""
+    """Return the directory that ``make`` fills for this key. One process makes it, the others wait."""
     place = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with open(f"{place}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

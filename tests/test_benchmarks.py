@@ -58,7 +58,7 @@ def test_the_engines_section_names_shape_machine_and_versions() -> None:
     assert "all 24 layers of the ouro-1.4b shape" in text
     assert "tensorrt-rtx 1.7.1.17" in text
     assert common.machine()["cpu"] in text
-    assert "a cache of 4,096 rows" in text
+    assert "a cache for 4,096 tokens" in text
 
 
 def test_a_slice_of_the_shape_is_not_called_all_of_it() -> None:

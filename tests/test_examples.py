@@ -91,7 +91,7 @@ def test_the_official_client_streams_and_says_loops(addition: Path) -> None:
     runtime = Runtime.load(addition)
     early = runtime.generate(PROBLEM, exit_threshold=0.9)
     depth = early.depth[early.prompt_tokens - 1 :]
-    assert lines[0] == "addition, up to 4 loops a token"
+    assert lines[0] == "addition, up to 4 loops per token"
     assert lines[1].startswith(f"loops=1: '{runtime.generate(PROBLEM, loops=1).text}', loops by token [1, 1")
     assert lines[2] == f"loops=4: '{ANSWER}', loops by token {[4] * 8}"
     assert lines[3] == "".join(f"{text}({loops})" for text, loops in zip([*early.text, ""], depth, strict=False))

@@ -164,7 +164,7 @@ def test_the_document_has_every_table_and_every_plot(tmp_path: Path) -> None:
         assert f"| {row.title} | 90.0, 90.0, 90.0 |" in text
     assert "| loops | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |" in text
     assert "| 0.9 | MELT | 1.90 | 90.0 | 90.0 |" in text
-    assert "| tokens a chunk | 1 | 8 | 16 |" in text
+    assert "| tokens per chunk | 1 | 8 | 16 |" in text
     assert "Not measured yet" not in text
     assert "Not finished" not in text
     document.write_documents(tmp_path)

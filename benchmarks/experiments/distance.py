@@ -1,4 +1,4 @@
-"""The section on how far MELT is from its teacher: each budget's distance, seed by seed."""
+"""The section of docs/experiments.md on MELT's distance from its teacher: each budget, seed by seed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from results import KINDS, Results, each, percent, spread
 from runs import BUDGETS, EVEN, LONG_STEPS, TEACHER, TUNED, Row
+from sections import PAPER, Section, few, section
 from shared import table
-from words import PAPER, Section, few, section
 
-PAPER_DISTANCE = 2.4  # points between the paper's MELT and its teacher: 62.3 - 59.9, mean over six sets
+PAPER_DISTANCE = 2.4  # points of the paper's MELT below its teacher: 62.3 - 59.9, mean over six sets
 Accuracies = dict[str, dict[int, float]]
 
 
 def teacher_part(results: Results) -> Section:
-    """Teachers, and the students that were distilled from them."""
+    """Write the section on teachers and the students distilled from them."""
     teachers, budgets = results.row("teacher"), [row for row in BUDGETS if results.row(row.name)]
     if not teachers or not budgets:
         return section("A teacher and its MELT", "Not measured yet.\n")
@@ -41,17 +41,18 @@ def teacher_part(results: Results) -> Section:
     return section(
         "A teacher and its MELT",
         table(
-            ["", *(f"{words}, % right" for words in KINDS.values()), "cache a token, bytes", "weights", "minutes"], rows
+            ["", *(f"{words}, % right" for words in KINDS.values()), "cache per token, bytes", "weights", "minutes"],
+            rows,
         ),
-        "In brackets every seed's value. Minutes: mean wall time of training a run on a core that it may have had to "
-        "share.\n",
+        "Every seed's value is in brackets. Minutes: mean wall time of training a run, on a core that may have been "
+        "shared.\n",
         f"The teacher {'solves' if solved else 'DOES NOT solve'} the task by looping: at least "
         f"{min(solving['even'].values()):.1f}% right with {deep} loops and at most "
         f"{max(shallow['even'].values()):.1f}% at loop 1 on problems drawn evenly (wanted: at least 95, below 50). "
         f"MELT has 1/{smaller:.0f} of its cache. The paper's MELT-1.6B is {PAPER_DISTANCE} points below its teacher "
         f"({PAPER}, mean of six sets of maths problems).\n",
         "".join(f"- {sentence}\n" for sentence in sentences),
-        f"*{TUNED.title}* takes {LONG_STEPS[1]} steps in phase 2 and what the ablations below say: attention alignment "
+        f"*{TUNED.title}* takes {LONG_STEPS[1]} steps in phase 2 and follows the ablations below: attention alignment "
         f"weighs {TUNED.phase2['attention_weight']:g} instead of 0.1, alpha is 1 after "
         f"{TUNED.phase1['interpolation_share']:.0%} of phase 1, matrices are trained with Muon. *{EVEN.title}* is the "
         f"checkpoint that the demo ships; its teacher's entropy weight is {EVEN.teacher['entropy_weight']:g} instead "
@@ -61,12 +62,12 @@ def teacher_part(results: Results) -> Section:
 
 
 def minutes(runs: list[dict[str, Any]]) -> str:
-    """Mean minutes of training."""
+    """Return the mean minutes of training."""
     return f"{statistics.fmean(sum(s['seconds'] for s in run['stages'].values()) for run in runs) / 60:.0f}"
 
 
 def _at_loop(runs: list[dict[str, Any]], loops: int) -> Accuracies:
-    """Percent right with a number of loops: by kind of problem, then by seed."""
+    """Return percent right with a number of loops, by kind of problem, then by seed."""
 
     def right(run: dict[str, Any], kind: str) -> float:
         return next(percent(point[kind]) for point in run["by_loops"] if point["num_loops"] == loops)
@@ -85,7 +86,7 @@ def _student_rows(results: Results, row: Row, teacher: Accuracies) -> list[list[
 
 
 def _gaps(results: Results, row: Row, teacher: Accuracies) -> dict[str, list[float]]:
-    """Points by which each seed's teacher is better, by kind of problem."""
+    """Return the points by which each seed's teacher is better, by kind of problem."""
     return {
         kind: [
             teacher[kind][seed] - value
@@ -102,7 +103,7 @@ def _row(name: str, values: Accuracies, runs: list[dict[str, Any]], minutes: str
 
 
 def _distance(row: Row, gaps: dict[str, list[float]]) -> str:
-    """How far a MELT is from its teacher, on average and at worst."""
+    """Say how far a MELT is from its teacher, on average and at worst."""
     means = {kind: statistics.fmean(values) for kind, values in gaps.items()}
     worst = max(max(values) for values in gaps.values())
     parts = [f"{means[kind]:.1f} ({words})" for kind, words in KINDS.items()]

@@ -1,8 +1,8 @@
-"""Turns docs/experiments.json into docs/experiments.md and its plots; none of them is written by hand.
+"""Writes docs/experiments.md and its plots from docs/experiments.json; none of them is edited by hand.
 
     python benchmarks/experiments/document.py [--docs docs]
 
-Sentences that compare are computed from the figures. Reasons that a person found are in notes.py.
+Sentences that compare are computed from the figures. Explanations, which no program can find, are in notes.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from distance import teacher_part
 from plots import draw_all
 from results import KINDS, Results, each, spread
 from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, TEACHER, Row
+from sections import PAPER, Section, few, picture, plural, section
 from shared import table
-from words import PAPER, Section, few, picture, plural, section
 
-EQUAL = 1.0  # points: means that are closer are called equal
-# The paper's own figures for the rows of both tables.
+EQUAL = 1.0  # points; means closer than this count as equal
+# The paper's figures for the rows of both tables.
 PAPER_AGGREGATIONS = {"gate": "77.7", "scalar-gate": "66.9", "mean": "68.8", "ema-0.2": "68.6", "last": "69.7"}
 PAPER_LEFT_OUT = {
     "no-chunk-wise": "0.0 on every set",
@@ -33,7 +33,7 @@ STUDENTS = {"main": "MELT", **{row.name: row.title for row in (*DEPTHS, EVEN)}}
 
 
 def top(results: Results) -> str:
-    """What this is, and what is missing."""
+    """Write the introduction, and name missing runs."""
     runs = results.runs
     missing = results.content["missing"]
     quick = "**These figures only show that the program works: a hundredth of the steps.**\n\n"
@@ -54,7 +54,7 @@ def top(results: Results) -> str:
 
 
 def ablations_part(results: Results) -> Section:
-    """What both tables have in common: the budget and the plot."""
+    """Write what both tables have in common: the budget and the plot."""
     runs = results.row(EVERYTHING.name)
     if not runs:
         return section("What matters: two ablations", "Not measured yet.\n")
@@ -63,10 +63,10 @@ def ablations_part(results: Results) -> Section:
         "What matters: two ablations",
         f"All rows have the same budget, {phases[0]['steps']} steps of phase 1 (alpha is 1 after "
         f"{phases[0]['interpolation_share']:.0%} of them) and {phases[1]['steps']} of phase 2, "
-        f"{phases[0]['batch_size']} problems a step: less than the model above, so that rows can differ. Learning "
+        f"{phases[0]['batch_size']} problems per step: less than the model above, so that rows can differ. Learning "
         "rates are the same too; they were chosen for the element-wise gate and for no other row. The last column of "
         f"each table is the paper's ({PAPER}), measured on a model of 1.6B parameters and competition maths: compare "
-        "the order and the signs, not the numbers.\n",
+        "the order and the signs, not the values.\n",
         picture("experiments_ablations.png", "Both tables as a plot: every seed, and the mean."),
     )
 
@@ -74,10 +74,9 @@ def ablations_part(results: Results) -> Section:
 def ablation_part(
     results: Results, title: str, rows: tuple[Row, ...], paper: dict[str, str], column: str, compared: str, note: str
 ) -> Section:
-    """One of the two tables: means, what each seed gave, and how each row compares with everything.
+    """Write one of the two tables: means, each seed's result, and how each row compares with everything.
 
-    ``paper``: its figure for each row that it has, under the head ``column``; ``compared``: the phase after which our
-    rows are compared with it.
+    ``paper``: its figures by row, for the column ``column``. ``compared``: the phase to compare with these figures.
     """
     found = [row for row in rows if results.row(row.name)]
     if not found:
@@ -107,7 +106,7 @@ def ablation_part(
 
 
 def comparison(results: Results, row: Row, compared: str | None) -> str:
-    """One row against everything after both phases, and whether after phase ``compared`` it is as in the paper."""
+    """Compare a row with everything after both phases, and with the paper after phase ``compared``."""
     parts, as_in_paper = [], False
     for stage, words in PHASES.items():
         gaps = list(results.differences(row.name, EVERYTHING.name, stage, "even").values())
@@ -128,7 +127,7 @@ def comparison(results: Results, row: Row, compared: str | None) -> str:
 
 
 def depth_part(results: Results) -> Section:
-    """Loops and exit thresholds."""
+    """Write the section on loops and exit thresholds."""
     rows = {name: title for name, title in STUDENTS.items() if results.row(name)}
     if not rows:
         return section("Depth at inference", "Not measured yet.\n")
@@ -157,14 +156,14 @@ def depth_part(results: Results) -> Section:
     said = [useful(results, name, title) for name, title in rows.items()]
     return section(
         "Depth at inference",
-        picture("experiments_depth.png", "Left: accuracy against loops. Right: accuracy against mean loops a token."),
+        picture("experiments_depth.png", "Left: accuracy against loops. Right: accuracy against mean loops per token."),
         "How many loops each token gets, from 1 to twice as many as trained (% right, mean over seeds: "
         + ", ".join(f"{title} {len(results.row(name))}" for name, title in names.items())
         + "; the teacher is read at the loop, its further loops are loops that it was not trained for):\n",
         table(["loops", *(f"{loop:g}" for loop in loops)], by_loops),
-        "A token leaves as soon as its exit gate has said so with the threshold's cumulative probability; 1 runs "
-        "every loop. The mean is over written tokens of both kinds of problems:\n",
-        table(["exit threshold", "", "mean loops a token", "drawn evenly", "long carries"], thresholds),
+        "A token leaves as soon as the cumulative probability of its exit gate reaches the threshold; 1 runs every "
+        "loop. The mean is over written tokens of both kinds of problems:\n",
+        table(["exit threshold", "", "mean loops per token", "drawn evenly", "long carries"], thresholds),
         "".join(f"- {sentence}\n" for sentence in said),
         "*MELT* is distilled loop by loop from the same loop of the teacher, as in the paper. "
         f"*{DEPTHS[0].title}*: in phase 2, which is longer, every loop learns from the teacher's last loop, half of "
@@ -178,7 +177,7 @@ def depth_part(results: Results) -> Section:
 
 
 def useful(results: Results, name: str, title: str) -> str:
-    """What the curves of a row say: the cheapest threshold that costs at most a point, and its shallow loops."""
+    """Say how deep a row must run: its cheapest threshold that costs at most a point, and its accuracy at few loops."""
     full = results.curve(name, "by_threshold", "even")[-1]
     cheap = min(
         (p for p in results.curve(name, "by_threshold", "even") if p.mean >= full.mean - 1), key=lambda p: p.loops
@@ -188,13 +187,13 @@ def useful(results: Results, name: str, title: str) -> str:
     return (
         f"**{title}**: {loops[1]:.1f}% with one loop, {loops[2]:.1f}% with two, {loops[4]:.1f}% with four, "
         f"{min(beyond):.1f} to {max(beyond):.1f}% with five to eight. Within one point of the {full.mean:.1f}% of all "
-        f"loops, the fewest loops that a threshold gives are {cheap.loops:.2f} a token "
+        f"loops, the fewest loops that a threshold gives are {cheap.loops:.2f} per token "
         f"(threshold {cheap.setting:g}, {cheap.mean:.1f}%)."
     )
 
 
 def chunk_part(results: Results) -> Section:
-    """Chunk sizes at prefill."""
+    """Write the section on chunk sizes at prefill."""
     rows = {name: title for name, title in STUDENTS.items() if results.row(name)}
     if not rows:
         return section("Chunk size at prefill", "Not measured yet.\n")
@@ -211,19 +210,19 @@ def chunk_part(results: Results) -> Section:
     return section(
         "Chunk size at prefill",
         picture("experiments_chunks.png", "Accuracy against the chunk size in which the prompt is read."),
-        table(["tokens a chunk", *(f"{size:g}" for size in sizes)], cells),
+        table(["tokens per chunk", *(f"{size:g}" for size in sizes)], cells),
         f"% right, mean over seeds. The model's own chunk size is {content['melt']['chunk_size']}; training draws each "
         f"chunk's size from {', '.join(map(str, trained))} (*{EVEN.title}*: {EVEN.melt['chunk_size']}, and from "
         f"{', '.join(map(str, EVEN.both['chunk_sizes']))}). The prompt has {prompt} tokens, so {prompt} and everything "
-        "above are the whole prompt in one chunk. Tokens of one chunk see each other's rows of the same loop, those of "
-        "earlier chunks as their last loop left them, so the chunk size is part of what the model computes. Written "
-        "tokens always are chunks of one.\n",
+        "above are the whole prompt in one chunk. Tokens of one chunk see each other's keys and values of the same "
+        "loop, and those of earlier chunks as their last loop left them, so the chunk size changes what the model "
+        "computes. Written tokens are always chunks of one.\n",
         note="chunks",
     )
 
 
 def loss_part(results: Results) -> Section:
-    """The loss curves of seed 0."""
+    """Write the section on the loss curves of seed 0."""
     if results.run("main-0") is None:
         return section("Losses", "Not measured yet.\n")
     return section(
@@ -235,7 +234,7 @@ def loss_part(results: Results) -> Section:
 
 
 def repeat_part(results: Results) -> Section:
-    """How to do it again, and what it took."""
+    """Write the section on how to repeat the experiments, and their time."""
     content, runs = results.content, results.runs
     seconds = sum(sum(s["seconds"] for s in run["stages"].values()) + run["measuring_seconds"] for run in runs)
     machine = content["machine"]
@@ -268,14 +267,14 @@ def repeat_part(results: Results) -> Section:
 
 
 def markdown(results: Results) -> str:
-    """docs/experiments.md."""
+    """Write docs/experiments.md."""
     parts = [
         top(results),
         teacher_part(results),
         ablations_part(results),
         ablation_part(
             results,
-            "How a token's loops become one row of the cache",
+            "How a token's loops become one key and value in the cache",
             AGGREGATIONS,
             PAPER_AGGREGATIONS,
             "the paper: AMC23 pass@1 after phase 1",
@@ -300,7 +299,7 @@ def markdown(results: Results) -> str:
 
 
 def write_documents(docs: Path) -> None:
-    """Rewrites experiments.md and the plots in ``docs`` from its experiments.json."""
+    """Rewrite experiments.md and the plots in ``docs`` from its experiments.json."""
     results = Results.read(docs / "experiments.json")
     draw_all(results, docs)
     (docs / "experiments.md").write_text(markdown(results), encoding="utf-8")

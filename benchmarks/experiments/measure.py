@@ -1,9 +1,9 @@
-"""Measures one finished run: writes result.json beside its checkpoints, whole or not at all.
+"""Measures a finished run and writes result.json beside its checkpoints.
 
     python benchmarks/experiments/measure.py NAME [--root build/experiments]
 
-Exact match by greedy decoding, one token at a time with a cache, on problems that training never draws: drawn evenly,
-and with long carries.
+Counts exact matches by greedy decoding, one token at a time with a cache, on problems that are never trained on: drawn
+evenly, and with long carries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROBLEMS = 500
 LOOPS = tuple(range(1, 9))
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 1.0)
 CHUNK_SIZES = (1, 2, 4, 8, 16, 32)
-POINTS = 100  # of a loss curve
+POINTS = 100  # per loss curve
 _NOT_LOSSES = ("step", "tokens", "seconds")
 
 Problems: TypeAlias = dict[str, list[Example]]
@@ -38,20 +38,20 @@ Figures: TypeAlias = dict[str, Any]
 
 
 def problems(data: dict[str, Any], count: int) -> tuple[Problems, Sequence[str]]:
-    """Held-out problems by kind, the same for every run, and the task's vocabulary."""
+    """Return held-out problems by kind, the same for every run, and the task's vocabulary."""
     task = make_task(**data)
     return {"even": task.test_set(count), "long": task.test_set(count, hard=True)}, task.vocabulary
 
 
 def score(model: Model, sets: Problems, vocabulary: Sequence[str], **settings: Any) -> Figures:
-    """Accuracy (0 to 1) on each kind of problem, and the mean loops a written token over both."""
+    """Return the accuracy (0 to 1) on each kind of problem, and the mean loops per written token over both."""
     scores = {kind: exact_match(model, examples, vocabulary, **settings) for kind, examples in sets.items()}
     accuracies = {kind: round(one.accuracy, 4) for kind, one in scores.items()}
     return {**settings, **accuracies, "loops": round(statistics.fmean(one.loops for one in scores.values()), 4)}
 
 
 def curves(model: Model, sets: Problems, vocabulary: Sequence[str]) -> dict[str, list[Figures]]:
-    """Accuracy against the number of loops, against the exit threshold, and against the prompt's chunk size."""
+    """Return accuracy by number of loops, by exit threshold, and by the prompt's chunk size."""
     found = {
         "by_loops": [score(model, sets, vocabulary, num_loops=loops) for loops in LOOPS],
         "by_threshold": [score(model, sets, vocabulary, exit_threshold=threshold) for threshold in THRESHOLDS],
@@ -62,7 +62,7 @@ def curves(model: Model, sets: Problems, vocabulary: Sequence[str]) -> dict[str,
 
 
 def cache_bytes(model: Model) -> int:
-    """Bytes of keys and values that a token leaves in the cache, in the model's own precision."""
+    """Return the bytes of a token's keys and values in the cache, in the model's own precision."""
     config = model.config
     caches = config.total_ut_steps if isinstance(model, LoopLMForCausalLM) else 1
     row = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
@@ -70,7 +70,7 @@ def cache_bytes(model: Model) -> int:
 
 
 def losses(file: Path) -> tuple[list[Figures], float]:
-    """A stage's record -> means over at most POINTS equal pieces of its steps, and the seconds it took."""
+    """Average a stage's record over up to POINTS equal parts of its steps. Also returns the seconds it took."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     size = -(-len(lines) // POINTS)
     pieces = [lines[at : at + size] for at in range(0, len(lines), size)]
@@ -87,7 +87,7 @@ def _short(value: float) -> float:
 
 
 def measure(run: Run, count: int) -> Figures:
-    """Everything that is measured of a run."""
+    """Measure a run and return its figures."""
     begun, output = time.monotonic(), Path(run.content["output"])
     sets, vocabulary = problems(run.content["data"], count)
     stages = {}

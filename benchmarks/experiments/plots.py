@@ -1,4 +1,4 @@
-"""The plots of docs/experiments.md. Colours are distinguishable with every kind of colour vision (Okabe and Ito)."""
+"""Plots of docs/experiments.md, in Okabe and Ito's colours, which every kind of colour vision can tell apart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
-# Row -> name, colour, marker, dashes.
+# Name, colour, marker and dashes by row.
 _LINES: dict[str, tuple[str, str, str, Any]] = {
     "teacher": ("teacher", FAINT, "D", (0, (4, 2))),
     "main": ("MELT", _BLUE, "o", "-"),
@@ -29,7 +29,7 @@ _LINES: dict[str, tuple[str, str, str, Any]] = {
 
 
 def draw_all(results: Results, docs: Path) -> None:
-    """Every plot for which there is a run, into ``docs``."""
+    """Draw every plot for which there is a run, into ``docs``."""
     drawings: dict[str, tuple[Callable[[Any, Results], None], tuple[int, int], tuple[float, float]]] = {
         "ablations": (_ablations, (1, 2), (11, 4.4)),
         "depth": (_depth, (1, 2), (11, 4.2)),
@@ -148,7 +148,7 @@ def _losses(panels: Any, results: Results) -> None:
         _line(third, points, "kl", "divergence, all loops", _ORANGE)
         _line(third, points, "kl_last", "divergence, last loop", _BLUE)
         _line(third, points, "attention", "attention alignment", _GREEN)
-    titles = ("Teacher: cross-entropy, nats a token", "Phase 1: divergence, nats a token", "Phase 2")
+    titles = ("Teacher: cross-entropy, nats per token", "Phase 1: divergence, nats per token", "Phase 2")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_yscale("log")
         axes.set_xlabel("step")
@@ -158,6 +158,6 @@ def _losses(panels: Any, results: Results) -> None:
 
 
 def _line(axes: Any, points: list[dict[str, Any]], name: str, label: str, color: str) -> None:
-    """A curve on a logarithmic axis: values that are 0 are left out."""
+    """Draw a curve on a logarithmic axis, leaving out values of 0."""
     kept = [(p["step"], p[name]) for p in points if p[name] > 0]
     axes.plot(*zip(*kept, strict=True), label=label, color=color, linewidth=1.6)

@@ -1,4 +1,4 @@
-"""docs/experiments.json as the documents read it: results by row and seed, means and spreads."""
+"""Results in docs/experiments.json, by row and seed, with means and spreads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = {"even": "drawn evenly", "long": "long carries"}
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured. A run that is missing is in no answer; a row without any run gives empty lists."""
+    """All measured runs. A run that is missing is left out; a row without runs gives empty lists."""
 
     content: Figures
 
@@ -28,23 +28,23 @@ class Results:
         return list(self.content["runs"])
 
     def row(self, row: str) -> list[Figures]:
-        """The runs of a row, by seed."""
+        """Return the runs of a row, by seed."""
         return sorted((run for run in self.runs if run["row"] == row), key=lambda run: run["seed"])
 
     def run(self, name: str) -> Figures | None:
         return next((run for run in self.runs if run["name"] == name), None)
 
     def accuracies(self, row: str, stage: str, kind: str) -> dict[int, float]:
-        """Seed -> percent right after a stage."""
+        """Return percent right after a stage, by seed."""
         return {run["seed"]: percent(run["stages"][stage][kind]) for run in self.row(row)}
 
     def differences(self, row: str, base: str, stage: str, kind: str) -> dict[int, float]:
-        """Seed -> points by which ``base`` is better than ``row``: the same teacher, the same seed."""
+        """Return the points by which ``base`` is better than ``row``, by seed. Both have the same teacher and seed."""
         mine, other = (self.accuracies(name, stage, kind) for name in (row, base))
         return {seed: other[seed] - mine[seed] for seed in mine if seed in other}
 
     def curve(self, row: str, curve: str, kind: str) -> list[Point]:
-        """A row's curve (``by_loops``, ``by_threshold``, ``by_chunk``), its points over all seeds."""
+        """Return the points of a row's curve (``by_loops``, ``by_threshold`` or ``by_chunk``), over all seeds."""
         runs = [run[curve] for run in self.row(row) if curve in run]
         setting = {"by_loops": "num_loops", "by_threshold": "exit_threshold", "by_chunk": "chunk_size"}[curve]
         return [
@@ -55,7 +55,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a curve: the setting, every seed's percent right, and the mean loops a token."""
+    """A point of a curve: the setting, every seed's percent right, and the mean loops per token."""
 
     setting: float
     values: list[float]
@@ -71,7 +71,7 @@ def percent(share: float) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """ "97.3 ± 1.2": mean and sample standard deviation; without a spread if there is one value."""
+    """Format mean and sample standard deviation, "97.3 ± 1.2"; of a single value the value alone."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):.1f}"
@@ -79,5 +79,5 @@ def spread(values: list[float]) -> str:
 
 
 def each(values: list[float], show: Callable[[float], str] = "{:.1f}".format) -> str:
-    """ "96.2, 97.0, 98.6"."""
+    """Format all values: "96.2, 97.0, 98.6"."""
     return ", ".join(map(show, values)) or "–"

@@ -1,10 +1,10 @@
-"""Trains and measures every run of runs.py, and writes docs/experiments.json, .md and the plots from what is there.
+"""Trains and measures every run of runs.py, and writes docs/experiments.json, docs/experiments.md and the plots.
 
     python benchmarks/experiments/run.py [--jobs 2] [--only PATTERN] [--quick]
 
-Takes hours on two cores (docs/experiments.md says how long it took). It may be stopped at any moment: the same command
-goes on where it was, and what is finished is neither trained nor measured again. Each run is a process of melt-train
-with one thread. The documents are written again after every run, from all results so far.
+Takes hours on two cores (docs/experiments.md says how many). It may be stopped at any moment: the same command resumes,
+and finished runs are neither trained nor measured again. Each run is a process of melt-train with one thread. The
+documents are rewritten after every run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def directory(run: Run) -> Path:
 
 
 def result_of(run: Run) -> dict[str, Any] | None:
-    """What was measured, or None if the run is not finished or was trained with another file."""
+    """Return a run's result, or None if it is not finished or was trained with another file."""
     path = directory(run) / "result.json"
     if not path.is_file():
         return None
@@ -51,14 +51,14 @@ def result_of(run: Run) -> dict[str, Any] | None:
 
 
 class Worker:
-    """Trains and measures runs, each in its own processes. They hold ``lock`` as long as they live."""
+    """Trains and measures runs, each in its own processes, which hold ``lock`` as long as they live."""
 
     def __init__(self, quick: bool, lock: int):
         self.quick, self.lock, self.stopped = quick, lock, threading.Event()
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def __call__(self, run: Run) -> str | None:
-        """Returns what went wrong, or None."""
+        """Train and measure a run. Returns the error, or None."""
         place = directory(run)
         place.mkdir(parents=True, exist_ok=True)
         file = place / "run.yaml"
@@ -72,7 +72,7 @@ class Worker:
         return None
 
     def stop(self) -> None:
-        """Ends what is running."""
+        """End the running processes."""
         self.stopped.set()
 
     def _call(self, arguments: list[str], log: Path) -> int:
@@ -83,7 +83,7 @@ class Worker:
                 stderr=subprocess.STDOUT,
                 env=self.environment,
                 pass_fds=(self.lock,),
-                start_new_session=True,  # an interrupt at the terminal is for run.py, which then ends them
+                start_new_session=True,  # run.py handles an interrupt at the terminal and ends them
             )
             while process.poll() is None:
                 if self.stopped.wait(_POLL):
@@ -92,7 +92,7 @@ class Worker:
 
 
 class Board:
-    """What is running and how much is left: a bar on a terminal, otherwise a line for every run that ends."""
+    """Shows the progress of all runs: a bar on a terminal, else a line for every run that ends."""
 
     def __init__(self, runs: list[Run], done: int):
         self.all_steps, self.begun = sum(run.steps for run in runs), time.monotonic()
@@ -117,7 +117,7 @@ class Board:
             self.console.print(f"{now} {problem or f'{run.name} is done'}; {self._left()} left", highlight=False)
 
     def _left(self) -> str:
-        """Time left, if a step takes as long as it did so far; steps differ between runs."""
+        """Return the time left, assuming that a step takes as long as before; steps differ between runs."""
         if not self.steps:
             return "?"
         seconds = (time.monotonic() - self.begun) / self.steps * (self.all_steps - self.steps)
@@ -130,9 +130,9 @@ class Board:
 def schedule(
     runs: list[Run], finished: set[str], work: Worker, jobs: int, board: Board
 ) -> Iterator[tuple[Run, str | None]]:
-    """Does ``work`` on every run, ``jobs`` at a time, in order, but none before what it needs; yields what ended.
+    """Call ``work`` on every run in order, ``jobs`` at a time and after the run that it needs. Yields finished runs.
 
-    A run that cannot be done is yielded with a sentence that says why.
+    A run that cannot be trained is yielded with a sentence that says why.
     """
     waiting, failed = list(runs), set[str]()
     under_way: dict[Future[str | None], Run] = {}
@@ -160,7 +160,7 @@ def schedule(
 
 
 def collect(runs: list[Run], quick: bool) -> dict[str, Any]:
-    """docs/experiments.json: every result there is."""
+    """Return docs/experiments.json with every finished result."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": quick,
@@ -172,7 +172,7 @@ def collect(runs: list[Run], quick: bool) -> dict[str, Any]:
 
 
 def record(runs: list[Run], docs: Path, quick: bool) -> str | None:
-    """Rewrites the JSON file and the documents; returns what went wrong, or None."""
+    """Rewrite the JSON file and the documents. Returns the error, or None."""
     content = json.dumps(collect(runs, quick), separators=(",", ":")).replace('{"name"', '\n{"name"')
     write_text(docs / "experiments.json", content + "\n")
     command = [sys.executable, str(HERE / "document.py"), "--docs", str(docs)]
@@ -181,7 +181,7 @@ def record(runs: list[Run], docs: Path, quick: bool) -> str | None:
 
 
 def lock_of(root: Path) -> int:
-    """A lock on ``root``, held until the last process of this command is gone. Exits if there is another."""
+    """Lock ``root`` until the last process of this command has ended. Exits if another command has locked it."""
     root.mkdir(parents=True, exist_ok=True)
     lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -205,7 +205,7 @@ def main(
 ) -> None:
     """Train, measure and document the experiments; go on where an earlier call was stopped."""
     root, docs = root and root.absolute(), docs and docs.absolute()
-    os.chdir(REPOSITORY)  # so that what is recorded of a run names no place of this machine
+    os.chdir(REPOSITORY)  # records of a run then hold no paths of this machine
     root = root or Path("build", "experiments-quick" if quick else "experiments")
     docs = docs or (root / "docs" if quick else Path("docs"))
     runs = all_runs(root, quick)

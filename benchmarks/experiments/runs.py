@@ -1,7 +1,7 @@
-"""All that is compared: each run as a name, what it needs, and its `melt-train` file.
+"""All runs to compare: name, required run, and `melt-train` file of each, in the order of training.
 
 Two runs that are compared differ in what the row's name says and in nothing else. Every student of seed s is distilled
-from teacher-s. The order of the list is the order in which they are trained.
+from teacher-s.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TEACHER: Section = {
     "optimizer": "muon",
     "matrix_learning_rate": 0.02,
     "schedule": "flat-cosine",
-    "weight_decay": 0.05,  # with 0.01 weights and attention outputs grow, and distillation takes far longer
+    "weight_decay": 0.05,  # at 0.01 weights and attention outputs grow, and distillation takes far longer
     "warmup_steps": 50,
     "entropy_weight": 0.1,
     "save_every": 100,
 }
-# Both phases of every student.
+# Settings of both phases of every student.
 STUDENT: Section = {
     "batch_size": 64,
     "learning_rate": 1e-3,
@@ -51,14 +51,18 @@ STUDENT: Section = {
 MAIN_STEPS = (300, 600)  # phase 1, phase 2
 LONG_STEPS = (300, 1200)
 DEPTHS_STEPS = (300, 900)
-ROW_STEPS = (120, 120)  # the budget that all rows of both tables share
-ROW_SHARE = 0.6  # of phase 1's steps, until alpha is 1
+ROW_STEPS = (120, 120)  # phase 1, phase 2: the budget of all rows of both tables
+ROW_SHARE = 0.6  # of phase 1's steps, after which alpha is 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """``row`` names what is compared, the same for all seeds; ``stages`` are the checkpoints that are measured;
-    ``curves`` says whether loops, exit thresholds and chunk sizes are measured too."""
+    """One run.
+
+    - ``row``: what is compared, the same for all seeds.
+    - ``stages``: the checkpoints to measure.
+    - ``curves``: whether to measure loops, exit thresholds and chunk sizes too.
+    """
 
     name: str
     row: str
@@ -78,7 +82,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: what it changes in ``melt``, in the phases, and in its teacher if it has one of its own."""
+    """A row of a table: its changes to ``melt``, to the phases, and to its teacher if it has one of its own."""
 
     name: str
     title: str
@@ -114,7 +118,7 @@ ROWS = tuple({row.name: row for row in (*AGGREGATIONS, *LEFT_OUT)}.values())
 
 MAIN = _row("main", "MELT")
 LONG = _row("main-long", "MELT, phase 2 twice as long")
-# The same length with what was learned from the rows: the weight of the alignment and the optimiser.
+# As long, with the lessons of the ablations: another weight of the alignment, and another optimiser.
 TUNED = _row(
     "main-tuned",
     "MELT, also Muon and alignment at 0.02",
@@ -123,16 +127,16 @@ TUNED = _row(
     phase2={"attention_weight": 0.02},
 )
 BUDGETS = (MAIN, LONG, TUNED)
-# More than the two phases: every loop learns from the teacher's last one; chunks leave after random numbers of loops
-# and the exit gate learns when that does no harm.
+# Beyond the paper: every loop learns from the teacher's last one; chunks leave after random numbers of loops, and the
+# exit gate learns when leaving does no harm.
 LAST: Section = {"teacher_loop": "last"}
 ADAPTIVE: Section = {**LAST, "random_depth": 0.5, "exit_weight": 1.0}
 DEPTHS = (
     _row("depths", "every depth useful", phase2=ADAPTIVE),
     _row("depths-last", "only distilled from the teacher's last loop", phase2=LAST),
 )
-# Every depth useful from the teacher on: a high entropy weight keeps its exit distribution even, so that early loops
-# are trained to be right as well. The student also meets the whole prompt as one chunk.
+# Useful at every depth, from the teacher on: a high entropy weight keeps its exit distribution even, so that early
+# loops are trained too. The student also sees the whole prompt as one chunk.
 EVEN = _row(
     "even",
     "every depth useful, from the teacher on",
@@ -146,7 +150,10 @@ EVEN_STEPS = (300, 1200)
 
 
 def all_runs(root: Path, quick: bool = False) -> list[Run]:
-    """Every run, in the order to train them, writing below ``root``. ``quick`` checks the mechanics in minutes."""
+    """Return every run, in the order of training, writing below ``root``.
+
+    ``quick`` checks that everything works in minutes.
+    """
     make = _Maker(root, quick)
     depths, last = DEPTHS
     first, *others = SEEDS

@@ -1,4 +1,4 @@
-"""What the experiments share with the other benchmarks, one folder up."""
+"""Imports from the other benchmarks, one folder up."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ STYLE: dict[str, Any] = {**common.STYLE, "legend.frameon": False, "lines.linewid
 
 
 def versions() -> dict[str, str]:
-    """Of what trains and measures here."""
+    """Return the versions of the libraries that train and measure."""
     return common.versions("melt-export", "torch", "transformers", "numpy")

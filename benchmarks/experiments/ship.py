@@ -1,9 +1,9 @@
-"""Makes the best finished run the demo checkpoint of the repository, with its model card and the demo's problems.
+"""Makes the best finished run the repository's demo checkpoint, with its model card and the demo's problems.
 
     python benchmarks/experiments/ship.py [--name NAME]
 
-Best: of the runs that are within the paper's distance of their teacher at full depth, the one that gets the most
-problems with long carries right, on average over its depths from 1 loop to the loops it was trained with.
+The best of the runs within the paper's distance of their teacher at full depth is the one with the most problems with
+long carries right, on average over 1 to all trained loops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from run import REPOSITORY, directory, result_of
 from runs import MODEL, Run, all_runs
 from shared import table
 
-PROBLEMS = 200  # that the demo has to hand
+PROBLEMS = 200  # of the demo
 LOOPS = MODEL["total_ut_steps"]
 CARD = Path(__file__).with_name("card.md")
 EXAMPLES = REPOSITORY / "examples"
@@ -32,35 +32,35 @@ Figures = dict[str, Any]
 
 
 def at(points: list[Figures], **setting: float) -> Figures:
-    """The point of a curve with this setting."""
+    """Return the point of a curve with this setting."""
     ((name, value),) = setting.items()
     return next(point for point in points if point[name] == value)
 
 
 def right(result: Figures) -> list[float]:
-    """The shares of problems with long carries right at 1, 2, ... LOOPS loops."""
+    """Return the share of problems with long carries right at 1, 2, ... LOOPS loops."""
     return [at(result["by_loops"], num_loops=loops)["long"] for loops in range(1, LOOPS + 1)]
 
 
 def rank(result: Figures, teacher: Figures) -> tuple[bool, float]:
-    """Larger is better."""
+    """Return a key to sort results by; the best is the largest."""
     near = 100 * (right(teacher)[-1] - right(result)[-1]) <= PAPER_DISTANCE
     return near, statistics.fmean(right(result))
 
 
 def shares(points: list[Figures], setting: str, title: str) -> str:
-    """A curve as a Markdown table: the setting, accuracy on both kinds of problems, loops a token."""
+    """Format a curve as a Markdown table: the setting, accuracy on both kinds of problems, loops per token."""
     rows = [[f"{p[setting]:g}", *(f"{p[kind]:.1%}" for kind in KINDS), f"{p['loops']:.2f}"] for p in points]
-    return table([title, *KINDS.values(), "loops a token"], rows)
+    return table([title, *KINDS.values(), "loops per token"], rows)
 
 
 def card(run: Run, teacher: Run, result: Figures) -> str:
-    """The model card."""
+    """Write the model card."""
     steps = {stage: run.content[stage]["steps"] for stage in run.stages}
     example = problems(run.content["data"], 1)[0]["long"][0]
     recipe = {"data": run.content["data"], "model": teacher.content["model"], "melt": run.content["melt"]}
     recipe |= {"teacher": teacher.content["teacher"], **{stage: run.content[stage] for stage in run.stages}}
-    plain = json.loads(json.dumps(recipe))  # without YAML's references to shared lists
+    plain = json.loads(json.dumps(recipe))  # copies shared lists, which YAML would write as references
     minutes = sum(stage["seconds"] for stage in result["stages"].values()) / 60
     return CARD.read_text(encoding="utf-8").format(
         prompt=example.prompt,

@@ -1,7 +1,7 @@
-"""How "write the row and attend" is spelled in ONNX: the only thing in which exported loop steps differ.
+"""Dialects: how a graph writes the cache and attends over it in ONNX. Exported loop steps differ in nothing else.
 
-A dialect gives the graph its control inputs beyond the common ones and, while the graph is traced, the ``attend`` that
-``MeltModel.loop_step`` calls. To add one, write a class here and name it in ``DIALECTS``.
+A dialect defines the graph's own control input and, for tracing, the ``attend`` that ``MeltModel.loop_step`` calls. To
+add one, write a class here and name it in ``DIALECTS``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from torch import Tensor
 from ..errors import ExportError
 from .lowering import onnx_node
 
-# The operators that read quantized weights.
+# Operators that read quantized weights.
 MATMUL_NBITS, DEQUANTIZE = "MatMulNBits", "DequantizeLinear"
 
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """What an attention needs while a loop step is traced.
+    """Inputs of an attention while a loop step is traced.
 
-    lengths (batch,) int64 tokens already in the cache; control: the dialect's own input; keys, values: one cache a
-    layer (batch, kv_heads, rows, head_dim); cos, sin: rotary tables (rows, head_dim / 2).
+    - ``lengths``: (batch,) int64, tokens already in the cache.
+    - ``control``: the dialect's own input.
+    - ``keys``, ``values``: one cache per layer, (batch, kv_heads, cache_rows, head_dim).
+    - ``cos``, ``sin``: rotary tables, (cache_rows, head_dim / 2).
     """
 
     config: LoopedConfig
@@ -43,7 +45,7 @@ class GraphInputs:
 
 
 class GraphAttention(ABC):
-    """An ``attend`` that records what the graph must give back: a key and a value tensor a layer."""
+    """An ``attend`` that records the graph's outputs: a key and a value tensor per layer."""
 
     def __init__(self, inputs: GraphInputs):
         self.inputs = inputs
@@ -54,7 +56,7 @@ class GraphAttention(ABC):
 
 
 class Dialect(ABC):
-    """One spelling: its ONNX opset, its control input, what becomes of the caches, and its attention."""
+    """An ONNX opset, a control input, a kind of caches, and an attention."""
 
     name: ClassVar[str]
     opset: ClassVar[int]
@@ -63,11 +65,11 @@ class Dialect(ABC):
     attention: ClassVar[type[GraphAttention]]
 
     head_multiple: ClassVar[int] = 2
-    fuses: ClassVar[bool] = False  # where what runs the graph does not do it by itself
-    products: ClassVar[str | None] = None  # the operator that reads quantized weights, if there is one
+    fuses: ClassVar[bool] = False  # whether the exporter fuses operators, because the consumer does not
+    quantized_matmul: ClassVar[str | None] = None  # the operator that reads quantized weights, if any
 
     def check(self, config: LoopedConfig) -> None:
-        """Raises ExportError for a model that the dialect cannot express."""
+        """Raise ExportError for a model that the dialect cannot express."""
         if _caches_per_loop(config) and self.cache_kind != "in_place":
             raise ExportError(
                 f"a LoopLM writes its caches in every loop, the {self.name} dialect once after the last: "
@@ -80,7 +82,10 @@ class Dialect(ABC):
             )
 
     def cache_states(self, config: LoopedConfig, dtype: str, cache_rows: int) -> list[StateSpec]:
-        """The caches as state tensors, key before value, layer by layer; a LoopLM's with its loops in front."""
+        """Return the caches as state tensors, key before value, layer by layer.
+
+        A LoopLM's have a first dimension of loops.
+        """
         shape: tuple[int | str, ...] = ("batch", config.num_key_value_heads, cache_rows, config.head_dim)
         kind = self.cache_kind
         if _caches_per_loop(config):
@@ -95,7 +100,7 @@ class Dialect(ABC):
         return f"next_{part}_cache.{layer}"
 
     def output_shape(self, state: StateSpec) -> tuple[int | str, ...]:
-        """The shape of what the graph gives back for a cache."""
+        """Return the shape of the graph's output for a cache."""
         return state.bound_shape
 
 
@@ -107,11 +112,11 @@ MASK = TensorSpec("attention_mask", "bool", ("batch", 1, "chunk", "context"))
 
 
 class _GroupQueryAttention(GraphAttention):
-    """com.microsoft::GroupQueryAttention rotates, writes the rows in place and attends; its cost follows the tokens."""
+    """com.microsoft::GroupQueryAttention: rotates, writes the cache in place and attends over its tokens only."""
 
     def __init__(self, inputs: GraphInputs):
         super().__init__(inputs)
-        # chunk_lengths: of the chunk's columns only so many are tokens, the rest is padding on the right.
+        # chunk_lengths: number of tokens in the chunk; the columns after them are padding.
         self.chunk_lengths = inputs.control.to(torch.int32)
         self.last_index = (inputs.lengths + inputs.control - 1).clamp(min=0).to(torch.int32)
         self.bound = torch.full((), inputs.keys[0].shape[2], dtype=torch.int32)
@@ -138,7 +143,7 @@ class _GroupQueryAttention(GraphAttention):
 
 
 class OnnxRuntimeDialect(Dialect):
-    """For ONNX Runtime: one fused operator of its own."""
+    """For ONNX Runtime, with its fused attention operator."""
 
     name = "onnxruntime"
     opset = 23
@@ -146,11 +151,11 @@ class OnnxRuntimeDialect(Dialect):
     attention = _GroupQueryAttention
     head_multiple = 16
     fuses = True
-    products = MATMUL_NBITS
+    quantized_matmul = MATMUL_NBITS
 
 
 class _RotatedAttention(GraphAttention):
-    """What the two dialects without a fused rotary embedding share."""
+    """Base of attentions without a fused rotary embedding."""
 
     def __init__(self, inputs: GraphInputs):
         super().__init__(inputs)
@@ -158,13 +163,16 @@ class _RotatedAttention(GraphAttention):
         self.cos, self.sin = F.embedding(positions, inputs.cos), F.embedding(positions, inputs.sin)
 
     def rotated(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Splits the heads and rotates query and key to their positions: (batch, heads, chunk, head_dim) each."""
+        """Split the heads and rotate query and key to their positions.
+
+        Each result is (batch, heads, chunk, head_dim).
+        """
         query, key, value = (split_heads(x, self.inputs.config.head_dim) for x in (query, key, value))
         return rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin), value
 
 
 class _ScatterAttention(_RotatedAttention):
-    """Opset 24: TensorScatter writes the rows, Attention reads as many of them as the mask is wide."""
+    """Opset 24: TensorScatter writes the cache, Attention reads as many positions as the mask has columns."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = self.rotated(query, key, value)
@@ -181,20 +189,20 @@ class _ScatterAttention(_RotatedAttention):
 
 
 class StandardDialect(Dialect):
-    """For TensorRT 10.15+, TensorRT-RTX and every consumer of opset 24."""
+    """For TensorRT 10.15+, TensorRT-RTX and other consumers of opset 24."""
 
     name = "standard"
     opset = 24
     control = MASK
     attention = _ScatterAttention
-    products = DEQUANTIZE
+    quantized_matmul = DEQUANTIZE
 
 
-class _RowsAttention(_RotatedAttention):
-    """Nothing newer than opset 18: the caches are only read, the chunk's own rows stay inside and leave as outputs.
+class _ReadOnlyCacheAttention(_RotatedAttention):
+    """Opset 18: reads the caches without writing them, and returns the chunk's own keys and values as outputs.
 
-    One softmax runs over the scores of past and own rows together. Right for MELT because past rows do not change
-    while a token loops, so the caller writes the new ones once, after the last loop.
+    One softmax runs over the scores of past and own positions together. The caller writes the new keys and values once,
+    after the last loop. For MELT that is right, because past positions do not change while a token loops.
     """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -221,13 +229,13 @@ class _RowsAttention(_RotatedAttention):
 
 
 class PortableDialect(Dialect):
-    """For TensorRT before 10.15 and every other ONNX consumer."""
+    """For TensorRT before 10.15 and all other ONNX consumers."""
 
     name = "portable"
     opset = 18
     control = MASK
     cache_kind = "read_only"
-    attention = _RowsAttention
+    attention = _ReadOnlyCacheAttention
 
     def cache_output(self, part: str, layer: int) -> str:
         return f"{part}_rows.{layer}"

@@ -1,4 +1,8 @@
-"""The three graphs of a package: token ids -> hidden -> (loops) -> hidden -> logits. PyTorch traces the loop step."""
+"""The three graphs of a package: embed, loop step and language-modelling head.
+
+They map token ids to hidden states, hidden states to hidden states (once per loop), and hidden states to logits.
+PyTorch traces the loop step; the other two are written directly.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +36,12 @@ from .skip_first_gate import skip_first_gate
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPES = {**TORCH_DTYPES, "int64": torch.int64, "bool": torch.bool}
 _IR_VERSION = 10
-# Sizes that stand for the named dimensions while tracing: distinct, and none of them 0 or 1.
+# Sizes of the named dimensions while tracing: distinct, and none of them 0 or 1.
 _TRACE_SIZES = {"batch": 2, "chunk": 3, "context": 5}
 
 
 class _Rotary(nn.Module):
-    """Holds the tables under the names ``rotary.cos`` and ``rotary.sin``: (rows, head_dim / 2) each."""
+    """Rotary tables under the names ``rotary.cos`` and ``rotary.sin``, (cache_rows, head_dim / 2) each."""
 
     def __init__(self, cos: Tensor, sin: Tensor):
         super().__init__()
@@ -47,8 +51,11 @@ class _Rotary(nn.Module):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch computes in the caller's thread alone: in others its cosines may differ in the last bit from run to run,
-    and equal checkpoints would not give equal packages."""
+    """Make PyTorch compute in one thread.
+
+    With several threads its cosines may differ in the last bit from run to run, and so would packages of one
+    checkpoint.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,7 +68,7 @@ M = TypeVar("M", MeltModel, LoopLMModel)
 
 
 class _LoopStep(nn.Module, Generic[M]):
-    """A model's ``loop_step`` with a dialect's attention and all state as inputs and outputs."""
+    """A model's ``loop_step`` with a dialect's attention, and all state as inputs and outputs."""
 
     model: M
 
@@ -79,7 +86,7 @@ class _LoopStep(nn.Module, Generic[M]):
 
 
 class _MeltStep(_LoopStep[MeltModel]):
-    """MELT: the latent goes in and out, and tokens that left the loop are frozen."""
+    """Loop step of a MELT: takes and returns the latent, and freezes tokens that left the loop."""
 
     def forward(
         self,
@@ -97,7 +104,7 @@ class _MeltStep(_LoopStep[MeltModel]):
 
 
 class _LoopLMStep(_LoopStep[LoopLMModel]):
-    """LoopLM: the caches are those of the loop that runs, and nothing else is kept between loops."""
+    """Loop step of a LoopLM: takes the caches of the loop that runs, and keeps nothing else between loops."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)
@@ -105,7 +112,7 @@ class _LoopLMStep(_LoopStep[LoopLMModel]):
 
 
 class _OnlyLoop(_LoopStep[MeltModel]):
-    """A MELT of one loop: nothing is kept for a next one."""
+    """Loop step of a MELT with one loop, which keeps nothing for a next one."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)
@@ -114,7 +121,7 @@ class _OnlyLoop(_LoopStep[MeltModel]):
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """An ONNX model in memory, without weights, and what goes in and out."""
+    """An ONNX model without weight data, and its inputs and outputs."""
 
     model: ir.Model
     inputs: tuple[TensorSpec, ...]
@@ -122,7 +129,7 @@ class TracedGraph:
 
 
 def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
-    """All state tensors of the loop step, in the order of its inputs."""
+    """Return all state tensors of the loop step, in the order of its inputs."""
     states = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", config.hidden_size), "swap")]
     if isinstance(config, MeltConfig) and config.total_ut_steps > 1:
         latent = (config.num_hidden_layers, "batch", "chunk", config.latent_size)
@@ -131,7 +138,7 @@ def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: 
 
 
 def embed_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
-    """token ids (batch, chunk) -> hidden (batch, chunk, d): one Gather."""
+    """Make the graph from token ids (batch, chunk) to hidden (batch, chunk, d): one Gather."""
     ids = TensorSpec("input_ids", "int64", ("batch", "chunk"))
     hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
     weight, given = _embedding(model.config, dtype), _value(ids)
@@ -142,7 +149,10 @@ def embed_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph
 def trace_loop_step(
     model: LoopedModel, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
 ) -> TracedGraph:
-    """One loop over a chunk: every state tensor in and out, and the exit probability (batch, chunk)."""
+    """Trace one loop over a chunk.
+
+    The graph takes and returns every state tensor and the exit probability (batch, chunk).
+    """
     steered = any(state.input == "latent" for state in states)
     swapped, caches = ([s for s in states if (s.kind == "swap") == wanted] for wanted in (True, False))
     steering = (TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk")))
@@ -172,9 +182,9 @@ def trace_loop_step(
 
 
 def lm_head_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
-    """hidden (batch, chunk, d) -> logits (batch, chunk, vocab), float32 whatever the precision.
+    """Make the graph from hidden (batch, chunk, d) to float32 logits (batch, chunk, vocab).
 
-    A tied head multiplies with the embedding itself, so that both graphs share its bytes.
+    A tied head multiplies by the embedding itself, so that both graphs share its bytes.
     """
     config = model.config
     hidden = TensorSpec("hidden", dtype, ("batch", "chunk", config.hidden_size))
@@ -224,25 +234,25 @@ def _trace(
     fixed: int,
     cache_rows: int | None = None,
 ) -> TracedGraph:
-    """Exports a module with named dynamic dimensions.
+    """Trace a module with named dynamic dimensions.
 
-    ``fixed``: how many of the inputs are parameters of their own; the rest are the caches, behind a star.
-    ``cache_rows``: how many positions the caches have, if there are any; a context has at most as many.
+    ``fixed``: number of inputs that are parameters of their own; the others are caches, passed as ``*caches``.
+    ``cache_rows``: number of positions in the caches, if there are any, and the largest context.
     """
     context = _TRACE_SIZES["context"] if cache_rows is None else min(cache_rows, _TRACE_SIZES["context"])
     sizes = {**_TRACE_SIZES, "context": context}
-    # PyTorch 2.11 takes no cache that is sliced to a context without this bound.
+    # PyTorch 2.11 cannot slice a cache to a context without this bound.
     named = {name: torch.export.Dim(name, max=cache_rows if name == "context" else None) for name in sizes}
-    # One value each, seen in every place: caches of a long sequence would not fit into memory.
+    # Expanded from one value: caches of a long sequence would not fit into memory.
     example = tuple(
         torch.zeros((), dtype=_DTYPES[spec.dtype]).expand([sizes.get(d, d) for d in spec.shape])  # type: ignore[arg-type]
         for spec in inputs
     )
     dynamic = tuple({i: named[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
     shapes = (*dynamic[:fixed], dynamic[fixed:]) if len(inputs) > fixed else dynamic
-    # Oblivious: no size, 1 included, gets a graph of its own.
+    # Oblivious to sizes, so that a size of 1 gets no graph of its own.
     with warnings.catch_warnings(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        warnings.simplefilter("ignore")  # the exporter's advice to its own developers
+        warnings.simplefilter("ignore")  # PyTorch's advice to its own developers
         program = torch.export.export(
             module, example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
@@ -250,7 +260,7 @@ def _trace(
 
 
 def _finished(graph: ir.Graph, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> TracedGraph:
-    """A graph whose outputs, nodes and values have their names."""
+    """Name a graph's outputs, nodes and values."""
     for value, spec in zip(graph.outputs, outputs, strict=True):
         value.name, value.shape = spec.name, ir.Shape(spec.shape)
     model = ir.Model(graph, ir_version=_IR_VERSION)

@@ -31,7 +31,8 @@ class Aggregation(nn.Module):
         return latent
 
     def first(self, a: Tensor) -> Tensor:
-        """h_1 of a (batch, chunk, d): ``read`` after the first loop, and no work where that is a to the last bit."""
+        """Return h_1, equal to ``read`` after the first loop, without computing a gate that would leave it equal to
+        ``a``."""
         return a
 
 

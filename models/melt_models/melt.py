@@ -51,7 +51,7 @@ class MeltLayer(DecoderLayer):
         return self.attend_and_transform(x, a, self.latent_gate.read(latent), attend), latent
 
     def first(self, x: Tensor, attend: Attend) -> Tensor:
-        """``forward`` in a first loop that no second one follows. x: (batch, chunk, d), kept."""
+        """Run the layer in a first loop that no second one follows. x: (batch, chunk, d), kept."""
         a = self.input_layernorm(x)
         return self.attend_and_transform(x, a, self.latent_gate.first(a), attend)
 

@@ -1,4 +1,4 @@
-"""``make fuzz``: tries inputs for so many minutes, prints what became of them, and fails if anything was found."""
+"""``make fuzz``: tries inputs for some minutes, prints the results, and fails if there is a finding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from .campaign import Tally, Worker, hunt
 from .targets import TARGETS
 
-_EXAMPLES = 200  # of a target before the next has its turn
+_EXAMPLES = 200  # inputs per turn of a target
 
 
 def main() -> int:
-    """Returns the number of kinds of findings, 1 at most."""
+    """Return 1 if there are findings, else 0."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
     parser.add_argument("package", type=Path, help="A sound package with a tokenizer, small.")
     parser.add_argument("--minutes", type=float, default=60)

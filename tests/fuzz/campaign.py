@@ -1,4 +1,4 @@
-"""Inputs to workers, and what became of them: counted, and every finding kept."""
+"""Sends inputs to workers, counts the results, and keeps every finding."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from .targets import TARGETS
 
-SECONDS = 20  # for one input, on a machine that has much else to do
-GROWTH = 512 << 20  # bytes that one input may cost at most
+SECONDS = 20  # per input, on a busy machine
+GROWTH = 512 << 20  # most bytes of memory that one input may take
 FINE = ("accepted", "refused")
 _START_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An input that was neither taken nor refused as it should be."""
+    """An input that was neither accepted nor properly refused."""
 
     target: str
     what: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 class Worker:
-    """A worker process of a target, started again when it dies or hangs. A context manager."""
+    """A worker process of a target, restarted when it dies or hangs. A context manager."""
 
     def __init__(self, target: str, package: Path):
         self.target, self.package = target, package
@@ -54,7 +54,7 @@ class Worker:
         self._work.cleanup()
 
     def attempt(self, content: bytes) -> Finding | str:
-        """What became of an input: "accepted", "refused", or a finding."""
+        """Try an input. Returns "accepted", "refused", or a finding."""
         assert self._process.stdin is not None
         answer: dict[str, Any] | None = None
         try:
@@ -100,7 +100,7 @@ class Worker:
         self.seeds = [base64.b64decode(one) for one in seeds]
 
     def _answer(self, seconds: float) -> Any:
-        """The next line; None where none comes in time, or the process is gone."""
+        """Return the next line; None if none comes in time, or the process has ended."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
         line = self._process.stdout.readline() if ready else b""
@@ -117,7 +117,7 @@ class Worker:
 
 @dataclass
 class Tally:
-    """What became of all inputs of a target."""
+    """Results of all inputs of a target."""
 
     target: str
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -128,7 +128,7 @@ class Tally:
         return sum(self.outcomes.values())
 
     def line(self) -> str:
-        """For people."""
+        """Format the results for people."""
         bad = {name: count for name, count in self.outcomes.items() if name not in FINE}
         rest = ", ".join(f"{count} {name}" for name, count in sorted(bad.items())) or "nothing else"
         accepted, refused = self.outcomes["accepted"], self.outcomes["refused"]
@@ -136,7 +136,7 @@ class Tally:
 
 
 def hunt(worker: Worker, tally: Tally, examples: int, start: int) -> None:
-    """Tries so many inputs that ``start`` decides; one of each kind of finding is kept, as small as was found."""
+    """Try as many inputs as ``examples``, chosen by ``start``. Keeps the smallest finding of each kind."""
 
     @seed(start)
     @settings(
@@ -153,7 +153,7 @@ def hunt(worker: Worker, tally: Tally, examples: int, start: int) -> None:
             tally.outcomes[found] += 1
             return
         tally.outcomes[found.what] += 1
-        # A finding does not end the hunt: the next one may be another.
+        # Continue after a finding: the next one may be of another kind.
         kind = f"{found.what}: {found.details.strip().splitlines()[-1][:200] if found.details.strip() else ''}"
         known = tally.findings.get(kind)
         if known is None or len(found.content) < len(known.content):

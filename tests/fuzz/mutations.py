@@ -1,4 +1,4 @@
-"""What is made of a good input: values that break readers in its fields, fields lost and doubled, bytes turned."""
+"""Mutations of good inputs: values that break readers, missing and duplicate fields, changed bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 
 Mutate = Callable[[list[bytes]], st.SearchStrategy[bytes]]
 
-# Stand-ins for what json.dumps does not write; they are put in afterwards.
+# Placeholders for text that json.dumps cannot write; it is inserted afterwards.
 _RAW = {
     '"@digits@"': "9" * 5000,
     '"@many@"': "9" * 400,
@@ -77,7 +77,7 @@ HOSTILE: list[Any] = [
 
 @st.composite
 def json_documents(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """One of the documents with up to three things changed in it, and now and then a byte."""
+    """Draw a document with up to three changes, and sometimes a changed byte."""
     document = json.loads(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 3))):
         _change(draw, document)
@@ -88,7 +88,7 @@ def json_documents(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return draw(bytes_of([content])) if draw(st.integers(0, 15)) == 15 else content
 
 
-# What expressions of templates are made of; much of it large, or of an unexpected type.
+# Operands of template expressions, many of them large or of an unexpected type.
 _VALUES = (
     "'a'",
     "''",
@@ -142,7 +142,7 @@ _STATEMENTS = (
 
 
 def templates(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
-    """Templates of random statements, and the seeds with some bytes turned."""
+    """Draw templates of random statements, or the seeds with changed bytes."""
     filters, tests = (st.sampled_from(sorted(table)) for table in (DEFAULT_FILTERS, DEFAULT_TESTS))
     expressions = st.recursive(
         st.sampled_from(_VALUES),
@@ -175,7 +175,7 @@ def templates(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def bytes_of(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """One of the inputs with some bytes turned, cut, doubled or put in."""
+    """Draw an input with bytes changed, cut, repeated or inserted."""
     content = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -197,13 +197,13 @@ def bytes_of(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 @st.composite
 def named_files(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """One of the files, which are named in their first line, changed as JSON."""
+    """Draw a file, named in its first line, changed as JSON."""
     name, _, content = draw(st.sampled_from(seeds)).partition(b"\n")
     return name + b"\n" + draw(json_documents([content]))
 
 
 def _change(draw: st.DrawFn, document: Any) -> None:
-    """Changes one thing in a document, in place. What is put in is a copy, as it may be changed next."""
+    """Make one change in a document, in place. Inserted values are copies, because the next change may alter them."""
     places = list(_places(document))
     if not places:
         return
@@ -228,7 +228,7 @@ def _change(draw: st.DrawFn, document: Any) -> None:
 
 
 def _places(value: Any) -> Any:
-    """Every place of a document that holds a value: (holder, key)."""
+    """Yield (holder, key) of every value in a document."""
     waiting = [value]
     while waiting:
         holder = waiting.pop()

@@ -1,7 +1,8 @@
-"""What is tried. A target prepares itself once in its worker process, gives good inputs, and tries one at a time.
+"""Targets of the fuzzer. A target prepares itself once in its worker process, lists good inputs, and tries one at a
+time.
 
-To add one, write a class of this form and name it in ``TARGETS``. What it raises of ``refused`` is a refusal; anything
-else that it raises is a finding, and so is a death, a hang, or memory that nobody weighed.
+To add one, write a class of this form and name it in ``TARGETS``. An error of ``refused`` is a refusal. Any other error
+is a finding, and so are a death, a hang, and an unchecked allocation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from . import mutations
 
 
 class Target(Protocol):
-    """One kind of input. ``package``: a sound package of its own, which it may spoil."""
+    """One kind of input. ``package``: a valid package, which it may change."""
 
     mutate: ClassVar[mutations.Mutate]
     refused: ClassVar[tuple[type[BaseException], ...]]
@@ -38,10 +39,10 @@ class Target(Protocol):
     def __init__(self, package: Path) -> None: ...
 
     def seeds(self) -> list[bytes]:
-        """Good inputs."""
+        """Return good inputs."""
 
     def attempt(self, content: bytes) -> None:
-        """Takes an input, or raises one of ``refused``."""
+        """Use an input, or raise one of ``refused``."""
 
 
 class ManifestTarget:
@@ -142,7 +143,7 @@ class TemplateTarget:
 
 
 class SessionTarget:
-    """What a session file says of a session, under a hash that is right."""
+    """The description in a session file, under a correct hash."""
 
     mutate = mutations.json_documents
     refused = (MeltError,)
@@ -171,7 +172,7 @@ class SessionTarget:
 
 
 class SessionFileTarget(SessionTarget):
-    """A session file's bytes, which a hash protects."""
+    """The bytes of a session file, which a hash protects."""
 
     mutate = mutations.bytes_of
 
@@ -184,7 +185,7 @@ class SessionFileTarget(SessionTarget):
 
 
 class ParityTarget:
-    """parity.json, which may be broken and leaves the package as sound as it was."""
+    """parity.json, which may be invalid without spoiling the package."""
 
     mutate = mutations.json_documents
     refused = ()
@@ -202,7 +203,7 @@ class ParityTarget:
 
 
 class GraphTarget:
-    """An ONNX file's bytes, as our own reader takes them; what ONNX Runtime makes of them is not tried."""
+    """The bytes of an ONNX file, read by our own reader. ONNX Runtime's reader is not tried."""
 
     mutate = mutations.bytes_of
     refused = (MeltError,)
@@ -222,7 +223,7 @@ class GraphTarget:
 
 
 class CheckpointTarget:
-    """config.json of a checkpoint, of every kind: read and weighed, and its model built without memory."""
+    """config.json of every kind of checkpoint: read and checked, and its model built without memory."""
 
     mutate = mutations.json_documents
     refused: ClassVar[tuple[type[BaseException], ...]]
@@ -263,7 +264,7 @@ class CheckpointTarget:
 
 
 class TokenizerTarget:
-    """tokenizer.json of kinds that the tokenizers library panics over, and ends the process over, where it is wrong."""
+    """tokenizer.json with faults over which the tokenizers library panics and ends the process."""
 
     mutate = mutations.json_documents
     refused = (ValueError,)
@@ -300,7 +301,7 @@ class TokenizerTarget:
 
     def attempt(self, content: bytes) -> None:
         tokenizer = tokenizer_of(content.decode("utf-8"))
-        with suppress(Exception):  # a text that cannot be written; a panic is none
+        with suppress(Exception):  # ordinary errors are fine; a panic is not an Exception
             tokenizer.decode(tokenizer.encode("a é").ids)
 
 
@@ -318,5 +319,5 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 
 
 def prepared(name: str, package: Path, work: Path) -> Target:
-    """A target with a copy of the package in an empty directory."""
+    """Return a target with a copy of the package in an empty directory."""
     return TARGETS[name](Path(shutil.copytree(package, work / "package")))

@@ -1,4 +1,4 @@
-"""The process in which inputs are tried, one after the other: ``python -m fuzz.worker TARGET PACKAGE WORK``.
+"""The process that tries inputs one after the other: ``python -m fuzz.worker TARGET PACKAGE WORK``.
 
 It reads inputs with their length in front and answers each with a line of JSON; the first line holds the good inputs.
 """
@@ -18,11 +18,11 @@ from melt_runtime.machine import resident
 
 from .targets import prepared
 
-MOST_MEMORY = 8 << 30  # of addresses: what is beyond ends in a MemoryError, which is a finding
+MOST_MEMORY = 8 << 30  # address space; beyond it a MemoryError is raised, which is a finding
 
 
 def main(name: str, package: Path, work: Path) -> None:
-    """Until the input ends."""
+    """Try inputs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     said = work / "stderr"
@@ -31,7 +31,7 @@ def main(name: str, package: Path, work: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     seeds = target.seeds()
     for seed in seeds:
-        target.attempt(seed)  # a good input must be taken, or nothing is shown by those that are refused
+        target.attempt(seed)  # good inputs must be accepted, or refusals prove nothing
     print(json.dumps([base64.b64encode(seed).decode() for seed in seeds]), file=answers, flush=True)
     while header := sys.stdin.buffer.read(4):
         content = sys.stdin.buffer.read(*struct.unpack("<I", header))
@@ -55,7 +55,7 @@ def main(name: str, package: Path, work: Path) -> None:
 
 
 def _fresh_peak() -> int:
-    """Forgets the peak of this process's memory and returns what it holds now."""
+    """Reset the peak of this process's memory and return its present size."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

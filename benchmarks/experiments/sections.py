@@ -1,4 +1,4 @@
-"""The pieces that sections of docs/experiments.md are put together from."""
+"""Building blocks of the sections of docs/experiments.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Section = str
 
 
 def section(title: str, *parts: str, note: str = "", level: int = 2) -> Section:
-    """A titled part; empty strings are left out, and a note comes last."""
+    """Return a titled section without empty parts, its note last."""
     reason = f"**Why.** {NOTES[note]}\n" if note and NOTES.get(note) else ""
     return "\n".join([f"{'#' * level} {title}\n", *(part for part in (*parts, reason) if part)])
 
@@ -25,6 +25,6 @@ def picture(name: str, words: str) -> str:
 
 
 def few(results: Results, row: Row) -> str:
-    """Says so where a row has fewer seeds than it should."""
+    """Return a remark for a row with fewer seeds than planned, else nothing."""
     count = len(results.row(row.name))
     return "" if count == len(SEEDS) else f" ({plural(count, 'seed')} of {len(SEEDS)})"
