@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from melt_export.quantization import gptq as module
 from melt_export.quantization.blocks import Blocks, best_scales, in_blocks
 from melt_export.quantization.calibration import hessians
-from melt_export.quantization.gptq import gptq, inverse_factor, solve
+from melt_export.quantization.gptq import InverseHessian, gptq, inverse_factor, solve
 from melt_export.quantization.options import Grid
 from melt_export.reference.pytorch import open_reference
 
@@ -69,14 +69,19 @@ def test_the_factor_is_of_the_inverse_and_triangular() -> None:
     torch.testing.assert_close(factor.t() @ factor @ hessian, torch.eye(70).double(), rtol=0, atol=1e-8)
 
 
+def test_an_input_that_was_always_zero_says_nothing() -> None:
+    assert InverseHessian.of(torch.zeros(40, 40)) is None
+
+
 def test_each_output_is_quantized_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that weights with one input may be stacked, and large ones taken in parts."""
     weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(1))
-    hessian, grid = hessian_of(70).float(), Grid(4, 32, asymmetric=True)
-    whole = gptq(weight, hessian, grid)
-    apart = Blocks.stacked([gptq(part, hessian, grid) for part in weight.split([25, 15])])
+    inverse, grid = InverseHessian.of(hessian_of(70).float()), Grid(4, 32, asymmetric=True)
+    assert inverse is not None
+    whole = gptq(weight, inverse, grid)
+    apart = Blocks.stacked([gptq(part, inverse, grid) for part in weight.split([25, 15])])
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
-    in_parts = gptq(weight, hessian, grid)
+    in_parts = gptq(weight, inverse, grid)
     for other in (apart, in_parts):
         assert torch.equal(whole.values(), other.values())
         assert torch.equal(whole.packed(), other.packed())
