@@ -20,7 +20,7 @@ from melt_export.options import ExportOptions
 from melt_export.parity.report import Limits
 from melt_export.parity.verify import verify
 from melt_export.quantization.blocks import Blocks, round_to_nearest, rounding_error
-from melt_export.quantization.gptq import gptq
+from melt_export.quantization.gptq import InverseHessian, gptq
 from melt_export.quantization.options import Grid, WeightOptions
 from melt_export.quantization.sensitivity import most_sensitive, sensitivities
 
@@ -76,10 +76,11 @@ def test_zero_points_err_less_where_weights_lean_to_one_side(calibrated: bool) -
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(16, 64, generator=generator) - 0.1
     inputs = torch.randn(500, 64, generator=generator)
+    inverse = InverseHessian.of(inputs.t() @ inputs)
     errors = []
     for asymmetric in (False, True):
         grid = Grid(4, 32, asymmetric=asymmetric)
-        found = gptq(weight, inputs.t() @ inputs, grid) if calibrated else round_to_nearest(weight, grid)
+        found = gptq(weight, inverse, grid) if calibrated else round_to_nearest(weight, grid)
         errors.append((inputs @ (found.values() - weight).t()).square().mean())
     assert errors[1] < 0.6 * errors[0]
 

@@ -27,7 +27,7 @@ from melt_export.parity.report import Limits, Quality
 from melt_export.parity.verify import verify
 from melt_export.quantization.blocks import Blocks, round_to_nearest
 from melt_export.quantization.calibration import calibration_tokens, hessians
-from melt_export.quantization.gptq import gptq
+from melt_export.quantization.gptq import InverseHessian, gptq
 from melt_export.quantization.options import Grid, WeightOptions
 
 
@@ -48,7 +48,7 @@ def test_rounding_errs_by_no_more_than_a_step(outputs: int, inputs: int, bits: i
 def test_zero_weights_stay_zero() -> None:
     weight = torch.zeros(4, 40)
     assert not round_to_nearest(weight, Grid(4, 32)).values().any()
-    assert not gptq(weight, torch.eye(40), Grid(4, 32)).values().any()
+    assert not gptq(weight, InverseHessian.of(torch.eye(40)), Grid(4, 32)).values().any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -58,7 +58,7 @@ def test_calibration_errs_less_on_inputs_like_those_it_saw(bits: int) -> None:
     seen, unseen = (torch.randn(2000, 96, generator=generator) @ mix for _ in range(2))
     weight = torch.randn(48, 96, generator=generator)
     plain = round_to_nearest(weight, Grid(bits, 32)).values()
-    calibrated = gptq(weight, seen.t() @ seen, Grid(bits, 32)).values()
+    calibrated = gptq(weight, InverseHessian.of(seen.t() @ seen), Grid(bits, 32)).values()
     plain_error, error = ((unseen @ (values - weight).t()).square().mean() for values in (plain, calibrated))
     assert error < 0.7 * plain_error
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, best_scales, in_blocks, round_to_nearest, rounded
+from .blocks import Blocks, best_scales, in_blocks, rounded
 from .options import Grid
 
 _DAMPING = 0.1  # of the mean of a Hessian's diagonal: the text that comes is not the one that was seen
@@ -13,53 +15,64 @@ _ROWS_AT_ONCE = 2048  # of a weight: enough for fast matmuls, and a large head i
 _COLUMNS_ONE_BY_ONE = 16  # fewer would make more calls than matmuls save
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Blocks:
-    """Quantizes a weight (outputs, inputs) so that the matmul's output errs little, not the weight itself.
+@dataclass(frozen=True)
+class InverseHessian:
+    """A Hessian's inverse as GPTQ reads it, for all weights that share the Hessian.
 
-    hessian (inputs, inputs): the sum of x x^T over the inputs x of the matmul. Columns that matter most go first;
-    a block's scale is chosen before, by errors weighted with what the other columns cannot make up for.
+    order (inputs,): columns, those that matter most first. factor: as ``inverse_factor`` has it, of the columns in that
+    order. importance (inputs,): how much an error in a column costs that the other columns cannot make up for. The
+    last two are float32.
     """
-    inputs = weight.shape[1]
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.double().mean())
-    if not mean > 0:
-        return round_to_nearest(weight, grid)  # nothing ever came in
-    order = diagonal.argsort(descending=True)
-    damped = hessian[order][:, order].double() / mean
-    damped.diagonal().add_(_DAMPING)
-    factor = inverse_factor(damped)
-    importance = torch.empty(inputs)
-    importance[order] = (1 / factor.square().sum(0)).float()  # the inverse's diagonal
-    weights = in_blocks(importance[None], grid.block)[0]
-    narrow = factor.float()
-    return Blocks.stacked(
-        [_quantized(rows.float(), order, narrow, weights, grid) for rows in weight.split(_ROWS_AT_ONCE)]
-    )
+
+    order: Tensor
+    factor: Tensor
+    importance: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> InverseHessian | None:
+        """hessian (inputs, inputs): the sum of x x^T over a matmul's inputs x. None where these were all zero."""
+        diagonal = hessian.diagonal()
+        mean = float(diagonal.double().mean())
+        if not mean > 0:
+            return None
+        order = diagonal.argsort(descending=True)
+        damped = hessian[order][:, order].double() / mean
+        damped.diagonal().add_(_DAMPING)
+        factor = inverse_factor(damped)
+        importance = torch.empty(len(order))
+        importance[order] = (1 / factor.square().sum(0)).float()  # the inverse's diagonal
+        return cls(order, factor.float(), importance)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of a symmetric positive definite matrix."""
+    """Return the upper triangular U with U^T U the inverse of a symmetric positive definite matrix."""
     # With rows and columns in reverse, Cholesky gives R R^T for an upper triangular R: U is R's inverse.
     upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
 
 
-def _quantized(rows: Tensor, order: Tensor, factor: Tensor, importance: Tensor, grid: Grid) -> Blocks:
-    """rows (outputs, inputs); order (inputs,) of the columns, as in ``factor``; importance (blocks, block)."""
-    inputs = rows.shape[1]
+def gptq(weight: Tensor, inverse: InverseHessian, grid: Grid) -> Blocks:
+    """Quantize a weight (outputs, inputs) so that the matmul's output errs little, not the weight itself.
+
+    A block's scale is chosen first, by errors weighted with their importance.
+    """
+    return Blocks.stacked([_quantized(rows.float(), inverse, grid) for rows in weight.split(_ROWS_AT_ONCE)])
+
+
+def _quantized(rows: Tensor, inverse: InverseHessian, grid: Grid) -> Blocks:
+    """Quantize rows (outputs, inputs) of a weight."""
     blocks = in_blocks(rows, grid.block)
-    scales, zeros = best_scales(blocks, grid, importance)
-    columns = rows.t()[order]
-    block_of = (order // grid.block).tolist()
+    scales, zeros = best_scales(blocks, grid, in_blocks(inverse.importance[None], grid.block)[0])
+    columns = rows.t()[inverse.order]
     steps, middles = (part.squeeze(-1).t().contiguous() for part in (scales, zeros))
-    solve(columns, factor, steps, middles, block_of, grid)
+    solve(columns, inverse.factor, steps, middles, (inverse.order // grid.block).tolist(), grid)
     numbers = zeros.expand(blocks.shape).flatten(1).clone()  # padding means zero, whatever number stands for it
-    numbers[:, order] = columns.t()
-    return Blocks.of(numbers.view(blocks.shape), scales, zeros, grid, inputs)
+    numbers[:, inverse.order] = columns.t()
+    return Blocks.of(numbers.view(blocks.shape), scales, zeros, grid, rows.shape[1])
 
 
 def solve(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, block_of: list[int], grid: Grid) -> None:
-    """Replaces a weight's ``columns`` (inputs, outputs) by their numbers.
+    """Replace a weight's ``columns`` (inputs, outputs) by their numbers.
 
     factor (inputs, inputs): of the Hessian's inverse, as ``inverse_factor`` gives it. scales, zeros
     (blocks, outputs); block_of: the block of each column.
@@ -68,7 +81,7 @@ def solve(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, block_
     pivots = factor.diagonal().tolist()
 
     def halve(start: int, end: int) -> None:
-        """Columns start to end, which have taken up the errors of all columns before start."""
+        """Quantize columns start to end, which have taken up the errors of all columns before start."""
         if end - start > _COLUMNS_ONE_BY_ONE:
             middle = (start + end) // 2
             halve(start, middle)

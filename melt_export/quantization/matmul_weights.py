@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import groupby
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -26,7 +25,7 @@ from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.external_weights import COMPUTED
 from ..graph.merge_matmuls import FEWEST_COLUMNS, PARTS
 from .blocks import Blocks, round_to_nearest, two_a_byte
-from .gptq import gptq
+from .gptq import InverseHessian, gptq
 from .options import BITS, Grid, WeightOptions
 from .sensitivity import most_sensitive
 
@@ -147,17 +146,14 @@ class _Product:
 
     def _quantized(self, weights: Weights, grid: Grid) -> Blocks:
         """Packed products lie side by side, and each output has blocks of its own."""
-        found = []
-        for _, parts in groupby(self.parts, key=lambda part: id(self._hessian(part))):  # a shared one is inverted once
-            first, *others = parts
-            weight, hessian = weights.tensor(first), self._hessian(first)
-            if others:
-                weight = torch.cat([weight, *map(weights.tensor, others)])
-            found.append(round_to_nearest(weight, grid) if hessian is None else gptq(weight, hessian, grid))
+        found, inverses = [], dict[int, InverseHessian | None]()
+        for part in self.parts:
+            weight, hessian = weights.tensor(part), self.hessians.get(HEAD if part == EMBEDDING else part)
+            if id(hessian) not in inverses:  # parts with one input share it
+                inverses[id(hessian)] = None if hessian is None else InverseHessian.of(hessian)
+            inverse = inverses[id(hessian)]
+            found.append(round_to_nearest(weight, grid) if inverse is None else gptq(weight, inverse, grid))
         return Blocks.stacked(found)
-
-    def _hessian(self, part: str) -> Tensor | None:
-        return self.hessians.get(HEAD if part == EMBEDDING else part)
 
 
 @dataclass(frozen=True)
