@@ -323,7 +323,7 @@ def test_what_a_config_says_to_other_libraries_changes_nothing(field: str, value
         ('{"model_type": "melt", "ema_weight": 1%s}' % ("0" * 400), "whole number of 401 digits"),
         ('{"model_type": "melt", "vocab_size": 1%s}' % ("0" * 5000), "whole number of 5001 digits"),
         (f'{{"model_type": "melt", "a": {"[" * 100_000}1{"]" * 100_000}}}', "recursion"),
-        (f'{{"model_type": "melt", "a": "{"x" * (1 << 24)}"}}', "no JSON file of a checkpoint is that large"),
+        (f'{{"model_type": "melt", "a": "{"x" * (1 << 24)}"}}', "no JSON file of its kind is that large"),
     ],
     ids=["400 digits", "5000 digits", "deep", "large"],
 )
