@@ -25,7 +25,7 @@ def convert() -> None:
     """Run ``melt-convert``."""
     from melt_models.convert_cli import app
 
-    _run("melt-convert", lambda: run_app(app, "melt-convert"))
+    _run("melt-convert", lambda: run_app(app, "melt-convert", (OSError,)))
 
 
 def export() -> None:
@@ -48,6 +48,6 @@ def train() -> None:
     def main() -> None:
         from melt_models.training.cli import app  # imports yaml
 
-        run_app(app, "melt-train")
+        run_app(app, "melt-train", (OSError,))
 
     _run("melt-train", main, "train")

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from melt_models import LoopLMConfig, MeltConfig
+from melt_models import MeltConfig
 from melt_models.atomic import new_directory
 from melt_models.checkpoint import open_checkpoint
 from melt_models.configuration import LoopedConfig
@@ -44,28 +44,12 @@ from .quantization.kv_cache import calibrated, quantize_caches
 from .quantization.matmul_weights import Statistics, check_patterns, halve_embedding, quantize_matmuls
 from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
+from .reference.depth import default_depth, default_threshold
 
 _MAX_DEFAULT_SEQ_LEN = 4096
 _LOOPLM_CHUNK = 128  # a LoopLM's results do not depend on its chunk
 _CACHE_SHARE = 4  # uses one of so many calibration sequences: scales need fewer than a Hessian
 _LIBRARIES = ("melt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", *ONNX_RUNTIMES)
-
-
-def default_depth(config: LoopedConfig) -> int:
-    """Return how many loops a package runs by default: up to the loop whose output a LoopLM reads, else all.
-
-    Raises ExportError for a LoopLM whose tokens leave early: later caches would lack their keys and values.
-    """
-    if not isinstance(config, LoopLMConfig):
-        return config.total_ut_steps
-    if config.early_exit_step is not None:
-        return config.early_exit_step + 1
-    if config.early_exit_threshold < 1.0:
-        raise ExportError(
-            f"early_exit_threshold is {config.early_exit_threshold}; a LoopLM package has one cache per loop and runs "
-            "every loop: set it to 1.0 in config.json, or turn the checkpoint into a MELT with melt-convert"
-        )
-    return config.total_ut_steps
 
 
 @contextmanager
@@ -154,7 +138,7 @@ def build_package(
         max_batch=options.max_batch,
         chunk=chunk,
         loops=loops,
-        exit_threshold=config.early_exit_threshold if isinstance(config, MeltConfig) else 1.0,
+        exit_threshold=default_threshold(config),
         vocab_size=config.vocab_size,
         model=_plain(config.to_dict()),
         states=tuple(states),

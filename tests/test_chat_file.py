@@ -51,6 +51,13 @@ def test_an_empty_conversation_may_be_kept(runtime: Runtime, prompt: str, tmp_pa
     assert said(loaded, prompt) == runtime.generate(chat_ids(runtime, prompt, system="be brief"), max_tokens=5).text
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/chat"], ids=len)
+def test_a_name_that_no_file_can_have_ends_no_conversation(tiny_package: Path, prompt: str, name: str) -> None:
+    result = run("chat", tiny_package, "--max-tokens", 3, stdin=f"{prompt}\n/save {name}\n/load {name}\n{prompt}\n")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 2
+
+
 def test_commands_keep_and_load(tiny_package: Path, prompt: str, tmp_path: Path) -> None:
     file = tmp_path / "a chat.session"
     options = ["--max-tokens", 6, "--temperature", 1, "--seed", 2]

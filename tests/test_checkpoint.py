@@ -251,6 +251,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"hidden_act": "gelu"}, ("hidden_act 'gelu'", "silu")),
     ({"norm_layout": "post"}, ("norm_layout 'post'",)),
     ({"rms_norm_eps": 0.0}, ("rms_norm_eps is 0.0",)),
+    ({"initializer_range": float("nan")}, ("initializer_range is nan",)),
     ({"early_exit_threshold": "high"}, ("early_exit_threshold",)),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "large"}}, ("rope_theta",)),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, ("rope_theta",)),
@@ -322,13 +323,21 @@ def test_what_a_config_says_to_other_libraries_changes_nothing(field: str, value
         ('{"model_type": "melt", "ema_weight": 1%s}' % ("0" * 400), "whole number of 401 digits"),
         ('{"model_type": "melt", "vocab_size": 1%s}' % ("0" * 5000), "whole number of 5001 digits"),
         (f'{{"model_type": "melt", "a": {"[" * 100_000}1{"]" * 100_000}}}', "recursion"),
-        (f'{{"model_type": "melt", "a": "{"x" * (1 << 24)}"}}', "no JSON file of a checkpoint is that large"),
+        (f'{{"model_type": "melt", "a": "{"x" * (1 << 24)}"}}', "no JSON file of its kind is that large"),
     ],
     ids=["400 digits", "5000 digits", "deep", "large"],
 )
 def test_json_beyond_any_bound_is_refused(text: str, words: str, checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(text)
     refused(checkpoint, "config.json", words)
+
+
+@torch.no_grad()
+def test_a_whole_number_of_more_than_64_bits_is_as_good_as_a_float(checkpoint: Path) -> None:
+    change_config(checkpoint, rms_norm_eps=10**30)
+    model = load_model(checkpoint)
+    change_config(checkpoint, rms_norm_eps=1e30)
+    same(checkpoint, model)
 
 
 def test_a_whole_number_of_hundreds_of_digits_is_refused_in_python_too() -> None:

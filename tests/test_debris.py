@@ -174,10 +174,18 @@ def test_a_full_disk_names_what_was_written(make: object, tmp_path: Path) -> Non
     assert debris(tmp_path) == []
 
 
-def test_a_full_disk_in_a_librarys_own_kind_of_error_names_what_was_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as error, new_directory(tmp_path / "made"):
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert error.value.filename == str(tmp_path / "made")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_full_disk_in_a_librarys_own_kind_of_error_names_what_was_written(code: int, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=os.strerror(code)) as error, new_directory(tmp_path / "made"):
+        raise RuntimeError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+    assert (error.value.filename, error.value.errno) == (str(tmp_path / "made"), code)
+
+
+def test_a_copy_that_finds_no_room_does_not_name_its_source(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with pytest.raises(OSError, match="File too large") as error, new_directory(tmp_path / "made") as build:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(source), None, str(build / "source"))
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "made"), None)
 
 
 def test_other_errors_name_nothing_they_have_nothing_to_do_with(tmp_path: Path) -> None:

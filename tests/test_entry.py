@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import MakeCheckpoint
 
 ADDITION = Path(__file__).parent.parent / "examples" / "addition-melt"
 EXPORT = ("--checkpoint", str(ADDITION), "--output", "new")
@@ -19,6 +20,14 @@ def run(
     script = f"{before}\nimport sys\nsys.argv[1:] = {arguments!r}\nfrom melt_export.entry_points import {command}\n"
     script += f"try: {command}()\nfinally: {after or 'pass'}"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+def test_an_output_that_takes_nothing_is_one_line(make_looplm: MakeCheckpoint, tmp_path: Path) -> None:
+    full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    result = run("convert", (str(make_looplm()), str(tmp_path / "melt")), before=full)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("melt-convert: [Errno 28] No space left on device")
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,29 @@ def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, pack
     }
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 8}, {"aggregation": "mean"}],
+    ids=str,
+)
+def test_a_checkpoint_of_another_shape_is_refused(
+    fields: dict[str, Any], make_checkpoint: MakeCheckpoint, package_copy: Path
+) -> None:
+    with pytest.raises(ParityError, match=r"the package was (not made from|made from another)") as caught:
+        verify(package_copy, make_checkpoint(**fields), tokens=4)
+    assert next(iter(fields)) in str(caught.value) or "latent of loop 1 has the shape" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("loops", 3), ("exit_threshold", 0.5)])
+def test_a_package_that_thinks_less_deep_than_its_checkpoint_says_is_refused(
+    name: str, value: float, tiny_checkpoint: Path, package_copy: Path
+) -> None:
+    manifest = package_copy / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), name: value}))
+    with pytest.raises(ParityError, match=rf"{name} is {value} in the package"):
+        verify(package_copy, tiny_checkpoint, tokens=4)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_model_whose_numbers_overflow_fails_without_a_warning(
     tiny_checkpoint: Path, make_package: MakePackage, tmp_path: Path

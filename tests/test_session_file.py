@@ -255,6 +255,14 @@ def test_a_saved_session_is_its_owners_alone(runtime: Runtime, path: Path) -> No
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "a" * 5000], ids=len)
+def test_a_name_that_no_file_can_have_is_refused(runtime: Runtime, tmp_path: Path, name: str) -> None:
+    session = opened(runtime)
+    for do in (session.save, runtime.load_session):
+        with pytest.raises(SessionError):
+            do(tmp_path / name)
+
+
 def test_saving_never_takes_the_place_of_a_link_a_device_or_a_fifo(
     runtime: Runtime, path: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ParityError
 from ..reference.pytorch import LoopTrace
 
 # A quantity, its loop, and its layer (None: of the whole stack).
@@ -57,7 +58,13 @@ class Distances:
         layer: int | None = None,
         scale: float = 1e-30,
     ) -> None:
-        """Takes in one pair of arrays; ``scale`` is the least to divide by. NaN counts as infinitely wrong."""
+        """Takes in one pair of arrays; ``scale`` is the least to divide by. NaN counts as infinitely wrong. Raises
+        ParityError for arrays of different shapes, which may not be stretched to each other."""
+        if got.shape != expected.shape:
+            raise ParityError(
+                f"{quantity} of loop {loop} has the shape {list(got.shape)} in the package and "
+                f"{list(expected.shape)} in the checkpoint: the package was made from another one"
+            )
         got, expected, key = got.astype(np.float64), expected.astype(np.float64), (quantity, loop, layer)
         difference = float(np.abs(got - expected).max())
         difference = difference if np.isfinite(difference) else float("inf")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from melt_models.checkpoint import Weights, read_config
+from melt_models.errors import shown
 from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.cli.inspect import activations_of
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
@@ -22,6 +23,7 @@ from ..errors import ParityError
 from ..quantization.kv_cache_scales import CacheNumbers
 from ..quantization.matmul_weights import EMBEDDING
 from ..quantization.stored_values import as_packaged
+from ..reference.depth import default_depth, default_threshold
 from ..reference.pytorch import LOGIT_COLUMNS, LoopTrace, open_reference
 from .distances import Distances, common_prefix
 from .exact_match import checkpoint_accuracy, package_accuracy, read_problems
@@ -30,6 +32,15 @@ from .float32_package import float32_package, wide_package
 from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
 from .report import Accuracy, GenerationResult, Limits, ParityReport, StateError, tolerance_of
 
+_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 _LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
 
 
@@ -158,13 +169,18 @@ def require_parity(report: ParityReport) -> None:
 
 
 def _same_model(manifest: Manifest, checkpoint: Path) -> None:
-    """Raises ParityError if the checkpoint is of another shape than the package."""
-    config = read_config(checkpoint).to_dict()
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if manifest.model.get(key) != config.get(key):
+    """Raises ParityError if the checkpoint is of another shape or depth than the package."""
+    config = read_config(checkpoint)
+    said = config.to_dict()
+    pairs = {name: (manifest.model.get(name), said.get(name)) for name in _SHAPE}
+    if said["model_type"] == manifest.model.get("model_type"):  # else it may have no loops
+        pairs["loops"] = (manifest.loops, default_depth(config))  # type: ignore[arg-type]
+        pairs["exit_threshold"] = (manifest.exit_threshold, default_threshold(config))  # type: ignore[arg-type]
+    for name, (mine, theirs) in pairs.items():
+        if mine != theirs:
             raise ParityError(
-                f"the package was not made from {checkpoint}: {key} is {manifest.model.get(key)!r} in the package "
-                f"and {config.get(key)!r} in the checkpoint"
+                f"the package was not made from {checkpoint}: {name} is {shown(mine)} in the package "
+                f"and {shown(theirs)} in the checkpoint"
             )
 
 

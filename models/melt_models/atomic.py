@@ -20,7 +20,8 @@ except ImportError:  # Windows, where leftovers are not removed
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _OLD = "-old"
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (*_FULL, errno.EIO)
 
 
 class TargetExistsError(ValueError):
@@ -102,13 +103,14 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno in _DISK:
-            error.filename = str(target)
+        # A copy that fails names its source, which has room enough.
+        if error.errno in _FULL or (error.filename is None and error.errno in _DISK):
+            error.filename, error.filename2 = str(target), None
         raise
     except Exception as error:
-        full = os.strerror(errno.ENOSPC)
-        if full in str(error):
-            raise OSError(errno.ENOSPC, full, str(target)) from error
+        full = next((code for code in _DISK if os.strerror(code) in str(error)), None)
+        if full is not None:
+            raise OSError(full, os.strerror(full), str(target)) from error
         raise
 
 

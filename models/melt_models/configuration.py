@@ -123,6 +123,7 @@ class LoopedConfig(PreTrainedConfig):
         if self.norm_layout not in NORM_LAYOUTS:
             raise ValueError(f"norm_layout {shown(self.norm_layout)} is not one of {', '.join(NORM_LAYOUTS)}")
         _number("rms_norm_eps", self.rms_norm_eps, above=0.0)
+        _number("initializer_range", self.initializer_range)
         _number("early_exit_threshold", self.early_exit_threshold)
         if not 0 <= self.early_exit_threshold <= 1:
             raise ValueError(f"early_exit_threshold is {self.early_exit_threshold!r}; it must lie between 0 and 1")

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps = float(eps)  # PyTorch takes no whole number of more than 64 bits
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)

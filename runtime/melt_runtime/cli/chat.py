@@ -140,7 +140,10 @@ def notice(text: str) -> None:
 def _file(command: str, argument: str) -> Path:
     if not argument:
         raise ArgumentError(f"{command} needs the name of a file")
-    return Path(argument).expanduser()
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:  # of a user whom the system does not know
+        raise ArgumentError(f"{command} {argument}: {error}") from error
 
 
 def _write(text: str) -> None:

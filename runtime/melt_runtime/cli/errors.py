@@ -30,6 +30,7 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
     try:
         result = app(prog_name=name, standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        sys.stdout.flush()  # what cannot be written is told here, and not by Python's own end
     except Exception as error:
         message = _usage(error)
         if message is None and (not isinstance(error, refused) or os.environ.get("MELT_TRACEBACK") == "1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,7 @@ from ..package.reader import Package
 from ..package.specs import MAX_LOOPS
 from ..sampling.sampler import Sampler, SamplingParams
 from ..text.tokenizer import Message
-from ..untrusted import MOST_BYTES, brief, optional, parse_json, whole
+from ..untrusted import MOST_BYTES, brief, optional, parse_json, shown, whole
 
 FORMAT = "melt-session 1"
 _ARRAYS = ("tokens", "depth", "chunk_starts", "chunk_settings")
@@ -67,6 +68,8 @@ def write(path: Path, saved: Saved) -> None:
     Raises SessionError, also for a path that is a link, a device or anything else but an ordinary file; ArgumentError
     for options that JSON cannot hold.
     """
+    if _cannot_be(path):
+        raise SessionError(f"the session cannot be written: {shown(str(path))} can be the name of no file")
     if path.is_symlink():
         raise SessionError(f"{path} is a link, which is not replaced; name a file")
     said = {} if saved.messages is None else {"messages": [asdict(one) for one in saved.messages]}
@@ -100,8 +103,8 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
 
     ``check``: called with the options; raises for invalid ones.
     """
-    if not path.is_file():
-        raise SessionError(f"there is no saved session {path}")
+    if _cannot_be(path) or not path.is_file():
+        raise SessionError(f"there is no saved session {shown(str(path)) if _cannot_be(path) else path}")
     try:
         size, most = path.stat().st_size, _most_bytes(package.manifest)
         if size > most:
@@ -128,6 +131,17 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, MeltError) as error:
         raise SessionError(f"{path} holds a session that cannot be: {brief(error)}") from error
     return saved
+
+
+def _cannot_be(path: Path) -> bool:
+    """Return whether no file system has such a name: it is too long, or has a character that none takes."""
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    except ValueError:
+        return True
+    return False
 
 
 def _most_bytes(manifest: Manifest) -> int:
