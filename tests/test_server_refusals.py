@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,10 +207,20 @@ def test_a_certificate_that_cannot_be_used_is_named(served_package: Path, tmp_pa
     cert.write_text("nothing of the kind")
     said = refused(served_package, "--tls-cert", cert, "--tls-key", key)
     assert said == f"melt-run: --tls-key {key} cannot be read: No such file or directory\n"
+    os.mkfifo(key)  # nobody writes into it, so that whoever opens it waits
+    for odd in (key, Path("/dev/zero")):
+        said = refused(served_package, "--tls-cert", cert, "--tls-key", odd)
+        assert said == f"melt-run: --tls-key {odd} is a pipe or a device; it must be a file\n"
+    key.unlink()
     key.write_text("nothing either")
     said = refused(served_package, "--tls-cert", cert, "--tls-key", key)
     assert said.startswith(f"melt-run: --tls-cert {cert} and --tls-key {key} are no certificate chain")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--stall", "--drain"])
+def test_seconds_that_no_clock_counts_are_refused(served_package: Path, option: str) -> None:
+    assert f"Invalid value for '{option}'" in refused(served_package, option, 10**11)
 
 
 def test_a_port_that_is_taken_is_said_in_a_line(served_package: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import ssl
+import stat
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ from .errors import reported_errors
 from .options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
 from .tables import hash_progress
 
+_YEAR = 365 * 86_400  # seconds
+_MOST_STALL = (2**31 - 1) // 1000  # seconds: the system counts milliseconds in 32 bits
 KEYS_VARIABLE = "MELT_API_KEYS"
 PREFIX_BYTES = 64 << 20  # default size of the prefix cache
 
@@ -58,7 +61,10 @@ def serve_command(
         ),
     ] = MAX_UNREAD,
     stall: Annotated[
-        int, typer.Option(help="Seconds after which a client that takes nothing of its reply is cut.", min=1)
+        int,
+        typer.Option(
+            help="Seconds after which a client that takes nothing of its reply is cut.", min=1, max=_MOST_STALL
+        ),
     ] = 120,
     prefix_bytes: Annotated[
         int | None,
@@ -78,7 +84,7 @@ def serve_command(
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate chain (PEM), for HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     drain: Annotated[
-        int, typer.Option(help="Seconds that SIGTERM leaves to what is running before it is cut.", min=0)
+        int, typer.Option(help="Seconds that SIGTERM leaves to what is running before it is cut.", min=0, max=_YEAR)
     ] = 30,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")] = False,
     threads: Threads = None,
@@ -165,6 +171,9 @@ def _require_tls(cert: Path, key: Path) -> None:
     """Raise ArgumentError for an unusable certificate and key, before anything large is loaded."""
     for option, path in (("--tls-cert", cert), ("--tls-key", key)):
         try:
+            mode = path.stat().st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):  # reading may never end, and it is read twice
+                raise ArgumentError(f"{option} {path} is a pipe or a device; it must be a file")
             path.open("rb").close()
         except OSError as error:
             raise ArgumentError(f"{option} {path} cannot be read: {error.strerror}") from error
