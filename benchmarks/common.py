@@ -146,7 +146,7 @@ def facts(section: dict[str, Any]) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 layer", "2 layers"."""
+    """Format a count with its noun: "1 layer", "2 layers"."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
