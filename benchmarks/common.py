@@ -150,6 +150,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def command(*lines: str) -> str:
+def console_block(*lines: str) -> str:
     """Format commands as a Markdown block."""
     return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"
