@@ -146,10 +146,10 @@ def facts(section: dict[str, Any]) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 layer", "2 layers"."""
+    """Format a count with its noun: "1 layer", "2 layers"."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def command(*lines: str) -> str:
+def console_block(*lines: str) -> str:
     """Format commands as a Markdown block."""
     return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import FAINT, STYLE, command, facts, human, table
+from common import FAINT, STYLE, console_block, facts, human, table
 
 Row = dict[str, Any]
 _COLORS = {"melt": "#0b6bcb", "looplm": "#d1700f", "plain": "#6e7781"}
@@ -32,7 +32,7 @@ def part(report: Row) -> str:
         "medians, with quartiles in brackets. The share of bandwidth is the bytes that a step must read and write "
         "(weights as stored, rows of the tokens in the cache, state), over its time, over what this machine reads "
         "with as many threads, measured just before each visit.\n",
-        command(report["command"]),
+        console_block(report["command"]),
         facts(report) + "".join(map(_later, report.get("later", {}).items())),
     ]
     for name, write in _PARTS.items():

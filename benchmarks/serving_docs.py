@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import clock, command, facts, human, plural, table
+from common import clock, console_block, facts, human, plural, table
 from write_docs import DOCS, batching_part
 
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ def soak(section: Row) -> str:
     return (
         f"{plural(settings['clients'], 'client')} without a pause, {plural(settings['slots'], 'slot')}, "
         f"{plural(settings['threads'], 'thread')} for the server: {kinds}.\n\n"
-        + command(section["command"])
+        + console_block(section["command"])
         + f"\n{facts(section)}\n"
         + table(["", "measured"], totals)
         + (f"\nAttacks: {', '.join(f'{count:,} {name}' for name, count in attacks.items())}.\n" if attacks else "")
@@ -67,16 +67,16 @@ def soak(section: Row) -> str:
     )
 
 
-PARTS: dict[str, Callable[[Row], str]] = {"batching": batching, "soak": soak}
+SECTIONS: dict[str, Callable[[Row], str]] = {"batching": batching, "soak": soak}
 
 
 def filled(document: str, content: Row) -> str:
     """Fill the tables into the document. Raises ValueError where a pair of marks is missing."""
-    for name, part in PARTS.items():
+    for name, part in SECTIONS.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if document.count(begin) != 1 or document.count(end) != 1:
             raise ValueError(f"the document must have {begin} and {end} once each")
-        missing = f"Not measured yet:\n\n{command(f'python benchmarks/{name}.py --json docs/benchmarks.json')}"
+        missing = f"Not measured yet:\n\n{console_block(f'python benchmarks/{name}.py --json docs/benchmarks.json')}"
         text = part(content[name]) if name in content else missing
         inside = f"{begin}\n\n{text.strip()}\n\n{end}"
         document = re.sub(f"{begin}.*{end}", lambda _, inside=inside: inside, document, flags=re.DOTALL)  # type: ignore[misc]

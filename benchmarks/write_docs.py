@@ -17,7 +17,7 @@ import numpy as np
 import quantization
 import reach_docs
 import typer
-from common import FAINT, STYLE, clock, command, facts, human, plural, table
+from common import FAINT, STYLE, clock, console_block, facts, human, plural, table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _COLORS = ("#d1700f", "#7a3e9d", "#0b6bcb")
@@ -118,7 +118,7 @@ def export_part(export: Row) -> str:
     ]
     return (
         f"## Exporting the {export['shape']} shape\n\n{export['note']}\n\n"
-        + command(*export["commands"])
+        + console_block(*export["commands"])
         + f"\n{facts(export)}\n"
         + table(["", "measured"], cells)
     )
@@ -145,7 +145,7 @@ def engines_part(section: Row) -> str:
         f"Building TensorRT-RTX engines on the CPU, without a GPU: {part}{plural(section['layers'], 'layer')} of the "
         f"{section['shape']} shape, random weights, a cache for {section['rows']:,} tokens, three plans each. Each "
         "build has a process of its own; peak resident memory is its VmHWM. These engines were built, not run.\n\n"
-        + command(section["command"])
+        + console_block(section["command"])
         + f"\n{facts(section)}\n"
         + table(head, cells)
     )
@@ -170,7 +170,7 @@ def training_part(section: Row) -> str:
         f"sequence (exact, counted; {plural(shape['num_hidden_layers'], 'layer')}, d = {shape['hidden_size']}, "
         f"{shape['num_attention_heads']} heads, float32). Weights, gradients, optimiser states and the teacher's cache "
         "come on top.\n\n"
-        + command(section["command"])
+        + console_block(section["command"])
         + f"\n- Date: {section['date']}\n"
         + f"- Versions: {', '.join(f'{name} {number}' for name, number in section['versions'].items())}\n\n"
         + table(["tokens", "chunk", "loops", *modes], cells)
@@ -204,7 +204,7 @@ def batching_part(section: Row) -> str:
         "## Continuous batching\n\n"
         f"{what}; {plural(settings['loops'], 'loop')} per token, {plural(settings['threads'], 'thread')}, through the "
         f"scheduler; {plural(settings['rounds'], 'round')} in which all configurations take turns.\n\n"
-        + command(section["command"])
+        + console_block(section["command"])
         + f"\n{facts(section)}\n"
         + table(["streams", "tokens/s, together", "quartiles", "tokens/s, each"], rates)
         + f"\nA running stream's waiting time for its next token, in ms. The prompt is prefilled in chunks of {chunk:,}"
@@ -219,7 +219,7 @@ def quantization_part(section: Row) -> str:
         "## Cost of quantization\n\nPackages of SmolLM2-135M at one loop against the checkpoint in float32, on "
         f"{section['rows'][0]['positions']:,} tokens that are in no calibration text. A variant is the options of "
         "melt-export.\n\n"
-        + command(section["command"])
+        + console_block(section["command"])
         + f"\n{quantization.markdown(section['rows'])}"
         + "\n![Quality against bytes.](quantization.png)\n"
     )
@@ -236,7 +236,7 @@ def markdown(content: Row) -> str:
         *reach,
         "![Left: time of a loop step against the tokens in the cache, one line per buffer size. Right: memory against "
         "the number of loops.](loop_step.png)\n",
-        f"Loop step and memory were measured with:\n\n{command(report['command'])}\n{facts(report)}",
+        f"Loop step and memory were measured with:\n\n{console_block(report['command'])}\n{facts(report)}",
         time_part(report),
         memory_part(report),
     ]

@@ -128,7 +128,7 @@ class HostDevice:
         self.made = 0
 
     def use(self) -> None:
-        """There is only one."""
+        """Do nothing: there is only one device."""
 
     def memory(self) -> tuple[int, int]:
         return self.total - sum(count for kind, count in self.live if kind == "device"), self.total
@@ -299,7 +299,7 @@ class HostTensorRT:
         INTERNAL_ERROR, ERROR, WARNING = "INTERNAL_ERROR", "ERROR", "WARNING"
 
         def __init__(self) -> None:
-            """Nothing to do."""
+            """Do nothing."""
 
 
 def host_library(flavour: str) -> Library:

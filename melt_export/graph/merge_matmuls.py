@@ -35,7 +35,7 @@ def merge_matmuls(graph: ir.Graph) -> None:
 
 
 def attend_merged(graph: ir.Graph) -> None:
-    """Hand merged query, key and value to GroupQueryAttention as one input, in place: it splits them itself."""
+    """Pass merged query, key and value to GroupQueryAttention as one input, which it splits itself. In place."""
     for attention in [node for node in graph if node.op_type == "GroupQueryAttention"]:
         first = attention.inputs[0]
         split = None if first is None else first.producer()

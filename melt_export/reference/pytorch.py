@@ -50,7 +50,7 @@ def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
 
 
 def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
-    """The arguments with which a MELT or LoopLM runs all loops for every token."""
+    """Return the arguments with which a MELT or LoopLM runs all loops for every token."""
     if isinstance(model, LoopLMForCausalLM):
         return {"num_loops": loops, "exit_at_step": loops - 1}
     return {"num_loops": loops, "chunk_size": chunk, "exit_threshold": 1.0}

@@ -144,8 +144,10 @@ def check_companions(directory: Path, config: LoopedConfig) -> None:
 
 
 def _check_ends(directory: Path, generation: Mapping[str, Any], config: LoopedConfig) -> None:
-    """Raises CheckpointError for special tokens that are no token ids, and for a token that ends a text and that the
-    model cannot say: as in generation_config.json, else as in the configuration."""
+    """Check the special tokens of generation_config.json, or else of the configuration.
+
+    Raises CheckpointError for values that are not token ids, and for an end token outside the vocabulary.
+    """
     file, ends = directory / _GENERATION, generation.get("eos_token_id")
     try:
         check_fields({f"{part}_token_id": generation.get(f"{part}_token_id") for part in _SPECIAL})

@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def command(
+def convert_checkpoint(
     source: Annotated[Path, typer.Argument(help="An Ouro or Llama checkpoint directory (config.json, safetensors).")],
     output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
     loops: Annotated[

@@ -68,12 +68,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(batch, chunk, heads * head_dim) -> (batch, heads, chunk, head_dim)."""
+    """Reshape (batch, chunk, heads * head_dim) to (batch, heads, chunk, head_dim)."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(batch, heads, chunk, head_dim) -> (batch, chunk, heads * head_dim)."""
+    """Reshape (batch, heads, chunk, head_dim) to (batch, chunk, heads * head_dim)."""
     return x.transpose(1, 2).flatten(-2)
 
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, d, bias=False)
 
     def forward(self, x: Tensor, kv: Tensor, attend: Attend) -> Tensor:
-        """x, kv: (batch, chunk, d). Returns (batch, chunk, d)."""
+        """Project, attend and project the output. x, kv: (batch, chunk, d), kept."""
         return self.o_proj(attend(self.layer, self.q_proj(x), self.k_proj(kv), self.v_proj(kv)))
 
 

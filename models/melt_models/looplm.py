@@ -42,7 +42,7 @@ class LoopLMLayer(DecoderLayer):
     """A decoder layer whose queries, keys and values all read the normed input."""
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x: (batch, chunk, d). Returns the same shape."""
+        """Run the layer. x: (batch, chunk, d), kept."""
         a = self.input_layernorm(x)
         return self.attend_and_transform(x, a, a, attend)
 

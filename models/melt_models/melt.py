@@ -113,7 +113,7 @@ class MeltModel(nn.Module):
         return LoopStep(hidden, torch.stack(latents), exit_probability)
 
     def only_loop(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """``loop_step`` for tokens that run one loop: nothing is kept for a next one, and no token is frozen.
+        """Run ``loop_step`` for tokens with a single loop, without a latent and without frozen tokens.
 
         hidden: (batch, chunk, d). Returns the new hidden and the exit probability (batch, chunk) float32.
         """

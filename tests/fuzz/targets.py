@@ -270,7 +270,7 @@ class TokenizerTarget:
     refused = (ValueError,)
 
     def __init__(self, package: Path):
-        """Nothing to do."""
+        """Prepare nothing."""
 
     def seeds(self) -> list[bytes]:
         empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))

@@ -34,7 +34,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def command(
+def train(
     stage: Annotated[StageName, typer.Argument(help="One stage, or all that the file has, in order.")],
     config: Annotated[Path, typer.Option(help="The run's YAML file.")],
     resume: Annotated[
