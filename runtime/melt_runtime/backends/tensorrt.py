@@ -4,7 +4,6 @@ sampled."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -12,10 +11,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.library import Library, open_library
+from ..engines.library import Library, open_libraries, open_library
 from ..engines.profiles import bucket_for, profile_for
-from ..engines.store import engine_spec, fitting_engine, open_engine
+from ..engines.store import engine_spec, open_engine
 from ..errors import ArgumentError, BackendError
+from ..package.engine_spec import fitting_engine
 from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
 from .base import LoopControl
@@ -103,10 +103,7 @@ def choose_engine(package: Package, engine: str | None, capability: str) -> tupl
         engine = next(iter(engines))
     if engine is not None:
         return engine, open_library(engine_spec(package, engine).flavour)
-    libraries: dict[str, Library] = {}
-    for flavour in {spec.flavour for spec in engines.values()}:
-        with suppress(BackendError):
-            libraries[flavour] = open_library(flavour)
+    libraries = open_libraries(spec.flavour for spec in engines.values())
     versions = {flavour: library.version for flavour, library in libraries.items()}
     name, wrong = fitting_engine(engines, source_hash(package.manifest), versions, capability)
     if name is None:
