@@ -22,8 +22,9 @@ from melt_runtime.backends import tensorrt
 from melt_runtime.backends.base import LoopControl
 from melt_runtime.backends.buffers import widened
 from melt_runtime.backends.choose import Environment, choices
+from melt_runtime.backends.device_memory import layout
 from melt_runtime.backends.execution import Recordings
-from melt_runtime.backends.tensorrt import TensorRTBackend, layout
+from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.bench import sweep as bench
 from melt_runtime.engines import library
 from melt_runtime.package.reader import source_hash
