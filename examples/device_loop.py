@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,9 +56,11 @@ def begin(runtime: Runtime, directory: Path, turn: int) -> Session:
 def tidy(directory: Path, turn: int) -> None:
     """Delete all sessions except one turn's, and incomplete files that a power cut left behind."""
     (directory / "sessions").mkdir(parents=True, exist_ok=True)
-    for file in (directory / "sessions").iterdir():
-        if file != session_file(directory, turn):
-            file.unlink()
+    for left in (directory / "sessions").iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left != session_file(directory, turn):
+            left.unlink()
 
 
 def answer(session: Session, reading: str, kept: int) -> str:

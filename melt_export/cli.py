@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,7 @@ from melt_models.errors import CheckpointError
 from melt_runtime.cli.build_engine import CapabilityOption, Flavour, Weights, built_line
 from melt_runtime.cli.errors import run_app
 from melt_runtime.cli.inspect import arithmetic_of, unread_parts
+from melt_runtime.cli.options import version_shown
 from melt_runtime.engines.build import EngineOptions, build_engine, check_options
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import ArgumentError, MeltError
@@ -40,20 +40,16 @@ Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[mis
 StoredWeights = StrEnum("StoredWeights", {name: name for name in BITS})  # type: ignore[misc]
 DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
 _EPILOG = "Errors are one line on stderr and exit code 2; set MELT_TRACEBACK=1 to see where one was raised."
-_REFUSED = (MeltError, CheckpointError, TargetExistsError, OSError)
+_REFUSED = (CheckpointError, TargetExistsError)
 _TEXT = Console(soft_wrap=True, highlight=False)
 
 export_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 verify_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"melt-export {version('melt-export')}")
-        raise typer.Exit
-
-
-Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=version_shown("melt-export"), is_eager=True, help="Print the version.")
+]
 Checkpoint = Annotated[Path, typer.Option(help="MELT or LoopLM (Ouro) checkpoint directory: config.json, safetensors.")]
 Tokens = Annotated[
     int | None,

@@ -126,7 +126,7 @@ def test_a_small_file_takes_no_buffer_of_all_that_may_be_read(tmp_path: Path) ->
 
 
 def test_too_little_memory_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, reported_errors():
+    with pytest.raises(typer.Exit) as ended, reported_errors("melt-run"):
         raise MemoryError
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err == "melt-run: there is not enough memory\n"

@@ -23,9 +23,9 @@ from melt_runtime.engines.monitor import Phases
 from melt_runtime.engines.network_checks import require_small
 from melt_runtime.engines.profiles import bucket_for, length_buckets, make_profiles, profile_for, resolve
 from melt_runtime.engines.quantize import bfloat16_bits, fp8, fp8_values, quantize, rounded, worth_it
-from melt_runtime.engines.store import keep_engine, new_engine, open_engine, remove_engine, runs_on
+from melt_runtime.engines.store import keep_engine, new_engine, open_engine, remove_engine
 from melt_runtime.errors import ArgumentError
-from melt_runtime.package.engine_spec import EngineSpec, plan_path
+from melt_runtime.package.engine_spec import EngineSpec, plan_path, runs_on
 from melt_runtime.package.files import FileSpec, file_hash
 from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.onnx_file import read_initializers, read_operators

@@ -208,7 +208,9 @@ def test_a_device_whose_last_line_was_torn_runs_that_turn_again(
     readings.write_text("".join(lines[:5]), encoding="utf-8")
     said(device(tiny_package, readings, tmp_path / "device"))
     answers = tmp_path / "device" / "answers.jsonl"
-    (tmp_path / "device" / "sessions" / ".turn-00000006.partial-x").write_bytes(b"half")
+    torn = tmp_path / "device" / "sessions" / ".turn-00000006.partial-x"
+    torn.mkdir()
+    (torn / "turn-00000006").write_bytes(b"half")
     with answers.open("a", encoding="utf-8") as file:
         file.write('{"turn": 5, "read')
     readings.write_text("".join(lines[:8]), encoding="utf-8")

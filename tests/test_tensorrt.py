@@ -22,9 +22,11 @@ from melt_runtime.backends import tensorrt
 from melt_runtime.backends.base import LoopControl
 from melt_runtime.backends.buffers import widened
 from melt_runtime.backends.choose import Environment, choices
+from melt_runtime.backends.device_memory import layout
 from melt_runtime.backends.execution import Recordings
-from melt_runtime.backends.tensorrt import TensorRTBackend, layout
+from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.bench import sweep as bench
+from melt_runtime.engines import library
 from melt_runtime.package.reader import source_hash
 
 Load = Callable[..., Runtime]
@@ -56,7 +58,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """The stand-in, which every backend of the test opens."""
     made = HostDevice()
     monkeypatch.setattr(tensorrt, "open_device", lambda index: made)
-    monkeypatch.setattr(tensorrt, "open_library", host_library)
+    for module in (tensorrt, library):
+        monkeypatch.setattr(module, "open_library", host_library)
     return made
 
 

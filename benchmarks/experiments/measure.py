@@ -19,9 +19,9 @@ from typing import Annotated, Any, TypeAlias
 import torch
 import typer
 from melt_models import LoopLMForCausalLM
+from melt_models.atomic import write_text
 from melt_models.checkpoint import load_model
 from melt_models.training.evaluate import Model, exact_match
-from melt_models.training.snapshots import write_text
 from melt_models.training.tasks import Example, make_task
 from runs import Run, all_runs
 from shared import machine, versions

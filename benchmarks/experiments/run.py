@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from melt_models.training.snapshots import write_text
+from melt_models.atomic import write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from runs import Run, all_runs

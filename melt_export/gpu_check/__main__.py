@@ -11,7 +11,7 @@ import typer
 from melt_models.errors import CheckpointError
 from melt_runtime.backends.devices import devices
 from melt_runtime.cli.errors import run_app
-from melt_runtime.errors import ArgumentError, BackendError, MeltError
+from melt_runtime.errors import ArgumentError, BackendError
 from melt_runtime.package.specs import PRECISIONS
 from melt_runtime.progress import shown_progress
 from rich.console import Console
@@ -97,4 +97,4 @@ def _command(arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(app, "gpu_check", (MeltError, CheckpointError, OSError))
+    run_app(app, "gpu_check", (CheckpointError,))

@@ -1,4 +1,7 @@
-"""Directories that are written completely or not at all."""
+"""Directories and files that are written completely or not at all.
+
+melt_runtime.package.files has its own: the two packages import nothing from each other.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,18 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         _share(build)
         _sync_tree(build)
         _place(build, target, force)
+        _sync(target.parent)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replace a file in one step, and make its directory. An OSError (disk full, no permission) names the target."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(target), working_directory(target.parent, f".{target.name}.partial-") as build:
+        made = build / target.name
+        made.write_text(text, encoding="utf-8")
+        _sync(made)
+        made.replace(target)
         _sync(target.parent)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .snapshots import write_text
+from ..atomic import write_text
 
 _QUIET_SECONDS = 30.0  # between progress lines without a terminal
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -20,7 +19,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as distributed
 
-from ..atomic import new_directory, sweep
+from ..atomic import new_directory, sweep, write_text
 from .errors import SnapshotError
 
 _TENSORS, _RECORD, _SETTINGS = "training.pt", "snapshot.json", "settings.json"
@@ -204,14 +203,3 @@ def _damage(path: Path) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    build = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with build.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    build.replace(path)

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..engines.store import RTX_DEVICES, fitting_engine, rtx_knows
 from ..errors import ArgumentError, BackendError
-from ..package.engine_spec import EngineSpec
+from ..package.engine_spec import RTX_DEVICES, EngineSpec, fitting_engine, rtx_knows
 
 # By preference. "auto" does not take those in BY_NAME_ONLY.
 NAMES = ("tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from ..engines.library import current_capability, open_library
-from ..errors import MeltError
+from ..engines.library import current_capability, open_libraries
 from ..package.reader import Package, source_hash
 from .choose import Environment
 
@@ -16,13 +15,14 @@ _MOST_DEVICES = 64
 def detect_environment(package: Package) -> Environment:
     """Detect what this machine has for a package. TensorRT is imported only if the package has an engine for it."""
     manifest = package.manifest
+    libraries = open_libraries(spec.flavour for spec in manifest.engines.values())
     return Environment(
         dialect=manifest.dialect,
         precision=manifest.precision,
         engines=manifest.engines,
         source=source_hash(manifest),
         devices=devices(),
-        libraries=_libraries({spec.flavour for spec in manifest.engines.values()}),
+        libraries={flavour: library.version for flavour, library in libraries.items()},
         providers=_providers(),
         plugin=installed(PLUGIN_MODULE),
         cuda_bindings=installed("cuda.bindings"),
@@ -44,16 +44,6 @@ def installed(module: str) -> bool:
         return find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _libraries(flavours: set[str]) -> dict[str, str]:
-    found = {}
-    for flavour in flavours:
-        try:
-            found[flavour] = open_library(flavour).version
-        except MeltError:
-            continue
-    return found
 
 
 def onnxruntime_version() -> str | None:

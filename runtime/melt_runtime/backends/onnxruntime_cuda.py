@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,34 +30,6 @@ from .devices import PLUGIN_MODULE
 from .onnxruntime_cpu import OnnxRuntimeBase, rounded, run_bound
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy does not have
-
-
-class Buffers(Protocol):
-    """Named device buffers, with host staging buffers for those that the host often writes or reads."""
-
-    kind: str  # ONNX Runtime's name of the device type: "cuda"
-    index: int
-
-    def address(self, buffer: str) -> int:
-        """Return a buffer's device address."""
-
-    def host(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return the front of a buffer's staging buffer, always at the same address."""
-
-    def upload(self, buffer: str, count: int) -> None:
-        """Copy the front of a staging buffer to the device and wait."""
-
-    def download(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
-        """Copy a buffer, from ``offset`` bytes on, to the host."""
-
-    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
-        """Copy blocks from one buffer to another on the device and wait."""
-
-    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
-        """Copy blocks of a buffer to a host array (blocks, count)."""
-
-    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
-        """Copy host blocks (blocks, count) into a buffer and wait."""
 
 
 class DeviceBackend(OnnxRuntimeBase, ABC):
@@ -86,7 +58,7 @@ class DeviceBackend(OnnxRuntimeBase, ABC):
     def session(self, graph: str) -> Any:
         """Make a graph's session on the device. Raises BackendError."""
 
-    def buffers(self, sizes: dict[str, int], staged: Iterable[str]) -> Buffers:
+    def buffers(self, sizes: dict[str, int], staged: Iterable[str]) -> DeviceBuffers:
         """Allocate zeroed device buffers with these sizes in bytes, and staging buffers for some. Raises
         BackendError."""
         return DeviceBuffers(self.device, sizes, staged)
@@ -224,13 +196,15 @@ class DeviceState(BufferState):
         for tensor in inputs:
             if self.backend.on_device[graph][tensor.tensor]:
                 self._bind_tensor(
-                    binding.bind_input, tensor, self.buffers.kind, self.buffers.index, self._address(tensor)
+                    binding.bind_input, tensor, self.buffers.kind, self.backend.device_index, self._address(tensor)
                 )
             else:
                 staging = self.buffers.host(tensor.buffer, np.dtype(np.uint8), (1,))
                 self._bind_tensor(binding.bind_input, tensor, "cpu", 0, staging.ctypes.data)
         for tensor in outputs:
-            self._bind_tensor(binding.bind_output, tensor, self.buffers.kind, self.buffers.index, self._address(tensor))
+            self._bind_tensor(
+                binding.bind_output, tensor, self.buffers.kind, self.backend.device_index, self._address(tensor)
+            )
         return binding
 
     def _address(self, tensor: Binding) -> int:

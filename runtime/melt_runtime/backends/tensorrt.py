@@ -4,27 +4,25 @@ sampled."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.library import Library, open_library
+from ..engines.library import Library, open_libraries, open_library
 from ..engines.profiles import bucket_for, profile_for
-from ..engines.store import engine_spec, fitting_engine, open_engine
+from ..engines.store import engine_spec, open_engine
 from ..errors import ArgumentError, BackendError
+from ..package.engine_spec import fitting_engine
 from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
 from .base import LoopControl
 from .bindings import Binding, Bindings, slot_bytes, state_buffers
 from .buffers import BufferState, StridedRegion
-from .cuda import Device, open_device
+from .cuda import open_device
+from .device_memory import ALIGNMENT, DeviceBuffers
 from .execution import Bound, Contexts, GraphEngine, Recordings, single_sizes
-
-_ALIGNMENT = 256  # of every buffer, as TensorRT requires
 
 
 class TensorRTBackend:
@@ -103,42 +101,13 @@ def choose_engine(package: Package, engine: str | None, capability: str) -> tupl
         engine = next(iter(engines))
     if engine is not None:
         return engine, open_library(engine_spec(package, engine).flavour)
-    libraries: dict[str, Library] = {}
-    for flavour in {spec.flavour for spec in engines.values()}:
-        with suppress(BackendError):
-            libraries[flavour] = open_library(flavour)
+    libraries = open_libraries(spec.flavour for spec in engines.values())
     versions = {flavour: library.version for flavour, library in libraries.items()}
     name, wrong = fitting_engine(engines, source_hash(package.manifest), versions, capability)
     if name is None:
         reasons = "; ".join(f"{name} {reason}" for name, reason in wrong.items())
         raise BackendError(f"no engine of {package.directory} runs here: {reasons}")
     return name, libraries[engines[name].flavour]
-
-
-def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Return each buffer's aligned offset in one block, and the block's bytes."""
-    offsets, total = {}, 0
-    for name, count in sizes.items():
-        offsets[name] = total
-        total += -(-count // _ALIGNMENT) * _ALIGNMENT
-    return offsets, total
-
-
-def require_memory(device: Device, batch: int, state: int, scratch: int, total: int) -> None:
-    """Raise BackendError with needed and free bytes if the device lacks memory for a state."""
-    free, _ = device.memory()
-    if total > free:
-        raise BackendError(
-            f"a batch of {batch} needs {total:,} bytes of device memory ({state:,} of state, {scratch:,} of the "
-            f"engine's scratch), {free:,} are free on {device.name}; use a smaller batch"
-        )
-
-
-@dataclass
-class _PinnedUse:
-    """A flag, shared by a state and its parts: the device may still be reading pinned memory."""
-
-    busy: bool = False
 
 
 class TensorRTState(BufferState):
@@ -153,10 +122,9 @@ class TensorRTState(BufferState):
         self.candidate_count = backend.graph_engines["lm_head"].candidate_count  # 0: the engine selects none
         self._pending: dict[str, int] = {}  # staged but not uploaded: buffer -> bytes
         self._fresh: tuple[str, ...] = ()  # buffers whose download is already queued
-        self._pinned_use = _PinnedUse()
         super().__init__(backend.package.manifest, batch)
         self._upload()
-        contexts = partial(Contexts, backend.graph_engines, self.stream, self.address("engine scratch"))
+        contexts = partial(Contexts, backend.graph_engines, self.stream, self.buffers.address("engine scratch"))
         self._plain = contexts()
         self._recordings = Recordings(self.stream, contexts)
         self._running = self._plain
@@ -171,7 +139,7 @@ class TensorRTState(BufferState):
 
         Contexts and captured graphs are shared with the whole, so a part takes no device memory.
         """
-        if any(step % _ALIGNMENT for step in slot_bytes(self.manifest).values()):
+        if any(step % ALIGNMENT for step in slot_bytes(self.manifest).values()):
             return None
         made = super().part(first, count)
         assert made is not None
@@ -185,32 +153,20 @@ class TensorRTState(BufferState):
         if self.candidate_count:
             sizes_of_top = {"top_logits": 4 * self.candidate_count, "top_ids": 4 * self.candidate_count, "log_sum": 4}
             sizes = {**sizes, **{name: self.batch * count for name, count in sizes_of_top.items()}}
-        self._offsets, total = layout({**sizes, "engine scratch": scratch})
-        shared = {name: count for name, count in sizes.items() if name not in state and name != "head_hidden"}
-        self._pinned_offsets, pinned = layout(shared)
-        require_memory(self.device, self.batch, self.state_bytes, scratch, total)
-        self.stream = self.device.stream()
-        self._memory = self.device.allocate(total)
-        try:
-            self._pinned = self.device.pinned(pinned)
-        except BackendError:
-            self._memory.free()
-            raise
-        self.device_bytes = total
-        self._host = self._pinned.array()
-        self._host[...] = 0
-        self.stream.fill(self._memory.address, 0, total)
-        self.stream.synchronize()
-
-    def address(self, buffer: str) -> int:
-        """Return a buffer's device address."""
-        return self._memory.address + self._offsets[buffer]
+        self.buffers = DeviceBuffers(
+            self.device,
+            {**sizes, "engine scratch": scratch},
+            [name for name in sizes if name not in state and name != "head_hidden"],
+            f"a batch of {self.batch}",
+            f" ({self.state_bytes:,} of state, {scratch:,} of the engine's scratch)",
+        )
+        self.stream = self.buffers.stream
 
     def stage(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """Return pinned memory, once the device no longer reads it."""
-        if self._pinned_use.busy:
-            self._wait()
-        return self._staging(buffer, dtype, shape)
+        if self.buffers.reading:
+            self.buffers.wait()
+        return self.buffers.host(buffer, dtype, shape)
 
     def send(self, buffer: str, count: int) -> None:
         """Mark staged data for upload with the next run."""
@@ -218,42 +174,29 @@ class TensorRTState(BufferState):
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """Download a buffer's front and wait: to pinned memory, or for a state to a new array."""
-        if buffer in self._pinned_offsets:
-            values = self._staging(buffer, dtype, shape)
-            if buffer not in self._fresh:
-                self.stream.copy(values.ctypes.data, self.address(buffer), values.nbytes)
-        else:
-            values, at = np.empty(shape, dtype), self.offsets.get(buffer, 0)
-            self.stream.copy(values.ctypes.data, self.address(buffer) + at, values.nbytes)
-        self._wait()
-        return values
+        if buffer in self._fresh:
+            self.buffers.wait()
+            return self.buffers.host(buffer, dtype, shape)
+        return self.buffers.download(buffer, dtype, shape, self.offsets.get(buffer, 0))
 
     def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
-        """Copy blocks on the device."""
-        to, of = (self.address(region.buffer) + region.offset for region in (target, source))
-        self.stream.copy_blocks(to, target.pitch, of, source.pitch, count, blocks)
+        """Queue a copy of blocks on the device."""
+        self.buffers.queue_copy(target, source, count, blocks)
 
     def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
         """Download blocks of a buffer and wait."""
-        self.device.use()
-        values, begin = np.empty((blocks, count), np.uint8), self.address(source.buffer) + source.offset
-        self.stream.copy_blocks(values.ctypes.data, count, begin, source.pitch, count, blocks)
-        self._wait()
-        return values
+        return self.buffers.fetch(source, count, blocks)
 
     def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
         """Upload blocks into a buffer and wait."""
-        self.device.use()
-        begin, count = self.address(target.buffer) + target.offset, values.shape[1]
-        self.stream.copy_blocks(begin, target.pitch, values.ctypes.data, count, count, len(values))
-        self._wait()
+        self.buffers.store(target, values)
 
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Bound:
         """Collect shapes, addresses and profile."""
         width = next((b.shape[1] for b in inputs if b.tensor in ("input_ids", "active", "hidden")), 1)
         context = next((b.shape[-1] for b in inputs if b.tensor == "attention_mask"), self.spec.buckets[0])
         profile = profile_for(self.spec.profiles, self.batch, width, context)
-        return Bound.of(graph, profile, (inputs, outputs), self.address)
+        return Bound.of(graph, profile, (inputs, outputs), self.buffers.address)
 
     def run(self, graph: str, bound: Bound) -> None:
         """Upload staged data and queue a run."""
@@ -277,7 +220,7 @@ class TensorRTState(BufferState):
 
         def work() -> None:
             self.run_loop(width, context, first_loop)
-            self._download("exit_probability", 4 * self.batch * width)
+            self.buffers.queue_download("exit_probability", 4 * self.batch * width)
 
         self._perform(("loop", width, context, first_loop, before), width, work)
         self.current, self._fresh = 1 - before, ("exit_probability",)
@@ -306,7 +249,9 @@ class TensorRTState(BufferState):
             if head:
                 self.run_head()
                 for name in self._top_outputs():
-                    self._download(name, self.batch * (4 if name == "log_sum" else 4 * self.candidate_count))
+                    self.buffers.queue_download(
+                        name, self.batch * (4 if name == "log_sum" else 4 * self.candidate_count)
+                    )
 
         self._perform(("chunk", width, context, loops, head), width, work)
         self.current = loops % 2
@@ -343,7 +288,7 @@ class TensorRTState(BufferState):
 
     def __del__(self) -> None:
         """Free graphs and contexts before the memory that they refer to."""
-        for name in ("_recordings", "_running", "_plain", "_memory"):
+        for name in ("_recordings", "_running", "_plain", "buffers"):
             self.__dict__.pop(name, None)
 
     def _begin(self, width: int) -> None:
@@ -367,24 +312,12 @@ class TensorRTState(BufferState):
             self._recordings.play((*key, self.first, self.batch, *staged.items()), from_staged)
         else:
             from_staged(self._plain)
-        self._pending, self._pinned_use.busy = {}, True
+        self._pending, self.buffers.reading = {}, True
 
     def _upload(self) -> None:
         for name, count in self._pending.items():
-            self.stream.copy(self.address(name), self._pinned.address + self._pinned_offsets[name], count)
-        self._pinned_use.busy = self._pinned_use.busy or bool(self._pending)
+            self.buffers.queue_upload(name, count)
         self._pending = {}
-
-    def _download(self, buffer: str, count: int) -> None:
-        self.stream.copy(self._pinned.address + self._pinned_offsets[buffer], self.address(buffer), count)
-
-    def _wait(self) -> None:
-        self.stream.synchronize()
-        self._pinned_use.busy = False
-
-    def _staging(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return the front of a staging buffer in a shape."""
-        return np.ndarray(shape, dtype, self._host.data, self._pinned_offsets[buffer])
 
     def _top_outputs(self) -> tuple[str, ...]:
         return ("top_logits", "top_ids", "log_sum") if self.candidate_count else ()

@@ -17,7 +17,6 @@ from ..bench.sweep import Sweep, bench
 from ..errors import ArgumentError
 from ..machine import ONNX_RUNTIMES, describe_machine, installed_versions
 from ..progress import shown_progress
-from .errors import reported_errors
 from .tables import human_bytes
 
 _WIDTH = 200  # characters of a table that is not shown on a terminal
@@ -49,29 +48,28 @@ def bench_command(
     Every combination of the lists is run. Bandwidth is what this machine reads with as many threads, measured first and
     again before each visit.
     """
-    with reported_errors():
-        sweep = Sweep(
-            contexts=_numbers("context", context),
-            loops=_numbers("loops", loops),
-            batches=_numbers("batch", batch),
-            chunks=_numbers("chunk", chunk),
-            threads=_numbers("threads", threads),
-            prompt=prompt,
-            tokens=tokens,
-            rounds=rounds,
-        )
-        if json_file is not None and not json_file.resolve().parent.is_dir():
-            raise ArgumentError(f"{json_file} cannot be written: its directory does not exist")
-        report: dict[str, Any] = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "machine": describe_machine(),
-            "versions": _versions(),
-        }
-        with shown_progress() as step:
-            report |= bench([package, *(against or [])], sweep, step)
-        if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
+    sweep = Sweep(
+        contexts=_numbers("context", context),
+        loops=_numbers("loops", loops),
+        batches=_numbers("batch", batch),
+        chunks=_numbers("chunk", chunk),
+        threads=_numbers("threads", threads),
+        prompt=prompt,
+        tokens=tokens,
+        rounds=rounds,
+    )
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise ArgumentError(f"{json_file} cannot be written: its directory does not exist")
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": describe_machine(),
+        "versions": _versions(),
+    }
+    with shown_progress() as step:
+        report |= bench([package, *(against or [])], sweep, step)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

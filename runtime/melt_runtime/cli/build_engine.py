@@ -14,7 +14,6 @@ from ..package.engine_spec import FLAVOURS, WEIGHTS, EngineSpec
 from ..package.manifest import Manifest
 from ..package.reader import Package
 from ..progress import shown_progress
-from .errors import reported_errors
 from .tables import engine_line, hash_progress
 
 Flavour = StrEnum("Flavour", {name: name for name in FLAVOURS})  # type: ignore[misc]
@@ -52,23 +51,22 @@ def build_engine_command(
     ] = None,
 ) -> None:
     """Build an engine into a package, in place of one of the same name. TensorRT-RTX needs no GPU for this."""
-    with reported_errors():
-        options = EngineOptions(
-            flavour=str(engine),
-            weights=None if weights is None else str(weights),
-            max_batch=max_batch,
-            compute_capabilities=tuple(compute_capability or ()),
-            workspace=workspace,
-            weight_streaming=weight_streaming,
-            timing_cache=timing_cache,
-        )
-        library = open_library(options.flavour)
-        check_package(Package.open(package, check_hashes=False).manifest, options, library)
-        with hash_progress(package) as progress:
-            opened = Package.open(package, progress=progress)
-        with shown_progress() as step:
-            spec = build_engine(opened, options, step)
-        print(built_line(opened.manifest, options, spec))
+    options = EngineOptions(
+        flavour=str(engine),
+        weights=None if weights is None else str(weights),
+        max_batch=max_batch,
+        compute_capabilities=tuple(compute_capability or ()),
+        workspace=workspace,
+        weight_streaming=weight_streaming,
+        timing_cache=timing_cache,
+    )
+    library = open_library(options.flavour)
+    check_package(Package.open(package, check_hashes=False).manifest, options, library)
+    with hash_progress(package) as progress:
+        opened = Package.open(package, progress=progress)
+    with shown_progress() as step:
+        spec = build_engine(opened, options, step)
+    print(built_line(opened.manifest, options, spec))
 
 
 def built_line(manifest: Manifest, options: EngineOptions, spec: EngineSpec) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import MeltError, MeltWarning
 from ..untrusted import printable
@@ -19,23 +20,23 @@ INTERRUPTED = 130
 
 
 def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = ()) -> None:
-    """Run a command line and exit.
-
-    ``refused``: errors that are refusals, not defects. MELT_TRACEBACK=1 in the environment shows their traceback.
-    """
+    """Run a command line and exit, its errors as ``reported_errors`` describes."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored by nohup
             signal.signal(number, _end)  # so that temporary files are removed
     code = 0
     try:
-        result = app(prog_name=name, standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-        sys.stdout.flush()  # what cannot be written is told here, and not by Python's own end
+        with reported_errors(name, refused):
+            result = app(prog_name=name, standalone_mode=False)
+            code = result if isinstance(result, int) else 0
+            sys.stdout.flush()  # a failed write is reported here, not by Python's own exit
+    except typer.Exit as end:
+        code = end.exit_code
     except Exception as error:
         message = _usage(error)
-        if message is None and (not isinstance(error, refused) or os.environ.get("MELT_TRACEBACK") == "1"):
+        if message is None:
             raise
-        print(message if message and "\n" in message else f"{name}: {message or one_line(error)}", file=sys.stderr)
+        print(message if "\n" in message else f"{name}: {message}", file=sys.stderr)
         code = 2
     if code == INTERRUPTED:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -47,12 +48,22 @@ def _end(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
+class ReportedGroup(TyperGroup):
+    """A command line whose commands end as ``reported_errors`` describes, however it is run."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with reported_errors(self.name or ctx.info_name):
+            return super().invoke(ctx)
+
+
 @contextmanager
-def reported_errors() -> Iterator[None]:
+def reported_errors(name: str, refused: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn exceptions of a command into its exit: 2 after one line for an error, 130 for Ctrl-C, silent for a closed
     pipe.
 
-    A MeltWarning is printed as one line on standard error.
+    ``refused``: errors that are refusals, not defects, besides MeltError and OSError. MELT_TRACEBACK=1 in the
+    environment shows their traceback. A MeltWarning is printed as one line on standard error.
     """
     try:
         with warnings.catch_warnings():
@@ -60,21 +71,20 @@ def reported_errors() -> Iterator[None]:
             warnings.showwarning = _show(warnings.showwarning)
             yield
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # Else Python would try to flush the rest at exit, and print an error.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except MemoryError:
-        if os.environ.get("MELT_TRACEBACK") == "1":
+    except Exception as error:
+        if (
+            not isinstance(error, (MemoryError, MeltError, OSError, *refused))
+            or os.environ.get("MELT_TRACEBACK") == "1"
+        ):
             raise
-        print("melt-run: there is not enough memory", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except (MeltError, OSError) as error:
-        if os.environ.get("MELT_TRACEBACK") == "1":
-            raise
-        print(f"melt-run: {one_line(error)}", file=sys.stderr)
+        message = "there is not enough memory" if isinstance(error, MemoryError) else one_line(error)
+        print(f"{name}: {message}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

@@ -5,180 +5,117 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
 import typer
 
 from ..decoding.generator import Generator
-from ..decoding.settings import GenerationOptions, LoopSettings
 from ..errors import ArgumentError, PromptError
 from ..package.reader import Package
 from ..runtime import Runtime
-from ..sampling.sampler import SamplingParams
-from ..text.stop_strings import stop_strings
 from ..text.tokenizer import Message
 from .bench import bench_command
 from .build_engine import build_engine_command
 from .chat import Chat, notice
-from .errors import for_terminal, reported_errors, run_app
+from .errors import ReportedGroup, for_terminal, run_app
 from .inspect import describe
-from .options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
+from .options import (
+    ChatTemplateKwargs,
+    DeviceIndex,
+    Expect,
+    LoadOptions,
+    PackageDirectory,
+    RequestOptions,
+    grouped,
+    version_shown,
+)
 from .serve import serve_command
 from .tables import generation_dict, hash_progress, print_facts, stats_lines
 
 _EPILOG = "Errors are one line and exit code 2; with MELT_TRACEBACK=1 in the environment they show their traceback."
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, epilog=_EPILOG
+    name="melt-run",
+    cls=ReportedGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    epilog=_EPILOG,
 )
-
-MaxTokens = Annotated[int, typer.Option(help="Most new tokens in an answer.")]
-Loops = Annotated[int | None, typer.Option(help="Most loops per token; default: the package's.")]
-ExitThreshold = Annotated[
-    float | None,
-    typer.Option(
-        help="A token leaves the loops once its cumulative exit probability reaches this, 0 to 1 (1: never); "
-        "default: the package's."
-    ),
-]
-MinLoops = Annotated[int, typer.Option(help="Least loops per token.")]
-ExitChange = Annotated[
-    float,
-    typer.Option(help="A token also leaves once a loop changes its hidden state by less than this share; 0: never."),
-]
-ChunkSize = Annotated[
-    int | None,
-    typer.Option(help="Prompt tokens that run their loops together; default: the package's. It changes the answer."),
-]
-Temperature = Annotated[float, typer.Option(help="Divides the logits before sampling; 0 takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this share of probability; 1: from all.")]
-MinP = Annotated[
-    float, typer.Option(help="Sample from tokens at least this fraction as likely as the likeliest; 0: off.")
-]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely; 1: off.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer; default: a new one each time.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-ChatTemplateKwargs = Annotated[
-    str | None,
-    typer.Option(help="Further variables for the chat template, as JSON: '{\"enable_thinking\": false}'."),
-]
-
-
-def _version(value: bool) -> None:
-    if not value:
-        return
-    try:
-        number = version("melt-export")
-    except PackageNotFoundError:
-        number = "(not installed)"
-    print(f"melt-run {number}")
-    raise typer.Exit()
 
 
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=version_shown("melt-run"), is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Run MELT packages: looped language models in constant memory, without PyTorch."""
 
 
 @app.command(epilog=_EPILOG)
+@grouped
 def generate(
+    *,
     package: PackageDirectory,
     prompt: Annotated[
         str, typer.Argument(help="The prompt; - or none reads standard input, less its last line break.")
     ] = "-",
-    max_tokens: MaxTokens = 256,
-    loops: Loops = None,
-    exit_threshold: ExitThreshold = None,
-    min_loops: MinLoops = 1,
-    exit_change: ExitChange = 0.0,
-    chunk: ChunkSize = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    request: RequestOptions,
     ids: Annotated[bool, typer.Option("--ids", help="Prompt and output are comma-separated token ids.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message in a chat.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed, loops and state size afterwards.")] = False,
-    threads: Threads = None,
-    backend: BackendName = "auto",
-    device: DeviceIndex = 0,
-    expect: Expect = None,
+    loading: LoadOptions,
 ) -> None:
     """Continue a prompt, streaming the text as it comes."""
-    with reported_errors():
-        depth = _depth(loops, exit_threshold, min_loops, exit_change, chunk)
-        request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-        if ids and chat:
-            raise ArgumentError("--ids and --chat exclude each other: a chat is wrapped around text")
-        variables = _variables(chat_template_kwargs)
-        if variables and not chat:
-            raise ArgumentError("--chat-template-kwargs are for a chat; add --chat")
-        text = _read_stdin() if prompt == "-" else prompt
-        runtime = _load(package, backend, device, threads, expect)
-        prompt_ids = _prompt_ids(runtime, text, ids, variables if chat else None)
-        if chat:
-            request["stop_ids"] = runtime.chat_stop_ids
-        driver = runtime.driver()
-        options = runtime.options(**request)
-        runtime.warn(options)
-        generator = Generator(driver, [prompt_ids], options, runtime.tokenizer)
-        started = perf_counter()
-        arrivals = _stream(generator, ids=ids, silent=as_json)
-        result = generator.results()[0]
-        if as_json:
-            print(json.dumps(generation_dict(result)), flush=True)
-        if stats:
-            notice(f"backend              {runtime.backend.name} ({runtime.backend_reason})")
-            for line in stats_lines(result, started, arrivals, driver.state.state_bytes):
-                notice(line)
+    options = request.checked()
+    if ids and chat:
+        raise ArgumentError("--ids and --chat exclude each other: a chat is wrapped around text")
+    variables = _variables(chat_template_kwargs)
+    if variables and not chat:
+        raise ArgumentError("--chat-template-kwargs are for a chat; add --chat")
+    text = _read_stdin() if prompt == "-" else prompt
+    runtime = loading.load(package)
+    prompt_ids = _prompt_ids(runtime, text, ids, variables if chat else None)
+    if chat:
+        options["stop_ids"] = runtime.chat_stop_ids
+    driver = runtime.driver()
+    resolved = runtime.options(**options)
+    runtime.warn(resolved)
+    generator = Generator(driver, [prompt_ids], resolved, runtime.tokenizer)
+    started = perf_counter()
+    arrivals = _stream(generator, ids=ids, silent=as_json)
+    result = generator.results()[0]
+    if as_json:
+        print(json.dumps(generation_dict(result)), flush=True)
+    if stats:
+        notice(f"backend              {runtime.backend.name} ({runtime.backend_reason})")
+        for line in stats_lines(result, started, arrivals, driver.state.state_bytes):
+            notice(line)
 
 
 @app.command(epilog=_EPILOG)
+@grouped
 def chat(
+    *,
     package: PackageDirectory,
     system: Annotated[str | None, typer.Option(help="A system message that every conversation begins with.")] = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
-    max_tokens: MaxTokens = 256,
-    loops: Loops = None,
-    exit_threshold: ExitThreshold = None,
-    min_loops: MinLoops = 1,
-    exit_change: ExitChange = 0.0,
-    chunk: ChunkSize = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
-    threads: Threads = None,
-    backend: BackendName = "auto",
-    device: DeviceIndex = 0,
-    expect: Expect = None,
+    request: RequestOptions,
+    loading: LoadOptions,
 ) -> None:
     """Talk with a model in the terminal; /help lists the commands."""
-    with reported_errors():
-        depth = _depth(loops, exit_threshold, min_loops, exit_change, chunk)
-        request = _request(max_tokens, depth, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-        variables = _variables(chat_template_kwargs)
-        runtime = _load(package, backend, device, threads, expect)
-        if runtime.tokenizer is None or not runtime.tokenizer.has_chat_template:
-            lacks = "tokenizer" if runtime.tokenizer is None else "chat template"
-            raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
-        Chat(runtime.session(**request), system, variables).run()
+    options = request.checked()
+    variables = _variables(chat_template_kwargs)
+    runtime = loading.load(package)
+    if runtime.tokenizer is None or not runtime.tokenizer.has_chat_template:
+        lacks = "tokenizer" if runtime.tokenizer is None else "chat template"
+        raise ArgumentError(f"the package has no {lacks}, which a chat needs; use melt-run generate")
+    Chat(runtime.session(**options), system, variables).run()
 
 
 @app.command(epilog=_EPILOG)
@@ -193,60 +130,18 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
 ) -> None:
     """Show what is in a package, what memory it needs and what could run it here. Checks its files, loads no graph."""
-    with reported_errors():
-        with hash_progress(package) as progress:
-            opened = Package.open(package, expected_hash=expect, progress=progress)
-        facts = describe(opened, length=length, batch=batch, device=device)
-        if as_json:
-            print(json.dumps(facts.to_dict(), indent=2), flush=True)
-        else:
-            print_facts(facts)
+    with hash_progress(package) as progress:
+        opened = Package.open(package, expected_hash=expect, progress=progress)
+    facts = describe(opened, length=length, batch=batch, device=device)
+    if as_json:
+        print(json.dumps(facts.to_dict(), indent=2), flush=True)
+    else:
+        print_facts(facts)
 
 
 app.command("build-engine", epilog=_EPILOG)(build_engine_command)
 app.command("bench", epilog=_EPILOG)(bench_command)
 app.command("serve", epilog=_EPILOG)(serve_command)
-
-
-def _depth(
-    loops: int | None, exit_threshold: float | None, min_loops: int, exit_change: float, chunk: int | None
-) -> dict[str, Any]:
-    """Check the loop options and return them; None means the package's. Raises ArgumentError."""
-    most = max(min_loops, 1) if loops is None else loops
-    LoopSettings(most, 1.0 if exit_threshold is None else exit_threshold, chunk, min_loops, exit_change)
-    given = {"loops": loops, "exit_threshold": exit_threshold, "chunk": chunk}
-    return {**given, "min_loops": min_loops, "exit_change": exit_change}
-
-
-def _request(
-    max_tokens: int,
-    depth: dict[str, Any],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: Sequence[str] | None,
-) -> dict[str, Any]:
-    """Check a request's options before the package is loaded, which takes a while. Raises ArgumentError."""
-    sampling = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    GenerationOptions(LoopSettings(1), max_tokens, SamplingParams(**sampling), stop_strings(stop))  # type: ignore[arg-type]
-    return {"max_tokens": max_tokens, "stop": stop, **depth, **sampling}
-
-
-def _load(package: Path, backend: str, device: int, threads: int | None, expect: str | None) -> Runtime:
-    with hash_progress(package) as progress:
-        return Runtime.load(
-            package, backend=backend, device=device, threads=threads, expected_hash=expect, progress=progress
-        )
 
 
 def _read_stdin() -> str:

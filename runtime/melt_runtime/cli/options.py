@@ -1,13 +1,22 @@
-"""Options shared by several commands of melt-run."""
+"""Options shared by several commands. A command takes a group of them as one dataclass."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from ..backends.choose import NAMES
+from ..decoding.settings import GenerationOptions, LoopSettings
+from ..runtime import Runtime
+from ..sampling.sampler import SamplingParams
+from ..text.stop_strings import stop_strings
+from .tables import hash_progress
 
 PackageDirectory = Annotated[Path, typer.Argument(help="The package directory that melt-export wrote.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with on the CPU; default: the physical cores.")]
@@ -18,3 +27,129 @@ DeviceIndex = Annotated[int, typer.Option(help="The NVIDIA device to run on, by 
 Expect = Annotated[
     str | None, typer.Option(help="Refuse a package of another hash than this; melt-run inspect shows a package's.")
 ]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take options as dataclasses: each field of such a parameter is an option of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    found: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        members = inspect.signature(groups[name]).parameters if name in groups else {name: parameter}
+        types = get_type_hints(groups[name], include_extras=True) if name in groups else hints
+        for member, given in members.items():
+            kind = inspect.Parameter.KEYWORD_ONLY
+            found[member] = inspect.Parameter(member, kind, default=given.default, annotation=types[member])
+
+    def run(**values: Any) -> None:
+        made = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(list(found.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in found.items()}
+    return run
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What runs a package, and which package is expected."""
+
+    threads: Threads = None
+    backend: BackendName = "auto"
+    device: DeviceIndex = 0
+    expect: Expect = None
+
+    def load(self, package: Path) -> Runtime:
+        """Load a package, with a progress bar. Raises MeltError."""
+        with hash_progress(package) as progress:
+            return Runtime.load(
+                package,
+                backend=self.backend,
+                device=self.device,
+                threads=self.threads,
+                expected_hash=self.expect,
+                progress=progress,
+            )
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """How an answer is generated. Of the loops, None takes the package's."""
+
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens in an answer.")] = 256
+    loops: Annotated[int | None, typer.Option(help="Most loops per token; default: the package's.")] = None
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="A token leaves the loops once its cumulative exit probability reaches this, 0 to 1 (1: never); "
+            "default: the package's."
+        ),
+    ] = None
+    min_loops: Annotated[int, typer.Option(help="Least loops per token.")] = 1
+    exit_change: Annotated[
+        float,
+        typer.Option(
+            help="A token also leaves once a loop changes its hidden state by less than this share; 0: never."
+        ),
+    ] = 0.0
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt tokens that run their loops together; default: the package's. It changes the answer."
+        ),
+    ] = None
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits before sampling; 0 takes the likeliest token.")
+    ] = 0.0
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the smallest set with this share of probability; 1: from all.")
+    ] = 1.0
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens at least this fraction as likely as the likeliest; 0: off.")
+    ] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely; 1: off.")] = (
+        1.0
+    )
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same answer; default: a new one each time.")
+    ] = None
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None
+
+    def checked(self) -> dict[str, Any]:
+        """Return the options for ``Runtime.options``, checked before the package is loaded, which takes a while. Raises
+        ArgumentError."""
+        most = max(self.min_loops, 1) if self.loops is None else self.loops
+        threshold = 1.0 if self.exit_threshold is None else self.exit_threshold
+        depth = LoopSettings(most, threshold, self.chunk, self.min_loops, self.exit_change)
+        sampling = SamplingParams(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
+        )
+        GenerationOptions(depth, self.max_tokens, sampling, stop_strings(self.stop))
+        return asdict(self)
+
+
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help="Further variables for the chat template, as JSON: '{\"enable_thinking\": false}'."),
+]
+
+
+def version_shown(command: str) -> Callable[[bool], None]:
+    """Return the callback of a command's --version."""
+
+    def show(wanted: bool) -> None:
+        if not wanted:
+            return
+        try:
+            number = version("melt-export")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        print(f"{command} {number}")
+        raise typer.Exit()
+
+    return show

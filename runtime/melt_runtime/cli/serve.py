@@ -20,9 +20,7 @@ from ..package.specs import MAX_LOOPS
 from ..runtime import Runtime
 from ..scheduler.scheduler import Scheduler
 from ..server.limits import MAX_SECONDS, MAX_UNREAD, STALLED
-from .errors import reported_errors
-from .options import BackendName, DeviceIndex, Expect, PackageDirectory, Threads
-from .tables import hash_progress
+from .options import LoadOptions, PackageDirectory, grouped
 
 _YEAR = 365 * 86_400  # seconds
 _MOST_STALL = (2**31 - 1) // 1000  # seconds: the system counts milliseconds in 32 bits
@@ -30,7 +28,9 @@ KEYS_VARIABLE = "MELT_API_KEYS"
 PREFIX_BYTES = 64 << 20  # default size of the prefix cache
 
 
+@grouped
 def serve_command(
+    *,
     package: PackageDirectory,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
@@ -87,84 +87,77 @@ def serve_command(
         int, typer.Option(help="Seconds that SIGTERM leaves to what is running before it is cut.", min=0, max=_YEAR)
     ] = 30,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")] = False,
-    threads: Threads = None,
-    backend: BackendName = "auto",
-    device: DeviceIndex = 0,
-    expect: Expect = None,
+    loading: LoadOptions,
 ) -> None:
     """Serve a package over HTTP: OpenAI's completions and chats, metrics, and a page to try it."""
-    with reported_errors():
-        try:
-            import uvicorn
+    try:
+        import uvicorn
 
-            from ..server.app import Limits, build_app
-            from ..server.connection import HEADER_BYTES, bounded, room
-            from ..server.guard import Keys, is_loopback
-            from ..server.lifecycle import DrainingServer
-            from ..server.logs import configure, log
-            from ..server.process import configure_process
-            from ..server.service import Service
-        except ImportError as error:
-            raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
-        keys = Keys.read(os.environ.get(KEYS_VARIABLE), api_key_file)
-        if not (keys or without_key or is_loopback(host)):
-            raise ArgumentError(
-                f"{host} can be reached by others and there is no API key; set {KEYS_VARIABLE}, or say --without-key"
-            )
-        if (tls_cert is None) != (tls_key is None):
-            raise ArgumentError("--tls-cert and --tls-key belong together")
-        if tls_cert is not None and tls_key is not None:
-            _require_tls(tls_cert, tls_key)
-        if not 0 < max_seconds < math.inf:
-            raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
-        allowed = room(max_connections)
-        listener = _listen(host, port, stall)
-        configure_process()
-        with hash_progress(package) as progress:
-            runtime = Runtime.load(
-                package, backend=backend, device=device, threads=threads, expected_hash=expect, progress=progress
-            )
-        prefixes = _prefix_store(runtime, slots, prefix_bytes)
-        scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
-        name = name or package.resolve().name
-        service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
-        app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
-        configure()
-        config = uvicorn.Config(
-            app,
-            http=bounded(allowed.connections),
-            backlog=allowed.backlog,
-            ws="none",
-            h11_max_incomplete_event_size=HEADER_BYTES,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ssl_certfile=tls_cert,
-            ssl_keyfile=tls_key,
-            timeout_graceful_shutdown=1,  # DrainingServer has already waited
+        from ..server.app import Limits, build_app
+        from ..server.connection import HEADER_BYTES, bounded, room
+        from ..server.guard import Keys, is_loopback
+        from ..server.lifecycle import DrainingServer
+        from ..server.logs import configure, log
+        from ..server.process import configure_process
+        from ..server.service import Service
+    except ImportError as error:
+        raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
+    keys = Keys.read(os.environ.get(KEYS_VARIABLE), api_key_file)
+    if not (keys or without_key or is_loopback(host)):
+        raise ArgumentError(
+            f"{host} can be reached by others and there is no API key; set {KEYS_VARIABLE}, or say --without-key"
         )
-        config.load()
-        server = DrainingServer(config, scheduler, drain)
-        server.take_signals()
-        scheme = "http" if tls_cert is None else "https"
-        where = f"[{host}]" if ":" in host else host
-        log(
-            "listening",
-            url=f"{scheme}://{where}:{listener.getsockname()[1]}",
-            model=service.name,
-            slots=scheduler.slots,
-            connections=allowed.connections,
-            state_bytes=scheduler.metrics().state_bytes,
-            prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
-            backend=runtime.backend.name,
-        )
-        try:
-            server.run(sockets=[listener])
-        finally:
-            scheduler.close(drain=False)
-        log("stopped")
-        sys.stdout.flush()
-        os._exit(0)  # normal interpreter exit would wait for threads and unload libraries
+    if (tls_cert is None) != (tls_key is None):
+        raise ArgumentError("--tls-cert and --tls-key belong together")
+    if tls_cert is not None and tls_key is not None:
+        _require_tls(tls_cert, tls_key)
+    if not 0 < max_seconds < math.inf:
+        raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
+    allowed = room(max_connections)
+    listener = _listen(host, port, stall)
+    configure_process()
+    runtime = loading.load(package)
+    prefixes = _prefix_store(runtime, slots, prefix_bytes)
+    scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
+    name = name or package.resolve().name
+    service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
+    app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
+    configure()
+    config = uvicorn.Config(
+        app,
+        http=bounded(allowed.connections),
+        backlog=allowed.backlog,
+        ws="none",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
+        timeout_graceful_shutdown=1,  # DrainingServer has already waited
+    )
+    config.load()
+    server = DrainingServer(config, scheduler, drain)
+    server.take_signals()
+    scheme = "http" if tls_cert is None else "https"
+    where = f"[{host}]" if ":" in host else host
+    log(
+        "listening",
+        url=f"{scheme}://{where}:{listener.getsockname()[1]}",
+        model=service.name,
+        slots=scheduler.slots,
+        connections=allowed.connections,
+        state_bytes=scheduler.metrics().state_bytes,
+        prefix_bytes=0 if prefixes is None else prefixes.max_bytes,
+        backend=runtime.backend.name,
+    )
+    try:
+        server.run(sockets=[listener])
+    finally:
+        scheduler.close(drain=False)
+    log("stopped")
+    sys.stdout.flush()
+    os._exit(0)  # normal interpreter exit would wait for threads and unload libraries
 
 
 def _require_tls(cert: Path, key: Path) -> None:

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from ..engines.store import devices_of
-from ..package.engine_spec import EngineSpec
+from ..package.engine_spec import EngineSpec, devices_of
 from ..package.reader import Package
 from ..results import Generation
 from ..text.end_tokens import EndToken

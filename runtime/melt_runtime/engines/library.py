@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from threading import RLock
@@ -102,6 +104,15 @@ def open_library(flavour: str) -> Library:
             f"{_TITLES[flavour]} is not installed ({' '.join(str(error).split())}); "
             f"install it with: pip install 'melt-export[{flavour}]'"
         ) from error
+
+
+def open_libraries(flavours: Iterable[str]) -> dict[str, Library]:
+    """Import those flavours that are installed."""
+    found: dict[str, Library] = {}
+    for flavour in dict.fromkeys(flavours):
+        with suppress(BackendError):
+            found[flavour] = open_library(flavour)
+    return found
 
 
 def current_capability(device: int = 0) -> str | None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import BackendError, PackageError
-from ..package.engine_spec import ENGINES, EngineSpec, plan_path
+from ..package.engine_spec import AGAIN, ENGINES, EngineSpec, mismatch, plan_path
 from ..package.files import file_hash, new_file, umask, within, working_directory
 from ..package.manifest import MANIFEST
 from ..package.reader import Package, source_hash, with_engines
 from ..untrusted import read_text
-
-RTX_DEVICES = "8.0, 8.6, 8.9, 12.0 and newer"  # as TensorRT-RTX states when it refuses others
-_AGAIN = "build it again"
 
 
 @contextmanager
@@ -84,11 +81,9 @@ def open_engine(
     """
     spec = engine_spec(package, name)
     how = f"with: {rebuild_command(package.directory, spec)}"
-    again = f"; {_AGAIN} {how}"
-    if flavour is not None and flavour != spec.flavour:
-        raise BackendError(f"engine {name} is for {spec.flavour}, not {flavour}{again}")
+    again = f"; {AGAIN} {how}"
     source = source_hash(package.manifest)
-    reason = mismatch(spec, source, spec.version if version is None else version, capability)
+    reason = mismatch(spec, source, spec.version if version is None else version, capability, flavour)
     if reason is not None:
         raise (BackendError if spec.source == source else PackageError)(f"engine {name} {reason} {how}")
     plans = {graph: plan_path(package.directory, name, graph) for graph in spec.files}
@@ -101,58 +96,6 @@ def open_engine(
         if check_hashes and file_hash(path, progress) != file.sha256:
             raise PackageError(f"{path} was changed: its hash is not the manifest's{again}")
     return plans
-
-
-def fitting_engine(
-    engines: Mapping[str, EngineSpec], source: str, versions: Mapping[str, str], capability: str
-) -> tuple[str | None, dict[str, str]]:
-    """Return the engine to run (None: none fits), and why the preferred ones do not.
-
-    ``source``: the package's ``source_hash``. ``versions``: of the installed TensorRT flavours. ``capability``: the
-    device's. Engines with the package's own weights come first: they compute what was
-    verified.
-    """
-    wrong: dict[str, str] = {}
-    for name in sorted(engines, key=lambda name: engines[name].weights is not None):
-        reason = mismatch(engines[name], source, versions.get(engines[name].flavour), capability)
-        if reason is None:
-            return name, wrong
-        wrong[name] = reason
-    return None, wrong
-
-
-def mismatch(spec: EngineSpec, source: str, version: str | None, capability: str | None) -> str | None:
-    """Return why an engine does not fit package, library and device, in words that follow its name; None if it fits.
-
-    ``version``: of its library; None if not installed. ``capability``: None for any device.
-    """
-    if version is None:
-        return f"needs {spec.flavour}; install it with: pip install 'melt-export[{spec.flavour}]'"
-    if version != spec.version:
-        return f"was built with {spec.flavour} {spec.version}, here is {version}; {_AGAIN}"
-    if capability is not None and not runs_on(spec, capability):
-        return f"is for compute capability {devices_of(spec)}, this device has {capability}; {_AGAIN}"
-    if spec.source != source:
-        return f"was built from other graphs or weights than the package has; {_AGAIN}"
-    return None
-
-
-def runs_on(spec: EngineSpec, capability: str) -> bool:
-    """Return whether an engine is for devices of this compute capability."""
-    if spec.compute_capabilities:
-        return capability in spec.compute_capabilities
-    return rtx_knows(capability)
-
-
-def rtx_knows(capability: str) -> bool:
-    """Return whether TensorRT-RTX 1.7 runs engines without listed devices here: not on 9.0 and 10.x, the data centre
-    devices."""
-    return 8.0 <= float(capability) < 9.0 or float(capability) >= 12.0
-
-
-def devices_of(spec: EngineSpec) -> str:
-    """Return the compute capabilities that an engine is for, as text."""
-    return ", ".join(spec.compute_capabilities) or RTX_DEVICES
 
 
 def rebuild_command(directory: Path, spec: EngineSpec) -> str:

@@ -1,4 +1,7 @@
-"""Sizes and hashes of files, and atomic writing."""
+"""Sizes and hashes of files, and atomic writing.
+
+melt_models.atomic has its own: the two packages import nothing from each other.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,9 @@ def new_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
     target = target.absolute()
     if target.exists() and not target.is_file():
         raise FileExistsError(errno.EEXIST, "it is no ordinary file, and is not replaced", str(target))
-    with _disk_errors(target), _working_file(target.parent, f".{target.name}.partial-") as made:
+    with _disk_errors(target), working_directory(target.parent, f".{target.name}.partial-") as directory:
+        made = directory / target.name
+        made.touch()
         yield made
         made.chmod(mode & ~umask())
         _sync(made)
@@ -77,12 +82,9 @@ def new_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
 @contextmanager
 def working_directory(parent: Path, prefix: str) -> Iterator[Path]:
     """Yield an empty directory in ``parent`` that is removed with the block. Leftovers of killed processes are removed
-    first.
-
-    A copy of melt_models.atomic, which is not installed on devices.
-    """
+    first."""
     _sweep(parent, prefix)
-    made, handle = _claimed(lambda: tempfile.mkdtemp(prefix=prefix, dir=parent))
+    made, handle = _claimed(parent, prefix)
     try:
         yield made
     finally:
@@ -97,27 +99,10 @@ def umask() -> int:
     return mask
 
 
-@contextmanager
-def _working_file(parent: Path, prefix: str) -> Iterator[Path]:
-    _sweep(parent, prefix)
-
-    def make() -> str:
-        handle, name = tempfile.mkstemp(prefix=prefix, dir=parent)
-        os.close(handle)
-        return name
-
-    made, handle = _claimed(make)
-    try:
-        yield made
-    finally:
-        made.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _claimed(make: Callable[[], str]) -> tuple[Path, int]:
-    """Make a file or directory. Return it and a handle whose lock lasts until the process ends."""
+def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a directory. Return it and a handle whose lock lasts until the process ends."""
     while True:
-        made = Path(make())
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             handle = os.open(made, os.O_RDONLY)
         except FileNotFoundError:  # another process removed it
