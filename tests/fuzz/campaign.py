@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import select
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from .targets import TARGETS
 
-SECONDS = 20  # per input, on a busy machine
+SECONDS = 20  # of processor time per input
+WAIT = 300.0  # seconds per input, however busy the machine
 GROWTH = 512 << 20  # most bytes of memory that one input may take
 FINE = ("accepted", "refused")
 _START_SECONDS = 120
@@ -60,7 +64,7 @@ class Worker:
         try:
             self._process.stdin.write(struct.pack("<I", len(content)) + content)
             self._process.stdin.flush()
-            answer = self._answer(SECONDS)
+            answer = self._answer(WAIT, SECONDS)
         except BrokenPipeError:
             pass
         if answer is None:
@@ -71,7 +75,11 @@ class Worker:
                 except subprocess.TimeoutExpired:
                     ended = None
             what = "hang" if ended is None else "signal" if ended < 0 else "exit"
-            details = f"no answer within {SECONDS} s" if ended is None else f"the worker ended with {ended}"
+            details = (
+                f"no answer within {SECONDS} s of processor time or {WAIT:g} s"
+                if ended is None
+                else f"the worker ended with {ended}"
+            )
             self._stop()
             self._start()
             return Finding(self.target, what, details, content)
@@ -99,12 +107,23 @@ class Worker:
             raise RuntimeError(f"the worker for {self.target} does not start: {said[-2000:]}")
         self.seeds = [base64.b64decode(one) for one in seeds]
 
-    def _answer(self, seconds: float) -> Any:
-        """Return the next line; None if none comes in time, or the process has ended."""
+    def _answer(self, seconds: float, processor: float = math.inf) -> Any:
+        """Return the next line; None if none comes within so many seconds or so much processor time of the worker, or
+        the process has ended."""
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        line = self._process.stdout.readline() if ready else b""
+        end, spent = time.monotonic() + seconds, self._processor_seconds()
+        while not select.select([self._process.stdout], [], [], 1.0)[0]:
+            if time.monotonic() > end or self._processor_seconds() - spent > processor:
+                return None
+        line = self._process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
+
+    def _processor_seconds(self) -> float:
+        try:
+            times = psutil.Process(self._process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
 
     def _stop(self) -> None:
         self._process.kill()
