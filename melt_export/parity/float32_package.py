@@ -26,7 +26,7 @@ def float32_package(package: Path, directory: Path) -> None:
         model = ir.load(package / graph.file)
         _widen(model.graph)
         ir.save(model, directory / graph.file, external_data=f"{name}.data")
-    twin = replace(
+    copy = replace(
         manifest,
         precision="fp32",
         files={},
@@ -36,8 +36,8 @@ def float32_package(package: Path, directory: Path) -> None:
         },
         states=tuple(replace(state, dtype=_wide_name(state.dtype)) for state in manifest.states),
     )
-    twin = replace(twin, files=_presence_only(directory))
-    (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
+    copy = replace(copy, files=_presence_only(directory))
+    (directory / MANIFEST).write_text(copy.to_json(), encoding="utf-8")
 
 
 def wide_package(package: Path, directory: Path) -> None:
@@ -57,8 +57,8 @@ def wide_package(package: Path, directory: Path) -> None:
     for name in manifest.files:
         if name.endswith(".data"):
             (directory / name).hardlink_to(package / name)
-    twin = replace(manifest, files=_presence_only(directory), engines={})
-    (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
+    copy = replace(manifest, files=_presence_only(directory), engines={})
+    (directory / MANIFEST).write_text(copy.to_json(), encoding="utf-8")
 
 
 def _fold(graph: ir.Graph) -> bool:
