@@ -12,7 +12,7 @@ from onnx_ir import tensor_adapters
 
 from ..errors import ExportError
 from .cleanup import CHECKPOINT_NAME, TRANSPOSED
-from .merge_matmuls import PARTS
+from .merge_matmuls import MERGED
 
 # On a value that is computed from checkpoint weights: the function that computes it.
 COMPUTED = "melt.computed"
@@ -66,7 +66,7 @@ def _tensor(value: ir.Value, weights: Weights, name: str, dtype: torch.dtype) ->
 
 def read_weight(value: ir.Value, weights: Weights, dtype: torch.dtype) -> torch.Tensor:
     """Read a weight in the graph's form: cast, transposed, and with merged weights side by side."""
-    parts = value.meta.get(PARTS)
+    parts = value.meta.get(MERGED)
     if parts:
         assert value.shape is not None
         merged = torch.empty([int(size) for size in value.shape], dtype=dtype)  # type: ignore[arg-type]

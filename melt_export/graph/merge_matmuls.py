@@ -14,9 +14,9 @@ from ..errors import ExportError
 from .cleanup import CHECKPOINT_NAME, TRANSPOSED
 
 # On a merged weight: its names in the checkpoint, in the order of its columns.
-PARTS = "melt.parts"
+MERGED = "melt.merged"
 # A narrower weight, such as a gate of one column, would spoil the alignment of the weights it is merged with.
-FEWEST_COLUMNS = 16
+MIN_COLUMNS = 16
 
 
 def merge_matmuls(graph: ir.Graph) -> None:
@@ -53,7 +53,7 @@ def _mergeable(weight: ir.Value | None) -> bool:
     """Return whether a matmul's second operand is a checkpoint weight, stored (in, out), that nothing else uses."""
     if weight is None or not weight.meta.get(TRANSPOSED) or len(weight.uses()) != 1 or weight.shape is None:
         return False
-    return int(weight.shape[1]) >= FEWEST_COLUMNS  # type: ignore[arg-type]
+    return int(weight.shape[1]) >= MIN_COLUMNS  # type: ignore[arg-type]
 
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -62,7 +62,7 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     inputs, columns = int(weights[0].shape[0]), [int(weight.shape[1]) for weight in weights]  # type: ignore[index, arg-type]
 
     merged = ir.Value(name=merged_name(names), shape=ir.Shape([inputs, sum(columns)]), type=weights[0].type)
-    merged.meta.update({CHECKPOINT_NAME: merged.name, TRANSPOSED: True, PARTS: tuple(names)})
+    merged.meta.update({CHECKPOINT_NAME: merged.name, TRANSPOSED: True, MERGED: tuple(names)})
     path = merged_name([str(node.name).removesuffix("/MatMul").replace(".", "\0").replace("/", ".") for node in nodes])
     path = path.replace(".", "/").replace("\0", ".")
     matmul = ir.node("MatMul", [nodes[0].inputs[0], merged], name=f"{path}/MatMul")

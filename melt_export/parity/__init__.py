@@ -1,1 +1,1 @@
-"""How far a package is from its checkpoint, and how far it may be."""
+"""Comparison of a package with its checkpoint: how far they are apart, and how far they may be."""

@@ -1,4 +1,4 @@
-"""How far two runs of a model are from each other: quantity by quantity, loop by loop, layer by layer."""
+"""Distances between two runs of a model, by quantity, loop and layer."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from ..errors import ParityError
 from ..reference.pytorch import LoopTrace
 
-# A quantity, its loop, and its layer (None: of the whole stack).
+# Quantity, loop, and layer (None: the whole stack).
 Key: TypeAlias = tuple[str, int, int | None]
-# How far a package may be from float64, in multiples of how far PyTorch's float32 is. Packages of random models with up
-# to 24 layers or 16 loops were up to 1.7 times as far, one of SmolLM2 with products in 4 bits 4.5 times.
+# Limit of a package's error against float64, in multiples of PyTorch's float32 error. Packages of random models with up
+# to 24 layers or 16 loops reached 1.7 times, one of SmolLM2 with 4-bit weights 4.5 times.
 MULTIPLE = 8.0
 
 
 class Distances:
-    """Relative errors, max |got - expected| over max |expected|, by quantity, loop and layer; and logits' distances.
+    """Relative errors, max |got - expected| over max |expected|, by quantity, loop and layer; and distances of logits.
 
-    ``tie``: how close a logit must be to the best one for either to count as the best.
+    ``tie``: a token counts as best if its logit is this close to the best one.
     """
 
     def __init__(self, tie: float = 0.0) -> None:
@@ -33,7 +33,7 @@ class Distances:
         self.agree: list[bool] = []
 
     def compare_trace(self, got: LoopTrace, expected: LoopTrace) -> None:
-        """Takes in one loop over one chunk."""
+        """Add one loop over one chunk."""
         loop = expected.loop
         self.compare("hidden", loop, got.hidden, expected.hidden)
         self.compare("exit probability", loop, got.exit_probability, expected.exit_probability, scale=1.0)
@@ -58,8 +58,7 @@ class Distances:
         layer: int | None = None,
         scale: float = 1e-30,
     ) -> None:
-        """Takes in one pair of arrays; ``scale`` is the least to divide by. NaN counts as infinitely wrong. Raises
-        ParityError for arrays of different shapes, which may not be stretched to each other."""
+        """Add a pair of arrays. ``scale`` is the smallest divisor. NaN counts as an infinite error."""
         if got.shape != expected.shape:
             raise ParityError(
                 f"{quantity} of loop {loop} has the shape {list(got.shape)} in the package and "
@@ -79,10 +78,13 @@ class Distances:
 
 @dataclass(frozen=True)
 class OwnError:
-    """How far PyTorch's float32 is from its float64: how much a model makes of rounding, whoever runs it.
+    """Distance of PyTorch's float32 from its float64: how much a model amplifies rounding errors, whatever runs it.
 
-    ``relative``: by quantity, loop and layer; ``logit``: the largest difference of a logit; ``kl``: the mean divergence
-    of the logits in nats. All zero where it was not measured.
+    - ``relative``: by quantity, loop and layer.
+    - ``logit``: the largest difference of a logit.
+    - ``kl``: the mean KL divergence of the logits, in nats.
+
+    All are zero where they were not measured.
     """
 
     relative: dict[Key, float] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class OwnError:
 
     @classmethod
     def of(cls, draws: Iterable[Distances]) -> OwnError:
-        """The most of several orders of summation. What one loop was off by, the next may be off by too."""
+        """Combine several orders of summation by their largest errors. A loop's error also counts for later loops."""
         relative: dict[Key, float] = {}
         logit = kl = 0.0
         for found in draws:
@@ -110,28 +112,30 @@ class OwnError:
         return 2 * MULTIPLE * self.logit
 
     def limit(self, key: Key, least: float) -> float:
-        """The relative error that a package may have, ``least`` where the model makes little of rounding."""
+        """Return the relative error that a package may have: at least ``least``, more if the model amplifies rounding
+        errors."""
         return max(least, MULTIPLE * self.relative.get(key, 0.0))
 
 
 def agreement(got: NDArray[Any], expected: NDArray[Any], tie: float = 0.0) -> tuple[list[float], list[bool]]:
-    """KL(expected || got) in nats, and whether the best token is the same, of log-probabilities (positions, vocab).
+    """Return KL(expected || got) in nats, and whether the best token is the same, for log-probabilities (positions,
+    vocab).
 
-    A token that ``expected`` has within ``tie`` of its best counts as the same.
+    A token within ``tie`` of the best in ``expected`` counts as the same.
     """
     chosen = np.take_along_axis(expected, got.argmax(-1)[..., None], -1)[..., 0]
     return (np.exp(expected) * (expected - got)).sum(-1).tolist(), (chosen >= expected.max(-1) - tie).tolist()
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
-    """Logarithms of the probabilities (positions, vocab), in float64."""
+    """Return log-probabilities (positions, vocab) in float64."""
     wide = logits.astype(np.float64)
     wide = wide - wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
 def common_prefix(first: Iterable[int], second: Iterable[int]) -> int:
-    """How many tokens agree from the beginning."""
+    """Return how many tokens agree from the beginning."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

@@ -1,4 +1,4 @@
-"""PyTorch's side of a comparison: what every loop holds in float64, how far its own float32 is off that, and greedy
+"""PyTorch's side of a comparison: the states of every loop in float64, the error of its own float32, and greedy
 tokens."""
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from ..reference.pytorch import LoopTrace, Reference, open_reference
 from .distances import Distances, OwnError
 from .report import ParityReport, tolerance_of
 
-_TRACED_CHUNK = 128  # a wider chunk is traced at this width: the mathematics is the same, the memory is not
+_TRACED_CHUNK = 128  # wider chunks are traced at this width, which needs less memory for the same mathematics
 DECODE_STEPS = 2
-LARGE_BYTES = 10**9  # of weights, and of the state of a traced batch
+LARGE_BYTES = 10**9  # of weights, or of the state of a traced batch
 
 
-# Of each prompt its chunks, of each chunk its loops.
+# By prompt, chunk and loop.
 Traces: TypeAlias = list[list[list[LoopTrace]]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts that run together in the package and alone in PyTorch, then a few decoding steps."""
+    """Prompts that run together in the package and alone in PyTorch, and a few decoding steps after them."""
 
     prompts: list[list[int]]
     chunk: int
     tokens: list[list[int]]
 
     def traces(self, reference: Reference, loops: int, arithmetic: Arithmetic) -> Traces:
-        """What PyTorch makes of each prompt alone: its chunks, then single tokens."""
+        """Run each prompt alone in PyTorch: its chunks, then single tokens."""
         found = []
         for prompt, more in zip(self.prompts, self.tokens, strict=True):
             pieces = [prompt[at : at + self.chunk] for at in range(0, len(prompt), self.chunk)]
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class GreedyRun:
-    """A prompt, its prefill chunk, PyTorch's greedy tokens and the lead of each one's logit over the next."""
+    """A prompt, its prefill chunk, PyTorch's greedy tokens, and each token's difference to the second-best logit."""
 
     prompt: list[int]
     chunk: int
@@ -57,7 +57,7 @@ class GreedyRun:
     margins: list[float]
 
     def logits(self, reference: Reference, loops: int, at: int, arithmetic: Arithmetic) -> NDArray[Any]:
-        """The logits (vocab,) from which token number ``at`` is chosen."""
+        """Return the logits (vocab,) from which token number ``at`` is chosen."""
         pieces = [self.prompt[start : start + self.chunk] for start in range(0, len(self.prompt), self.chunk)]
         pieces += [[token] for token in self.tokens[:at]]
         return reference.traces(pieces, loops, arithmetic=arithmetic)[0][-1][-1].logits[-1].astype(np.float64)
@@ -65,8 +65,13 @@ class GreedyRun:
 
 @dataclass(frozen=True)
 class Expected:
-    """All that PyTorch has to say: traced cases and how far its own float32 is off them, exit depths of a prompt at a
-    threshold (None: of a token that rounding may tip), greedy runs."""
+    """PyTorch's results.
+
+    - ``cases``: prompts and their traces; ``own``: PyTorch's float32 error on them.
+    - ``prompt``, ``chunk``, ``threshold``, ``depths``: exit depths of a prompt's tokens at a threshold; None for a
+      token whose depth rounding may change.
+    - ``runs``: greedy runs.
+    """
 
     cases: list[tuple[Case, Traces]]
     own: OwnError
@@ -101,7 +106,7 @@ def expected_of(
         _case(manifest, rng, [chunk + 3, max(chunk // 2, 1), 1][:batch], chunk),
         _case(manifest, rng, [4], 1),
     ]
-    # Half precision is held to what it may cost; float32 to what is right.
+    # A float32 package is compared with float64; one in half precision, which loses more anyway, with float32.
     truth = FLOAT64 if manifest.precision == "fp32" else FLOAT32
     cases = [(case, case.traces(reference, manifest.loops, truth)) for case in drawn]
     own = OwnError()
@@ -146,7 +151,7 @@ def weigh_partings(report: ParityReport, expected: Expected, reference: Callable
 
 
 def _case(manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], chunk: int) -> Case:
-    """Random prompts and decoding steps."""
+    """Draw random prompts and decoding steps."""
     prompts, steps = [], []
     for length in lengths:
         length = max(1, min(length, manifest.max_seq_len - DECODE_STEPS))
@@ -157,7 +162,7 @@ def _case(manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], 
 
 
 def _own_error(reference: Reference, cases: list[tuple[Case, Traces]], loops: int) -> OwnError:
-    """How far PyTorch's float32 is off these traces, in several orders of summation."""
+    """Return PyTorch's float32 error on these traces, over several orders of summation."""
     draws = []
     for arithmetic in ORDERS:
         found = Distances()
@@ -171,15 +176,16 @@ def _own_error(reference: Reference, cases: list[tuple[Case, Traces]], loops: in
 
 
 def _exit_slack(own: OwnError, manifest: Manifest) -> float:
-    """How far a package's probability of having left may be from PyTorch's, over all loops."""
+    """Return how far a package's probability of having left may be from PyTorch's, over all loops."""
     least = tolerance_of(manifest).relative
     return sum(own.limit(("exit probability", loop, None), least) for loop in range(1, manifest.loops + 1))
 
 
 def _decided(chunks: list[list[LoopTrace]], threshold: float, slack: float) -> list[bool]:
-    """Of each token whether its probability of having left stays further than ``slack`` from the threshold.
+    """Return for each token whether its probability of having left stays further than ``slack`` from the threshold.
 
-    chunks: the loops at whose ends a token may leave; without any, nothing is returned."""
+    chunks: the loops after which a token may leave. Returns nothing if there are none.
+    """
     found: list[bool] = []
     for loops in filter(None, chunks):
         remaining = np.ones_like(loops[0].exit_probability)
@@ -192,7 +198,8 @@ def _decided(chunks: list[list[LoopTrace]], threshold: float, slack: float) -> l
 
 
 def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
-    """A threshold at which about half of the tokens leave early, in the middle of a gap: rounding cannot tip it."""
+    """Return a threshold at which about half of the tokens leave early, in the middle of a gap, so that rounding
+    decides none."""
     reached = []
     for loops in chunks:
         remaining = np.ones_like(loops[0].exit_probability)

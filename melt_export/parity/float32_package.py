@@ -1,4 +1,4 @@
-"""Twins of packages for comparison: the same graphs and weights, with arithmetic that PyTorch can be held against."""
+"""Copies of packages for comparison: the same graphs and weights, with arithmetic that PyTorch can reproduce."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
 def float32_package(package: Path, directory: Path) -> None:
-    """Writes the twin of ``package`` into an empty directory. Its hashes are not made: it is for comparison only."""
+    """Write a copy of a bf16 package with float32 arithmetic into an empty directory. It has no hashes."""
     manifest = Package.open(package, check_hashes=False).manifest
     for name, graph in manifest.graphs.items():
         model = ir.load(package / graph.file)
         _widen(model.graph)
         ir.save(model, directory / graph.file, external_data=f"{name}.data")
-    twin = replace(
+    copy = replace(
         manifest,
         precision="fp32",
         files={},
@@ -36,16 +36,16 @@ def float32_package(package: Path, directory: Path) -> None:
         },
         states=tuple(replace(state, dtype=_wide_name(state.dtype)) for state in manifest.states),
     )
-    twin = replace(twin, files=_presence_only(directory))
-    (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
+    copy = replace(copy, files=_presence_only(directory))
+    (directory / MANIFEST).write_text(copy.to_json(), encoding="utf-8")
 
 
 def wide_package(package: Path, directory: Path) -> None:
-    """Writes a twin of a package with quantized weights into an empty directory on the same disk.
+    """Write a copy of a quantized package with float activations into an empty directory on the same disk.
 
-    Its products read the same stored numbers, but leave the activations as they are (ONNX Runtime would round those
-    after a DequantizeLinear to 8 bits, too); so the graphs and the numbers can be proven to be what PyTorch computes
-    with. What is not changed is read from the package's own weights file. Its hashes are not made.
+    Its matmuls read the same stored values without rounding activations (which ONNX Runtime would round to 8 bits after
+    a DequantizeLinear, too), so that PyTorch on these values must agree. Unchanged weights are hard links to the
+    package's weights file. It has no hashes.
     """
     manifest = Package.open(package, check_hashes=False).manifest
     for name, graph in manifest.graphs.items():
@@ -57,12 +57,15 @@ def wide_package(package: Path, directory: Path) -> None:
     for name in manifest.files:
         if name.endswith(".data"):
             (directory / name).hardlink_to(package / name)
-    twin = replace(manifest, files=_presence_only(directory), engines={})
-    (directory / MANIFEST).write_text(twin.to_json(), encoding="utf-8")
+    copy = replace(manifest, files=_presence_only(directory), engines={})
+    (directory / MANIFEST).write_text(copy.to_json(), encoding="utf-8")
 
 
 def _fold(graph: ir.Graph) -> bool:
-    """Puts what they give in the place of all DequantizeLinear nodes, computed when it is written. True if any were."""
+    """Replace all DequantizeLinear nodes by their values, computed when they are written.
+
+    Returns whether there were any.
+    """
     nodes = [node for node in graph if node.op_type == DEQUANTIZE]
     for node in nodes:
         wide = node.outputs[0]
@@ -71,7 +74,7 @@ def _fold(graph: ir.Graph) -> bool:
         wide.replace_all_uses_with(value)
         wide.name = None
         numbers = [str(operand.name) for operand in node.inputs if operand is not None]
-        graph.remove(node)  # and it keeps its inputs, which are read when the values are written
+        graph.remove(node)  # the removed node keeps its inputs, which are read when the values are written
         for name in numbers:
             del graph.initializers[name]
         graph.initializers[str(value.name)] = value
@@ -99,7 +102,7 @@ def _wide(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 
 def _widen(graph: ir.Graph) -> None:
-    """Turns every bf16 value, constant and cast of a graph into float32, in place."""
+    """Change every bf16 value, constant and cast of a graph to float32, in place."""
     results = (output for node in graph.all_nodes() for output in node.outputs)
     for value in [*graph.inputs, *graph.initializers.values(), *results]:
         if value.dtype == _BF16:

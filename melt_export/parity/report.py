@@ -1,4 +1,4 @@
-"""What is compared between a checkpoint and its package, how closely they must agree, and what came out."""
+"""Report of a comparison, and the limits that it must keep."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from .distances import MULTIPLE, Distances, OwnError
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits. ``relative``: max |a - b| over max |b|, for every state at every loop (max |a - b| alone for an exit
-    probability, whose scale is 1); ``kl``: mean KL divergence of the
-    logits in nats; ``top1``: least share of positions with the same best token; ``same_tokens``: whether greedy
-    generation and exit depths must be identical. A model that makes more of rounding has wider ones: ``OwnError``."""
+    """Limits of a precision.
+
+    - ``relative``: max |a - b| over max |b|, for every state at every loop (max |a - b| for an exit probability).
+    - ``kl``: mean KL divergence of the logits, in nats.
+    - ``top1``: smallest share of positions with the same best token.
+    - ``same_tokens``: whether greedy generation and exit depths must be identical.
+
+    A model that amplifies rounding errors has wider limits: see ``OwnError``.
+    """
 
     relative: float
     kl: float
@@ -42,15 +47,17 @@ _CACHE_TOLERANCES = {
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
-    """How closely a package must agree: by its cache where that is quantized, else by its precision."""
+    """Return the limits of a package, by its cache if that is quantized, else by its precision."""
     return _CACHE_TOLERANCES[manifest.cache["kind"]] if manifest.cache else TOLERANCES[manifest.precision]
 
 
 @dataclass
 class StateError:
-    """The relative error of one quantity in one loop, over all chunks and sequences, in the ``layer`` where it comes
-    closest to its ``limit`` (None: it is of the whole stack). ``own``: the same of PyTorch's float32, against its
-    float64; 0 where that was not measured."""
+    """Relative error of one quantity in one loop, over all chunks and sequences.
+
+    - ``layer``: the one whose error is closest to its ``limit`` (None: the whole stack).
+    - ``own``: the error of PyTorch's float32 against its float64; 0 if it was not measured.
+    """
 
     quantity: str
     loop: int
@@ -62,9 +69,12 @@ class StateError:
 
 @dataclass
 class GenerationResult:
-    """One greedy run: ``same`` tokens agree before the first difference; ``margin`` is how far the reference's best
-    logit stands above that of the package's token, ``got``, where they part. They may part at a tie: where rounding,
-    measured there, can move the two by more than ``tie``'s half each."""
+    """One greedy run.
+
+    - ``same``: number of tokens before the first difference.
+    - ``margin``: difference of the reference's best logit and its logit of ``got``, the package's token at that point.
+    - ``tie``: largest margin that rounding, measured at that token, can explain.
+    """
 
     prompt_tokens: int
     chunk: int
@@ -76,18 +86,18 @@ class GenerationResult:
 
     @property
     def parted(self) -> bool:
-        """Whether the tokens differ from some place on."""
+        """Whether any token differs."""
         return self.same < self.tokens
 
     @property
     def excused(self) -> bool:
-        """Whether they part where either token is right."""
+        """Whether rounding explains the first difference."""
         return self.parted and self.margin <= self.tie
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What melt-verify tolerates. ``kl``: mean KL divergence in nats; ``perplexity``: growth in percent; None: any."""
+    """Limits of melt-verify. ``kl``: mean KL divergence in nats; ``perplexity``: growth in percent; None: no limit."""
 
     kl: float | None = None
     perplexity: float | None = None
@@ -95,14 +105,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of ``problems`` that are answered exactly, 0 to 1, by a package and by its checkpoint in float32."""
+    """Shares (0 to 1) of ``problems`` that a package, and its checkpoint in float32, answer exactly."""
 
     problems: int
     package: float
     checkpoint: float
 
     def summary(self) -> str:
-        """Part of a line for a person."""
+        """Describe the shares, as part of a line."""
         return f"{self.package:.1%} of {self.problems} answers exact, {self.checkpoint:.1%} in fp32"
 
 
@@ -110,11 +120,12 @@ class Accuracy:
 class Quality:
     """A quantized package against its checkpoint in float32, over ``positions`` tokens of ``text``.
 
-    ``kl``: mean KL(checkpoint || package) of the next token's distribution, in nats; ``top1``: share of positions with
-    the same best token; the perplexities are None for random tokens, which nothing predicts; ``accuracy``: of a task's
-    answers, where it was asked for. All of it is of the arithmetic that the package runs: ``activations`` ("int8" or
-    "float") are what its quantized weights are multiplied with, None without any; ``float_kl`` is what ``kl`` would be
-    with float ones, so that the rest is what rounding activations costs.
+    - ``kl``: mean KL(checkpoint || package) of the next token's distribution, in nats.
+    - ``top1``: share of positions with the same best token.
+    - the perplexities: None for random tokens.
+    - ``accuracy``: of a task's answers, if asked for.
+    - ``activations``: "int8" or "float", with which quantized weights are multiplied; None without such weights.
+    - ``float_kl``: ``kl`` with float activations; the rest of ``kl`` comes from rounding activations.
     """
 
     text: str
@@ -136,7 +147,7 @@ class Quality:
         return 100 * (self.perplexity / self.checkpoint_perplexity - 1)
 
     def failures(self) -> list[str]:
-        """What is over a limit, a sentence each. Not a number counts as over."""
+        """Return a sentence for each limit that is exceeded. NaN exceeds every limit."""
         found, change = [], self.perplexity_change
         if self.limits.kl is not None and not self.kl <= self.limits.kl:
             found.append(f"quantization moved the logits by a KL of {self.kl:.2e}, the limit is {self.limits.kl:g}")
@@ -145,7 +156,7 @@ class Quality:
         return found
 
     def summary(self) -> str:
-        """One line for a person."""
+        """Describe the quality in one line."""
         change = self.perplexity_change
         grown = "" if change is None else f", perplexity {self.perplexity:.2f} ({change:+.2f}%)"
         how = {"int8": " with 8-bit activations", "float": " with float activations"}.get(self.activations or "", "")
@@ -185,7 +196,7 @@ class ParityReport:
     quality: Quality | None = None
 
     def take(self, found: Distances, own: OwnError) -> None:
-        """Takes in what a package's run differs by, and what may be made of rounding."""
+        """Add the distances of a package's run, with limits that allow for rounding."""
         closest: dict[tuple[str, int], StateError] = {}
         for key, relative in sorted(found.relative.items(), key=lambda item: item[0][:2]):
             quantity, loop, layer = key
@@ -203,21 +214,21 @@ class ParityReport:
 
     @property
     def closest(self) -> StateError:
-        """The state or logit that comes closest to its limit."""
+        """The state or logit whose error is closest to its limit."""
         return max(self.states, key=lambda state: state.relative / state.limit)
 
     @property
     def worst(self) -> float:
-        """Its relative error; 0 where nothing was compared."""
+        """The relative error of ``closest``; 0 if nothing was compared."""
         return self.closest.relative if self.states else 0.0
 
     @property
     def kl_limit(self) -> float:
-        """Of the logits' mean KL divergence: it grows with the square of an error."""
+        """Limit of the logits' mean KL divergence, which grows with the square of an error."""
         return max(self.tolerance.kl, MULTIPLE**2 * self.own_kl)
 
     def failures(self) -> list[str]:
-        """What is outside the tolerance, a sentence each."""
+        """Return a sentence for everything beyond its limit."""
         limit, found = self.tolerance, []
         vague = max(_VAGUE, MULTIPLE * limit.relative)
         for state in self.states:
@@ -251,7 +262,7 @@ class ParityReport:
         return not self.failures()
 
     def summary(self) -> str:
-        """One line for a person."""
+        """Describe the result in one line."""
         same = sum(run.same for run in self.generations)
         tokens = sum(run.tokens for run in self.generations)
         parted = sum(run.excused for run in self.generations)
@@ -262,14 +273,14 @@ class ParityReport:
         )
 
     def error(self) -> str:
-        """The error that comes closest to its limit, the limit, and what PyTorch's own float32 differs by there."""
+        """Describe the error closest to its limit, the limit, and PyTorch's own float32 error there."""
         if not self.states:
             return "none: nothing was compared"
         own = f"; PyTorch's own float32 is {self.closest.own:.0e} off its float64" if self.closest.own else ""
         return f"{self.worst:.1e} (limit {self.closest.limit:.0e}{own})"
 
     def write(self, directory: Path) -> None:
-        """Writes parity.json into a package, whole or not at all. Raises OSError."""
+        """Write parity.json into a package, completely or not at all. Raises OSError."""
         content = {"passed": self.passed, "failures": self.failures(), **asdict(self)}
         with new_file(directory / PARITY) as made:
             made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Weights and caches in fewer bits."""
+"""Quantization of weights and caches."""

@@ -1,4 +1,4 @@
-"""Weights as whole numbers in blocks with a scale each: how they are stored, the scales, and rounding to nearest."""
+"""Weights as whole numbers in blocks that share a scale: their storage, their scales, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from .options import Grid
 
-# Shares of a block's largest value that a scale may stand for: rounding errs less when it clips a little.
+# Factors on the scale that are tried: clipping the largest values a little may reduce the error.
 _SHRINK = tuple(1 - step / 50 for step in range(15))
-_ELEMENTS_AT_ONCE = 1 << 18  # what is searched at a time stays in a processor's cache
+_ELEMENTS_AT_ONCE = 1 << 18  # searched at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight (outputs, inputs): ``numbers`` uint8 (outputs, blocks, block) from 0 to 2 ** bits - 1; ``scales``
-    float32 (outputs, blocks); ``zeros`` uint8 (outputs, blocks), the numbers that mean zero (None: 2 ** (bits - 1)).
-    The last block is padded with zeros."""
+    """A quantized weight (outputs, inputs).
+
+    - ``numbers``: uint8 (outputs, blocks, block), from 0 to 2 ** bits - 1; the last block is padded with zero points.
+    - ``scales``: float32 (outputs, blocks).
+    - ``zeros``: the zero points, uint8 (outputs, blocks); None: 2 ** (bits - 1) everywhere.
+    """
 
     numbers: Tensor
     scales: Tensor
@@ -27,56 +30,60 @@ class Blocks:
     zeros: Tensor | None = None
 
     def values(self) -> Tensor:
-        """What the weight is multiplied as: float32 (outputs, inputs)."""
+        """Dequantize to float32 (outputs, inputs)."""
         zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[..., None].float()
         return ((self.numbers.float() - zeros) * self.scales[..., None]).flatten(1)[:, : self.inputs]
 
     def packed(self) -> Tensor:
-        """The numbers as MatMulNBits reads them: uint8 (outputs, blocks, block * bits / 8), low bits first."""
-        return self.numbers if self.bits == 8 else two_a_byte(self.numbers)
+        """Return the numbers in MatMulNBits' form: uint8 (outputs, blocks, block * bits / 8), low bits first."""
+        return self.numbers if self.bits == 8 else pack_nibbles(self.numbers)
 
     def packed_zeros(self) -> Tensor:
-        """The zeros as MatMulNBits reads them: uint8 (outputs, blocks * bits / 8, rounded up), low bits first."""
+        """Return the zero points in MatMulNBits' form: uint8 (outputs, blocks * bits / 8, rounded up), low bits
+        first."""
         assert self.zeros is not None
         if self.bits == 8:
             return self.zeros
-        return two_a_byte(nn.functional.pad(self.zeros, (0, self.zeros.shape[1] % 2)))
+        return pack_nibbles(nn.functional.pad(self.zeros, (0, self.zeros.shape[1] % 2)))
 
     @classmethod
     def of(cls, numbers: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, inputs: int) -> Blocks:
-        """numbers (outputs, blocks, block), scales and zeros (outputs, blocks, 1), all float32."""
+        """Build from float32 tensors. numbers: (outputs, blocks, block); scales, zeros: (outputs, blocks, 1)."""
         kept = zeros.squeeze(-1).to(torch.uint8) if grid.asymmetric else None
         return cls(numbers.to(torch.uint8), scales.squeeze(-1), grid.bits, inputs, kept)
 
     @classmethod
     def stacked(cls, parts: list[Blocks]) -> Blocks:
-        """Weights of the same inputs and kind, the outputs of one after those of the other."""
+        """Concatenate weights of the same inputs and grid along the outputs."""
         numbers, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
         zeros = [part.zeros for part in parts if part.zeros is not None]
         return cls(numbers, scales, parts[0].bits, parts[0].inputs, torch.cat(zeros) if zeros else None)
 
     @classmethod
     def unpacked(cls, packed: Tensor, scales: Tensor, bits: int, inputs: int, zeros: Tensor | None = None) -> Blocks:
-        """What ``packed`` and ``packed_zeros`` made, read back."""
+        """Read back what ``packed`` and ``packed_zeros`` returned."""
         if bits == 4:
-            packed, zeros = one_a_byte(packed), None if zeros is None else one_a_byte(zeros)
+            packed, zeros = unpack_nibbles(packed), None if zeros is None else unpack_nibbles(zeros)
         outputs, blocks = packed.shape[:2]
         zeros = None if zeros is None else zeros.reshape(outputs, -1)[:, :blocks]
         return cls(packed, scales.reshape(outputs, blocks), bits, inputs, zeros)
 
 
-def two_a_byte(numbers: Tensor) -> Tensor:
-    """uint8 (..., count) with 4 bits each -> (..., count / 2), the first of two in the lower half."""
+def pack_nibbles(numbers: Tensor) -> Tensor:
+    """Pack 4-bit numbers, uint8 (..., count), into (..., count / 2), the first of two in the lower half of a byte."""
     return numbers[..., ::2] | (numbers[..., 1::2] << 4)
 
 
-def one_a_byte(packed: Tensor) -> Tensor:
-    """What ``two_a_byte`` put together, apart."""
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Unpack what ``pack_nibbles`` packed."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Blocks:
-    """Quantizes a weight (outputs, inputs), each block with the scale, of a few, that errs least in the square."""
+    """Quantize a weight (outputs, inputs) by rounding.
+
+    Each block gets the scale, of a few, with the least squared error.
+    """
     found = []
     for some in weight.split(max(1, _ELEMENTS_AT_ONCE // weight.shape[1])):
         rows = in_blocks(some.float(), grid.block)
@@ -86,22 +93,23 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> Blocks:
 
 
 def rounding_error(weight: Tensor, grid: Grid) -> float:
-    """The mean square error that rounding a weight (outputs, inputs) to a symmetric grid may be expected to make."""
+    """Estimate the mean squared error of rounding a weight (outputs, inputs) to a symmetric grid."""
     steps = torch.linalg.vector_norm(in_blocks(weight.float(), grid.block), torch.inf, dim=-1) / grid.middle
     return float(steps.square().mean()) / 12
 
 
 def in_blocks(rows: Tensor, block: int) -> Tensor:
-    """(outputs, inputs) -> (outputs, blocks, block), padded with zeros."""
+    """Split (outputs, inputs) into (outputs, blocks, block), padded with zeros."""
     count = -(-rows.shape[1] // block)
     missing = count * block - rows.shape[1]
     return (nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(1, (count, block))
 
 
 def best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales, and the numbers that mean zero: both float32 (outputs, blocks, 1).
+    """Return scales and zero points, both float32 (outputs, blocks, 1).
 
-    Symmetric: the largest value goes to the side that has one number more, unless scales must be positive.
+    ``importance`` (blocks, block) weights the squared errors. With a symmetric grid the largest value takes the side
+    with one number more, unless scales must be positive.
     """
     if grid.asymmetric:
         low, high = rows.amin(-1, keepdim=True).clamp(max=0), rows.amax(-1, keepdim=True).clamp(min=0)
@@ -125,5 +133,8 @@ def best_scales(rows: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, T
 
 
 def rounded(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
-    """The nearest numbers, as float32. out: the memory for them; new memory costs more than the arithmetic."""
+    """Round to the nearest numbers, as float32.
+
+    ``out`` is the memory for them: allocating it costs more than the arithmetic.
+    """
     return torch.div(rows, scale, out=out).add_(zero).round_().clamp_(0, grid.top)

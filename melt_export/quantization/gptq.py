@@ -1,4 +1,5 @@
-"""GPTQ (arXiv 2210.17323): weights quantized column by column, each error spread over the columns still to come."""
+"""GPTQ (arXiv 2210.17323): weights are quantized column by column, and each error is spread over the columns to
+come."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from torch import Tensor
 from .blocks import Blocks, best_scales, in_blocks, rounded
 from .options import Grid
 
-_DAMPING = 0.1  # of the mean of a Hessian's diagonal: the text that comes is not the one that was seen
-_ROWS_AT_ONCE = 2048  # of a weight: enough for fast matmuls, and a large head is never copied as a whole
-_COLUMNS_ONE_BY_ONE = 16  # fewer would make more calls than matmuls save
+_DAMPING = 0.1  # share of the mean of a Hessian's diagonal: other texts differ from the calibration text
+_ROWS_AT_ONCE = 2048  # of a weight: enough for fast matmuls, without a copy of a whole large head
+_COLUMNS_ONE_BY_ONE = 16  # with fewer, calls would cost more than matmuls save
 
 
 @dataclass(frozen=True)
 class InverseHessian:
-    """A Hessian's inverse as GPTQ reads it, for all weights that share the Hessian.
+    """A Hessian's inverse in the form that GPTQ reads, for all weights that share the Hessian.
 
-    order (inputs,): columns, those that matter most first. factor: as ``inverse_factor`` has it, of the columns in that
-    order. importance (inputs,): how much an error in a column costs that the other columns cannot make up for. The
-    last two are float32.
+    - ``order``: (inputs,), the columns, largest diagonal first.
+    - ``factor``: (inputs, inputs) float32, the ``inverse_factor`` of the Hessian in that order.
+    - ``importance``: (inputs,) float32, the cost of an error in a column that the other columns cannot compensate.
     """
 
     order: Tensor
@@ -30,7 +31,10 @@ class InverseHessian:
 
     @classmethod
     def of(cls, hessian: Tensor) -> InverseHessian | None:
-        """hessian (inputs, inputs): the sum of x x^T over a matmul's inputs x. None where these were all zero."""
+        """Compute the inverse. hessian: (inputs, inputs), the sum of x x^T over a matmul's inputs x.
+
+        None if all were zero.
+        """
         diagonal = hessian.diagonal()
         mean = float(diagonal.double().mean())
         if not mean > 0:
@@ -60,13 +64,13 @@ def gptq(weight: Tensor, inverse: InverseHessian, grid: Grid) -> Blocks:
 
 
 def _quantized(rows: Tensor, inverse: InverseHessian, grid: Grid) -> Blocks:
-    """Quantize rows (outputs, inputs) of a weight."""
+    """Quantize rows of a weight, (outputs, inputs)."""
     blocks = in_blocks(rows, grid.block)
     scales, zeros = best_scales(blocks, grid, in_blocks(inverse.importance[None], grid.block)[0])
     columns = rows.t()[inverse.order]
     steps, middles = (part.squeeze(-1).t().contiguous() for part in (scales, zeros))
     solve(columns, inverse.factor, steps, middles, (inverse.order // grid.block).tolist(), grid)
-    numbers = zeros.expand(blocks.shape).flatten(1).clone()  # padding means zero, whatever number stands for it
+    numbers = zeros.expand(blocks.shape).flatten(1).clone()  # padding is zero, so its numbers are zero points
     numbers[:, inverse.order] = columns.t()
     return Blocks.of(numbers.view(blocks.shape), scales, zeros, grid, rows.shape[1])
 
@@ -81,7 +85,7 @@ def solve(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, block_
     pivots = factor.diagonal().tolist()
 
     def halve(start: int, end: int) -> None:
-        """Quantize columns start to end, which have taken up the errors of all columns before start."""
+        """Quantize columns start to end, to which the errors of all columns before start have been added."""
         if end - start > _COLUMNS_ONE_BY_ONE:
             middle = (start + end) // 2
             halve(start, middle)

@@ -1,9 +1,9 @@
-"""Weights stored in 4 or 8 bits: which products, in what form, and what the stored numbers mean.
+"""Weights in 4 or 8 bits: which ones, in which ONNX form.
 
-A weight is cut into blocks along its inputs; each block has one scale, and whole numbers beside it. ONNX Runtime reads
-them in one operator (MatMulNBits) and computes on activations in 8 bits, which is where most of the time is saved.
-In the standard dialect a DequantizeLinear stands before the product, for engines: there 8 bits have a scale for each
-output instead of blocks, and all scales are positive, because TensorRT reads no others.
+A weight is split into blocks along its inputs; each block has a scale and whole numbers. ONNX Runtime reads them in one
+operator (MatMulNBits) and computes on 8-bit activations, which saves most of the time. In the standard dialect a
+DequantizeLinear stands before the matmul, for engines: there 8 bits have one scale per output instead of blocks, and
+all scales are positive, because TensorRT reads no others.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ..errors import ExportError
 from ..graph.cleanup import CHECKPOINT_NAME, TRANSPOSED
 from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.external_weights import COMPUTED
-from ..graph.merge_matmuls import FEWEST_COLUMNS, PARTS
-from .blocks import Blocks, round_to_nearest, two_a_byte
+from ..graph.merge_matmuls import MERGED, MIN_COLUMNS
+from .blocks import Blocks, pack_nibbles, round_to_nearest
 from .gptq import InverseHessian, gptq
 from .options import BITS, Grid, WeightOptions
 from .sensitivity import most_sensitive
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-# Multiplying with activations in 8 bits; without the attribute they stay float32.
+# Attribute for 8-bit activations; without it they stay float32.
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
 _LEAST_SCALE = 2.0**-16
 
 
 def check_patterns(options: WeightOptions, weights: Weights) -> None:
-    """Raises ExportError for a pattern that matches no weight: it is misspelt."""
+    """Raise ExportError for a pattern that matches no weight and is probably misspelt."""
     for pattern in (*options.keep, *options.int8):
         if not _matches((*weights, HEAD), (pattern,)):
             raise ExportError(f"the pattern {pattern!r} matches no weight of the checkpoint")
@@ -50,8 +50,11 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was seen of products on a text, by checkpoint name: the ``hessians`` of those that are calibrated, and what
-    4 bits would ``cost`` each, where some are to have 8."""
+    """Statistics of matmuls on a calibration text, by checkpoint name.
+
+    - ``hessians``: of calibrated weights.
+    - ``cost``: the estimated loss of storing a weight in 4 bits, where some are to have 8.
+    """
 
     hessians: Mapping[str, Tensor] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
@@ -60,26 +63,26 @@ class Statistics:
 def quantize_matmuls(
     model: ir.Model, options: WeightOptions, seen: Statistics, operator: str, dtype: torch.dtype
 ) -> list[str]:
-    """Gives products with checkpoint weights quantized ones, in place; the numbers are computed when written.
+    """Replace matmuls with checkpoint weights by quantized ones, in place. Weights are quantized when they are written.
 
-    operator: what reads the numbers, MATMUL_NBITS or DEQUANTIZE; dtype: of the products. Returns the names of those
-    that have 8 bits within the share that may.
+    ``operator`` reads them: MATMUL_NBITS or DEQUANTIZE. ``dtype`` is the matmuls' type. Returns the names of the
+    weights that get 8 bits out of ``int8_share``.
     """
-    spell = _nbits if operator == MATMUL_NBITS else _dequantize
-    products = list(_products(model.graph, options, seen.hessians))
-    raised = _raised([product for _, product in products], options, seen.cost)
-    for node, product in products:
-        if product.label in raised:
-            product.bits = 8
-        spell(model.graph, node, product, dtype)
+    insert = _nbits if operator == MATMUL_NBITS else _dequantize
+    matmuls = list(_matmuls(model.graph, options, seen.hessians))
+    raised = _raised([matmul for _, matmul in matmuls], options, seen.cost)
+    for node, matmul in matmuls:
+        if matmul.label in raised:
+            matmul.bits = 8
+        insert(model.graph, node, matmul, dtype)
     passes.RemoveUnusedNodesPass()(model)
     return sorted(raised)
 
 
-def _products(
+def _matmuls(
     graph: ir.Graph, options: WeightOptions, hessians: Mapping[str, Tensor]
-) -> Iterator[tuple[ir.Node, _Product]]:
-    """The products to be quantized, and the nodes that compute them."""
+) -> Iterator[tuple[ir.Node, _QuantizedMatmul]]:
+    """Yield the matmuls to quantize, with their nodes."""
     for node in list(graph.all_nodes()):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None:
@@ -90,30 +93,30 @@ def _products(
         name = None if source is None else source.meta.get(CHECKPOINT_NAME)
         if source is None or name is None or source.shape is None or not (tied or source.meta.get(TRANSPOSED)):
             continue
-        parts = tuple(source.meta.get(PARTS) or (name,))
+        parts = tuple(source.meta.get(MERGED) or (name,))
         names = (HEAD,) if tied else parts
         inputs, outputs = [int(size) for size in source.shape][:: -1 if tied else 1]  # type: ignore[arg-type]
-        if outputs < FEWEST_COLUMNS or _matches(names, options.keep):
+        if outputs < MIN_COLUMNS or _matches(names, options.keep):
             continue
         kind = options.head if name in (HEAD, EMBEDDING) else "int8" if _matches(parts, options.int8) else options.kind
         label = HEAD if name == EMBEDDING else str(name)
-        yield node, _Product(parts, label, inputs, outputs, BITS[kind], options, hessians)
+        yield node, _QuantizedMatmul(parts, label, inputs, outputs, BITS[kind], options, hessians)
 
 
-def _raised(products: list[_Product], options: WeightOptions, cost: Mapping[str, float]) -> set[str]:
-    """The labels of those products that suffer most from 4 bits and may have 8."""
-    narrow = [product for product in products if product.bits == BITS["int4"] and product.label != HEAD]
+def _raised(matmuls: list[_QuantizedMatmul], options: WeightOptions, cost: Mapping[str, float]) -> set[str]:
+    """Return the labels of the matmuls that lose most in 4 bits and get 8."""
+    narrow = [matmul for matmul in matmuls if matmul.bits == BITS["int4"] and matmul.label != HEAD]
     if not cost or not narrow:
         return set()
-    sizes = {product.label: product.inputs * product.outputs // 2 for product in narrow}  # what 4 more bits take
-    costs = {product.label: sum(cost.get(part, 0.0) for part in product.parts) for product in narrow}
-    with_scales = 1 + 8 / options.block  # a float32 scale for so many numbers of 4 bits
+    sizes = {matmul.label: matmul.inputs * matmul.outputs // 2 for matmul in narrow}  # bytes of 4 more bits
+    costs = {matmul.label: sum(cost.get(part, 0.0) for part in matmul.parts) for matmul in narrow}
+    with_scales = 1 + 8 / options.block  # relative size of a block with its float32 scale
     return most_sensitive(sizes, costs, options.share * sum(sizes.values()) * with_scales)
 
 
 @dataclass
-class _Product:
-    """A product to be quantized: the weights that lie side by side in it, (inputs, outputs) in all, and their label."""
+class _QuantizedMatmul:
+    """A matmul to quantize: the names of its (merged) weights, its label, and its size."""
 
     parts: tuple[str, ...]
     label: str
@@ -124,8 +127,11 @@ class _Product:
     hessians: Mapping[str, Tensor]
 
     def values(self, graph: ir.Graph, grid: Grid, stored: Mapping[str, _Stored]) -> list[ir.Value]:
-        """Initializers, in this order, that are computed when they are written, one after the other."""
-        memo: list[Blocks] = []  # from the first that is written to the last
+        """Add the initializers of ``stored`` to the graph.
+
+        They are computed when they are written, one after the other.
+        """
+        memo: list[Blocks] = []  # kept between the first and the last initializer that is written
         found = []
 
         def reader(suffix: str) -> Callable[[Weights], Tensor]:
@@ -145,11 +151,11 @@ class _Product:
         return found
 
     def _quantized(self, weights: Weights, grid: Grid) -> Blocks:
-        """Packed products lie side by side, and each output has blocks of its own."""
+        """Quantize the merged weights one by one and stack their outputs."""
         found, inverses = [], dict[int, InverseHessian | None]()
         for part in self.parts:
             weight, hessian = weights.tensor(part), self.hessians.get(HEAD if part == EMBEDDING else part)
-            if id(hessian) not in inverses:  # parts with one input share it
+            if id(hessian) not in inverses:  # weights with one input share it
                 inverses[id(hessian)] = None if hessian is None else InverseHessian.of(hessian)
             inverse = inverses[id(hessian)]
             found.append(round_to_nearest(weight, grid) if inverse is None else gptq(weight, inverse, grid))
@@ -158,26 +164,26 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Stored:
-    """An initializer's type and shape, and how it is made of a product's blocks."""
+    """Type and shape of an initializer, and the function that makes it from Blocks."""
 
     dtype: ir.DataType
     shape: tuple[int, ...]
     form: Callable[[Blocks], Tensor]
 
 
-def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype) -> None:
-    """Puts a MatMulNBits in the place of a product."""
-    grid = product.options.grid(product.bits)
-    bits, block, count = grid.bits, grid.block, -(-product.inputs // grid.block)
+def _nbits(graph: ir.Graph, node: ir.Node, matmul: _QuantizedMatmul, dtype: torch.dtype) -> None:
+    """Replace a MatMul by a MatMulNBits."""
+    grid = matmul.options.grid(matmul.bits)
+    bits, block, count = grid.bits, grid.block, -(-matmul.inputs // grid.block)
     stored = {
-        "q": _Stored(ir.DataType.UINT8, (product.outputs, count, block * bits // 8), Blocks.packed),
-        "scales": _Stored(ir.DataType.FLOAT, (product.outputs, count), lambda blocks: blocks.scales),
+        "q": _Stored(ir.DataType.UINT8, (matmul.outputs, count, block * bits // 8), Blocks.packed),
+        "scales": _Stored(ir.DataType.FLOAT, (matmul.outputs, count), lambda blocks: blocks.scales),
     }
     if grid.asymmetric:
-        stored["zeros"] = _Stored(ir.DataType.UINT8, (product.outputs, -(-count * bits // 8)), Blocks.packed_zeros)
-    operands = product.values(graph, grid, stored)
-    attributes = {"K": product.inputs, "N": product.outputs, "bits": bits, "block_size": block}
-    if product.options.activations == "int8":
+        stored["zeros"] = _Stored(ir.DataType.UINT8, (matmul.outputs, -(-count * bits // 8)), Blocks.packed_zeros)
+    operands = matmul.values(graph, grid, stored)
+    attributes = {"K": matmul.inputs, "N": matmul.outputs, "bits": bits, "block_size": block}
+    if matmul.options.activations == "int8":
         attributes[ACCURACY] = _INT8_ACTIVATIONS
     path = str(node.name).removesuffix("/MatMul").removesuffix("MatMul")
     made = ir.node(
@@ -191,27 +197,27 @@ def _nbits(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype
     _own_graph(node).remove(node, safe=True)
 
 
-def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.dtype) -> None:
-    """Puts a DequantizeLinear before a product; where blocks do not fit, 8 bits and a scale for each output."""
-    block = product.options.block
-    if product.inputs % block or product.outputs % 2:
-        product.bits = 8
-    blocked = product.bits == 4
-    block = block if blocked else product.inputs
+def _dequantize(graph: ir.Graph, node: ir.Node, matmul: _QuantizedMatmul, dtype: torch.dtype) -> None:
+    """Insert a DequantizeLinear before a MatMul. If blocks do not fit, 8 bits with one scale per output are used."""
+    block = matmul.options.block
+    if matmul.inputs % block or matmul.outputs % 2:
+        matmul.bits = 8
+    blocked = matmul.bits == 4
+    block = block if blocked else matmul.inputs
     numbers = ir.DataType.INT4 if blocked else ir.DataType.INT8
-    scales = (product.inputs // block, product.outputs) if blocked else (product.outputs,)
+    scales = (matmul.inputs // block, matmul.outputs) if blocked else (matmul.outputs,)
     kind = tensor_adapters.from_torch_dtype(dtype)
     stored = {
-        "q": _Stored(numbers, (product.inputs, product.outputs), _signed),
+        "q": _Stored(numbers, (matmul.inputs, matmul.outputs), _signed),
         "scales": _Stored(kind, scales, lambda blocks: _scales(blocks, dtype).reshape(scales)),
     }
-    operands = product.values(graph, Grid(product.bits, block, positive=True), stored)
+    operands = matmul.values(graph, Grid(matmul.bits, block, positive=True), stored)
     attributes = {"axis": 0, "block_size": block} if blocked else {"axis": 1}
     made = ir.node(DEQUANTIZE, operands, attributes, name=f"{str(node.name).removesuffix('/MatMul')}/DequantizeLinear")
     new = made.outputs[0]
     new.name, new.shape, new.type = (
-        f"{product.label}.wide",
-        ir.Shape((product.inputs, product.outputs)),
+        f"{matmul.label}.wide",
+        ir.Shape((matmul.inputs, matmul.outputs)),
         ir.TensorType(kind),
     )
     _own_graph(node).insert_before(node, made)
@@ -219,26 +225,27 @@ def _dequantize(graph: ir.Graph, node: ir.Node, product: _Product, dtype: torch.
 
 
 def _own_graph(node: ir.Node) -> ir.Graph:
-    """The graph, or the branch of an If, in which a node stands."""
+    """Return the graph, or the branch of an If, that contains a node."""
     assert isinstance(node.graph, ir.Graph)
     return node.graph
 
 
 def _signed(blocks: Blocks) -> Tensor:
-    """The numbers (inputs, outputs) int8; of 4 bits two a byte, the first in its lower half: (inputs, outputs / 2)."""
+    """Return the numbers as int8 (inputs, outputs), or in 4 bits as (inputs, outputs / 2), the first of two in the
+    lower half."""
     numbers = (blocks.numbers.flatten(1).t().to(torch.int16) - (1 << (blocks.bits - 1))).to(torch.int8).contiguous()
     if blocks.bits == 8:
         return numbers
-    return two_a_byte(numbers.view(torch.uint8) & 15)
+    return pack_nibbles(numbers.view(torch.uint8) & 15)
 
 
 def _scales(blocks: Blocks, dtype: torch.dtype) -> Tensor:
-    """(blocks, outputs) as stored. Never zero, whatever float16 makes of a small one."""
+    """Return the scales to store, (blocks, outputs), never zero even in float16."""
     return blocks.scales.t().clamp(min=_LEAST_SCALE).to(dtype)
 
 
 def halve_embedding(model: ir.Model) -> None:
-    """Stores the embedding as float16, widened after the rows are looked up. In place."""
+    """Store the embedding as float16 and widen it after the lookup. In place."""
     graph = model.graph
     (node,) = (node for node in graph if node.op_type == "Gather")
     table = node.inputs[0]

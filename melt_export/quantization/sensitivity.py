@@ -1,4 +1,4 @@
-"""Which products suffer most from 4 bits: measured on a text, so that few extra bytes go where they help most."""
+"""Sensitivity of each weight to 4 bits, measured on a text, to choose those that get 8."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..reference.pytorch import every_loop
 from .blocks import rounding_error
 from .options import Grid
 
-_TOKENS = 64  # of a sequence: what is kept for the gradients grows with them
-_SHARE = 4  # of the calibration's sequences every so many
+_TOKENS = 64  # per sequence: the memory for gradients grows with them
+_SHARE = 4  # uses one of so many calibration sequences
 
 
 def sensitivities(
@@ -44,7 +44,7 @@ def sensitivities(
 
 
 def most_sensitive(sizes: Mapping[str, int], costs: Mapping[str, float], budget: float) -> set[str]:
-    """The names whose costs go first for as many of ``sizes`` as fit into ``budget``: greatest cost a size first."""
+    """Choose names to fit into ``budget`` bytes, sorted by cost per byte, highest first."""
     chosen, left = set(), budget
     for name in sorted(sizes, key=lambda name: costs[name] / sizes[name], reverse=True):
         if sizes[name] <= left:
@@ -58,7 +58,7 @@ def _products(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _watch(name: str, found: dict[str, float]) -> Callable[..., None]:
-    """A hook that adds up, over tokens, the squared lengths of a product's input and of its output's gradient."""
+    """Return a hook that adds up, over tokens, |input|^2 |gradient of the output|^2 of a matmul."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         lengths = inputs[0].detach().float().square().sum(-1)
@@ -72,7 +72,7 @@ def _watch(name: str, found: dict[str, float]) -> Callable[..., None]:
 
 
 def _text_loss(model: nn.Module, ids: list[int], loops: int, chunk: int) -> Tensor:
-    """The sum over a sequence's tokens of how badly each is foreseen, in nats; gradients go back to the embedding."""
+    """Return the summed cross-entropy of a sequence's tokens, in nats. Gradients flow back to the embedding."""
     tokens = torch.tensor([ids])
     embedded = model.get_submodule("model.embed_tokens")(tokens).float().requires_grad_()
     with Float32Matmul():

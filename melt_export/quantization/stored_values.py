@@ -1,4 +1,4 @@
-"""What the numbers of a quantized package stand for, for the PyTorch that it is compared with."""
+"""Dequantized values of a package, for the PyTorch that it is compared with."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def as_packaged(package: Path) -> Callable[[nn.Module], Stored | None]:
 
 
 def dequantized(model: nn.Module, package: Path) -> None:
-    """Replaces a PyTorch model's weights by what its quantized package has stored: float32, in place.
+    """Replace a PyTorch model's weights by the values that its quantized package stores: float32, in place.
 
-    Raises ExportError where a product of the package is none of the model's.
+    Raises ExportError for a weight of the package that the model lacks.
     """
     linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for graph in ("loop_step", "lm_head"):
@@ -69,7 +69,7 @@ _STORED_VALUES = {MATMUL_NBITS: _nbits_values, DEQUANTIZE: _dequantize_values}
 
 
 def stored_values(node: ir.Node) -> tuple[str, Tensor]:
-    """The name of the weight that a node reads, and what its numbers stand for: float32 (outputs, inputs)."""
+    """Return the name of the weight that a node reads, and its dequantized values, float32 (outputs, inputs)."""
     return _STORED_VALUES[node.op_type](node)
 
 
