@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -36,22 +35,14 @@ STYLE: dict[str, Any] = {
 }
 
 
+def loaded_machine() -> dict[str, Any]:
+    """Return facts about the machine, with the present load average. Call it before measuring."""
+    return machine_facts.describe_machine()
+
+
 def machine() -> dict[str, Any]:
     """Return facts about the machine that matter for figures, without its name."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
-def loaded_machine() -> dict[str, Any]:
-    """Return ``machine`` with the present load average. Call it before measuring."""
-    return {**machine(), "load_at_start": round(os.getloadavg()[0], 2)}
+    return {name: fact for name, fact in loaded_machine().items() if name != "load_at_start"}
 
 
 def versions(*libraries: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS, PRECISIONS
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from .options import ExportOptions
@@ -292,14 +293,12 @@ def verify_command(
 
 def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:
     """Print a table that describes a finished package."""
-    from .export import human_bytes
-
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_row("package", str(output))
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
-    table.add_row("graphs and weights", human_bytes(manifest.weights_bytes))
+    table.add_row("graphs and weights", decimal(manifest.weights_bytes))
     if manifest.weights:
         raised = len(manifest.weights.get("raised", ()))
         line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
@@ -310,9 +309,7 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
         table.add_row("cache", "{kind}, one scale per channel".format(**manifest.cache))
     most = manifest.most_loops
     depth = "any loops" if most is None else "one loop" if most == 1 else f"caches for {most} loops"
-    table.add_row(
-        "state, one sequence", f"{human_bytes(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}"
-    )
+    table.add_row("state, one sequence", f"{decimal(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}")
     if "tokenizer.json" not in manifest.files:
         table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")

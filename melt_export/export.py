@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,9 +226,3 @@ def _plain(value: Any) -> Any:
     except ValueError as error:
         raise ExportError(f"the configuration cannot be written as JSON: {error}") from error
     return json.loads(text)
-
-
-def human_bytes(count: float) -> str:
-    """Format a number of bytes in decimal units: 1536 -> "1.54 KB"."""
-    unit = min(int(math.log10(count) // 3), 4) if count >= 1 else 0
-    return f"{count / 1000**unit:.{0 if unit == 0 else 2}f} {('B', 'KB', 'MB', 'GB', 'TB')[unit]}"

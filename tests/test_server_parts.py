@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from melt_runtime.server.grammar import Grammars
 from melt_runtime.server.guard import Keys
 from melt_runtime.server.metrics import prometheus
 from melt_runtime.server.streaming import Backlog, Feed
+from prometheus_client.parser import text_string_to_metric_families
 from serving import eventually
 
 
@@ -23,8 +25,13 @@ def test_buckets_are_cumulative_and_depths_counted_together_have_no_bound() -> N
         SchedulerMetrics(1, 2, 4, dict.fromkeys(OUTCOMES, 0), 7, 9, {2: 5, 4: 3, 64: 1}, times, times, 100, 200, 3, 48),
         unread=17,
     )
-    lines = page.splitlines()
+    lines = [line.removesuffix(".0") for line in page.splitlines()]
     for line in (
+        "# HELP melt_requests_total Requests that ended, by outcome.",
+        "# TYPE melt_requests_total counter",
+        'melt_requests_total{outcome="refused"} 0',
+        "# TYPE melt_first_token_seconds histogram",
+        "# TYPE melt_unread_tokens gauge",
         'melt_first_token_seconds_bucket{le="0.1"} 2',
         'melt_first_token_seconds_bucket{le="1"} 5',
         'melt_first_token_seconds_bucket{le="+Inf"} 9',
@@ -40,6 +47,9 @@ def test_buckets_are_cumulative_and_depths_counted_together_have_no_bound() -> N
         assert line in lines
     assert not any('le="64"' in line for line in lines)
     assert page.endswith("\n")
+    families = {family.name: family.type for family in text_string_to_metric_families(page)}
+    assert all(name.startswith("melt_") for name in families)  # nothing of the process, which the library would add
+    assert Counter(families.values()) == {"gauge": 7, "counter": 5, "histogram": 3}
 
 
 def test_keys_come_from_variable_and_file_together(tmp_path: Path) -> None:

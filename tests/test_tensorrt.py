@@ -19,9 +19,9 @@ from conftest import MakeCheckpoint, MakePackage
 from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
 from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime
 from melt_runtime.backends import tensorrt
-from melt_runtime.backends.base import LoopControl
 from melt_runtime.backends.buffers import widened
 from melt_runtime.backends.choose import Environment, choices
+from melt_runtime.backends.control import LoopControl
 from melt_runtime.backends.device_memory import layout
 from melt_runtime.backends.execution import Recordings
 from melt_runtime.backends.tensorrt import TensorRTBackend

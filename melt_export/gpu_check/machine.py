@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from melt_runtime.backends.cuda import open_device
+from melt_runtime.machine import describe_machine, resident
 
 _COPIES = 20
 
@@ -33,16 +32,12 @@ class HostMachine:
 
     def facts(self) -> dict[str, Any]:
         """Processor, cores and memory."""
-        file = Path("/proc/cpuinfo")
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return {"host": model or platform.machine(), "cores": os.cpu_count(), "memory_bytes": memory}
+        about = describe_machine()
+        return {"host": about["cpu"], "cores": about["cores"], "memory_bytes": about["memory_bytes"]}
 
     def memory_used(self) -> int:
         """Resident memory of this process."""
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+        return resident("VmRSS") or 0
 
     def bandwidth(self, size: int) -> dict[str, Any]:
         """Of one thread's copies in host memory."""

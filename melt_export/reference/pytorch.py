@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from melt_models import LoopLMForCausalLM, MeltForCausalLM
+from melt_models import LoopLMForCausalLM
 from melt_models.cache import MeltCache, Stored
 from melt_models.checkpoint import load_model
 from melt_models.looplm import causal_mask
@@ -56,9 +57,17 @@ def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
     return {"num_loops": loops, "chunk_size": chunk, "exit_threshold": 1.0}
 
 
-class Reference(Protocol):
+class Reference(ABC):
     """A checkpoint computed by PyTorch, one sequence at a time."""
 
+    def __init__(self, model: Any, device: str = "cpu", stored: Stored | None = None):
+        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+
+    @abstractmethod
+    def _cache(self) -> Any:
+        """Return an empty cache."""
+
+    @abstractmethod
     def traces(
         self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
@@ -66,9 +75,31 @@ class Reference(Protocol):
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
         """Return the float32 logits (tokens, vocab) of a new sequence; every token runs all loops."""
+        with _computing():
+            output = self.model(
+                torch.tensor([list(ids)], device=self.device),
+                past_key_values=self._cache(),
+                **every_loop(self.model, loops, chunk),
+            )
+            return output.logits[0].float().cpu().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """Return ``count`` greedy tokens, and for each the difference between the best and the second-best logit."""
+        cache = self._cache()
+        ids, tokens, margins = list(prompt), [], []
+        with _computing():
+            for _ in range(count):
+                output = self.model(
+                    torch.tensor([ids], device=self.device),
+                    past_key_values=cache,
+                    **every_loop(self.model, loops, chunk),
+                    logits_to_keep=1,
+                )
+                best = output.logits[0, -1].topk(2)
+                tokens.append(int(best.indices[0]))
+                margins.append(float(best.values[0] - best.values[1]))
+                ids = tokens[-1:]
+        return tokens, margins
 
 
 def open_reference(
@@ -85,11 +116,8 @@ def open_reference(
     return found(model.to(device), device, stored)  # type: ignore[arg-type]
 
 
-class MeltReference:
-    """A MELT checkpoint computed by PyTorch. The methods are those of ``Reference``."""
-
-    def __init__(self, model: MeltForCausalLM, device: str = "cpu", stored: Stored | None = None):
-        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+class MeltReference(Reference):
+    """A MELT checkpoint computed by PyTorch."""
 
     def _cache(self) -> MeltCache:
         return MeltCache(self.config.num_hidden_layers, self.stored)
@@ -120,32 +148,6 @@ class MeltReference:
                 depths += depth.tolist()
         return traces, depths
 
-    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
-        with _computing():
-            output = self.model(
-                torch.tensor([list(ids)], device=self.device),
-                past_key_values=self._cache(),
-                **every_loop(self.model, loops, chunk),
-            )
-            return output.logits[0].float().cpu().numpy()
-
-    def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
-        cache = self._cache()
-        ids, tokens, margins = list(prompt), [], []
-        with _computing():
-            for _ in range(count):
-                output = self.model(
-                    torch.tensor([ids], device=self.device),
-                    past_key_values=cache,
-                    **every_loop(self.model, loops, chunk),
-                    logits_to_keep=1,
-                )
-                best = output.logits[0, -1].topk(2)
-                tokens.append(int(best.indices[0]))
-                margins.append(float(best.values[0] - best.values[1]))
-                ids = tokens[-1:]
-        return tokens, margins
-
 
 class _StoringCache(DynamicCache):
     """A cache that keeps ``stored(layer, key, value)`` instead of new keys and values, alike in every loop."""
@@ -161,14 +163,11 @@ class _StoringCache(DynamicCache):
         return super().update(*rows, layer_idx, *args, **kwargs)
 
 
-class LoopLMReference:
-    """A LoopLM checkpoint computed by PyTorch. The methods are those of ``Reference``.
+class LoopLMReference(Reference):
+    """A LoopLM checkpoint computed by PyTorch.
 
     Every loop has caches of its own, so results do not depend on chunks, and every token runs all loops.
     """
-
-    def __init__(self, model: LoopLMForCausalLM, device: str = "cpu", stored: Stored | None = None):
-        self.model, self.config, self.device, self.stored = model, model.config, device, stored
 
     def _cache(self) -> DynamicCache:
         return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
@@ -199,29 +198,3 @@ class LoopLMReference:
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
         return traces, [loops] * sum(map(len, chunks))
-
-    def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
-        with _computing():
-            output = self.model(
-                torch.tensor([list(ids)], device=self.device),
-                past_key_values=self._cache(),
-                **every_loop(self.model, loops, chunk),
-            )
-            return output.logits[0].float().cpu().numpy()
-
-    def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
-        cache = self._cache()
-        ids, tokens, margins = list(prompt), [], []
-        with _computing():
-            for _ in range(count):
-                output = self.model(
-                    torch.tensor([ids], device=self.device),
-                    past_key_values=cache,
-                    **every_loop(self.model, loops, chunk),
-                    logits_to_keep=1,
-                )
-                best = output.logits[0, -1].topk(2)
-                tokens.append(int(best.indices[0]))
-                margins.append(float(best.values[0] - best.values[1]))
-                ids = tokens[-1:]
-        return tokens, margins

@@ -19,7 +19,6 @@ from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..package.specs import ITEM_BYTES, StateSpec, new_positions_shape
 from ..sampling.top_candidates import Candidates
-from .base import LoopControl
 from .bindings import (
     Binding,
     Bindings,
@@ -33,6 +32,7 @@ from .bindings import (
     state_buffers,
     with_offsets,
 )
+from .control import LoopControl
 
 _MAX_BINDINGS = 32
 FLOAT32 = np.dtype(np.float32)
@@ -141,13 +141,14 @@ class BufferState(ABC):
         return made
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
-        """Embed token_ids (batch, chunk)."""
+        """Embed token_ids (batch, chunk) into the hidden buffer."""
         self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
         self.put("input_ids", token_ids)
         self.run_embed()
 
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
-        """Run one loop step over the chunk. Return the exit probability (batch, chunk), valid until the next call."""
+        """Run one loop step and swap hidden and latent. Return the exit probability (batch, chunk), valid until the
+        next call."""
         self.run_loop(*self.prepare(control))
         return self._exits()
 
@@ -159,8 +160,9 @@ class BufferState(ABC):
         head: bool,
         between: Callable[[], None] | None = None,
     ) -> None:
-        """Run a chunk from token ids to cached positions, without decisions in between. ``control`` is the first
-        loop's.
+        """Run ``embed``, ``loops`` loop steps and ``commit`` without decisions in between. ``control`` is the first
+        loop's. ``between``: called between loops that are launched one by one; an exception in it ends the chunk, whose
+        positions then do not count.
 
         ``head``: a hint that logits are needed next. For one token the head then runs at once: after each graph the
         processor's caches are full of weights, so any work between two graphs takes several times longer.
@@ -206,7 +208,8 @@ class BufferState(ABC):
         return np.concatenate([self.logits(column[:, None]).copy() for column in columns.T], axis=1)
 
     def candidates(self, columns: NDArray[np.int64]) -> list[Candidates] | None:
-        """Return None: all logits are cheap to read."""
+        """Return the top candidates after columns (batch, 1), one per sequence; here None, because all logits are cheap
+        to read."""
         return None
 
     def exit_probability(self) -> NDArray[np.float32]:

@@ -193,18 +193,15 @@ class DeviceState(BufferState):
         Otherwise ONNX Runtime would copy them across once, at binding, and never again.
         """
         binding = self.backend.sessions[graph].io_binding()
+        kind, index = self.buffers.kind, self.backend.device_index
         for tensor in inputs:
             if self.backend.on_device[graph][tensor.tensor]:
-                self._bind_tensor(
-                    binding.bind_input, tensor, self.buffers.kind, self.backend.device_index, self._address(tensor)
-                )
+                self._bind_tensor(binding.bind_input, tensor, kind, index, self._address(tensor))
             else:
                 staging = self.buffers.host(tensor.buffer, np.dtype(np.uint8), (1,))
                 self._bind_tensor(binding.bind_input, tensor, "cpu", 0, staging.ctypes.data)
         for tensor in outputs:
-            self._bind_tensor(
-                binding.bind_output, tensor, self.buffers.kind, self.backend.device_index, self._address(tensor)
-            )
+            self._bind_tensor(binding.bind_output, tensor, kind, index, self._address(tensor))
         return binding
 
     def _address(self, tensor: Binding) -> int:

@@ -17,9 +17,9 @@ from ..errors import ArgumentError, BackendError
 from ..package.engine_spec import fitting_engine
 from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
-from .base import LoopControl
 from .bindings import Binding, Bindings, slot_bytes, state_buffers
 from .buffers import BufferState, StridedRegion
+from .control import LoopControl
 from .cuda import open_device
 from .device_memory import ALIGNMENT, DeviceBuffers
 from .execution import Bound, Contexts, GraphEngine, Recordings, single_sizes

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import LoopControl
+from ..backends.control import LoopControl
 from ..decoding.loop_driver import LoopDriver
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, BackendError

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from ..bench.sweep import Sweep, bench
 from ..errors import ArgumentError
 from ..machine import ONNX_RUNTIMES, describe_machine, installed_versions
 from ..progress import shown_progress
-from .tables import human_bytes
 
 _WIDTH = 200  # characters of a table that is not shown on a terminal
 _LIBRARIES = ("melt-export", *ONNX_RUNTIMES, "numpy")
@@ -92,7 +92,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     table = Table("package", "state", "loaded", "peak")
     for found in report["packages"]:
         sizes = (found["state_bytes"], found["loaded_bytes"], found["peak_bytes"])
-        table.add_row(found["name"], *("not known" if size is None else human_bytes(size) for size in sizes))
+        table.add_row(found["name"], *("not known" if size is None else decimal(size) for size in sizes))
     console.print(table)
     rows = report["results"]
     swept = [name for name in _SWEPT if len({row[name] for row in rows}) > 1]
@@ -124,7 +124,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _middle(row["prefill_tokens_s"], 1, 1),
         _middle(row["decode_tokens_s"], 1, 2),
         _middle(row["loop_ms"], 1, 2, " ms"),
-        human_bytes(row["bytes_a_loop"]["total"]),
+        decimal(row["bytes_a_loop"]["total"]),
         _middle(row["effective_bytes_s"], 1e9, 2),
         _middle(row["bandwidth_share"], 0.01, 0, "%"),
         _middle(row["time_against_first"], 1, 3, " x"),

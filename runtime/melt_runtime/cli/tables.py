@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -25,15 +26,6 @@ from .inspect import MemoryFacts, PackageFacts, StateFacts
 
 # Hashing less than this is over before a bar is noticed.
 _PROGRESS_FROM_BYTES = 200_000_000
-
-
-def human_bytes(count: float) -> str:
-    """Format a number of bytes in binary units: "1.5 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 @contextmanager
@@ -102,7 +94,7 @@ def engine_line(spec: EngineSpec) -> str:
     last = spec.profiles[-1]
     return (
         f"{spec.flavour} {spec.version}, compute capability {devices_of(spec)}, "
-        f"batch {last.batch[2]}, chunk {last.chunk[2]}, {human_bytes(spec.bytes)}"
+        f"batch {last.batch[2]}, chunk {last.chunk[2]}, {decimal(spec.bytes)}"
     )
 
 
@@ -172,9 +164,9 @@ def _files(facts: PackageFacts) -> Table:
     table = _table("Graphs and files", ("file", "left"), ("role", "left"), ("size", "right"))
     names = {graph.file: f"graph {graph.name}" for graph in facts.graphs}
     for file in facts.files:
-        table.add_row(Text(file.name), names.get(file.name, file.role), human_bytes(file.bytes))
+        table.add_row(Text(file.name), names.get(file.name, file.role), decimal(file.bytes))
     table.add_section()
-    table.add_row("total", "", human_bytes(sum(file.bytes for file in facts.files)), style="bold")
+    table.add_row("total", "", decimal(sum(file.bytes for file in facts.files)), style="bold")
     return table
 
 
@@ -184,7 +176,7 @@ def _engines(facts: PackageFacts) -> Table:
     for name, spec in facts.engines.items():
         devices = devices_of(spec)
         built = f"{spec.flavour} {spec.version}"
-        table.add_row(Text(name), built, devices, spec.weights or spec.precision, human_bytes(spec.bytes))
+        table.add_row(Text(name), built, devices, spec.weights or spec.precision, decimal(spec.bytes))
     return table
 
 
@@ -210,7 +202,7 @@ def _states(facts: PackageFacts) -> Table:
         group = list(members)
         label = group[0].name if len(group) == 1 else f"{group[0].name}..{group[-1].name.removeprefix(name + '.')}"
         dims = "×".join(str(dim) for dim in shape)
-        table.add_row(Text(label), kind, dtype, dims, human_bytes(sum(state.bytes for state in group)))
+        table.add_row(Text(label), kind, dtype, dims, decimal(sum(state.bytes for state in group)))
     return table
 
 
@@ -222,7 +214,7 @@ def _memory(memory: MemoryFacts) -> Table:
         ("cache, in use", memory.cache_bytes, "part of the state"),
     )
     for label, count, note in rows:
-        table.add_row(label, f"{count:,}", human_bytes(count), Text(note, style="dim"))
+        table.add_row(label, f"{count:,}", decimal(count), Text(note, style="dim"))
     return table
 
 
@@ -231,7 +223,7 @@ def _comparison(memory: MemoryFacts) -> Table:
     table = _table(f"Cache by loops{_at(memory)}", *columns)
     shared = memory.looplm_cache_bytes[1]
     for loops, count in memory.looplm_cache_bytes.items():
-        table.add_row(str(loops), Text(human_bytes(shared), style="green"), human_bytes(count))
+        table.add_row(str(loops), Text(decimal(shared), style="green"), decimal(count))
     return table
 
 

@@ -219,9 +219,20 @@ def check_request(
     """
     if len(prompts) != len(room):
         raise PromptError(f"the batch has {len(room)} sequences, tokens were given for {len(prompts)}")
-    if not all(len(prompt) for prompt in prompts):
-        raise PromptError("the prompt is empty; give at least one token")
-    if options.stop and not has_tokenizer:
-        raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
+    for prompt in prompts:
+        check_not_empty(prompt)
+    check_stop(options, has_tokenizer)
     for prompt, free in zip(prompts, room, strict=True):
         checked_ids(prompt, free, manifest)
+
+
+def check_not_empty(prompt: Sequence[int]) -> None:
+    """Raise PromptError for a prompt without tokens."""
+    if not len(prompt):
+        raise PromptError("the prompt is empty; give at least one token")
+
+
+def check_stop(options: GenerationOptions, has_tokenizer: bool) -> None:
+    """Raise ArgumentError for stop strings in a package without tokenizer."""
+    if options.stop and not has_tokenizer:
+        raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import BackendState, LoopControl
+from ..backends.buffers import BufferState
+from ..backends.control import LoopControl
 from ..errors import ArgumentError, PromptError
 from ..package.manifest import Manifest
 from ..sampling.sampler import Sampler
@@ -38,7 +39,7 @@ class LoopDriver:
     tokens. ``whole``: the driver of which this one is a part that begins at sequence ``first``. Not thread-safe.
     """
 
-    def __init__(self, state: BackendState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
+    def __init__(self, state: BufferState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
         self.state, self.manifest = state, manifest
         self.batch, self.capacity = state.batch, manifest.max_seq_len
         own = slice(first, first + self.batch)
@@ -297,7 +298,7 @@ class LoopDriver:
 class NextLogits:
     """The logits after each sequence's last new token. Valid until the driver runs again."""
 
-    def __init__(self, state: BackendState, vocab: int):
+    def __init__(self, state: BufferState, vocab: int):
         self._state, self._vocab = state, vocab
         self._rows: dict[int, NDArray[np.float32]] = {}  # of sequences whose last token was in an earlier chunk
         self._columns: NDArray[np.int64]  # of the last chunk

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Un
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding.generator import TokenSequence
+from ..decoding.generator import TokenSequence, check_not_empty, check_stop
 from ..decoding.loop_driver import NextLogits
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
@@ -113,8 +113,7 @@ class Session:
         there are no tokens or they do not fit; ArgumentError.
         """
         ids = self._encode(prompt)
-        if not ids:
-            raise PromptError("the prompt is empty; give at least one token")
+        check_not_empty(ids)
         settings = self._request(options).loops
         self.driver.check([[*self._pending_ids(), *ids]])
         self._stream = object()
@@ -273,10 +272,8 @@ class Session:
     def _sequence(self, options: GenerateOptions, *, streamed: bool = True) -> TokenSequence:
         """Check a call's options and start a stream; earlier streams can no longer continue."""
         request = self._request(options)
-        if request.stop and self.runtime.tokenizer is None:
-            raise ArgumentError("stop strings need a tokenizer, and the package has none; use stop_ids")
-        if not len(self):
-            raise PromptError("the session is empty; append a prompt first")
+        check_stop(request, self.runtime.tokenizer is not None)
+        self._require_tokens()
         self.driver.check([self._pending_ids()])
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
@@ -302,8 +299,7 @@ class Session:
         """
         self._run_pending(settings)
         if self._logits is None:
-            if not self._ids:
-                raise PromptError("the session is empty; append a prompt first")
+            self._require_tokens()
             start, before = self._chunks[-1]
             ids = self._ids[start:]
             self._cut(start)
@@ -332,6 +328,10 @@ class Session:
         self.driver.truncate(0, length)
         del self._ids[length:]
         self._chunks = [chunk for chunk in self._chunks if chunk[0] < length]
+
+    def _require_tokens(self) -> None:
+        if not len(self):
+            raise PromptError("the session is empty; append a prompt first")
 
     def _pending_ids(self) -> list[int]:
         return [] if self._pending is None else [self._pending]
