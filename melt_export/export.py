@@ -40,7 +40,13 @@ from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, 
 from .options import ExportOptions
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
-from .quantization.matmul_weights import Statistics, check_patterns, halve_embedding, quantize_matmuls
+from .quantization.matmul_weights import (
+    Statistics,
+    check_patterns,
+    halve_embedding,
+    quantize_embedding,
+    quantize_matmuls,
+)
 from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
 from .reference.depth import default_depth, default_threshold
@@ -113,7 +119,9 @@ def build_package(
     record: dict[str, Any] = {}
     if quantized is not None:
         record = quantized.record()
-        if options.precision == "fp32":
+        if quantized.embedding is not None:
+            quantize_embedding(graphs["embed"].model, quantized, seen, tied=config.tie_word_embeddings)
+        elif options.precision == "fp32":
             halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
             assert dialect.quantized_matmul is not None

@@ -41,6 +41,8 @@ class ExportOptions:
                 f"--weights {self.weights.kind} needs the dialect onnxruntime at precision fp32, "
                 "or standard at fp32 or fp16"
             )
+        if self.weights is not None and self.weights.embedding is not None and self.dialect != "onnxruntime":
+            raise ExportError("only the dialect onnxruntime looks positions of a quantized embedding up")
         if self.weights is not None and self.weights.asymmetric and self.dialect != "onnxruntime":
             raise ExportError("asymmetric blocks need the dialect onnxruntime: TensorRT reads no 4-bit zero points")
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):

@@ -117,7 +117,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(package_copy: Path, change: d
 
 @pytest.mark.parametrize("shape", [["batch", 8], ["batch", "nope", 8, 4], ["batch", 2, -1, 16]], ids=str)
 def test_a_state_of_impossible_shape_is_refused(package_copy: Path, shape: list[Any]) -> None:
-    edit(package_copy, lambda m: m["states"][2].update(shape=shape))
+    edit(package_copy, lambda m: m["states"][3].update(shape=shape))
     with pytest.raises(PackageError, match=r"key_cache\.0"):
         Runtime.load(package_copy)
 

@@ -299,7 +299,7 @@ def test_nodes_say_where_they_come_from(tiny_package: Path) -> None:
         assert name in names
     stored = {init.name for init in graph.initializer}
     assert "model.layers.1.latent_gate.latent_proj.weight" in stored
-    assert [i.name for i in graph.input][:5] == ["hidden", "latent", "first_loop", "active", "lengths"]
+    assert [i.name for i in graph.input][:4] == ["hidden", "first_loop", "active", "lengths"]
 
 
 def test_a_tied_head_shares_the_embedding_on_disk(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:

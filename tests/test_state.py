@@ -78,7 +78,7 @@ def test_hidden_and_latent_swap_between_two_buffers(runtime: Runtime) -> None:
     for _ in driver.loops(chunk, LoopSettings(4)):
         seen.append(driver.state.read("hidden"))
     names = addresses(driver)
-    assert {"hidden/0", "hidden/1", "latent/0", "latent/1"} <= set(names)
+    assert {"hidden/0", "hidden/1", "latent.0/0", "latent.0/1", "latent.1/0", "latent.1/1"} <= set(names)
     assert not np.array_equal(seen[0], seen[1])
     buffers = driver.state.buffers  # type: ignore[attr-defined]
     last = [buffers[f"hidden/{i}"].view(np.float32)[: seen[-1].size].reshape(seen[-1].shape) for i in (0, 1)]

@@ -77,7 +77,7 @@ def states(driver: LoopDriver) -> dict[str, np.ndarray]:
     """Everything that can be read, the cache as far as it was filled."""
     found = {name: driver.state.read(name) for name in ("hidden", "latent")}
     found["exit probability"] = driver.state.exit_probability()
-    for state in driver.manifest.states[2:]:
+    for state in (state for state in driver.manifest.states if state.kind != "swap"):
         found[state.input] = driver.state.read(state.input, (..., slice(0, int(driver.lengths.max())), slice(None)))
         if state.kind == "read_only":
             found[state.output] = driver.state.read(state.output)

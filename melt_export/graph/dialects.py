@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from melt_models import LoopLMConfig
 from melt_models.configuration import LoopedConfig
 from melt_models.layers import merge_heads, rotate, split_heads
-from melt_runtime.package.specs import StateSpec, TensorSpec, new_positions_shape
+from melt_runtime.package.specs import StateSpec, TensorSpec
 from torch import Tensor
 
 from ..errors import ExportError
@@ -98,10 +98,6 @@ class Dialect(ABC):
 
     def cache_output(self, part: str, layer: int) -> str:
         return f"next_{part}_cache.{layer}"
-
-    def output_shape(self, state: StateSpec) -> tuple[int | str, ...]:
-        """Return the shape of the graph's output for a cache."""
-        return state.bound_shape
 
 
 def _caches_per_loop(config: LoopedConfig) -> bool:
@@ -239,9 +235,6 @@ class PortableDialect(Dialect):
 
     def cache_output(self, part: str, layer: int) -> str:
         return f"{part}_rows.{layer}"
-
-    def output_shape(self, state: StateSpec) -> tuple[int | str, ...]:
-        return new_positions_shape(state.shape)
 
 
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (OnnxRuntimeDialect(), StandardDialect(), PortableDialect())}

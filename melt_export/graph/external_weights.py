@@ -109,7 +109,15 @@ def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[i
     )
     for tensor, values in zip(external, users.values(), strict=True):
         for value in values:
-            value.const_value = tensor
+            value.const_value = _shaped(tensor, value)
+
+
+def _shaped(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:
+    """Return what lies in the file in the shape that a graph reads it in."""
+    if value.shape == tensor.shape or not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+    return ir.ExternalTensor(*place, shape=value.shape, name=str(value.name), base_dir=tensor.base_dir)  # type: ignore[arg-type]
 
 
 def external_bytes(models: list[ir.Model]) -> int:

@@ -86,21 +86,22 @@ class _LoopStep(nn.Module, Generic[M]):
 
 
 class _MeltStep(_LoopStep[MeltModel]):
-    """Loop step of a MELT: takes and returns the latent, and freezes tokens that left the loop."""
+    """Loop step of a MELT: takes and returns each layer's latent, and freezes tokens that left the loop."""
 
     def forward(
         self,
         hidden: Tensor,
-        latent: Tensor,
         first_loop: Tensor,
         active: Tensor,
         lengths: Tensor,
         control: Tensor,
-        *caches: Tensor,
+        *states: Tensor,
     ) -> tuple[Tensor, ...]:
-        attend = self.attend(lengths, control, caches)
-        step = self.model.loop_step(hidden, latent, first_loop, active, attend)
-        return (*step, *attend.outputs)
+        layers = len(self.model.layers)
+        attend = self.attend(lengths, control, states[layers:])
+        step = self.model.loop_step_by_layer(hidden, states[:layers], first_loop, active, attend)
+        hidden, latents, exit_probability = step
+        return (hidden, exit_probability, *latents, *attend.outputs)
 
 
 class _LoopLMStep(_LoopStep[LoopLMModel]):
@@ -132,8 +133,9 @@ def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: 
     """Return all state tensors of the loop step, in the order of its inputs."""
     states = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", config.hidden_size), "swap")]
     if isinstance(config, MeltConfig) and config.total_ut_steps > 1:
-        latent = (config.num_hidden_layers, "batch", "chunk", config.latent_size)
-        states.append(StateSpec("latent", "next_latent", dtype, latent, "swap"))
+        latent = ("batch", "chunk", config.latent_size)
+        for layer in range(config.num_hidden_layers):
+            states.append(StateSpec(f"latent.{layer}", f"next_latent.{layer}", dtype, latent, "swap"))
     return [*states, *dialect.cache_states(config, dtype, cache_rows)]
 
 
@@ -153,20 +155,20 @@ def trace_loop_step(
 
     The graph takes and returns every state tensor and the exit probability (batch, chunk).
     """
-    steered = any(state.input == "latent" for state in states)
-    swapped, caches = ([s for s in states if (s.kind == "swap") == wanted] for wanted in (True, False))
+    hidden, *others = states
+    steered = others[0].kind == "swap"
     steering = (TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk")))
     fixed = (
-        *(TensorSpec(s.input, s.dtype, s.shape) for s in swapped),
+        TensorSpec(hidden.input, hidden.dtype, hidden.shape),
         *(steering if steered else ()),
         TensorSpec("lengths", "int64", ("batch",)),
         dialect.control,
     )
-    inputs = (*fixed, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in caches))
+    inputs = (*fixed, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in others))
     outputs = (
-        *(TensorSpec(s.output, s.dtype, s.shape) for s in swapped),
+        TensorSpec(hidden.output, hidden.dtype, hidden.shape),
         TensorSpec("exit_probability", "float32", ("batch", "chunk")),
-        *(TensorSpec(s.output, s.dtype, dialect.output_shape(s)) for s in caches),
+        *(TensorSpec(s.output, s.dtype, s.output_shape) for s in others),
     )
     melt = isinstance(model.config, MeltConfig)
     step = _MeltStep if steered else _OnlyLoop if melt else _LoopLMStep

@@ -9,7 +9,7 @@ all scales are positive, because TensorRT reads no others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
@@ -34,6 +34,7 @@ HEAD = "lm_head.weight"
 # Attribute for 8-bit activations; without it they stay float32.
 ACCURACY = "accuracy_level"
 _INT8_ACTIVATIONS = 4
+GATHER_QUANTIZED = "GatherBlockQuantized"
 _LEAST_SCALE = 2.0**-16
 
 
@@ -127,9 +128,9 @@ class _QuantizedMatmul:
     hessians: Mapping[str, Tensor]
 
     def values(self, graph: ir.Graph, grid: Grid, stored: Mapping[str, _Stored]) -> list[ir.Value]:
-        """Add the initializers of ``stored`` to the graph.
+        """Add the initializers of ``stored`` to the graph. They are computed one after the other when they are written.
 
-        They are computed when they are written, one after the other.
+        Those of the embedding and of a head tied to it are the same bytes where they have as many bits.
         """
         memo: list[Blocks] = []  # kept between the first and the last initializer that is written
         found = []
@@ -146,6 +147,8 @@ class _QuantizedMatmul:
         for suffix, how in stored.items():
             value = ir.Value(name=f"{self.label}.{suffix}", shape=ir.Shape(how.shape), type=ir.TensorType(how.dtype))
             value.meta[COMPUTED] = reader(suffix)
+            if self.parts == (EMBEDDING,):
+                value.meta[CHECKPOINT_NAME] = f"{EMBEDDING}.{grid.bits}{'a' * grid.asymmetric}.{suffix}"
             graph.initializers[str(value.name)] = value
             found.append(value)
         return found
@@ -260,6 +263,44 @@ def halve_embedding(model: ir.Model) -> None:
     new = wide.outputs[0]
     new.shape, new.type = old.shape, old.type
     graph.insert_before(node, [gather, wide])
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    new.name = old.name
+    del graph.initializers[str(table.name)]
+
+
+def quantize_embedding(model: ir.Model, options: WeightOptions, seen: Statistics, *, tied: bool) -> None:
+    """Stores the embedding in blocks of few bits, widened as the rows are looked up. In place.
+
+    Raises ExportError where a row is not a whole number of blocks.
+    """
+    graph = model.graph
+    (node,) = (node for node in graph if node.op_type == "Gather")
+    table = node.inputs[0]
+    assert table is not None
+    assert table.shape is not None
+    assert options.embedding is not None
+    rows, width = (int(size) for size in table.shape)  # type: ignore[arg-type]
+    if width % options.block:
+        raise ExportError(
+            f"hidden_size is {width}, no multiple of the block of {options.block}: leave the embedding in float16"
+        )
+    grid = replace(options.grid(BITS[options.embedding]), asymmetric=False)
+    as_head = tied and options.embedding == options.head and options.grid(grid.bits) == grid
+    product = _Product((EMBEDDING,), EMBEDDING, width, rows, grid.bits, options, seen.hessians if as_head else {})
+    stored = {
+        "q": _Stored(ir.DataType.UINT8, (rows, width * grid.bits // 8), lambda blocks: blocks.packed().flatten(1)),
+        "scales": _Stored(ir.DataType.FLOAT, (rows, width // grid.block), lambda blocks: blocks.scales),
+    }
+    numbers, scales = product.values(graph, grid, stored)
+    attributes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
+    name = str(node.name).replace("Gather", GATHER_QUANTIZED)
+    operands = [numbers, node.inputs[1], scales]
+    made = ir.node(GATHER_QUANTIZED, operands, attributes, domain="com.microsoft", name=name)
+    old, new = node.outputs[0], made.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    graph.opset_imports.setdefault(made.domain, 1)
+    graph.insert_before(node, made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     new.name = old.name

@@ -63,6 +63,7 @@ class WeightOptions:
     kind: str
     block: int = 32
     head: str = "int8"
+    embedding: str | None = None
     keep: tuple[str, ...] = ()
     int8: tuple[str, ...] = ()
     method: str = "gptq"
@@ -74,6 +75,8 @@ class WeightOptions:
     def __post_init__(self) -> None:
         if self.kind not in BITS or self.head not in BITS:
             raise ExportError(f"weights {self.kind!r} are not one of {', '.join(BITS)}")
+        if self.embedding is not None and self.embedding not in BITS:
+            raise ExportError(f"embedding {self.embedding!r} is not one of {', '.join(BITS)}")
         if self.activations not in ACTIVATIONS:
             raise ExportError(f"activations {self.activations!r} are not one of {', '.join(ACTIVATIONS)}")
         if self.method not in METHODS:
@@ -108,6 +111,7 @@ class WeightOptions:
             "kind": self.kind,
             "block": self.block,
             "head": self.head,
+            "embedding": self.embedding or "float16",
             "method": self.method,
             "keep": list(self.keep),
             "int8": list(self.int8),

@@ -15,7 +15,7 @@ from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.merge_matmuls import names_in
 from .blocks import Blocks
 from .kv_cache_scales import CacheNumbers, initializer
-from .matmul_weights import EMBEDDING
+from .matmul_weights import EMBEDDING, GATHER_QUANTIZED
 
 
 def as_packaged(package: Path) -> Callable[[nn.Module], Stored | None]:
@@ -49,7 +49,19 @@ def dequantized(model: nn.Module, package: Path) -> None:
                 module.weight = nn.Parameter(values[: module.out_features].clone(), requires_grad=False)
                 values = values[module.out_features :]
     table = model.get_submodule(EMBEDDING.removesuffix(".weight"))
-    table.weight = nn.Parameter(table.weight.half().float(), requires_grad=False)  # type: ignore[operator, union-attr, arg-type]
+    rows = stored_embedding(package, table.weight)  # type: ignore[arg-type]
+    table.weight = nn.Parameter(rows.float(), requires_grad=False)
+
+
+def stored_embedding(package: Path, table: Tensor) -> Tensor:
+    """What a quantized package looks up for the embedding of a checkpoint: float32 or float16 (vocab, d)."""
+    for node in ir.load(package / "embed.onnx").graph:
+        if node.op_type == GATHER_QUANTIZED:
+            numbers, scales = (initializer(node.inputs[at]) for at in (0, 2))
+            bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+            packed = numbers.to(torch.uint8).unflatten(1, (-1, block * bits // 8))
+            return Blocks.unpacked(packed, scales, bits, table.shape[1]).values()
+    return table.half()
 
 
 def _nbits_values(node: ir.Node) -> tuple[str, Tensor]:

@@ -14,7 +14,7 @@ exported graph all call it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,13 +104,19 @@ class MeltModel(nn.Module):
           and values are rewritten unchanged.
         - ``attend``: writes the keys and values and attends over the cache.
         """
+        hidden, latents, exit_probability = self.loop_step_by_layer(hidden, latent, first_loop, active, attend)
+        return LoopStep(hidden, torch.stack(latents), exit_probability)
+
+    def loop_step_by_layer(
+        self, hidden: Tensor, latent: Tensor | Sequence[Tensor], first_loop: Tensor, active: Tensor, attend: Attend
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Run ``loop_step`` with a latent (batch, chunk, latent_size) per layer, in and out."""
         x, latents = hidden, []
         for index, layer in enumerate(self.layers):
             x, h = layer(x, latent[index], first_loop, active, attend)
             latents.append(h)
         hidden = torch.where(active.unsqueeze(-1), self.norm(x), hidden)
-        exit_probability = torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
-        return LoopStep(hidden, torch.stack(latents), exit_probability)
+        return hidden, latents, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
 
     def only_loop(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Run ``loop_step`` for tokens with a single loop, without a latent and without frozen tokens.

@@ -224,15 +224,18 @@ class BufferState(ABC):
         kv_heads, positions, head_dim), a LoopLM's with the loop as first axis. The output name of a read-only cache
         gives the chunk's new positions.
         """
+        axes = index if isinstance(index, tuple) else (index,)
+        which, rest = (axes[0], axes[1:]) if axes else (..., ())
+        latents = [state for state in self.manifest.states if state.input.startswith("latent.")]
+        if name == "latent" and latents:
+            return _joined(lambda layer: self.read(latents[layer].input, rest), len(latents), which)
         for state in self.manifest.states:
             if name == state.input and state.kind == "per_loop":
-                which, *rest = index if isinstance(index, tuple) else (index,)
-                loops = np.arange(int(state.shape[0]))[which]
-                parts = [
-                    self._read(buffer_name(state, 0, int(loop)), state.bound_shape, state.dtype, tuple(rest))
-                    for loop in np.atleast_1d(loops)
-                ]
-                return np.stack(parts) if np.ndim(loops) else parts[0]
+
+                def of_loop(loop: int, state: StateSpec = state) -> NDArray[Any]:
+                    return self._read(buffer_name(state, 0, loop), state.bound_shape, state.dtype, rest)
+
+                return _joined(of_loop, int(state.shape[0]), which)
             if name == state.input:
                 return self._read(buffer_name(state, self.current), state.shape, state.dtype, index)
             if name == state.output and state.kind == "read_only":
@@ -390,6 +393,13 @@ class BufferState(ABC):
         if len(self._bindings) > _MAX_BINDINGS:
             self._bindings.popitem(last=False)
         return bound
+
+
+def _joined(read: Callable[[int], NDArray[Any]], count: int, which: Any) -> NDArray[Any]:
+    """Return the parts that an index of the first axis picks, one on the other; a single number picks its part."""
+    chosen = np.arange(count)[which]
+    parts = [read(int(part)) for part in np.atleast_1d(chosen)]
+    return np.stack(parts) if np.ndim(chosen) else parts[0]
 
 
 def host_dtype(dtype: str) -> np.dtype[Any]:

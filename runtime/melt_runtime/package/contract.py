@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from .manifest import Manifest
-from .specs import GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec
+from .specs import GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec, is_latent
 
 _QUANTIZED = ("int8", "uint8")  # stored types of a quantized cache
 _MASK: Shape = ("batch", 1, "chunk", "context")
@@ -77,18 +77,16 @@ def _states(manifest: Manifest) -> str | None:
     sizes of the manifest."""
     dtype, states = PRECISIONS[manifest.precision], manifest.states
     per_loop = any(state.kind == "per_loop" for state in states)
-    plain = per_loop or not manifest.has_latent
-    swapped, caches = (states[:1], states[1:]) if plain else (states[:2], states[2:])
+    caches = [state for state in states if state.kind != "swap"]
     layers = len(caches) // 2
-    names = ["hidden"] if plain else ["hidden", "latent"]
+    latents = [] if per_loop else _latents(manifest, layers)
+    names = ["hidden", *(state.input for state in latents)]
     names += [f"{part}_cache.{layer}" for layer in range(layers) for part in ("key", "value")]
     if [state.input for state in states] != names or not layers:
         return f"states must be {', '.join(names[:2])} and so on: a key and a value cache for each layer"
     width = states[0].shape[-1]
     wanted = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", width), "swap")]
-    if not plain:
-        last = swapped[1].shape[-1]
-        wanted.append(StateSpec("latent", "next_latent", dtype, (layers, "batch", "chunk", last), "swap"))
+    wanted += latents
     first = caches[0]
     kind = "per_loop" if per_loop else "read_only" if manifest.dialect == "portable" else "in_place"
     stored = first.dtype if first.dtype in _QUANTIZED else dtype
@@ -110,6 +108,17 @@ def _states(manifest: Manifest) -> str | None:
     if manifest.most_loops == 1 and manifest.loops > 1:
         return f"loops is {manifest.loops}; without the state latent there is one"
     return None
+
+
+def _latents(manifest: Manifest, layers: int) -> list[StateSpec]:
+    """The latents as they must be: none in a package of one loop; one state per layer, or all in one (format 1)."""
+    found = next((state for state in manifest.states if is_latent(state)), None)
+    if found is None:
+        return []
+    dtype, shape = PRECISIONS[manifest.precision], ("batch", "chunk", found.shape[-1])
+    if found.input == "latent":
+        return [StateSpec("latent", "next_latent", dtype, (layers, *shape), "swap")]
+    return [StateSpec(f"latent.{layer}", f"next_latent.{layer}", dtype, shape, "swap") for layer in range(layers)]
 
 
 def _output(name: str, kind: str) -> str:

@@ -11,14 +11,10 @@ from typing import Any
 from ..errors import ArgumentError
 from .engine_spec import EngineSpec
 from .files import FileSpec
-from .specs import (
-    GraphSpec,
-    StateSpec,
-    size_of,
-)
+from .specs import GraphSpec, StateSpec, is_latent, size_of
 
 FORMAT_VERSION = 2  # the newest; packages that older runtimes can run keep the version that these read
-_ONE_LOOP = 2  # states without a latent, of a package of one loop
+_LATENT_BY_LAYER = 2  # a state per layer's latent instead of one for all; none in a package of one loop
 MANIFEST, PARITY = "manifest.json", "parity.json"
 COMPUTED_FROM = (".onnx", ".data")  # suffixes of the files that determine results
 
@@ -91,7 +87,7 @@ class Manifest:
     @cached_property
     def has_latent(self) -> bool:
         """Whether the loop step carries a latent from loop to loop: a MELT of more than one."""
-        return any(state.input == "latent" for state in self.states)
+        return any(is_latent(state) for state in self.states)
 
     @property
     def most_loops(self) -> int | None:
@@ -128,7 +124,7 @@ class Manifest:
 def version_for(states: Sequence[StateSpec]) -> int:
     """Return the oldest format version that has such states."""
     carried = any(state.input == "latent" or state.kind == "per_loop" for state in states)
-    return 1 if carried else _ONE_LOOP
+    return 1 if carried else _LATENT_BY_LAYER
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:

@@ -75,6 +75,11 @@ def new_positions_shape(cache: Shape) -> Shape:
     return (cache[0], cache[1], "chunk", cache[3])
 
 
+def is_latent(state: StateSpec) -> bool:
+    """Whether a state is a latent: of one layer ("latent.0"), or of all in one (format 1)."""
+    return state.input == "latent" or state.input.startswith("latent.")
+
+
 def size_of(shape: Shape, dtype: str, **sizes: int) -> int:
     """Return the bytes of a tensor. ``sizes``: of its named dimensions."""
     total = ITEM_BYTES[dtype]
