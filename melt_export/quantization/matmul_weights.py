@@ -287,7 +287,9 @@ def quantize_embedding(model: ir.Model, options: WeightOptions, seen: Statistics
         )
     grid = replace(options.grid(BITS[options.embedding]), asymmetric=False)
     as_head = tied and options.embedding == options.head and options.grid(grid.bits) == grid
-    product = _Product((EMBEDDING,), EMBEDDING, width, rows, grid.bits, options, seen.hessians if as_head else {})
+    product = _QuantizedMatmul(
+        (EMBEDDING,), EMBEDDING, width, rows, grid.bits, options, seen.hessians if as_head else {}
+    )
     stored = {
         "q": _Stored(ir.DataType.UINT8, (rows, width * grid.bits // 8), lambda blocks: blocks.packed().flatten(1)),
         "scales": _Stored(ir.DataType.FLOAT, (rows, width // grid.block), lambda blocks: blocks.scales),
