@@ -46,6 +46,7 @@ from .quantization.matmul_weights import (
     halve_embedding,
     quantize_embedding,
     quantize_matmuls,
+    weights_in_more_bits,
 )
 from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
@@ -90,12 +91,13 @@ def build_package(
     copy_companions(checkpoint, directory, config)
 
     quantized = options.weights
-    seen = Statistics()
+    seen, raised = Statistics(), frozenset[str]()
     if quantized is not None and quantized.method == "gptq":
         tokens = calibration_tokens(checkpoint, config, quantized.calibration)
         cost = {}
         if quantized.share:
             cost = sensitivities(checkpoint, tokens, loops, chunk, quantized.grid(BITS[quantized.kind]), progress)
+        raised = weights_in_more_bits(model, quantized, cost)
         seen = Statistics(hessians(checkpoint, tokens, loops, chunk, progress), cost)
     numbers = None
     if options.cache is not None:
@@ -109,7 +111,7 @@ def build_package(
     progress("tracing loop_step", 0, 0)
     graphs: dict[str, TracedGraph] = {
         "embed": embed_graph(model, dialect, dtype),
-        "loop_step": trace_loop_step(model, dialect, dtype, states, cache_rows),
+        "loop_step": trace_loop_step(model, dialect, dtype, states, cache_rows, raised),
         "lm_head": lm_head_graph(model, dialect, dtype),
     }
 
@@ -125,10 +127,10 @@ def build_package(
             halve_embedding(graphs["embed"].model)
         for name in ("loop_step", "lm_head"):
             assert dialect.quantized_matmul is not None
-            raised = quantize_matmuls(
-                graphs[name].model, quantized, seen, dialect.quantized_matmul, TORCH_DTYPES[dtype]
+            labels = quantize_matmuls(
+                graphs[name].model, quantized, seen, dialect.quantized_matmul, TORCH_DTYPES[dtype], raised
             )
-            record["raised"] = [*record.get("raised", ()), *raised]
+            record["raised"] = [*record.get("raised", ()), *labels]
     attach_weights(models, weights, TORCH_DTYPES[dtype])
     total = external_bytes(models)
     write_weights(models, directory, lambda done: progress("writing weights", total, done))

@@ -19,16 +19,18 @@ MERGED = "melt.merged"
 MIN_COLUMNS = 16
 
 
-def merge_matmuls(graph: ir.Graph) -> None:
+def merge_matmuls(graph: ir.Graph, apart: Container[str] = ()) -> None:
     """Merge matmuls of one value with several checkpoint weights, in place and in the graph's order.
 
     The gate's input projection with query, key with value, gate_proj with up_proj (and query, key and value where they
     read the same value). Each column keeps its arithmetic. Weights must be named and without data.
+    ``apart``: weights, by checkpoint name, that are merged with none but each other.
     """
-    together: dict[ir.Value | None, list[ir.Node]] = {}
+    together: dict[tuple[ir.Value | None, bool], list[ir.Node]] = {}
     for node in graph:
         if node.op_type == "MatMul" and _mergeable(node.inputs[1]):
-            together.setdefault(node.inputs[0], []).append(node)
+            name = node.inputs[1].meta[CHECKPOINT_NAME]  # type: ignore[union-attr]
+            together.setdefault((node.inputs[0], name in apart), []).append(node)
     for nodes in together.values():
         if len(nodes) > 1:
             _merge(graph, nodes)

@@ -7,7 +7,7 @@ PyTorch traces the loop step; the other two are written directly.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -149,9 +149,14 @@ def embed_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph
 
 
 def trace_loop_step(
-    model: LoopedModel, dialect: Dialect, dtype: str, states: list[StateSpec], cache_rows: int
+    model: LoopedModel,
+    dialect: Dialect,
+    dtype: str,
+    states: list[StateSpec],
+    cache_rows: int,
+    apart: Container[str] = (),
 ) -> TracedGraph:
-    """Trace one loop over a chunk.
+    """Trace one loop over a chunk. ``apart``: weights that are merged with none but each other.
 
     The graph takes and returns every state tensor and the exit probability (batch, chunk).
     """
@@ -177,7 +182,7 @@ def trace_loop_step(
     if dialect.fuses:
         if steered and isinstance(model.config, MeltConfig) and model.config.gate_starts_at_input:
             skip_first_gate(traced.model.graph)
-        merge_matmuls(traced.model.graph)
+        merge_matmuls(traced.model.graph, apart)
         attend_merged(traced.model.graph)
         fuse_norms(traced.model)
     return traced

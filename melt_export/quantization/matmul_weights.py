@@ -17,7 +17,7 @@ import onnx_ir.passes.common as passes
 import torch
 from melt_models.checkpoint import Weights
 from onnx_ir import tensor_adapters
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..graph.cleanup import CHECKPOINT_NAME, TRANSPOSED
@@ -61,23 +61,47 @@ class Statistics:
     cost: Mapping[str, float] = field(default_factory=dict)
 
 
+def weights_in_more_bits(model: nn.Module, options: WeightOptions, cost: Mapping[str, float]) -> frozenset[str]:
+    """Choose the weights of a model that lose most in 4 bits and get 8, within ``int8_share``; by checkpoint name.
+
+    ``cost``: of each in 4 bits, as ``sensitivities`` returns it; empty: none is chosen.
+    """
+    sizes = {
+        f"{name}.weight": module.in_features * module.out_features // 2  # bytes of 4 more bits
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features >= MIN_COLUMNS
+    }
+    fixed = (HEAD, EMBEDDING, *options.keep, *options.int8)
+    sizes = {name: size for name, size in sizes.items() if name in cost and not _matches((name,), fixed)}
+    if BITS[options.kind] != BITS["int4"] or not sizes:
+        return frozenset()
+    with_scales = 1 + 8 / options.block  # relative size of a block with its float32 scale
+    return frozenset(most_sensitive(sizes, cost, options.share * sum(sizes.values()) * with_scales))
+
+
 def quantize_matmuls(
-    model: ir.Model, options: WeightOptions, seen: Statistics, operator: str, dtype: torch.dtype
+    model: ir.Model,
+    options: WeightOptions,
+    seen: Statistics,
+    operator: str,
+    dtype: torch.dtype,
+    raised: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Replace matmuls with checkpoint weights by quantized ones, in place. Weights are quantized when they are written.
 
-    ``operator`` reads them: MATMUL_NBITS or DEQUANTIZE. ``dtype`` is the matmuls' type. Returns the names of the
-    weights that get 8 bits out of ``int8_share``.
+    ``operator`` reads them: MATMUL_NBITS or DEQUANTIZE. ``dtype`` is the matmuls' type. ``raised``: the weights that
+    get 8 bits. Returns the names of the matmuls made of them.
     """
     insert = _nbits if operator == MATMUL_NBITS else _dequantize
     matmuls = list(_matmuls(model.graph, options, seen.hessians))
-    raised = _raised([matmul for _, matmul in matmuls], options, seen.cost)
+    labels = []
     for node, matmul in matmuls:
-        if matmul.label in raised:
+        if raised.issuperset(matmul.parts):
             matmul.bits = 8
+            labels.append(matmul.label)
         insert(model.graph, node, matmul, dtype)
     passes.RemoveUnusedNodesPass()(model)
-    return sorted(raised)
+    return sorted(labels)
 
 
 def _matmuls(
@@ -102,17 +126,6 @@ def _matmuls(
         kind = options.head if name in (HEAD, EMBEDDING) else "int8" if _matches(parts, options.int8) else options.kind
         label = HEAD if name == EMBEDDING else str(name)
         yield node, _QuantizedMatmul(parts, label, inputs, outputs, BITS[kind], options, hessians)
-
-
-def _raised(matmuls: list[_QuantizedMatmul], options: WeightOptions, cost: Mapping[str, float]) -> set[str]:
-    """Return the labels of the matmuls that lose most in 4 bits and get 8."""
-    narrow = [matmul for matmul in matmuls if matmul.bits == BITS["int4"] and matmul.label != HEAD]
-    if not cost or not narrow:
-        return set()
-    sizes = {matmul.label: matmul.inputs * matmul.outputs // 2 for matmul in narrow}  # bytes of 4 more bits
-    costs = {matmul.label: sum(cost.get(part, 0.0) for part in matmul.parts) for matmul in narrow}
-    with_scales = 1 + 8 / options.block  # relative size of a block with its float32 scale
-    return most_sensitive(sizes, costs, options.share * sum(sizes.values()) * with_scales)
 
 
 @dataclass
