@@ -16,7 +16,7 @@ from melt_runtime.package.manifest import Manifest
 from melt_runtime.progress import Step, no_progress
 from numpy.typing import NDArray
 
-from ..reference.pytorch import open_reference
+from ..reference.pytorch import Reference
 from ..reference.texts import encode_text
 from .distances import agreement, log_softmax
 from .report import Limits, Quality
@@ -64,12 +64,8 @@ def _built_in() -> str:
     return files(__package__).joinpath("held_out.txt").read_text(encoding="utf-8")
 
 
-def reference_logits(checkpoint: Path, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
-    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks.
-
-    The model is freed when this returns. Raises CheckpointError.
-    """
-    reference = open_reference(checkpoint)
+def reference_logits(reference: Reference, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
+    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks."""
     return [reference.logits(ids, manifest.loops, manifest.chunk) for ids in held.sequences]
 
 

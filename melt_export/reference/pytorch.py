@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.cache import MeltCache, Stored
-from melt_models.checkpoint import load_model
+from melt_models.checkpoint import LoopedModel
+from melt_models.configuration import LoopedConfig
 from melt_models.looplm import causal_mask
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
 class Reference(Protocol):
     """A checkpoint computed by PyTorch, one sequence at a time."""
 
+    @property
+    def config(self) -> LoopedConfig: ...
+
     def traces(
         self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
@@ -71,25 +74,19 @@ class Reference(Protocol):
         """Return ``count`` greedy tokens, and for each the difference between the best and the second-best logit."""
 
 
-def open_reference(
-    checkpoint: Path, device: str = "cpu", prepare: Callable[[nn.Module], Stored | None] | None = None
-) -> Reference:
-    """Load the reference of a MELT or LoopLM checkpoint onto ``device`` (a PyTorch name). Raises CheckpointError.
-
-    ``prepare``, if given, changes the model before anything runs and returns the ``stored`` function of its caches (see
-    ``MeltCache``), as ``quantization.stored_values.as_packaged`` does.
-    """
-    model = load_model(checkpoint, as_stored=True)
-    stored = None if prepare is None else prepare(model)
-    found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
-    return found(model.to(device), device, stored)  # type: ignore[arg-type]
+def reference_of(model: LoopedModel, stored: Stored | None = None) -> Reference:
+    """Return the reference that runs a model. ``stored``: what its caches keep of new rows (see ``MeltCache``)."""
+    if isinstance(model, LoopLMForCausalLM):
+        return LoopLMReference(model, stored)
+    return MeltReference(model, stored)
 
 
 class MeltReference:
     """A MELT checkpoint computed by PyTorch. The methods are those of ``Reference``."""
 
-    def __init__(self, model: MeltForCausalLM, device: str = "cpu", stored: Stored | None = None):
-        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+    def __init__(self, model: MeltForCausalLM, stored: Stored | None = None):
+        self.model, self.stored = model, stored
+        self.config: LoopedConfig = model.config
 
     def _cache(self) -> MeltCache:
         return MeltCache(self.config.num_hidden_layers, self.stored)
@@ -102,9 +99,9 @@ class MeltReference:
         depths: list[int] = []
         with _computing(arithmetic):
             for ids in chunks:
-                valid = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
-                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
-                depth = torch.zeros(len(ids), dtype=torch.long, device=self.device)
+                valid = torch.ones(1, len(ids), dtype=torch.bool)
+                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)]))
+                depth = torch.zeros(len(ids), dtype=torch.long)
                 chunk: list[LoopTrace] = []
                 for step, active in self.model.model.loops(hidden, valid, cache, loops, threshold):
                     depth += active[0]
@@ -114,7 +111,7 @@ class MeltReference:
                         for part in ("keys", "values")
                     ]
                     tensors = (step.hidden[0], step.latent[:, 0], step.exit_probability[0], *rows, logits)
-                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().cpu().numpy().copy() for x in tensors)))
+                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().numpy().copy() for x in tensors)))
                 cache.commit(valid)
                 traces.append(chunk)
                 depths += depth.tolist()
@@ -123,11 +120,11 @@ class MeltReference:
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
         with _computing():
             output = self.model(
-                torch.tensor([list(ids)], device=self.device),
+                torch.tensor([list(ids)]),
                 past_key_values=self._cache(),
                 **every_loop(self.model, loops, chunk),
             )
-            return output.logits[0].float().cpu().numpy()
+            return output.logits[0].float().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         cache = self._cache()
@@ -135,7 +132,7 @@ class MeltReference:
         with _computing():
             for _ in range(count):
                 output = self.model(
-                    torch.tensor([ids], device=self.device),
+                    torch.tensor([ids]),
                     past_key_values=cache,
                     **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
@@ -167,8 +164,9 @@ class LoopLMReference:
     Every loop has caches of its own, so results do not depend on chunks, and every token runs all loops.
     """
 
-    def __init__(self, model: LoopLMForCausalLM, device: str = "cpu", stored: Stored | None = None):
-        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+    def __init__(self, model: LoopLMForCausalLM, stored: Stored | None = None):
+        self.model, self.stored = model, stored
+        self.config: LoopedConfig = model.config
 
     def _cache(self) -> DynamicCache:
         return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
@@ -181,9 +179,9 @@ class LoopLMReference:
         with _computing(arithmetic):
             for ids in chunks:
                 seen = cache.get_seq_length() + len(ids)
-                mask = causal_mask(torch.ones(1, seen, dtype=torch.bool, device=self.device), len(ids))
-                positions = torch.arange(seen - len(ids), seen, device=self.device)[None]
-                embedded = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
+                mask = causal_mask(torch.ones(1, seen, dtype=torch.bool), len(ids))
+                positions = torch.arange(seen - len(ids), seen)[None]
+                embedded = self.model.model.embed_tokens(torch.tensor([list(ids)]))
                 hidden, exits = self.model.model(embedded, mask, positions, cache, loops)
                 chunk: list[LoopTrace] = []
                 for loop in range(loops):
@@ -194,7 +192,7 @@ class LoopLMReference:
                     )
                     logits = self.model.lm_head(hidden[loop, 0, -LOGIT_COLUMNS:])
                     found = [
-                        x.float().cpu().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)
+                        x.float().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)
                     ]
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
@@ -203,11 +201,11 @@ class LoopLMReference:
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
         with _computing():
             output = self.model(
-                torch.tensor([list(ids)], device=self.device),
+                torch.tensor([list(ids)]),
                 past_key_values=self._cache(),
                 **every_loop(self.model, loops, chunk),
             )
-            return output.logits[0].float().cpu().numpy()
+            return output.logits[0].float().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         cache = self._cache()
@@ -215,7 +213,7 @@ class LoopLMReference:
         with _computing():
             for _ in range(count):
                 output = self.model(
-                    torch.tensor([ids], device=self.device),
+                    torch.tensor([ids]),
                     past_key_values=cache,
                     **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
