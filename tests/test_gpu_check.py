@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from melt_runtime import Runtime
-from melt_runtime.backends.devices import devices
-from processes import LIMIT
-from rich.console import Console
-from typer.testing import CliRunner
-
 from melt_export.gpu_check import checks, timing
 from melt_export.gpu_check.__main__ import app
 from melt_export.gpu_check.machine import HostMachine, described
 from melt_export.gpu_check.report import FAILED, MEASURED, NOT_RUN, PASSED, Report, Result
 from melt_export.gpu_check.subjects import Subject
 from melt_export.gpu_check.targets import NotHere, Target, ready, targets
+from melt_runtime import Runtime
+from melt_runtime.backends.devices import devices
+from processes import LIMIT
+from rich.console import Console
+from typer.testing import CliRunner
+
 from melt_export.parity.expected import expected_of
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeCheckpoint, MakePackage
+from melt_export.gpu_check.__main__ import app
 from melt_runtime import Runtime
 from melt_runtime.backends.choose import choices, too_old
 from melt_runtime.backends.devices import detect_environment, devices, onnxruntime_version
@@ -15,7 +16,6 @@ from melt_runtime.package.specs import DIALECTS
 from test_concurrency import calls_of, together
 from typer.testing import CliRunner
 
-from melt_export.gpu_check.__main__ import app
 from melt_export.parity.expected import expected_of
 from melt_export.parity.report import TOLERANCES, ParityReport
 from melt_export.parity.verify import compare

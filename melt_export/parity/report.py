@@ -162,8 +162,12 @@ class Quality:
 
 @dataclass
 class ParityReport:
-    """Everything that was compared. ``arithmetic`` says what ran the package; ``quality`` is of quantized ones;
-    ``own_kl`` is the KL divergence of PyTorch's float32 from its float64."""
+    """All that was compared.
+
+    - ``backend``, ``arithmetic``: what ran the package, and how it computes.
+    - ``own_kl``: the KL divergence of PyTorch's float32 from its float64.
+    - ``quality``: of a quantized package.
+    """
 
     precision: str
     dialect: str
@@ -183,6 +187,7 @@ class ParityReport:
     manifest_sha256: str = ""
     libraries: dict[str, str] = field(default_factory=dict)
     quality: Quality | None = None
+    backend: str = "onnxruntime"
 
     def take(self, found: Distances, own: OwnError) -> None:
         """Takes in what a package's run differs by, and what may be made of rounding."""

@@ -191,9 +191,7 @@ class LoopLMReference:
                         for part in ("keys", "values")
                     )
                     logits = self.model.lm_head(hidden[loop, 0, -LOGIT_COLUMNS:])
-                    found = [
-                        x.float().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)
-                    ]
+                    found = [x.float().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)]
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
         return traces, [loops] * sum(map(len, chunks))
