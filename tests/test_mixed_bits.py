@@ -131,13 +131,10 @@ def test_a_cost_is_of_every_loop_and_of_the_weights_as_they_are_stored(
     model = MeltForCausalLM.from_pretrained(checkpoints["melt"])
     model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
     model.float().save_pretrained(tmp_path / "wide")  # the same numbers
-    once, twice = (
-        sensitivities(Checkpoint(tmp_path / "wide").load(), TOKENS, loops, 8, Grid(4, 32)) for loops in (1, 2)
-    )
+    wide, narrow = (Checkpoint(tmp_path / name).load() for name in ("wide", "narrow"))
+    once, twice = (sensitivities(wide, TOKENS, loops, 8, Grid(4, 32)) for loops in (1, 2))
     assert twice != once
-    assert sensitivities(narrow, TOKENS, 2, 8, Grid(4, 32)) == pytest.approx(
-        twice, rel=1e-4
-    )
+    assert sensitivities(narrow, TOKENS, 2, 8, Grid(4, 32)) == pytest.approx(twice, rel=1e-4)
 
 
 def test_an_expected_rounding_error_is_the_one_that_is_made() -> None:
