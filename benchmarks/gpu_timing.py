@@ -19,6 +19,7 @@ from melt_models.cache import MeltCache
 from melt_models.checkpoint import load_model
 from melt_runtime import LoopSettings, Runtime
 from melt_runtime.backends.cuda import Device
+from melt_runtime.backends.tensorrt import TensorRTState
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.reader import Package
 
