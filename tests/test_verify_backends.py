@@ -33,8 +33,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
         opened = Package.open(package)
         found = replace(environment, dialect=opened.manifest.dialect, precision=opened.manifest.precision)
         monkeypatch.setattr(targets, "detect_environment", lambda package: found)
-        opened.manifest = replace(opened.manifest, engines=environment.engines)
-        return opened
+        return replace(opened, manifest=replace(opened.manifest, engines=environment.engines))
 
     return pretend
 
