@@ -77,9 +77,9 @@ def random_package(
     ExportOptions.
     """
     from melt_models import MeltConfig
+    from random_checkpoint import SHAPES, make
 
     from melt_export.export import ExportOptions, building
-    from melt_export.random_checkpoint import SHAPES, make
 
     yield "writing a checkpoint"
     make(directory / "checkpoint", MeltConfig(**{**(SHAPES[named].to_dict() if named else {}), **shape}))

@@ -85,8 +85,7 @@ def in_child(function: Any, *arguments: Any) -> None:
 def measure(shape: str, layers: int | None, builds: list[str], rows: int, directory: Path) -> list[Build]:
     """Make the checkpoint and the packages, and build one engine after the other."""
     from melt_models import MeltConfig
-
-    from melt_export.random_checkpoint import SHAPES, make
+    from random_checkpoint import SHAPES, make
 
     fields = SHAPES[shape].to_dict()
     config = MeltConfig(**{**fields, "num_hidden_layers": layers or fields["num_hidden_layers"]})
@@ -139,7 +138,7 @@ def report(shape: str, layers: int, rows: int, machine: dict[str, Any], builds: 
 
     ``layers``: 0 for all of the shape. ``machine``: its facts before the first build.
     """
-    from melt_export.random_checkpoint import SHAPES
+    from random_checkpoint import SHAPES
 
     return {
         "command": command_line("engine_build.py", sys.argv[1:]),

@@ -101,9 +101,9 @@ def _send_all(pipe: Connection, function: Callable[..., Iterator[Any]], *argumen
 def export_packages(directory: Path, settings: Settings, rows: tuple[int, ...]) -> Iterator[str]:
     """Make one checkpoint and export a package for each buffer size, yielding a line before each step."""
     from melt_models import MeltConfig
+    from random_checkpoint import SHAPES, make
 
     from melt_export.export import ExportOptions, building
-    from melt_export.random_checkpoint import SHAPES, make
 
     shape = {"num_hidden_layers": settings.layers, "vocab_size": VOCABULARY}
     yield "writing a checkpoint"

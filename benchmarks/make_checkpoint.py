@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 from melt_models import MeltConfig
 from melt_runtime.progress import shown_progress
-
-from melt_export.random_checkpoint import SHAPES, make
+from random_checkpoint import SHAPES, make
 
 
 def main(

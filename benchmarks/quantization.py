@@ -26,8 +26,10 @@ from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
 
+from melt_export.checkpoint import Checkpoint
 from melt_export.parity.quality import held_out, measure, reference_logits
 from melt_export.parity.report import Limits
+from melt_export.reference.pytorch import reference_of
 
 VARIANTS = (
     "--weights int4",
@@ -77,7 +79,7 @@ def run(
         package = Package.open(path, check_hashes=False)
         if held is None or expected is None:
             held = held_out(path, package.manifest, text, tokens)
-            expected = reference_logits(checkpoint, held, package.manifest)
+            expected = reference_logits(reference_of(Checkpoint(checkpoint).load()), held, package.manifest)
         runtime = Runtime.load(path, backend="onnxruntime", check_hashes=False)
         found = measure(runtime, held, expected, package.manifest.loops, Limits(), step)
         yield {

@@ -17,7 +17,7 @@ from melt_models.errors import CheckpointError
 from melt_runtime.cli.build_engine import CapabilityOption, Flavour, Weights, built_line
 from melt_runtime.cli.errors import run_app
 from melt_runtime.cli.inspect import arithmetic_of, unread_parts
-from melt_runtime.cli.options import version_shown
+from melt_runtime.cli.options import BackendName, DeviceIndex, version_shown
 from melt_runtime.engines.build import EngineOptions, build_engine, check_options
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import ArgumentError, MeltError
@@ -51,7 +51,9 @@ verify_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 Version = Annotated[
     bool, typer.Option("--version", callback=version_shown("melt-export"), is_eager=True, help="Print the version.")
 ]
-Checkpoint = Annotated[Path, typer.Option(help="MELT or LoopLM (Ouro) checkpoint directory: config.json, safetensors.")]
+CheckpointDirectory = Annotated[
+    Path, typer.Option(help="MELT or LoopLM (Ouro) checkpoint directory: config.json, safetensors.")
+]
 Tokens = Annotated[
     int | None,
     typer.Option(help="Greedy tokens to compare for each prompt. Default: 256; 16 for over 1 GB of weights.", min=1),
@@ -75,7 +77,7 @@ EvalAnswers = Annotated[
 
 @export_app.command(epilog=_EPILOG)
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointDirectory,
     output: Annotated[Path, typer.Option(help="Where the package goes: a directory that does not exist or is empty.")],
     precision: Annotated[Precision, typer.Option(help="Of weights, state and arithmetic.")] = Precision.fp32,  # type: ignore[attr-defined]
     max_seq_len: Annotated[
@@ -201,16 +203,18 @@ def export(
     check_directory(checkpoint)
     check_target(output, force=force)
 
+    from .checkpoint import Checkpoint
     from .export import building
     from .parity.verify import require_parity, verify
 
     report = None
     with shown_progress() as step:
-        with building(checkpoint, output, options, force=force, progress=step) as directory:
+        opened = Checkpoint(checkpoint)
+        with building(opened, output, options, force=force, progress=step) as directory:
             if not no_verify:
                 report = verify(
                     directory,
-                    checkpoint,
+                    opened,
                     tokens=verify_tokens,
                     eval_text=eval_text,
                     eval_answers=eval_answers,
@@ -252,7 +256,9 @@ def _build(package: Package, options: EngineOptions, progress: Step) -> str:
 @verify_app.command(epilog=_EPILOG)
 def verify_command(
     package: Annotated[Path, typer.Argument(help="A package made by melt-export.")],
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointDirectory,
+    backend: BackendName = "onnxruntime",
+    device: DeviceIndex = 0,
     tokens: Tokens = None,
     eval_text: EvalText = None,
     eval_answers: EvalAnswers = None,
@@ -268,6 +274,9 @@ def verify_command(
     show_version: Version = False,
 ) -> None:
     """Compare a package with its checkpoint at every loop, and write parity.json. Exit code 1 if they differ.
+
+    PyTorch computes on the CPU, and the package runs where --backend says. For tensorrt, build an engine into it first:
+    melt-run build-engine.
 
     A quantized package is also measured against the checkpoint in fp32 on held-out text.
     """
@@ -287,6 +296,8 @@ def verify_command(
         report = verify(
             package,
             checkpoint,
+            backend=backend,
+            device=device,
             tokens=tokens,
             eval_text=eval_text,
             eval_answers=eval_answers,
@@ -311,7 +322,7 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     table.add_column()
     table.add_row("package", str(output))
     table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
-    table.add_row("graphs and weights", decimal(manifest.weights_bytes))
+    table.add_row("graphs and weights", decimal(manifest.weights_bytes, precision=2))
     if manifest.weights:
         raised = len(manifest.weights.get("raised", ()))
         line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
@@ -323,7 +334,10 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
         table.add_row("cache", "{kind}, one scale per channel".format(**manifest.cache))
     most = manifest.most_loops
     depth = "any loops" if most is None else "one loop" if most == 1 else f"caches for {most} loops"
-    table.add_row("state, one sequence", f"{decimal(manifest.state_bytes())} at {manifest.max_seq_len} tokens, {depth}")
+    table.add_row(
+        "state, one sequence",
+        f"{decimal(manifest.state_bytes(), precision=2)} at {manifest.max_seq_len} tokens, {depth}",
+    )
     if "tokenizer.json" not in manifest.files:
         table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")

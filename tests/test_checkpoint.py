@@ -16,7 +16,15 @@ from melt_models import (
     MeltForCausalLM,
     UnsupportedConfigError,
 )
-from melt_models.checkpoint import _DERIVED, _MASK, Weights, load_model, read_config
+from melt_models.checkpoint import (
+    _DERIVED,
+    _MASK,
+    Weights,
+    load_model,
+    load_weights,
+    open_checkpoint,
+    read_config,
+)
 from melt_models.layers import rotary_tables
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -399,7 +407,7 @@ def test_tensors_of_different_types_load_as_one_that_holds_them_all(checkpoint: 
     model = load_model(checkpoint)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert model.model.norm.weight[:2].tolist() == [70000.0, 1 + 2**-20]
-    kept = load_model(checkpoint, as_stored=True)
+    kept = load_weights(*open_checkpoint(checkpoint))
     assert {weight.dtype for weight in kept.parameters()} == {torch.float16, torch.float32}
 
 

@@ -28,10 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from melt_export import export
 from melt_export.errors import ExportError, ParityError
-from melt_export.export import building, sizes
+from melt_export.export import building
 from melt_export.graph.merge_matmuls import merged_name
 from melt_export.graph.placeholder_weights import with_placeholder_weights
 from melt_export.options import ExportOptions
+from melt_export.sizes import Sizes, package_sizes
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -353,13 +354,18 @@ def test_heads_of_any_even_width_export_as_portable(narrow_heads: Path, tmp_path
 # Defaults
 
 
+def sizes(options: ExportOptions, chunk: int, positions: int) -> Sizes:
+    """Of a MELT with this chunk and so many positions."""
+    return package_sizes(MeltConfig(chunk_size=chunk, max_position_embeddings=positions), options)
+
+
 @pytest.mark.parametrize(("positions", "expected"), [(256, 256), (4096, 4096), (65536, 4096)])
 def test_max_seq_len_defaults_to_the_positions_up_to_4096(positions: int, expected: int) -> None:
-    assert sizes(8, positions, ExportOptions())[1] == expected
+    assert sizes(ExportOptions(), 8, positions).max_seq_len == expected
 
 
 def test_more_than_4096_tokens_can_be_asked_for() -> None:
-    assert sizes(8, 65536, ExportOptions(max_seq_len=65536))[1] == 65536
+    assert sizes(ExportOptions(max_seq_len=65536), 8, 65536).max_seq_len == 65536
 
 
 @pytest.mark.parametrize(
@@ -368,12 +374,12 @@ def test_more_than_4096_tokens_can_be_asked_for() -> None:
     ids=str,
 )
 def test_chunk_defaults_to_the_checkpoints_and_fits_the_cache(options: dict[str, int], expected: int) -> None:
-    assert sizes(128, 512, ExportOptions(**options))[0] == expected
+    assert sizes(ExportOptions(**options), 128, 512).chunk == expected
 
 
 @pytest.mark.parametrize(("max_batch", "rows"), [(1, 64), (2, 64 + 8), (8, 64 + 8)])
 def test_only_a_batch_needs_rows_for_padding(max_batch: int, rows: int) -> None:
-    assert sizes(8, 256, ExportOptions(max_seq_len=64, max_batch=max_batch))[2] == rows
+    assert sizes(ExportOptions(max_seq_len=64, max_batch=max_batch), 8, 256).cache_rows == rows
 
 
 # Weights

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from torch import Tensor, nn
 
+from melt_export.checkpoint import Checkpoint
 from melt_export.quantization import gptq as module
 from melt_export.quantization.blocks import Blocks, best_scales, in_blocks
 from melt_export.quantization.calibration import hessians
 from melt_export.quantization.gptq import InverseHessian, gptq, inverse_factor, solve
 from melt_export.quantization.options import Grid
-from melt_export.reference.pytorch import open_reference
+from melt_export.reference.pytorch import reference_of
 
 
 def hessian_of(inputs: int, seed: int = 0) -> Tensor:
@@ -108,15 +109,17 @@ def test_hessians_are_the_sums_over_every_sequence_and_loop(tmp_path: Path, kind
 
         return hook
 
-    reference = open_reference(tmp_path)
-    for name, linear in reference.model.named_modules():  # type: ignore[attr-defined]
+    checkpoint = Checkpoint(tmp_path)
+    model = checkpoint.load()
+    reference = reference_of(model)
+    for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear):
             linear.register_forward_pre_hook(add(f"{name}.weight"))
     for ids in sequences:
         reference.logits(ids, 2, 8)
 
     told: list[tuple[str, int, int]] = []
-    found = hessians(tmp_path, sequences, 2, 8, lambda *step: told.append(step))
+    found = hessians(checkpoint.load(), sequences, 2, 8, lambda *step: told.append(step))
     assert set(found) == set(expected)
     for name, hessian in found.items():
         scale = float(expected[name].abs().max())

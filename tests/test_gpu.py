@@ -17,6 +17,8 @@ from melt_runtime.engines.library import open_library
 from melt_runtime.errors import MeltError
 from test_concurrency import calls_of, together
 
+from melt_export.parity.verify import verify
+
 pytestmark = pytest.mark.gpu
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18], [19, 20, 21, 22]]
 
@@ -91,6 +93,21 @@ def test_graphs_plain_runs_and_onnx_runtime_give_the_same_tokens(directory: Path
     with captured._states.lease(len(PROMPTS)) as lease:  # the state that has just been used
         assert lease.driver is not None
         assert lease.driver.state.captured()  # type: ignore[attr-defined]
+
+
+def test_graphs_and_plain_runs_give_the_same_logits_to_the_last_bit(directory: Path) -> None:
+    drivers = [load(directory, graphs).driver() for graphs in (True, False)]
+    pending = [PROMPTS[0]]
+    for _ in range(12):
+        captured, plain = (driver.append(pending, LoopSettings(4)) for driver in drivers)
+        np.testing.assert_array_equal(captured, plain)
+        pending = [[int(captured[0].argmax())]]
+
+
+def test_melt_verify_holds_an_engine_to_pytorch(directory: Path, make_checkpoint: MakeCheckpoint) -> None:
+    report = verify(directory, make_checkpoint(), backend="tensorrt", tokens=16)
+    assert report.failures() == []
+    assert "TensorRT" in report.arithmetic
 
 
 def test_calls_of_several_threads_give_what_each_gives_alone(directory: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +15,16 @@ from melt_runtime.backends.choose import choices, too_old
 from melt_runtime.backends.devices import detect_environment, devices, onnxruntime_version
 from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS
+from processes import LIMIT
 from test_concurrency import calls_of, together
-from typer.testing import CliRunner
 
-from melt_export.gpu_check.__main__ import app
-from melt_export.parity.expected import expected_of
-from melt_export.parity.report import TOLERANCES, ParityReport
-from melt_export.parity.verify import compare
+from melt_export.parity.verify import verify
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not devices(), reason="there is no NVIDIA driver with a device here"),
 ]
+BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 PROVIDERS = ("onnxruntime-cuda", "onnxruntime-tensorrt-rtx")
 
 
@@ -43,15 +44,18 @@ def package_for(backend: str, checkpoint: Path, make_package: MakePackage, diale
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("backend", PROVIDERS)
 def test_onnx_runtime_on_a_device_agrees_with_pytorch_at_every_loop(
-    make_checkpoint: MakeCheckpoint, make_package: MakePackage, backend: str, dialect: str, precision: str
+    make_checkpoint: MakeCheckpoint,
+    make_package: MakePackage,
+    tmp_path: Path,
+    backend: str,
+    dialect: str,
+    precision: str,
 ) -> None:
     checkpoint = make_checkpoint()
     package = package_for(backend, checkpoint, make_package, dialect, precision)
-    runtime = Runtime.load(package, backend=backend)
-    manifest = runtime.manifest
-    report = ParityReport(precision, dialect, manifest.loops, backend, TOLERANCES[precision])
-    compare(runtime, expected_of(checkpoint, manifest, 16), report)
+    report = verify(shutil.copytree(package, tmp_path / "package"), checkpoint, backend=backend, tokens=16)
     assert report.failures() == []
+    assert report.backend == backend
 
 
 @pytest.mark.parametrize("backend", PROVIDERS)
@@ -79,9 +83,10 @@ def test_calls_of_several_threads_give_what_each_gives_alone_on_a_device(
         assert rounds == [one] * 3
 
 
-def test_gpu_check_passes_on_this_device(tmp_path: Path) -> None:
+def test_the_benchmark_passes_on_this_device(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    result = CliRunner().invoke(app, ["--quick", "--json", str(file)])
+    command = [sys.executable, str(BENCHMARK), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     content = json.loads(file.read_text())
     assert [row for row in content["results"] if row["state"] == "failed"] == []
-    assert result.exit_code == 0
+    assert done.returncode == 0, done.stderr

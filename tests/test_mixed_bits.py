@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 
+from melt_export.checkpoint import Checkpoint
 from melt_export.errors import ExportError
 from melt_export.export import building
 from melt_export.options import ExportOptions
@@ -119,7 +120,7 @@ def test_what_does_not_reach_the_logits_costs_nothing(checkpoints: dict[str, Pat
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     model.save_pretrained(tmp_path / "dead")
-    cost = sensitivities(tmp_path / "dead", TOKENS, 2, 8, Grid(4, 32))
+    cost = sensitivities(Checkpoint(tmp_path / "dead").load(), TOKENS, 2, 8, Grid(4, 32))
     dead = {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     assert {name for name, value in cost.items() if value == 0} == dead | {"model.early_exit_gate.weight"}
 
@@ -130,9 +131,10 @@ def test_a_cost_is_of_every_loop_and_of_the_weights_as_they_are_stored(
     model = MeltForCausalLM.from_pretrained(checkpoints["melt"])
     model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
     model.float().save_pretrained(tmp_path / "wide")  # the same numbers
-    once, twice = (sensitivities(tmp_path / "wide", TOKENS, loops, 8, Grid(4, 32)) for loops in (1, 2))
+    wide, narrow = (Checkpoint(tmp_path / name).load() for name in ("wide", "narrow"))
+    once, twice = (sensitivities(wide, TOKENS, loops, 8, Grid(4, 32)) for loops in (1, 2))
     assert twice != once
-    assert sensitivities(tmp_path / "narrow", TOKENS, 2, 8, Grid(4, 32)) == pytest.approx(twice, rel=1e-4)
+    assert sensitivities(narrow, TOKENS, 2, 8, Grid(4, 32)) == pytest.approx(twice, rel=1e-4)
 
 
 def test_an_expected_rounding_error_is_the_one_that_is_made() -> None:

@@ -19,6 +19,7 @@ from melt_runtime import Runtime
 from melt_runtime.cli.inspect import activations_of, arithmetic_of
 from melt_runtime.package.reader import Package
 
+from melt_export.checkpoint import Checkpoint
 from melt_export.errors import ExportError
 from melt_export.export import building
 from melt_export.graph.merge_matmuls import names_in
@@ -188,9 +189,9 @@ def test_chosen_weights_have_eight_bits(checkpoints: dict[str, Path], tmp_path: 
 
 
 def test_statistics_are_of_every_loop(checkpoints: dict[str, Path]) -> None:
-    config = read_config(checkpoints["melt"])
-    tokens = [[1, 2, 3, 4]]
-    once, thrice = (hessians(checkpoints["melt"], tokens, loops, 4) for loops in (1, 3))
+    checkpoint = Checkpoint(checkpoints["melt"])
+    config, tokens = checkpoint.config, [[1, 2, 3, 4]]
+    once, thrice = (hessians(checkpoint.load(), tokens, loops, 4) for loops in (1, 3))
     name = "model.layers.0.mlp.down_proj.weight"
     assert once[name].shape == (config.intermediate_size, config.intermediate_size)
     assert thrice[name].trace() > 1.5 * once[name].trace()
@@ -227,7 +228,7 @@ def test_a_calibration_text_needs_a_tokenizer(checkpoints: dict[str, Path], tmp_
     text = tmp_path / "text"
     text.write_text("anything")
     with pytest.raises(ExportError, match="needs a tokenizer"):
-        calibration_tokens(checkpoints["melt"], read_config(checkpoints["melt"]), text)
+        calibration_tokens(Checkpoint(checkpoints["melt"]), text)
 
 
 def test_limits_on_quality() -> None:

@@ -12,7 +12,7 @@ from melt_runtime.progress import Step, no_progress
 from melt_runtime.text.end_tokens import stop_ids_of
 from melt_runtime.text.tokenizer import TextTokenizer
 
-from ..reference.pytorch import open_reference
+from ..reference.pytorch import Reference
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,10 @@ def read_problems(path: Path, package: Package) -> list[Problem]:
 
 
 def checkpoint_accuracy(
-    checkpoint: Path, package: Package, problems: list[Problem], progress: Step = no_progress
+    reference: Reference, package: Package, problems: list[Problem], progress: Step = no_progress
 ) -> float:
-    """The share that PyTorch answers, greedily. The model is freed when this returns. Raises CheckpointError."""
-    reference, tokenizer, stops = (
-        open_reference(checkpoint),
-        TextTokenizer.load(package.directory, package.manifest.files),
-        stop_ids_of(package),
-    )
+    """The share that PyTorch answers, greedily."""
+    tokenizer, stops = TextTokenizer.load(package.directory, package.manifest.files), stop_ids_of(package)
     right = 0
     for problem in problems:
         written, _ = reference.greedy(problem.prompt, problem.tokens, package.manifest.loops, package.manifest.chunk)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,9 +13,8 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from numpy.typing import NDArray
 
-from ..quantization.stored_values import as_packaged
 from ..reference.float32_matmul import FLOAT32, FLOAT64, ORDERS, Arithmetic
-from ..reference.pytorch import LoopTrace, Reference, open_reference
+from ..reference.pytorch import LoopTrace, Reference
 from .distances import Distances, OwnError
 from .report import ParityReport, tolerance_of
 
@@ -83,22 +81,15 @@ class Expected:
 
 
 def expected_of(
-    checkpoint: Path,
+    reference: Reference,
     manifest: Manifest,
     tokens: int,
     *,
-    package: Path | None = None,
     seed: int = 0,
-    device: str = "cpu",
     progress: Progress = no_progress,
 ) -> Expected:
-    """The PyTorch side of a comparison with any package of these sizes. The model is freed when this returns.
-
-    tokens: greedy tokens a prompt; package: whose stored numbers count where it is quantized; device: where PyTorch
-    computes. Raises CheckpointError.
-    """
+    """Compute PyTorch's side of a comparison with any package of these sizes. ``tokens``: greedy tokens per prompt."""
     progress("PyTorch: loop by loop", 0, 0)
-    reference = open_reference(checkpoint, device, as_packaged(package) if package and manifest.quantized else None)
     rng = np.random.default_rng(seed)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
     batch = min(manifest.max_batch, 3 if manifest.state_bytes(3) < LARGE_BYTES else 2)

@@ -6,20 +6,22 @@ Parity proves that a package computes what its stored numbers say; this says how
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, no_progress
 from numpy.typing import NDArray
 
-from ..reference.pytorch import open_reference
+from ..reference.pytorch import Reference
 from ..reference.texts import encode_text
 from .distances import agreement, log_softmax
-from .report import Limits, Quality
+from .exact_match import Problem, checkpoint_accuracy, package_accuracy
+from .report import Accuracy, Limits, Quality
 
 TOKENS = 768  # that a package is measured on, at most
 LARGE_TOKENS = 96  # of a model whose tokens take PyTorch seconds each
@@ -60,16 +62,43 @@ def held_out(package: Path, manifest: Manifest, path: Path | None, tokens: int) 
     return HeldOut([ids for ids in sequences if len(ids) > 1] or [ids[:room]], name, real)
 
 
+@dataclass
+class QualityCheck:
+    """What a quantized package is measured on, and what the checkpoint makes of it.
+
+    ``logits``: the checkpoint's, per sequence of ``held``; ``right``: the share of ``problems`` that it answers.
+    """
+
+    held: HeldOut
+    problems: list[Problem]
+    limits: Limits
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    right: float = 0.0
+
+    def take_reference(self, reference: Reference, package: Package, manifest: Manifest, progress: Step) -> None:
+        """Run the checkpoint."""
+        progress("PyTorch: held-out text", 0, 0)
+        self.logits = reference_logits(reference, self.held, manifest)
+        if self.problems:
+            self.right = checkpoint_accuracy(reference, package, self.problems, progress)
+
+    def measure(self, runtime: Runtime, loops: int, progress: Step) -> Quality:
+        """Run a package over the held-out text and compare."""
+        return measure(runtime, self.held, self.logits, loops, self.limits, progress)
+
+    def accuracy(self, runtime: Runtime, progress: Step) -> Accuracy | None:
+        """Count a package's answers; None without problems."""
+        if not self.problems:
+            return None
+        return Accuracy(len(self.problems), package_accuracy(runtime, self.problems, progress), self.right)
+
+
 def _built_in() -> str:
     return files(__package__).joinpath("held_out.txt").read_text(encoding="utf-8")
 
 
-def reference_logits(checkpoint: Path, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
-    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks.
-
-    The model is freed when this returns. Raises CheckpointError.
-    """
-    reference = open_reference(checkpoint)
+def reference_logits(reference: Reference, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
+    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks."""
     return [reference.logits(ids, manifest.loops, manifest.chunk) for ids in held.sequences]
 
 

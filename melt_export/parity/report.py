@@ -173,8 +173,12 @@ class Quality:
 
 @dataclass
 class ParityReport:
-    """Everything that was compared. ``arithmetic`` says what ran the package; ``quality`` is of quantized ones;
-    ``own_kl`` is the KL divergence of PyTorch's float32 from its float64."""
+    """All that was compared.
+
+    - ``backend``, ``arithmetic``: what ran the package, and how it computes.
+    - ``own_kl``: the KL divergence of PyTorch's float32 from its float64.
+    - ``quality``: of a quantized package.
+    """
 
     precision: str
     dialect: str
@@ -194,6 +198,7 @@ class ParityReport:
     manifest_sha256: str = ""
     libraries: dict[str, str] = field(default_factory=dict)
     quality: Quality | None = None
+    backend: str = "onnxruntime"
 
     def take(self, found: Distances, own: OwnError) -> None:
         """Add the distances of a package's run, with limits that allow for rounding."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from melt_models.checkpoint import Weights, read_config
 from melt_models.errors import shown
 from melt_runtime import LoopDriver, LoopSettings, Runtime
-from melt_runtime.cli.inspect import activations_of
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
-from melt_runtime.package.files import working_directory
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.reader import Package, manifest_hash
 from melt_runtime.package.specs import StateSpec
@@ -20,18 +16,19 @@ from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
 from ..errors import ParityError
 from ..quantization.kv_cache_scales import CacheNumbers
 from ..quantization.matmul_weights import EMBEDDING
-from ..quantization.stored_values import as_packaged, stored_embedding
+from ..quantization.stored_values import packaged_reference, stored_embedding
 from ..reference.depth import default_depth, default_threshold
-from ..reference.pytorch import LOGIT_COLUMNS, LoopTrace, open_reference
+from ..reference.pytorch import LOGIT_COLUMNS, LoopTrace, reference_of
 from .distances import Distances, common_prefix
-from .exact_match import checkpoint_accuracy, package_accuracy, read_problems
+from .exact_match import read_problems
 from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, weigh_partings
-from .float32_package import float32_package, wide_package
-from .quality import LARGE_TOKENS, TOKENS, held_out, limits_of, measure, reference_logits
-from .report import Accuracy, GenerationResult, Limits, ParityReport, StateError, tolerance_of
+from .quality import LARGE_TOKENS, TOKENS, QualityCheck, held_out, limits_of
+from .report import GenerationResult, Limits, ParityReport, StateError, tolerance_of
+from .target import CPU, target_of
 
 _SHAPE = (
     "model_type",
@@ -48,8 +45,10 @@ _LIBRARIES = ("torch", "transformers", *ONNX_RUNTIMES, "numpy")
 @np.errstate(invalid="ignore", over="ignore")  # NaN and Inf of a model are in the report, and need no warning
 def verify(
     package: Path,
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     *,
+    backend: str = CPU,
+    device: int = 0,
     loops: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
@@ -58,77 +57,61 @@ def verify(
     limits: Limits | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
-    """Compares a package with its checkpoint and writes parity.json into the package.
+    """Compare a package, run by a backend of this machine, with its checkpoint in PyTorch, and write parity.json.
 
-    Loop by loop: hidden, latent, cache rows, exit probability and logits, for a ragged batch of prompts and for
+    Loop by loop: hidden, latent, cache positions, exit probability and logits, for a ragged batch of prompts and for
     chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
-    ``loops`` None: as many as the package was trained for; ``tokens`` None: 256, or 16 for a large package, whose
-    tokens take PyTorch seconds each. A large fp16 package runs with its weights mapped from disk. The PyTorch side
-    runs first and is freed before the package is loaded, so the two never share memory. A quantized package is compared
-    with what its numbers stand for, and then measured against the checkpoint itself on ``eval_text`` (None: a built-in
-    one) within ``limits`` (None: the usual ones), and on the problems of ``eval_answers`` if there are any. Raises
-    CheckpointError, PackageError, ArgumentError for a text that cannot be used, ParityError if the two have different
-    shapes.
+    PyTorch computes on the CPU and is freed before the package is loaded, so the two never share memory. A quantized
+    package is compared with the values that it stores, and then measured against the checkpoint itself.
+
+    - ``backend``, ``device``: what runs the package (see ``target_of``), and the NVIDIA device by index.
+    - ``loops`` None: as many as the package was trained for.
+    - ``tokens`` None: 256, or 16 for a large package, whose tokens take PyTorch seconds each.
+    - ``eval_text`` None: a built-in text to measure a quantized package on.
+    - ``eval_answers``: problems to count a quantized package's answers on.
+    - ``limits`` None: the usual ones, of a quantized package's loss.
+
+    Raises CheckpointError, PackageError, BackendError, ArgumentError for a text or a backend that cannot be used,
+    ParityError if the two have different shapes.
     """
     opened = Package.open(package, check_hashes=False)
-    manifest = opened.manifest
-    _same_model(manifest, checkpoint)
-    problems = None if eval_answers is None else read_problems(eval_answers, opened)
-    manifest = replace(manifest, loops=manifest.loops if loops is None else loops)
+    target, source = target_of(opened, backend, device), Checkpoint.of(checkpoint)
+    _same_model(opened.manifest, source)
+    manifest = replace(opened.manifest, max_batch=target.max_batch)
+    manifest = manifest if loops is None else replace(manifest, loops=loops)
     manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > LARGE_BYTES
-    held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS) if manifest.quantized else None
+    check = None
+    if manifest.quantized:
+        held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS)
+        problems = [] if eval_answers is None else read_problems(eval_answers, opened)
+        check = QualityCheck(held, problems, limits_of(manifest) if limits is None else limits)
     tokens = (16 if large else 256) if tokens is None else tokens
-    expected = expected_of(checkpoint, manifest, tokens, package=package, seed=seed, progress=progress)
-    if held is not None:
-        progress("PyTorch: held-out text", 0, 0)
-        unquantized = reference_logits(checkpoint, held, manifest)
-        right = None if problems is None else checkpoint_accuracy(checkpoint, opened, problems, progress)
-    activations, float_kl = activations_of(manifest), None
-    report = ParityReport(
-        manifest.precision, manifest.dialect, manifest.loops, "ONNX Runtime, CPU", tolerance_of(manifest)
-    )
-    table = Weights(checkpoint).tensor(EMBEDDING)
+    table = source.weights.tensor(EMBEDDING)
     if manifest.weights:
-        table = stored_embedding(package, table)  # now: a twin's links keep onnx_ir from reading the package
-    with ExitStack() as stack:
-        directory, write_twin = package, None
-        if manifest.precision == "bf16":
-            progress("widening bf16 to fp32", 0, 0)
-            report.arithmetic = "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
-            write_twin = float32_package
-        elif activations == "int8":
-            report.arithmetic = (
-                "ONNX Runtime, CPU, quantized weights multiplied with float activations; the package itself multiplies "
-                "them with 8-bit activations, which the quality is of"
-            )
-            write_twin = wide_package
-        elif activations == "float":
-            report.arithmetic = "ONNX Runtime, CPU, as shipped: quantized weights multiplied with float activations"
-        if write_twin is not None:
-            directory = stack.enter_context(working_directory(package.parent, ".melt-twin-"))
-            write_twin(package, directory)
+        table = stored_embedding(package, table)  # before a linked copy keeps onnx_ir from reading the package
+    expected = expected_of(packaged_reference(source, opened), manifest, tokens, seed=seed, progress=progress)
+    if check is not None:
+        check.take_reference(reference_of(source.load()), opened, manifest, progress)
+
+    float_kl = None
+    with target.comparable(large and manifest.precision == "fp16", progress) as (runtime, arithmetic):
+        tolerance = tolerance_of(manifest)
+        report = ParityReport(
+            manifest.precision, manifest.dialect, manifest.loops, arithmetic, tolerance, backend=target.backend
+        )
         progress("package: loop by loop", 0, 0)
-        low_memory = large and manifest.precision == "fp16"
-        runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False, low_memory=low_memory)
         compare(runtime, expected, report, progress)
         _compare_embeddings(runtime, table, report)
-        limits = limits_of(manifest) if limits is None else limits
-        if held is not None and activations == "int8":
-            float_kl = measure(runtime, held, unquantized, manifest.loops, limits, progress).kl
+        if check is not None and target.activations == "int8":
+            float_kl = check.measure(runtime, manifest.loops, progress).kl
         del runtime
-    weigh_partings(
-        report,
-        expected,
-        lambda: open_reference(checkpoint, prepare=as_packaged(package) if manifest.quantized else None),
-    )
-    if held is not None:
-        runtime = Runtime.load(package, backend="onnxruntime", check_hashes=False)
-        quality = measure(runtime, held, unquantized, manifest.loops, limits, progress)
-        report.quality = replace(quality, activations=activations, float_kl=float_kl)
-        if problems is not None and right is not None:
-            accuracy = Accuracy(len(problems), package_accuracy(runtime, problems, progress), right)
-            report.quality = replace(report.quality, accuracy=accuracy)
+    weigh_partings(report, expected, lambda: packaged_reference(source, opened))
+    if check is not None:
+        runtime = target.load()
+        quality = check.measure(runtime, manifest.loops, progress)
+        accuracy = check.accuracy(runtime, progress)
+        report.quality = replace(quality, activations=target.activations, float_kl=float_kl, accuracy=accuracy)
     report.manifest_sha256 = manifest_hash(package)
     report.libraries = installed_versions(_LIBRARIES)
     report.write(package)
@@ -172,18 +155,17 @@ def require_parity(report: ParityReport) -> None:
         raise ParityError("the package does not match its checkpoint: " + "; ".join(failures[:3]) + more)
 
 
-def _same_model(manifest: Manifest, checkpoint: Path) -> None:
+def _same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raises ParityError if the checkpoint is of another shape or depth than the package."""
-    config = read_config(checkpoint)
-    said = config.to_dict()
+    said = checkpoint.config.to_dict()
     pairs = {name: (manifest.model.get(name), said.get(name)) for name in _SHAPE}
-    if said["model_type"] == manifest.model.get("model_type"):  # else it may have no loops
-        pairs["loops"] = (manifest.loops, default_depth(config))  # type: ignore[arg-type]
-        pairs["exit_threshold"] = (manifest.exit_threshold, default_threshold(config))  # type: ignore[arg-type]
+    if said["model_type"] == manifest.model.get("model_type"):
+        pairs["loops"] = (manifest.loops, default_depth(checkpoint.config))
+        pairs["exit_threshold"] = (manifest.exit_threshold, default_threshold(checkpoint.config))
     for name, (mine, theirs) in pairs.items():
         if mine != theirs:
             raise ParityError(
-                f"the package was not made from {checkpoint}: {name} is {shown(mine)} in the package "
+                f"the package was not made from {checkpoint.directory}: {name} is {shown(mine)} in the package "
                 f"and {shown(theirs)} in the checkpoint"
             )
 

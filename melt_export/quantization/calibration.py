@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from melt_models.checkpoint import load_model
-from melt_models.configuration import LoopedConfig
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
+from ..checkpoint import Checkpoint
 from ..errors import ExportError
 from ..reference.float32_matmul import Float32Matmul
 from ..reference.pytorch import every_loop
@@ -26,13 +25,14 @@ _LARGEST_TEXT = 1 << 22  # characters that are read of a file
 _HEAD = "lm_head"  # whose input is counted and whose output nobody needs
 
 
-def calibration_tokens(checkpoint: Path, config: LoopedConfig, path: Path | None) -> list[list[int]]:
+def calibration_tokens(checkpoint: Checkpoint, path: Path | None) -> list[list[int]]:
     """Sequences of token ids, spread over a text: the file at ``path`` (UTF-8), or else Python's own documentation.
 
     Random tokens where the vocabulary cannot write the latter. Raises ExportError for a file that cannot be used.
     """
+    config, directory = checkpoint.config, checkpoint.directory
     room = min(_SEQUENCE, config.max_position_embeddings)
-    ids = encode_text(checkpoint, path, _documentation, option="--calibration", refused=ExportError, most=_LARGEST_TEXT)
+    ids = encode_text(directory, path, _documentation, option="--calibration", refused=ExportError, most=_LARGEST_TEXT)
     if ids is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(config.vocab_size, (_RANDOM_SEQUENCES, room), generator=generator).tolist()  # type: ignore[no-any-return]
@@ -47,13 +47,13 @@ def _documentation() -> str:
 
 
 def hessians(
-    checkpoint: Path, sequences: list[list[int]], loops: int, chunk: int, progress: Step = no_progress
+    model: nn.Module, sequences: list[list[int]], loops: int, chunk: int, progress: Step = no_progress
 ) -> dict[str, Tensor]:
     """Of every matmul, by its weight's checkpoint name, the sum of x x^T over all tokens and loops: (inputs, inputs).
 
-    Matmuls that read the same input share one. Raises CheckpointError.
+    Matmuls that read the same input share one.
     """
-    model: nn.Module = load_model(checkpoint, as_stored=True)
+    head = model.get_submodule(_HEAD)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     model.lm_head = linear[_HEAD] = nn.Identity()  # type: ignore[assignment]
     found: dict[str, Tensor] = {}
@@ -75,14 +75,16 @@ def hessians(
 
         return hook
 
-    for name, module in linear.items():
-        module.register_forward_pre_hook(watch(f"{name}.weight"))
+    handles = [module.register_forward_pre_hook(watch(f"{name}.weight")) for name, module in linear.items()]
     options = every_loop(model, loops, chunk)
     with torch.inference_mode(), Float32Matmul():
         for batch in _batches(sequences):
             model(torch.tensor(batch), use_cache=False, **options)
             last.clear()
             progress("calibrating", len(sequences), len(batch))
+    for handle in handles:
+        handle.remove()
+    model.lm_head = head
     return found | {name: found[owner] for name, owner in shared.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..graph.external_weights import COMPUTED
 from ..graph.trace import TracedGraph
-from ..reference.pytorch import open_reference
+from ..reference.pytorch import Reference
 from .kv_cache_scales import PARTS, SCALE_INPUT, CacheNumbers, attention_nodes, rounded, scale_name
 
 _ROWS = 2048  # of each layer that scales are tried on, at most
@@ -24,7 +23,7 @@ _SHARES = tuple(1 - step / 20 for step in range(13))  # of a channel's largest v
 
 
 def calibrated(
-    checkpoint: Path,
+    reference: Reference,
     sequences: list[list[int]],
     loops: int,
     chunk: int,
@@ -32,14 +31,13 @@ def calibrated(
     bits: int,
     progress: Step = no_progress,
 ) -> CacheNumbers:
-    """Scales for the rows that a checkpoint writes in all loops of these sequences of token ids.
+    """Scales for the rows that a model writes in all loops of these sequences of token ids.
 
     The gate lets a row drift from loop to loop, so all loops count. Keys are also turned to places all over the
     ``positions`` that the cache has: their slow rotary pairs stand still within one sequence, and trade their sizes
     far behind it. Of each channel the scale is the one with the least squared error on a sample of the rows.
     """
-    reference = open_reference(checkpoint)
-    config: LoopedConfig = reference.config  # type: ignore[attr-defined]
+    config = reference.config
     rng = np.random.default_rng(0)
     most: dict[str, Tensor] = {}
     sample: dict[str, list[Tensor]] = {part: [] for part in PARTS}

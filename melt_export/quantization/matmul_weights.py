@@ -54,11 +54,11 @@ class Statistics:
     """Statistics of matmuls on a calibration text, by checkpoint name.
 
     - ``hessians``: of calibrated weights.
-    - ``cost``: the estimated loss of storing a weight in 4 bits, where some are to have 8.
+    - ``raised``: the weights that get 8 bits because they lose most in 4.
     """
 
     hessians: Mapping[str, Tensor] = field(default_factory=dict)
-    cost: Mapping[str, float] = field(default_factory=dict)
+    raised: frozenset[str] = frozenset()
 
 
 def weights_in_more_bits(model: nn.Module, options: WeightOptions, cost: Mapping[str, float]) -> frozenset[str]:
@@ -80,23 +80,18 @@ def weights_in_more_bits(model: nn.Module, options: WeightOptions, cost: Mapping
 
 
 def quantize_matmuls(
-    model: ir.Model,
-    options: WeightOptions,
-    seen: Statistics,
-    operator: str,
-    dtype: torch.dtype,
-    raised: frozenset[str] = frozenset(),
+    model: ir.Model, options: WeightOptions, seen: Statistics, operator: str, dtype: torch.dtype
 ) -> list[str]:
     """Replace matmuls with checkpoint weights by quantized ones, in place. Weights are quantized when they are written.
 
-    ``operator`` reads them: MATMUL_NBITS or DEQUANTIZE. ``dtype`` is the matmuls' type. ``raised``: the weights that
-    get 8 bits. Returns the names of the matmuls made of them.
+    ``operator`` reads them: MATMUL_NBITS or DEQUANTIZE. ``dtype`` is the matmuls' type. Returns the names of the
+    matmuls whose weights are ``seen.raised``.
     """
     insert = _nbits if operator == MATMUL_NBITS else _dequantize
     matmuls = list(_matmuls(model.graph, options, seen.hessians))
     labels = []
     for node, matmul in matmuls:
-        if raised.issuperset(matmul.parts):
+        if seen.raised.issuperset(matmul.parts):
             matmul.bits = 8
             labels.append(matmul.label)
         insert(model.graph, node, matmul, dtype)

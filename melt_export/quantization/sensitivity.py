@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from melt_models.checkpoint import load_model
 from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
@@ -22,14 +20,14 @@ _SHARE = 4  # uses one of so many calibration sequences
 
 
 def sensitivities(
-    checkpoint: Path, sequences: list[list[int]], loops: int, chunk: int, grid: Grid, progress: Step = no_progress
+    model: nn.Module, sequences: list[list[int]], loops: int, chunk: int, grid: Grid, progress: Step = no_progress
 ) -> dict[str, float]:
     """Of every product, by its weight's checkpoint name, the divergence in nats a token that storing it so would cost.
 
     An estimate to compare products by: half of the squared gradient of a text's loss along errors that are as large as
-    rounding makes them and lie anyhow, over all tokens and loops. Raises CheckpointError.
+    rounding makes them and lie anyhow, over all tokens and loops.
+    The model's parameters must take no gradient.
     """
-    model: nn.Module = load_model(checkpoint, as_stored=True).requires_grad_(False)
     found = dict.fromkeys(_products(model), 0.0)
     handles = [module.register_forward_hook(_watch(name, found)) for name, module in _products(model).items()]
     chosen = [ids[:_TOKENS] for ids in sequences[::_SHARE] if len(ids) > 1]

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from melt_models.cache import Stored
 from melt_runtime.package.reader import Package
 from torch import Tensor, nn
 
+from ..checkpoint import Checkpoint
 from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.merge_matmuls import names_in
+from ..reference.pytorch import Reference, reference_of
 from .blocks import Blocks
 from .kv_cache_scales import CacheNumbers, initializer
 from .matmul_weights import EMBEDDING, GATHER_QUANTIZED
 
 
-def as_packaged(package: Path) -> Callable[[nn.Module], Stored | None]:
-    """Returns what makes a model compute as a quantized package does: it replaces the model's weights by those that
-    are stored there, in place, and returns what the package's caches keep of rows (None: the rows as they are).
+def packaged_reference(checkpoint: Checkpoint, package: Package) -> Reference:
+    """Return the reference that computes with a package's stored weights and caches.
+
+    Where weights are quantized, this one model holds their values as float32 in memory. Raises CheckpointError.
     """
-
-    def prepare(model: nn.Module) -> Stored | None:
-        opened = Package.open(package, check_hashes=False)
-        numbers = CacheNumbers.of(opened)
-        if opened.manifest.weights:
-            dequantized(model, package)
-        return None if numbers is None else numbers.rounded
-
-    return prepare
+    model, numbers = checkpoint.load(), CacheNumbers.of(package)
+    if package.manifest.weights:
+        dequantized(model, package.directory)
+    return reference_of(model, None if numbers is None else numbers.rounded)
 
 
 def dequantized(model: nn.Module, package: Path) -> None:

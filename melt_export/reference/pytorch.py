@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from melt_models import LoopLMForCausalLM
 from melt_models.cache import MeltCache, Stored
-from melt_models.checkpoint import load_model
+from melt_models.checkpoint import LoopedModel
 from melt_models.looplm import causal_mask
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -60,8 +59,8 @@ def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
 class Reference(ABC):
     """A checkpoint computed by PyTorch, one sequence at a time."""
 
-    def __init__(self, model: Any, device: str = "cpu", stored: Stored | None = None):
-        self.model, self.config, self.device, self.stored = model, model.config, device, stored
+    def __init__(self, model: Any, stored: Stored | None = None):
+        self.model, self.config, self.stored = model, model.config, stored
 
     @abstractmethod
     def _cache(self) -> Any:
@@ -77,11 +76,11 @@ class Reference(ABC):
         """Return the float32 logits (tokens, vocab) of a new sequence; every token runs all loops."""
         with _computing():
             output = self.model(
-                torch.tensor([list(ids)], device=self.device),
+                torch.tensor([list(ids)]),
                 past_key_values=self._cache(),
                 **every_loop(self.model, loops, chunk),
             )
-            return output.logits[0].float().cpu().numpy()
+            return output.logits[0].float().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """Return ``count`` greedy tokens, and for each the difference between the best and the second-best logit."""
@@ -90,7 +89,7 @@ class Reference(ABC):
         with _computing():
             for _ in range(count):
                 output = self.model(
-                    torch.tensor([ids], device=self.device),
+                    torch.tensor([ids]),
                     past_key_values=cache,
                     **every_loop(self.model, loops, chunk),
                     logits_to_keep=1,
@@ -102,18 +101,11 @@ class Reference(ABC):
         return tokens, margins
 
 
-def open_reference(
-    checkpoint: Path, device: str = "cpu", prepare: Callable[[nn.Module], Stored | None] | None = None
-) -> Reference:
-    """Load the reference of a MELT or LoopLM checkpoint onto ``device`` (a PyTorch name). Raises CheckpointError.
-
-    ``prepare``, if given, changes the model before anything runs and returns the ``stored`` function of its caches (see
-    ``MeltCache``), as ``quantization.stored_values.as_packaged`` does.
-    """
-    model = load_model(checkpoint, as_stored=True)
-    stored = None if prepare is None else prepare(model)
-    found = LoopLMReference if isinstance(model, LoopLMForCausalLM) else MeltReference
-    return found(model.to(device), device, stored)  # type: ignore[arg-type]
+def reference_of(model: LoopedModel, stored: Stored | None = None) -> Reference:
+    """Return the reference that runs a model. ``stored``: what its caches keep of new rows (see ``MeltCache``)."""
+    if isinstance(model, LoopLMForCausalLM):
+        return LoopLMReference(model, stored)
+    return MeltReference(model, stored)
 
 
 class MeltReference(Reference):
@@ -130,9 +122,9 @@ class MeltReference(Reference):
         depths: list[int] = []
         with _computing(arithmetic):
             for ids in chunks:
-                valid = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
-                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
-                depth = torch.zeros(len(ids), dtype=torch.long, device=self.device)
+                valid = torch.ones(1, len(ids), dtype=torch.bool)
+                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)]))
+                depth = torch.zeros(len(ids), dtype=torch.long)
                 chunk: list[LoopTrace] = []
                 for step, active in self.model.model.loops(hidden, valid, cache, loops, threshold):
                     depth += active[0]
@@ -142,7 +134,7 @@ class MeltReference(Reference):
                         for part in ("keys", "values")
                     ]
                     tensors = (step.hidden[0], step.latent[:, 0], step.exit_probability[0], *rows, logits)
-                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().cpu().numpy().copy() for x in tensors)))
+                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().numpy().copy() for x in tensors)))
                 cache.commit(valid)
                 traces.append(chunk)
                 depths += depth.tolist()
@@ -180,9 +172,9 @@ class LoopLMReference(Reference):
         with _computing(arithmetic):
             for ids in chunks:
                 seen = cache.get_seq_length() + len(ids)
-                mask = causal_mask(torch.ones(1, seen, dtype=torch.bool, device=self.device), len(ids))
-                positions = torch.arange(seen - len(ids), seen, device=self.device)[None]
-                embedded = self.model.model.embed_tokens(torch.tensor([list(ids)], device=self.device))
+                mask = causal_mask(torch.ones(1, seen, dtype=torch.bool), len(ids))
+                positions = torch.arange(seen - len(ids), seen)[None]
+                embedded = self.model.model.embed_tokens(torch.tensor([list(ids)]))
                 hidden, exits = self.model.model(embedded, mask, positions, cache, loops)
                 chunk: list[LoopTrace] = []
                 for loop in range(loops):
@@ -192,9 +184,7 @@ class LoopLMReference(Reference):
                         for part in ("keys", "values")
                     )
                     logits = self.model.lm_head(hidden[loop, 0, -LOGIT_COLUMNS:])
-                    found = [
-                        x.float().cpu().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)
-                    ]
+                    found = [x.float().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)]
                     chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
                 traces.append(chunk)
         return traces, [loops] * sum(map(len, chunks))

@@ -143,6 +143,7 @@ class Weights(Mapping[str, StoredTensor]):
     def __init__(self, directory: Path):
         self.directory = directory
         self._tensors: dict[str, StoredTensor] = {}
+        self._finite: set[str] = set()
         for file in self._files():
             self._read_header(file)
 
@@ -163,16 +164,16 @@ class Weights(Mapping[str, StoredTensor]):
         return kinds.pop() if len(kinds) == 1 else reduce(torch.promote_types, kinds, widest)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor memory-mapped in its stored type, or cast to ``dtype``.
+        """Return a tensor memory-mapped in its stored type, or cast to ``dtype``. It is scanned when first read.
 
         Raises CheckpointError if it holds NaN or Inf, or values beyond the range of ``dtype``.
         """
         stored = self._tensors[name]
         with safe_open(stored.file, framework="pt") as handle:
             value = handle.get_tensor(name)
-        # A finite sum has only finite terms. A sum that is not finite may have overflowed, so each term is checked.
-        if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
-            raise CheckpointError(f"{stored.file.name}: tensor {name} holds NaN or Inf")
+        if name not in self._finite:
+            self._check_finite(name, value)
+            self._finite.add(name)
         if dtype is None or dtype == stored.dtype:
             return value
         cast = value.to(dtype)
@@ -180,6 +181,11 @@ class Weights(Mapping[str, StoredTensor]):
             short = str(dtype).removeprefix("torch.")
             raise CheckpointError(f"{stored.file.name}: tensor {name} has values beyond the range of {short}")
         return cast
+
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        # A finite sum has only finite terms. A sum that is not finite may have overflowed, so each term is checked.
+        if not torch.isfinite(value.sum(dtype=torch.float32)) and not torch.isfinite(value).all():
+            raise CheckpointError(f"{self._tensors[name].file.name}: tensor {name} holds NaN or Inf")
 
     def _files(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -319,15 +325,11 @@ def open_checkpoint(directory: Path) -> tuple[LoopedModel, Weights]:
     return model, weights
 
 
-def load_model(directory: Path | str, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> LoopedModel:
-    """Load a LoopLM or MELT from a checkpoint directory, in evaluation mode.
+def load_weights(model: LoopedModel, weights: Weights, dtype: torch.dtype | None = None) -> LoopedModel:
+    """Give a model on the meta device its weights, each cast to ``dtype`` or (None) memory-mapped in its stored type.
 
-    With ``dtype`` None the weights get the narrowest type that can hold the values of all tensors; if they all have one
-    type, they stay memory-mapped. With ``as_stored`` every tensor keeps its own type, for ``Float32Matmul``, which
-    widens weights when they are multiplied. Raises CheckpointError.
+    Returns the model. Raises CheckpointError.
     """
-    model, weights = open_checkpoint(Path(directory))
-    dtype = None if as_stored else dtype or weights.dtype
     state = {name: weights.tensor(name, dtype) for name in expected_shapes(model)}
     if model.config.tie_word_embeddings:
         state[_HEAD] = state[_EMBEDDING]
@@ -335,3 +337,13 @@ def load_model(directory: Path | str, dtype: torch.dtype | None = None, *, as_st
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def load_model(directory: Path | str, dtype: torch.dtype | None = None) -> LoopedModel:
+    """Load a LoopLM or MELT from a checkpoint directory, in evaluation mode.
+
+    With ``dtype`` None the weights get the narrowest type that can hold the values of all tensors; if they all have one
+    type, they stay memory-mapped. Raises CheckpointError.
+    """
+    model, weights = open_checkpoint(Path(directory))
+    return load_weights(model, weights, dtype or weights.dtype)
