@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from melt_runtime.bench.busy import BusyProcesses
 from melt_runtime.machine import resident
 
 Sample = dict[str, float]
@@ -68,13 +69,17 @@ def _serve(pipe: Connection, function: Callable[..., Iterator[Sample]], *argumen
             return
 
 
-def take_turns(contestants: list[Contestant], rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
-    """Every contestant's median and quartiles of every number, and its time against the first's, pair by pair."""
+def take_turns(
+    contestants: list[Contestant], rounds: int, advance: Callable[[], None], busy: int = 0
+) -> dict[str, Any]:
+    """Every contestant's median and quartiles of every number, and its time against the first's, pair by pair, beside
+    ``busy`` busy processes."""
     try:
-        for turn in range(rounds + 1):
-            for contestant in contestants:
-                contestant.visit(counts=turn > 0)
-                advance()
+        with BusyProcesses(busy):
+            for turn in range(rounds + 1):
+                for contestant in contestants:
+                    contestant.visit(counts=turn > 0)
+                    advance()
     finally:
         for contestant in contestants:
             contestant.close()
@@ -107,14 +112,18 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def package(directory: Path, threads: int, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
-    """A package as generation runs it."""
+def package(
+    directory: Path, threads: int | None, loops: int, context: int, tokens: int, prompt: int
+) -> Iterator[Sample]:
+    """A package as generation runs it; ``threads`` None: as many as it finds cores for."""
     from melt_runtime import Runtime
-    from melt_runtime.bench.sweep import Stopwatch
+    from melt_runtime.bench.sweep import Stopwatch, settle
 
     runtime = Runtime.load(directory, threads=threads, check_hashes=False)
     watch = Stopwatch(runtime.driver())
     while True:
+        if threads is None:
+            settle([watch])
         token, loop = watch.decode(context, loops, tokens)
         sample = {"token_s": token, "loop_s": loop}
         if prompt:

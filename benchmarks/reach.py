@@ -11,7 +11,8 @@ Sections, all by default:
 - loops: state and peak memory of a process with 1 and with 16 loops.
 - long: peak memory of a process with 32,000 tokens, int4 weights (blocks of 128) and an int8 or int4 cache, 1 and 16
   loops.
-- smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
+- smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights, alone and beside a busy
+  process.
 
 PyTorch and the packages beside it run with the number of threads that serves each best, which is tried first; SmolLM2
 and onnxruntime-genai are measured with every number.
@@ -36,6 +37,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +62,8 @@ SECTIONS = ("decode", "buffer", "loops", "long", "smollm2")
 class Settings:
     """What is run. ``contexts``: tokens in the cache before the timed ones; ``eager_contexts``: those at which PyTorch
     runs beside; ``buffers``: rows of the caches compared, the first also of ``decode`` and ``loops``; ``long_rows``: of
-    ``long``; ``smollm2``: a SmolLM2 checkpoint, made if None; ``export``: what melt-export is given."""
+    ``long``; ``busy``: how many busy processes SmolLM2 runs beside, in turn; ``smollm2``: a SmolLM2 checkpoint, made if
+    None; ``export``: what melt-export is given."""
 
     hidden: int = 2048
     layers: int = 24
@@ -74,6 +77,7 @@ class Settings:
     rounds: int = 7
     tokens: int = 3
     prompt: int = 128
+    busy: tuple[int, ...] = (1,)
     smollm2: Path | None = None
     export: tuple[str, ...] = ("--weights", "int4", "--method", "rtn")
 
@@ -250,12 +254,12 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     step("onnxruntime-genai exports SmolLM2", 0, 0)
     reason = None if built.is_dir() else _build_genai(llama, built)
     sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
-    report: dict[str, Any] = {"bench": bench([path], sweep, step), "turns": {}}
+    report: dict[str, Any] = {"bench": bench([path], sweep, step), "turns": {}, "beside": {}}
     if reason:
         report["skipped"] = {"onnxruntime-genai": reason}
     else:
         report["genai"] = {"builder": _GENAI_OPTIONS, "session": "intra_op_num_threads as in the table"}
-    for context in settings.eager_contexts:
+    for busy, context in product((0, *settings.busy), settings.eager_contexts):
         shared = (context, 5 * settings.tokens, settings.prompt)
         rivals = []
         for count in reversed(settings.thread_counts):
@@ -263,9 +267,11 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
             rivals.append(Contestant(f"melt, {label}", contest.package, path, count, 1, *shared))
             if not reason:
                 rivals.append(Contestant(f"onnxruntime-genai, {label}", contest.genai, built, count, *shared))
+        rivals.append(Contestant("melt", contest.package, path, None, 1, *shared))  # as many threads as it chooses
         visits = len(rivals) * (settings.rounds + 1)
-        name = f"SmolLM2 in turn, {context} tokens"
-        report["turns"][str(context)] = take_turns(rivals, settings.rounds, _counting(step, name, visits))
+        name = f"SmolLM2 in turn, {context} tokens, {busy} busy beside"
+        found = take_turns(rivals, settings.rounds, _counting(step, name, visits), busy)
+        (report["beside"].setdefault(str(busy), {}) if busy else report["turns"])[str(context)] = found
     return report
 
 

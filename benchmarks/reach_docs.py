@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import FAINT, STYLE, console_block, facts, human, table
+from common import FAINT, STYLE, console_block, facts, human, plural, table
 
 Row = dict[str, Any]
 _COLORS = {"melt": "#0b6bcb", "looplm": "#d1700f", "plain": "#6e7781"}
@@ -177,7 +177,8 @@ def _smollm2(section: Row, settings: Row) -> str:
     if not section.get("turns"):
         return f"### SmolLM2-135M\n\nNot measured: {section['skipped']}.\n"
     rows, best = [], []
-    for context, found in section["turns"].items():
+    turns = {"0": section["turns"], **section.get("beside", {})}
+    for busy, context, found in ((busy, *pair) for busy, each in turns.items() for pair in each.items()):
         fastest: dict[str, tuple[float, str]] = {}
         for name, one in found.items():
             rival, threads = _rival(name)
@@ -187,6 +188,7 @@ def _smollm2(section: Row, settings: Row) -> str:
                 [
                     rival,
                     threads,
+                    busy,
                     context,
                     middle(one["token_s"], 1e-3),
                     f"{1 / seconds:.1f}",
@@ -195,12 +197,14 @@ def _smollm2(section: Row, settings: Row) -> str:
                 ]
             )
         each = (f"{rival} {1 / seconds:.1f} tokens/s ({threads})" for rival, (seconds, threads) in fastest.items())
-        best.append(f"- {context} tokens in the cache: {', '.join(each)}\n")
+        beside = "" if busy == "0" else f", beside {plural(int(busy), 'busy process', 'es')}"
+        best.append(f"- {context} tokens in the cache{beside}: {', '.join(each)}\n")
     overhead = max(row["overhead_share"]["median"] for row in section["bench"]["results"])
     skipped = "".join(f"\n{name} was left out: {reason}.\n" for name, reason in section.get("skipped", {}).items())
     head = [
         "",
         "threads",
+        "busy processes",
         "tokens in the cache",
         "a token, ms",
         "tokens/s",

@@ -34,6 +34,22 @@ def test_a_package_and_pytorch_take_turns(tiny_package: Path, tiny_checkpoint: P
     assert found["eager bf16"]["peak_bytes"]["median"] > 0
 
 
+def test_contestants_take_turns_beside_busy_processes(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = []
+    enter = contest.BusyProcesses.__enter__
+
+    def entered(self: contest.BusyProcesses) -> contest.BusyProcesses:
+        made = enter(self)
+        running.append(len(self.processes))
+        return made
+
+    monkeypatch.setattr(contest.BusyProcesses, "__enter__", entered)
+    rival = Contestant("melt", contest.package, tiny_package, None, 2, 20, 1, 0)
+    found = take_turns([rival], 1, lambda: None, busy=2)
+    assert running == [2]
+    assert found["melt"]["token_s"]["median"] > 0
+
+
 def test_every_number_of_threads_is_tried_and_the_fastest_kept(tiny_package: Path) -> None:
     tried: list[int] = []
 

@@ -75,9 +75,14 @@ def test_the_document_shows_every_number_of_threads_and_each_rivals_best(report:
         "onnxruntime-genai, 1 thread": sample(8),
     }
     bench = {"results": [{"overhead_share": {"median": 0.02}}]}
+    beside = {"melt, 2 threads": sample(20), "melt": sample(10), "onnxruntime-genai, 1 thread": sample(8)}
     section = {"turns": {"10": turns}, "bench": bench, "genai": {"builder": "-p int4 -e cpu"}}
+    section["beside"] = {"1": {"10": beside}}
     text = reach_docs.part({**report, "smollm2": section})
-    assert "| onnxruntime-genai | 2 | 10 | 5.00 (5.00 to 5.00) | 200.0 |" in text
+    assert "| onnxruntime-genai | 2 | 0 | 10 | 5.00 (5.00 to 5.00) | 200.0 |" in text
+    assert "| MELT, one loop | default | 1 | 10 | 10.00 (10.00 to 10.00) | 100.0 |" in text
+    best = "MELT, one loop 100.0 tokens/s (default), onnxruntime-genai 125.0 tokens/s (1)"
+    assert f"beside 1 busy process: {best}" in text
     assert "MELT, one loop 125.0 tokens/s (2), onnxruntime-genai 200.0 tokens/s (2)" in text
     assert "`-p int4 -e cpu`" in text
 
