@@ -62,13 +62,13 @@ experiments: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt
-	$(BIN)/python benchmarks/reach.py --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
+	$(BIN)/python benchmarks/compare.py --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
 	$(BIN)/python benchmarks/quantization.py build/smollm2-melt --json docs/benchmarks.json --plot docs/quantization.png
 	$(BIN)/python benchmarks/write_docs.py
 
 bench-smollm2: $(VENV)/.dev
 	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt
-	$(BIN)/python benchmarks/reach.py smollm2 --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
+	$(BIN)/python benchmarks/compare.py smollm2 --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
 	$(BIN)/python benchmarks/write_docs.py
 
 bench-state: $(VENV)/.dev

@@ -136,9 +136,9 @@ def facts(section: dict[str, Any]) -> str:
     )
 
 
-def plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str, ending: str = "s") -> str:
     """Format a count with its noun: "1 layer", "2 layers"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count} {noun}{ending * (count != 1)}"
 
 
 def console_block(*lines: str) -> str:

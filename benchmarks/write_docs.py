@@ -4,7 +4,7 @@
 
 Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the section "loop_step" (loop_step.py) and, if
 they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
-(batching.py), "reach" (reach.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
+(batching.py), "comparison" (compare.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import compare_docs
 import numpy as np
 import quantization
-import reach_docs
 import typer
 from common import FAINT, STYLE, clock, console_block, facts, human, plural, table
 
@@ -228,12 +228,12 @@ def quantization_part(section: Row) -> str:
 def markdown(content: Row) -> str:
     """Write docs/benchmarks.md."""
     report = content["loop_step"]
-    reach = [reach_docs.part(content["reach"])] if "reach" in content else []
+    comparison = [compare_docs.part(content["comparison"])] if "comparison" in content else []
     parts = [
         "# Benchmarks\n",
         "Written by `python benchmarks/write_docs.py` from `docs/benchmarks.json`; do not edit. Times of other "
         "machines will differ; the ratios and the bytes of state should not.\n",
-        *reach,
+        *comparison,
         "![Left: time of a loop step against the tokens in the cache, one line per buffer size. Right: memory against "
         "the number of loops.](loop_step.png)\n",
         f"Loop step and memory were measured with:\n\n{console_block(report['command'])}\n{facts(report)}",
@@ -375,8 +375,8 @@ def main(
     """Write benchmarks.md and loop_step.png from benchmarks.json (needs matplotlib)."""
     content = json.loads((directory / "benchmarks.json").read_text(encoding="utf-8"))
     plot(content["loop_step"], directory / "loop_step.png")
-    if "reach" in content:
-        reach_docs.plots(content["reach"], directory)
+    if "comparison" in content:
+        compare_docs.plots(content["comparison"], directory)
     (directory / "benchmarks.md").write_text(markdown(content), encoding="utf-8")
 
 

@@ -57,7 +57,8 @@ class LoadedModel:
         ``backend_reason`` tell which was chosen and why.
 
         ``device``: index of the NVIDIA device. ``engine`` (tensorrt only): the name of one of the package's engines;
-        None takes the first that runs here. ``threads`` (CPU only): None takes the physical cores.
+        None takes the first that runs here. ``threads`` (CPU only): None takes the physical cores, and
+        on Linux only as many of them as other processes leave free at the moment; a number is kept.
 
         ``low_memory`` (CPU only): leave weights memory-mapped, so that each loop takes several times longer. Otherwise
         an fp16 package needs twice its size in memory, because CPUs compute in float32.

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, BackendError, PackageError
-from ..machine import available_memory
+from ..machine import available_memory, physical_cores
 from ..package.contract import graph_difference
 from ..package.reader import Package
 from ..package.specs import GRAPHS, TensorSpec
 from ..untrusted import brief
 from .bindings import Binding, buffer_name, scratch_buffers
 from .buffers import BufferState, StridedRegion
+from .cpu_threads import ThreadLimit
 
 # The attention length is rounded up, so that few shapes are bound as the cache grows.
 CONTEXT_BUCKET = 64
 _MAX_VIEWS = 64
+# How long a thread spins for the next operator before it sleeps. Long enough for the gaps within a run, so that nothing
+# is lost alone; a spinning thread uses up its share of a core that it shares with another process.
+_SPIN_US = 15
 # ONNX Runtime's names of element types that differ from NumPy's.
 _ELEMENTS = {"float": "float32", "double": "float64"}
 
@@ -88,16 +93,20 @@ class OnnxRuntimeBackend(OnnxRuntimeBase):
         most = 4 * (os.cpu_count() or 1)
         if threads is not None and not 1 <= threads <= most:
             raise ArgumentError(f"threads is {threads}; on this machine it must lie between 1 and {most}")
-        self.sessions = {name: self._session(name, threads) for name in GRAPHS}
+        count = physical_cores() if threads is None else threads
+        self.sessions = {name: self._session(name, count) for name in GRAPHS}
+        graphs = package.manifest.graphs
+        self.thread_limit = ThreadLimit(self, count, self.sessions, graphs) if threads is None else None
 
     def available_bytes(self) -> int | None:
         """Return the machine's available memory in bytes; None if unknown."""
         return available_memory()
 
-    def _session(self, graph: str, threads: int | None) -> Any:
+    def _session(self, graph: str, threads: int) -> Any:
         options = self.options()
         # Each graph has its own threads: those of the last graph must not spin while the next one runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
         if self.low_memory:
             # Leave weights memory-mapped as stored: nothing is widened, packed or allocated ahead of its use.
             options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -107,8 +116,7 @@ class OnnxRuntimeBackend(OnnxRuntimeBase):
         if self.package.manifest.weights.get("activations") == "float":
             # Else ONNX Runtime fuses DequantizeLinear and MatMul into a matmul that rounds activations to 8 bits.
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads
         return self.load(graph, options, ["CPUExecutionProvider"])
 
     def open_state(self, batch: int) -> OnnxRuntimeState:
@@ -191,7 +199,15 @@ class OnnxRuntimeState(BufferState):
 
     def run(self, graph: str, bound: Any) -> None:
         """Run a graph on its bound buffers."""
-        run_bound(self.backend.sessions[graph], graph, bound)
+        limit, session = self.backend.thread_limit, self.backend.sessions[graph]
+        if limit is None:
+            run_bound(session, graph, bound)
+            return
+        limit.before(self.width)
+        started = perf_counter()
+        run_bound(session, graph, bound)
+        if self.width == 1 and graph == "loop_step":
+            limit.decoded(perf_counter() - started)
 
     def bucket(self, positions: int) -> int:
         """Round up to a multiple of a fixed length, so that few shapes are bound."""

@@ -31,8 +31,10 @@ from ..progress import Step, no_progress
 from ..runtime import Runtime
 from ..sampling.sampler import Sampler, SamplingParams
 from ..untrusted import whole_number
+from .busy import BusyProcesses, check_count
 
 _PROMPT = 128  # default tokens of the timed prompt
+_SETTLING = 1.0  # seconds: a runtime looks five times per second at what computes beside it, and tries two ways
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Sweep:
     """The combinations to measure. Raises ArgumentError.
 
     ``contexts``: tokens in the cache before the timed ones. ``loops``, ``chunks``: empty for each package's own.
-    ``prompt``: tokens of the prompt whose prefill is timed (0: none; None: 128, or as many as every package holds).
-    ``tokens``: decoded per visit. ``rounds``: visits to each combination.
+    ``busy``: numbers of busy processes beside which everything is measured. ``prompt``: tokens of the prompt whose
+    prefill is timed (0: none; None: 128, or as many as every package holds). ``tokens``: decoded per visit. ``rounds``:
+    visits to each combination.
     """
 
     contexts: tuple[int, ...] = (0,)
@@ -49,6 +52,7 @@ class Sweep:
     batches: tuple[int, ...] = (1,)
     chunks: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
+    busy: tuple[int, ...] = (0,)
     prompt: int | None = None
     tokens: int = 4
     rounds: int = 5
@@ -61,8 +65,10 @@ class Sweep:
             whole_number(name, getattr(self, name))
         if min((self.prompt or 0, *self.contexts)) < 0:
             raise ArgumentError("context and prompt must be 0 or more tokens")
-        if not self.contexts or not self.batches:
-            raise ArgumentError("name at least one context and one batch")
+        for count in self.busy:
+            check_count(count)
+        if not self.contexts or not self.batches or not self.busy:
+            raise ArgumentError("name at least one context, one batch and one number of busy processes")
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Point:
     loops: int | None
     batch: int
     chunk: int | None
+    busy: int = 0
 
 
 @dataclass
@@ -84,6 +91,13 @@ class Samples:
     loop: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
+
+    def add(self, bandwidth: float, token: float, loop: float, prefill: float | None) -> None:
+        """Add a visit; ``prefill`` is None where none was timed."""
+        self.bandwidth.append(bandwidth)
+        self.token.append(token)
+        self.loop.append(loop)
+        self.prefill += [] if prefill is None else [prefill]
 
 
 def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
@@ -170,6 +184,14 @@ class Stopwatch:
             self.driver.clear(slot)
             self.driver.depth[slot].extend([loops] * context)
             self.driver.lengths[slot] = context
+
+
+def settle(watches: Sequence[Stopwatch]) -> None:
+    """Decode until every package's runtime has noticed which processes compute beside it."""
+    for watch in watches:
+        end = perf_counter() + _SETTLING
+        while perf_counter() < end:
+            watch.decode(0, 1, 1)
 
 
 class _Timed:
@@ -277,40 +299,52 @@ def _with_threads(
         progress(f"loading, {label}", len(packages), 1)
         runtimes.append(Runtime.load(package.directory, threads=threads, check_hashes=False))
 
-    choices = product(sweep.contexts, sweep.loops or (None,), sweep.batches, sweep.chunks or (None,))
+    choices = product(sweep.contexts, sweep.loops or (None,), sweep.batches, sweep.chunks or (None,), sweep.busy)
     points = [Point(*choice) for choice in choices]
     samples = {(at, point): Samples() for at in range(len(packages)) for point in points}
-    shares: list[list[float]] = [[] for _ in packages]
     for batch in sweep.batches:  # one batch's state at a time
         watches = [Stopwatch(runtime.driver(batch)) for runtime in runtimes]
-        own = [point for point in points if point.batch == batch]
-        for turn in range(sweep.rounds + 1):  # the first round is a warm-up
-            for point in own:
-                for at, watch in enumerate(watches):
-                    rate = bandwidth.measure()
-                    found = _visit(watch, point, sweep, prefill=point.context == sweep.contexts[0])
-                    if turn:
-                        kept = samples[at, point]
-                        kept.bandwidth.append(rate)
-                        for list_, value in zip((kept.token, kept.loop, kept.prefill), found, strict=True):
-                            list_ += [] if value is None else [value]
-                progress(f"in turn, {label}", len(points) * (sweep.rounds + 1), 1)
+        for turn, busy in product(range(sweep.rounds + 1), sweep.busy):  # the first round is a warm-up
+            with BusyProcesses(busy):
+                if sweep.busy != (0,):
+                    settle(watches)
+                for point in (point for point in points if (point.batch, point.busy) == (batch, busy)):
+                    for at, watch in enumerate(watches):
+                        rate = bandwidth.measure()
+                        found = _visit(watch, point, sweep, prefill=point.context == sweep.contexts[0])
+                        if turn:
+                            samples[at, point].add(rate, *found)
+                    progress(f"in turn, {label}", len(points) * (sweep.rounds + 1), 1)
         del watches  # before the next batch's state is allocated
-    for at, runtime in enumerate(runtimes):
-        runs = [overhead(runtime, loops=sweep.loops[0] if sweep.loops else None) for _ in range(min(sweep.rounds, 3))]
-        shares[at] = [share for share in runs if share is not None]
-        progress(f"runtime overhead, {label}", len(runtimes), 1)
+    shares: dict[tuple[int, int], list[float]] = {}
+    for busy in sweep.busy:
+        with BusyProcesses(busy):
+            for at, runtime in enumerate(runtimes):
+                loops = sweep.loops[0] if sweep.loops else None
+                runs = [overhead(runtime, loops=loops) for _ in range(min(sweep.rounds, 3))]
+                shares[at, busy] = [share for share in runs if share is not None]
+                progress(f"runtime overhead, {label}", len(runtimes) * len(sweep.busy), 1)
     bandwidth.close()
-    rates = [rate for found in samples.values() for rate in found.bandwidth]
-    yield "bandwidth", [{"threads": used, "first_bytes_s": first, "bytes_s": spread(rates)}]
+    yield (
+        "bandwidth",
+        [
+            {"threads": used, "busy": busy, "first_bytes_s": first, "bytes_s": spread(_rates(samples, busy))}
+            for busy in sweep.busy
+        ],
+    )
     yield (
         "results",
         [
-            _row(packages[at], names, at, point, samples, sweep, used) | {"overhead_share": spread(shares[at])}
+            _row(packages[at], names, at, point, samples, sweep, used)
+            | {"overhead_share": spread(shares[at, point.busy])}
             for point in points
             for at in range(len(packages))
         ],
     )
+
+
+def _rates(samples: dict[tuple[int, Point], Samples], busy: int) -> list[float]:
+    return [rate for (_, point), found in samples.items() if point.busy == busy for rate in found.bandwidth]
 
 
 def _visit(watch: Stopwatch, point: Point, sweep: Sweep, *, prefill: bool) -> tuple[float, float, float | None]:
@@ -331,7 +365,8 @@ def _row(
 ) -> dict[str, Any]:
     """Return one combination's results for one package. Prefill is timed with the first context only."""
     own, first = samples[at, point], samples[0, point]
-    prefill = samples[at, Point(sweep.contexts[0], point.loops, point.batch, point.chunk)].prefill
+    prefill = samples[at, replace(point, context=sweep.contexts[0])].prefill
+    quiet = samples.get((at, replace(point, busy=0)))
     loops = point.loops or package.manifest.loops
     moved = loop_bytes(package, point.context, point.batch, loops)
     total = sum(moved.values())
@@ -343,6 +378,7 @@ def _row(
         "batch": point.batch,
         "chunk": point.chunk or package.manifest.chunk,
         "threads": threads,
+        "busy": point.busy,
         "prompt_tokens": sweep.prompt,
         "first_token_s": spread(prefill),
         "prefill_tokens_s": spread([point.batch * (sweep.prompt or 0) / seconds for seconds in prefill]),
@@ -353,6 +389,7 @@ def _row(
         "effective_bytes_s": spread(total / loop),
         "bandwidth_share": spread(total / loop / rate),
         "time_against_first": spread(token / np.array(first.token)),
+        "time_against_quiet": None if quiet is None else spread(token / np.array(quiet.token)),
     }
 
 

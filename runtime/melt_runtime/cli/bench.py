@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,10 @@ def bench_command(
     loops: Annotated[str, typer.Option(help="Loops per token, such as 1,2,4. Default: each package's.")] = "",
     batch: Annotated[str, typer.Option(help="Sequences at a time, such as 1,4.")] = "1",
     chunk: Annotated[str, typer.Option(help="Prefill chunks, such as 32,128. Default: each package's.")] = "",
-    threads: Annotated[str, typer.Option(help="Threads, such as 1,2. Default: the physical cores.")] = "",
+    threads: Annotated[str, typer.Option(help="Threads, such as 1,2. Default: as melt-run generate.")] = "",
+    busy: Annotated[
+        str, typer.Option(help="Processes that compute beside and end with it, such as 0,1. Default: none.")
+    ] = "0",
     prompt: Annotated[
         int | None,
         typer.Option(
@@ -54,6 +58,7 @@ def bench_command(
         batches=_numbers("batch", batch),
         chunks=_numbers("chunk", chunk),
         threads=_numbers("threads", threads),
+        busy=_numbers("busy", busy),
         prompt=prompt,
         tokens=tokens,
         rounds=rounds,
@@ -88,7 +93,8 @@ def _versions() -> dict[str, str]:
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the report as tables."""
     for found in report["bandwidth"]:
-        console.print(f"memory is read at {_middle(found['bytes_s'], 1e9, 1)} GB/s with {found['threads']} threads")
+        rate, beside = _middle(found["bytes_s"], 1e9, 1), _beside(found["busy"])
+        console.print(f"memory is read at {rate} GB/s with {found['threads']} threads{beside}")
     table = Table("package", "state", "loaded", "peak")
     for found in report["packages"]:
         sizes = (found["state_bytes"], found["loaded_bytes"], found["peak_bytes"])
@@ -96,42 +102,37 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     rows = report["results"]
     swept = [name for name in _SWEPT if len({row[name] for row in rows}) > 1]
-    table = Table("package", *swept, *_SHOWN)
+    shown = [name for name in _SHOWN if name != _QUIET or "busy" in swept]
+    alike = rows[0]["busy"] if rows and "busy" not in swept else 0
+    table = Table("package", *swept, *shown, title=f"measured{_beside(alike)}" if alike else None)
     for row in rows:
-        table.add_row(row["package"], *(str(row[name]) for name in swept), *_cells(row))
+        table.add_row(row["package"], *(str(row[name]) for name in swept), *(_SHOWN[name](row) for name in shown))
     console.print(table)
     console.print("medians; quartiles and everything else are in the JSON file (--json)", style="dim")
 
 
-_SWEPT = ("context", "loops", "batch", "chunk", "threads")
-_SHOWN = (
-    "first token",
-    "prefill/s",
-    "decode/s",
-    "per loop",
-    "moves",
-    "GB/s",
-    "of bandwidth",
-    "against first",
-    "overhead",
-)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    """Format a result's figures in the order of the columns."""
-    return [
-        _middle(row["first_token_s"], 1, 3, " s"),
-        _middle(row["prefill_tokens_s"], 1, 1),
-        _middle(row["decode_tokens_s"], 1, 2),
-        _middle(row["loop_ms"], 1, 2, " ms"),
-        decimal(row["bytes_a_loop"]["total"]),
-        _middle(row["effective_bytes_s"], 1e9, 2),
-        _middle(row["bandwidth_share"], 0.01, 0, "%"),
-        _middle(row["time_against_first"], 1, 3, " x"),
-        _middle(row["overhead_share"], 0.01, 1, "%"),
-    ]
+def _beside(busy: int) -> str:
+    """Return " beside 1 busy process" for 1, nothing for 0."""
+    return f" beside {busy} busy process{'es' * (busy != 1)}" if busy else ""
 
 
 def _middle(values: dict[str, float] | None, unit: float, digits: int, sign: str = "") -> str:
     """Format the median in a unit; a dash if nothing was measured."""
     return "-" if values is None else f"{values['median'] / unit:.{digits}f}{sign}"
+
+
+_SWEPT = ("context", "loops", "batch", "chunk", "threads", "busy")
+_QUIET = "against quiet"  # shown where busy processes are swept
+# Columns, and what each shows of a row.
+_SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "first token": lambda row: _middle(row["first_token_s"], 1, 3, " s"),
+    "prefill/s": lambda row: _middle(row["prefill_tokens_s"], 1, 1),
+    "decode/s": lambda row: _middle(row["decode_tokens_s"], 1, 2),
+    "per loop": lambda row: _middle(row["loop_ms"], 1, 2, " ms"),
+    "moves": lambda row: decimal(row["bytes_a_loop"]["total"]),
+    "GB/s": lambda row: _middle(row["effective_bytes_s"], 1e9, 2),
+    "of bandwidth": lambda row: _middle(row["bandwidth_share"], 0.01, 0, "%"),
+    "against first": lambda row: _middle(row["time_against_first"], 1, 3, " x"),
+    _QUIET: lambda row: _middle(row["time_against_quiet"], 1, 3, " x"),
+    "overhead": lambda row: _middle(row["overhead_share"], 0.01, 1, "%"),
+}

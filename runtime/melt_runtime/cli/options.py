@@ -19,7 +19,10 @@ from ..text.stop_strings import stop_strings
 from .tables import hash_progress
 
 PackageDirectory = Annotated[Path, typer.Argument(help="The package directory that melt-export wrote.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with on the CPU; default: the physical cores.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads on the CPU. Default: the physical cores that other processes leave free."),
+]
 BackendName = Annotated[
     str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can here.")
 ]

