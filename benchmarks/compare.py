@@ -255,7 +255,9 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         if not source.is_dir():
             maker.melt_checkpoint(source)
     step("exporting SmolLM2", 0, 0)
-    path, built = export(source, directory / "smollm2", 1024, settings), directory / "smollm2-genai"
+    everywhere = ("--head", "int4", "--embedding", "int4") if "--weights" in settings.export else ()  # as genai's
+    path = export(source, directory / "smollm2-int4-everywhere", 1024, settings, *everywhere)
+    built = directory / "smollm2-genai"
     step("onnxruntime-genai exports SmolLM2", 0, 0)
     reason = None if built.is_dir() else _build_genai(llama, built)
     sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
