@@ -1,4 +1,4 @@
-"""A checkpoint that is opened once, for all steps of an export and of its verification."""
+"""A checkpoint that is opened once for all steps of an export and its verification."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from melt_models.configuration import LoopedConfig
 
 
 class Checkpoint:
-    """A MELT or LoopLM checkpoint directory whose configuration, tensor names and shapes have been checked.
+    """A MELT or LoopLM checkpoint directory with checked configuration, tensor names and shapes.
 
-    ``weights`` reads tensors from disk, and looks for NaN when one is read for the first time. Raises CheckpointError.
+    ``weights`` reads tensors from disk and checks each for NaN on its first read. Raises CheckpointError.
     """
 
     def __init__(self, directory: Path):
@@ -21,7 +21,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, checkpoint: Path | Checkpoint) -> Checkpoint:
-        """Open a directory; an open checkpoint is returned as it is."""
+        """Open a directory, or return a checkpoint that is already open."""
         return checkpoint if isinstance(checkpoint, Checkpoint) else cls(checkpoint)
 
     def without_weights(self) -> LoopedModel:
@@ -31,7 +31,7 @@ class Checkpoint:
     def load(self) -> LoopedModel:
         """Return a new model whose weights are memory-mapped in their stored types, for ``Float32Matmul``.
 
-        It takes no memory of its own, and disk pages only while it lives: hold it for the steps that run it, and let go
-        of it before graphs are written or a package is loaded.
+        While it lives it uses disk pages but no memory of its own. Free it before graphs are written or a package is
+        loaded.
         """
         return load_weights(self.without_weights(), self.weights).requires_grad_(False)

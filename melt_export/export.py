@@ -29,7 +29,7 @@ from .options import ExportOptions
 from .package_files import check_graph, copy_companions, hash_files, plain, save_graph, write_manifest
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
-from .quantization.kv_cache_scales import CacheNumbers
+from .quantization.kv_cache_scales import CacheScales
 from .quantization.matmul_weights import (
     Statistics,
     check_patterns,
@@ -89,7 +89,7 @@ def build_package(
 
 
 def _check(checkpoint: Checkpoint, options: ExportOptions) -> None:
-    """Raise ExportError for what ONNX Runtime, the dialect or the checkpoint's weights do not allow."""
+    """Raise ExportError if ONNX Runtime, the dialect or the checkpoint's weights do not support the options."""
     old = too_old(options.dialect, onnxruntime_version())
     if old:
         raise ExportError(old)
@@ -100,8 +100,8 @@ def _check(checkpoint: Checkpoint, options: ExportOptions) -> None:
 
 def _calibrate(
     checkpoint: Checkpoint, sizes: Sizes, options: ExportOptions, progress: Progress
-) -> tuple[Statistics, CacheNumbers | None]:
-    """Run the model over the calibration text, once loaded for all that quantization must know, and let go of it."""
+) -> tuple[Statistics, CacheScales | None]:
+    """Load the model once, run it over the calibration text for everything that quantization needs, and free it."""
     weights, cache = options.weights, options.cache
     gptq = weights is not None and weights.method == "gptq"
     if not gptq and cache is None:
@@ -141,7 +141,7 @@ def _trace(
 def _quantize_weights(
     graphs: dict[str, TracedGraph], options: ExportOptions, statistics: Statistics, tied: bool
 ) -> dict[str, Any]:
-    """Quantize the graphs' matmuls in place, if that is asked for, and return the manifest's record of it."""
+    """Quantize the graphs' matmuls in place, if asked for. Returns the manifest's entry."""
     if options.weights is None:
         return {}
     operator, dtype = DIALECTS[options.dialect].quantized_matmul, TORCH_DTYPES[PRECISIONS[options.precision]]
@@ -167,7 +167,7 @@ def _write_weights(
 
 
 def _optimize(loop_step: Path, options: ExportOptions, progress: Progress) -> None:
-    """Have ONNX Runtime fuse the loop step's operators, where the dialect is for it alone."""
+    """Have ONNX Runtime fuse the loop step's operators, in the dialect for ONNX Runtime."""
     if DIALECTS[options.dialect].fuses and options.precision == "fp32":
         progress("optimising loop_step", 0, 0)
         optimize(loop_step)
@@ -184,7 +184,7 @@ def _manifest(
     directory: Path,
     progress: Progress,
 ) -> Manifest:
-    """Describe a package whose other files are all written."""
+    """Build the manifest of a package whose other files are written."""
     config = checkpoint.config
     return Manifest(
         dialect=options.dialect,

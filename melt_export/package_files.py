@@ -1,4 +1,4 @@
-"""Files of a package besides its weights: what is copied from the checkpoint, checked graphs, the manifest."""
+"""Files of a package other than its weights: copies of the checkpoint's, checked graphs, the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many loops, positions and tokens per chunk a package has."""
+"""Loops, positions and tokens per chunk of a package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sizes:
 
 
 def package_sizes(config: LoopedConfig, options: ExportOptions) -> Sizes:
-    """Return the sizes that options give a checkpoint's package. Raises ExportError for what it does not have."""
+    """Return the sizes of a checkpoint's package. Raises ExportError for sizes that the checkpoint does not allow."""
     loops = default_depth(config)
     if loops > MAX_LOOPS:
         raise ExportError(f"the checkpoint runs {loops:,} loops per token; a package runs {MAX_LOOPS:,} at most")

@@ -99,7 +99,7 @@ def test_a_section_measured_again_joins_the_others(report: dict[str, Any], tmp_p
     assert joined["decode"] == json.loads(path.read_text())["comparison"]["decode"]
     text = compare_docs.part(joined)
     assert "- Date: today" in text
-    assert "- By itself: more loops, tomorrow, load average" in text
+    assert "- Measured by itself: more loops, tomorrow, load average" in text
     assert "`python benchmarks/compare.py loops`" in text
 
 

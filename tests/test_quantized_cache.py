@@ -21,7 +21,7 @@ from melt_export.parity.exact_match import read_problems
 from melt_export.parity.report import Limits
 from melt_export.parity.verify import verify
 from melt_export.quantization.kv_cache import calibrated
-from melt_export.quantization.kv_cache_scales import CacheNumbers, rounded
+from melt_export.quantization.kv_cache_scales import CacheScales, rounded
 from melt_export.quantization.options import CacheOptions, WeightOptions
 from melt_export.reference.pytorch import reference_of
 
@@ -77,14 +77,14 @@ def test_fewer_bits_are_fewer_bytes_and_more_of_them_are_better(
 
 def test_stored_numbers_stand_for_the_rows_of_pytorch(checkpoints: dict[str, Path], make_package: MakePackage) -> None:
     package = Package.open(make_package(checkpoints["melt"], cache=CacheOptions("int4"), max_batch=2))
-    numbers = CacheNumbers.of(package)
-    assert numbers is not None
+    cache_scales = CacheScales.of(package)
+    assert cache_scales is not None
     driver = Runtime.load(package.directory, backend="onnxruntime").driver(1)
     driver.append([[5, 6, 7]], LoopSettings(2))
     stored = np.stack([driver.state.read(f"value_cache.{layer}", (0, slice(None), slice(3))) for layer in range(2)])
     assert stored.dtype == np.uint8
-    values = torch.from_numpy(numbers.widened("value", stored))
-    assert torch.allclose(rounded(values, numbers.values[:, :, None], 4), values)
+    values = torch.from_numpy(cache_scales.widened("value", stored))
+    assert torch.allclose(rounded(values, cache_scales.values[:, :, None], 4), values)
     assert values.abs().sum() > 0
 
 

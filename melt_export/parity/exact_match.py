@@ -1,4 +1,4 @@
-"""A task's answers as a measure of quality: how many a package writes exactly, and how many its checkpoint does."""
+"""Exact answers to a task's problems as a measure of quality, by a package and by its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from ..reference.pytorch import Reference
 
 @dataclass(frozen=True)
 class Problem:
-    """What the model reads, and what it must write, to the letter, before it stops. ``tokens``: how many that may be,
-    the stop included."""
+    """A prompt, and the exact answer to write before the stop.
+
+    ``tokens``: the most tokens to write, the stop included.
+    """
 
     prompt: tuple[int, ...]
     answer: str
@@ -26,7 +28,7 @@ class Problem:
 
 
 def read_problems(path: Path, package: Package) -> list[Problem]:
-    """The problems of a file: JSON lines with "prompt" and "answer". Raises ArgumentError for one that is none."""
+    """Read problems from JSON lines with "prompt" and "answer". Raises ArgumentError for an invalid line."""
     if not (package.directory / "tokenizer.json").is_file():
         raise ArgumentError("--eval-answers needs a tokenizer, and the package has none")
     tokenizer, found = TextTokenizer.load(package.directory, package.manifest.files), []
@@ -56,7 +58,7 @@ def read_problems(path: Path, package: Package) -> list[Problem]:
 def checkpoint_accuracy(
     reference: Reference, package: Package, problems: list[Problem], progress: Step = no_progress
 ) -> float:
-    """The share that PyTorch answers, greedily."""
+    """Return the share of problems that PyTorch answers, decoding greedily."""
     tokenizer, stops = TextTokenizer.load(package.directory, package.manifest.files), stop_ids_of(package)
     right = 0
     for problem in problems:
@@ -68,7 +70,7 @@ def checkpoint_accuracy(
 
 
 def package_accuracy(runtime: Runtime, problems: list[Problem], progress: Step = no_progress) -> float:
-    """The share that a package answers, greedily, at full depth."""
+    """Return the share of problems that a package answers, decoding greedily at full depth."""
     right = 0
     for problem in problems:
         written = runtime.generate(list(problem.prompt), max_tokens=problem.tokens, exit_threshold=1.0)

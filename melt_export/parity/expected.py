@@ -39,9 +39,9 @@ class Case:
         """Run each prompt alone in PyTorch: its chunks, then single tokens."""
         found = []
         for prompt, more in zip(self.prompts, self.tokens, strict=True):
-            pieces = [prompt[at : at + self.chunk] for at in range(0, len(prompt), self.chunk)]
-            pieces += [[token] for token in more]
-            found.append(reference.traces(pieces, loops, arithmetic=arithmetic)[0])
+            chunks = [prompt[at : at + self.chunk] for at in range(0, len(prompt), self.chunk)]
+            chunks += [[token] for token in more]
+            found.append(reference.traces(chunks, loops, arithmetic=arithmetic)[0])
         return found
 
 
@@ -56,9 +56,9 @@ class GreedyRun:
 
     def logits(self, reference: Reference, loops: int, at: int, arithmetic: Arithmetic) -> NDArray[Any]:
         """Return the logits (vocab,) from which token number ``at`` is chosen."""
-        pieces = [self.prompt[start : start + self.chunk] for start in range(0, len(self.prompt), self.chunk)]
-        pieces += [[token] for token in self.tokens[:at]]
-        return reference.traces(pieces, loops, arithmetic=arithmetic)[0][-1][-1].logits[-1].astype(np.float64)
+        chunks = [self.prompt[start : start + self.chunk] for start in range(0, len(self.prompt), self.chunk)]
+        chunks += [[token] for token in self.tokens[:at]]
+        return reference.traces(chunks, loops, arithmetic=arithmetic)[0][-1][-1].logits[-1].astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def expected_of(
     depths: list[int | None] = []
     if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
         threshold = _splitting_threshold(cases[0][1][0])
-        pieces = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
-        traces, spent = reference.traces(pieces, manifest.loops, threshold, truth)
+        chunks = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
+        traces, spent = reference.traces(chunks, manifest.loops, threshold, truth)
         clear = _decided([loops[: manifest.loops - 1] for loops in traces], threshold, _exit_slack(own, manifest))
         depths = [
             depth if decided else None for depth, decided in zip(spent, clear or [True] * len(spent), strict=True)
@@ -126,9 +126,12 @@ def expected_of(
     return Expected(cases, own, prompt, chunk, threshold, depths, runs)
 
 
-def weigh_partings(report: ParityReport, expected: Expected, reference: Callable[[], Reference]) -> None:
-    """Measures, where a package's greedy tokens part from PyTorch's, whether rounding could have swapped the two: the
-    later a token, the more of it has gathered. Into the report; nothing where tokens may differ anyway."""
+def measure_ties(report: ParityReport, expected: Expected, reference: Callable[[], Reference]) -> None:
+    """Measure whether rounding could have swapped the two tokens where a package's greedy tokens first differ.
+
+    Later tokens have accumulated more rounding errors. The results go to the report; nothing is measured if tokens may
+    differ anyway.
+    """
     parted = [pair for pair in zip(report.generations, expected.runs, strict=True) if pair[0].parted]
     if not report.tolerance.same_tokens or not parted:
         return

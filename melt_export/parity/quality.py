@@ -1,6 +1,7 @@
-"""What quantization costs: a package's logits beside its checkpoint's in float32, on held-out text.
+"""Loss of quality by quantization: a package's logits against its checkpoint's in float32, on held-out text.
 
-Parity proves that a package computes what its stored numbers say; this says how far those numbers are from the model.
+Parity proves that a package computes correctly with its stored values; quality measures how far these are from the
+model's.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from .distances import agreement, log_softmax
 from .exact_match import Problem, checkpoint_accuracy, package_accuracy
 from .report import Accuracy, Limits, Quality
 
-TOKENS = 768  # that a package is measured on, at most
-LARGE_TOKENS = 96  # of a model whose tokens take PyTorch seconds each
+TOKENS = 768  # most tokens that a package is measured on
+LARGE_TOKENS = 96  # for a model that takes PyTorch seconds per token
 _SEQUENCE = 256
-# By how weights or caches are stored: the mean KL divergence, in nats, at which melt-verify calls a package spoilt.
+# Largest mean KL divergence in nats, by type of weights or caches, beyond which melt-verify fails.
 _MOST_KL = {"int8": 0.01, "int4": 0.5}
 
 
 def limits_of(manifest: Manifest, kl: float | None = None, perplexity: float | None = None) -> Limits:
-    """Limits for a package. kl None: the usual one of its smallest numbers; perplexity None: any."""
+    """Return a package's limits. ``kl`` None: the default of its narrowest type; ``perplexity`` None: no limit."""
     usual = [_MOST_KL[part["kind"]] for part in (manifest.weights, manifest.cache) if part]
     return Limits(max(usual, default=None) if kl is None else kl, perplexity)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sequences of token ids to measure on, and what they are. ``real``: text, not random tokens."""
+    """Sequences of token ids to measure on, and their description. ``real``: text rather than random tokens."""
 
     sequences: list[list[int]]
     text: str
@@ -46,9 +47,10 @@ class HeldOut:
 
 
 def held_out(package: Path, manifest: Manifest, path: Path | None, tokens: int) -> HeldOut:
-    """The text at ``path`` (UTF-8), or a built-in one; random tokens where the vocabulary cannot write the latter.
+    """Read the text at ``path`` (UTF-8), or a built-in one; random tokens if the vocabulary is too small for the
+    latter.
 
-    tokens: how many at most. Raises ArgumentError for a text that cannot be used.
+    ``tokens``: the largest number of tokens. Raises ArgumentError for a text that cannot be used.
     """
     room = min(_SEQUENCE, manifest.max_seq_len)
     ids = encode_text(package, path, _built_in, option="--eval-text", refused=ArgumentError)
@@ -64,7 +66,7 @@ def held_out(package: Path, manifest: Manifest, path: Path | None, tokens: int) 
 
 @dataclass
 class QualityCheck:
-    """What a quantized package is measured on, and what the checkpoint makes of it.
+    """Held-out text and problems to measure a quantized package on, and the checkpoint's results.
 
     ``logits``: the checkpoint's, per sequence of ``held``; ``right``: the share of ``problems`` that it answers.
     """
@@ -76,18 +78,18 @@ class QualityCheck:
     right: float = 0.0
 
     def take_reference(self, reference: Reference, package: Package, manifest: Manifest, progress: Step) -> None:
-        """Run the checkpoint."""
+        """Run the checkpoint on the text and the problems."""
         progress("PyTorch: held-out text", 0, 0)
         self.logits = reference_logits(reference, self.held, manifest)
         if self.problems:
             self.right = checkpoint_accuracy(reference, package, self.problems, progress)
 
     def measure(self, runtime: Runtime, loops: int, progress: Step) -> Quality:
-        """Run a package over the held-out text and compare."""
+        """Run a package over the held-out text and compare its logits."""
         return measure(runtime, self.held, self.logits, loops, self.limits, progress)
 
     def accuracy(self, runtime: Runtime, progress: Step) -> Accuracy | None:
-        """Count a package's answers; None without problems."""
+        """Count a package's exact answers; None without problems."""
         if not self.problems:
             return None
         return Accuracy(len(self.problems), package_accuracy(runtime, self.problems, progress), self.right)
@@ -98,7 +100,7 @@ def _built_in() -> str:
 
 
 def reference_logits(reference: Reference, held: HeldOut, manifest: Manifest) -> list[NDArray[np.float32]]:
-    """The checkpoint's own logits (tokens, vocab) of each sequence, in the package's chunks."""
+    """Return the checkpoint's logits (tokens, vocab) of each sequence, in the package's chunks."""
     return [reference.logits(ids, manifest.loops, manifest.chunk) for ids in held.sequences]
 
 
@@ -110,7 +112,7 @@ def measure(
     limits: Limits,
     progress: Step = no_progress,
 ) -> Quality:
-    """Runs the package over the sequences and compares."""
+    """Run the package over the sequences and compare its logits."""
     driver, settings = runtime.driver(), LoopSettings(loops)
     divergence: list[float] = []
     agree: list[bool] = []

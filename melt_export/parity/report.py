@@ -36,10 +36,10 @@ TOLERANCES = {
     "fp16": Tolerance(relative=3e-2, kl=1e-3, top1=0.98, same_tokens=False),
     "bf16": Tolerance(relative=2e-1, kl=2e-2, top1=0.9, same_tokens=False),
 }
-# A quantity with so wide a limit would let a planted error pass. In these loops every weight has its effect, so that
-# there it must tell; in later ones a model may be beyond any comparison.
+# A limit this wide would let a wrong weight pass. In these loops, in which every weight has its effect, limits must be
+# narrower; in later ones rounding errors may have grown beyond any comparison.
 _VAGUE, _TELLING_LOOPS = 0.1, 2
-# Two computations that agree to the last bits but one round a value between two of a cache's numbers to different ones.
+# Of two computations that agree almost to the last bit, one may round a cached value up and the other down.
 _CACHE_TOLERANCES = {
     "int8": Tolerance(relative=3e-2, kl=1e-3, top1=0.98, same_tokens=False),
     "int4": Tolerance(relative=3e-1, kl=2e-2, top1=0.9, same_tokens=False),
@@ -173,11 +173,11 @@ class Quality:
 
 @dataclass
 class ParityReport:
-    """All that was compared.
+    """Results of a comparison.
 
-    - ``backend``, ``arithmetic``: what ran the package, and how it computes.
-    - ``own_kl``: the KL divergence of PyTorch's float32 from its float64.
-    - ``quality``: of a quantized package.
+    - ``backend``: ran the package, in the ``arithmetic`` described.
+    - ``quality``: of quantized packages.
+    - ``own_kl``: KL divergence of PyTorch's float32 from its float64.
     """
 
     precision: str

@@ -1,4 +1,4 @@
-"""What runs a package in a comparison: a backend of this machine, in arithmetic that PyTorch can be held against."""
+"""The backend that runs a package in a comparison, with arithmetic that PyTorch can reproduce."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A backend that can run a package here. ``device``: the NVIDIA device by index; ``engine``: TensorRT's."""
+    """A backend that can run a package here.
+
+    ``device``: index of the NVIDIA device; ``engine``: name of TensorRT's engine.
+    """
 
     package: Package
     backend: str
@@ -37,7 +40,7 @@ class Target:
 
     @property
     def max_batch(self) -> int:
-        """The most sequences in a batch: an engine may have been built for fewer than the package."""
+        """Largest number of sequences in a batch; an engine may allow fewer than the package."""
         most = self.package.manifest.max_batch
         return (
             most if self.engine is None else min(most, self.package.manifest.engines[self.engine].profiles[-1].batch[2])
@@ -45,7 +48,8 @@ class Target:
 
     @property
     def activations(self) -> str | None:
-        """What quantized weights are multiplied with: "int8" or "float"; None without any."""
+        """Type of the activations that quantized weights are multiplied with: "int8" or "float"; None without such
+        weights."""
         on_cpu = activations_of(self.package.manifest)
         return on_cpu if self.backend == CPU or on_cpu is None else "float"
 
@@ -57,7 +61,7 @@ class Target:
 
     @contextmanager
     def comparable(self, low_memory: bool, progress: Progress) -> Iterator[tuple[Runtime, str]]:
-        """Load the package, or on the CPU a twin in arithmetic that PyTorch can be held against; say which it is.
+        """Load the package, or on the CPU a copy with arithmetic that PyTorch can reproduce. Also yields a description.
 
         ``low_memory``: leave the CPU's weights on disk, mapped. Raises BackendError, PackageError.
         """
@@ -65,21 +69,21 @@ class Target:
             engine = "" if self.engine is None else f" (engine {self.engine})"
             yield self.load(), f"{_LABELS[self.backend]}, device {self.device}{engine}, as shipped"
             return
-        write_twin, how = _twin(self.package)
-        if write_twin is None:
+        write_copy, how = _copy(self.package)
+        if write_copy is None:
             yield _on_cpu(self.package.directory, low_memory), how
             return
         progress("writing a package to compare", 0, 0)
-        with working_directory(self.package.directory.parent, ".melt-twin-") as directory:
-            write_twin(self.package.directory, directory)
+        with working_directory(self.package.directory.parent, ".melt-copy-") as directory:
+            write_copy(self.package.directory, directory)
             yield _on_cpu(directory, low_memory), how
 
 
 def target_of(package: Package, backend: str = CPU, device: int = 0) -> Target:
-    """Return what runs a package: the named backend, or for "auto" the best that can here, else the CPU.
+    """Return the backend that runs a package: the named one, or for "auto" the best that can run here, else the CPU.
 
-    The CPU can be compared with a bf16 package, too, which it cannot run. Raises ArgumentError for an unknown backend
-    and for an engine whose weights nothing describes, BackendError where the backend cannot run the package here.
+    On the CPU a bf16 package is compared by a float32 copy. Raises ArgumentError for an unknown backend and for an
+    engine that quantized weights itself, BackendError if the backend cannot run the package here.
     """
     environment = detect_environment(package)
     widened = replace(environment, precision="fp32") if environment.precision == "bf16" else environment
@@ -103,8 +107,8 @@ def _check_engine(package: Package, chosen: Choice) -> None:
         )
 
 
-def _twin(package: Package) -> tuple[Callable[[Path, Path], None] | None, str]:
-    """Return what writes the twin that the CPU runs (None: the package itself), and how that computes."""
+def _copy(package: Package) -> tuple[Callable[[Path, Path], None] | None, str]:
+    """Return the function that writes the copy for the CPU (None: the package itself), and describe its arithmetic."""
     if package.manifest.precision == "bf16":
         return float32_package, "ONNX Runtime, CPU, float32 arithmetic over the package's bf16 weights"
     activations = activations_of(package.manifest)

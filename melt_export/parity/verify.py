@@ -1,4 +1,4 @@
-"""Runs a checkpoint in PyTorch and its package in the runtime, and compares them at every loop."""
+"""Comparison of a checkpoint in PyTorch with its package in the runtime, at every loop."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import ParityError
-from ..quantization.kv_cache_scales import CacheNumbers
+from ..quantization.kv_cache_scales import CacheScales
 from ..quantization.matmul_weights import EMBEDDING
 from ..quantization.stored_values import packaged_reference, stored_embedding
 from ..reference.depth import default_depth, default_threshold
 from ..reference.pytorch import LOGIT_COLUMNS, LoopTrace, reference_of
 from .distances import Distances, common_prefix
 from .exact_match import read_problems
-from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, weigh_partings
+from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, measure_ties
 from .quality import LARGE_TOKENS, TOKENS, QualityCheck, held_out, limits_of
 from .report import GenerationResult, Limits, ParityReport, StateError, tolerance_of
 from .target import CPU, target_of
@@ -106,7 +106,7 @@ def verify(
         if check is not None and target.activations == "int8":
             float_kl = check.measure(runtime, manifest.loops, progress).kl
         del runtime
-    weigh_partings(report, expected, lambda: packaged_reference(source, opened))
+    measure_ties(report, expected, lambda: packaged_reference(source, opened))
     if check is not None:
         runtime = target.load()
         quality = check.measure(runtime, manifest.loops, progress)
@@ -119,10 +119,10 @@ def verify(
 
 
 def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress: Progress = no_progress) -> None:
-    """The package's side of a comparison, and what differs, into the report. Raises BackendError."""
-    errors, numbers = Distances(expected.own.tie), CacheNumbers.of(runtime.package)
+    """Run the package's side of a comparison and add the differences to the report. Raises BackendError."""
+    errors, cache_scales = Distances(expected.own.tie), CacheScales.of(runtime.package)
     for case, traces in expected.cases:
-        _compare_case(runtime, case, traces, report.loops, errors, numbers)
+        _compare_case(runtime, case, traces, report.loops, errors, cache_scales)
     report.take(errors, expected.own)
 
     if expected.threshold is not None:
@@ -148,7 +148,7 @@ def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress
 
 
 def require_parity(report: ParityReport) -> None:
-    """Raises ParityError naming the first disagreements."""
+    """Raise ParityError naming the first disagreements."""
     failures = report.failures()
     if failures:
         more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
@@ -156,7 +156,7 @@ def require_parity(report: ParityReport) -> None:
 
 
 def _same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Raises ParityError if the checkpoint is of another shape or depth than the package."""
+    """Raise ParityError if the checkpoint has another shape or depth than the package."""
     said = checkpoint.config.to_dict()
     pairs = {name: (manifest.model.get(name), said.get(name)) for name in _SHAPE}
     if said["model_type"] == manifest.model.get("model_type"):
@@ -171,9 +171,9 @@ def _same_model(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
 
 def _compare_case(
-    runtime: Runtime, case: Case, traces: Traces, loops: int, errors: Distances, numbers: CacheNumbers | None
+    runtime: Runtime, case: Case, traces: Traces, loops: int, errors: Distances, cache_scales: CacheScales | None
 ) -> None:
-    """Runs a case's prompts as one ragged batch and compares every loop of every chunk."""
+    """Run a case's prompts as one batch and compare every loop of every chunk."""
     driver = runtime.driver(len(case.prompts))
     settings = LoopSettings(loops, chunk=case.chunk)
     position = [0] * driver.batch
@@ -183,14 +183,14 @@ def _compare_case(
             for loop, _ in enumerate(driver.loops(chunk, settings)):
                 for slot, count in enumerate(chunk.counts):
                     if count:
-                        got = _trace(driver, slot, int(count), loop + 1, numbers)
+                        got = _trace(driver, slot, int(count), loop + 1, cache_scales)
                         errors.compare_trace(got, traces[slot][position[slot]][loop])
             for slot, count in enumerate(chunk.counts):
                 position[slot] += int(count > 0)
 
 
-def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheNumbers | None) -> LoopTrace:
-    """One sequence's part of the chunk that just ran a loop, its rows still open."""
+def _trace(driver: LoopDriver, slot: int, count: int, loop: int, cache_scales: CacheScales | None) -> LoopTrace:
+    """Return one sequence's part of the chunk that just ran a loop, while the chunk is still open."""
     state = driver.state
     latent = None
     if driver.manifest.has_latent:
@@ -199,7 +199,7 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheN
 
     def rows(part: str) -> np.ndarray:
         stored = np.stack([_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)])
-        return stored if numbers is None else numbers.widened(part, stored)
+        return stored if cache_scales is None else cache_scales.widened(part, stored)
 
     columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
     columns[slot] = np.arange(count)[-LOGIT_COLUMNS:]
@@ -215,7 +215,7 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, numbers: CacheN
 
 
 def _compare_embeddings(runtime: Runtime, table: Tensor, report: ParityReport) -> None:
-    """Looks up every token of the vocabulary, table (vocab, d): the prompts hold few of them."""
+    """Look up every token of the vocabulary, of which the prompts hold few. Raises CheckpointError."""
     manifest = runtime.manifest
     state, worst = runtime.driver(1).state, 0.0
     for at in range(0, manifest.vocab_size, manifest.chunk):
@@ -229,7 +229,7 @@ def _compare_embeddings(runtime: Runtime, table: Tensor, report: ParityReport) -
 
 
 def _open_rows(driver: LoopDriver, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:
-    """The rows that the open chunk wrote, in the loop's own cache where it has one: (kv_heads, count, head_dim)."""
+    """Return the open chunk's keys or values, of the loop's own cache if it has one: (kv_heads, count, head_dim)."""
     if spec.kind == "read_only":
         return driver.state.read(spec.output, (slot, slice(None), slice(count)))
     start = int(driver.lengths[slot])

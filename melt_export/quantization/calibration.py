@@ -1,4 +1,4 @@
-"""What goes into each product of a model: the statistics that a calibrated quantization needs."""
+"""Statistics of the inputs of each matmul, for calibrated quantization."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from ..reference.texts import encode_text
 _SEQUENCE = 256
 _SEQUENCES = 32
 _AT_ONCE = 4
-_RANDOM_SEQUENCES = 4  # of random tokens, of which more would not say more
-_LARGEST_TEXT = 1 << 22  # characters that are read of a file
-_HEAD = "lm_head"  # whose input is counted and whose output nobody needs
+_RANDOM_SEQUENCES = 4  # of random tokens; more would not add information
+_LARGEST_TEXT = 1 << 22  # most characters read from a file
+_HEAD = "lm_head"  # its input is counted; its output is not needed
 
 
 def calibration_tokens(checkpoint: Checkpoint, path: Path | None) -> list[list[int]]:
-    """Sequences of token ids, spread over a text: the file at ``path`` (UTF-8), or else Python's own documentation.
+    """Return sequences of token ids, spread over a text: the file at ``path`` (UTF-8), or Python's own documentation.
 
-    Random tokens where the vocabulary cannot write the latter. Raises ExportError for a file that cannot be used.
+    Returns random tokens if the vocabulary is too small for the latter. Raises ExportError for a file that cannot be
+    used.
     """
     config, directory = checkpoint.config, checkpoint.directory
     room = min(_SEQUENCE, config.max_position_embeddings)
@@ -49,7 +50,8 @@ def _documentation() -> str:
 def hessians(
     model: nn.Module, sequences: list[list[int]], loops: int, chunk: int, progress: Step = no_progress
 ) -> dict[str, Tensor]:
-    """Of every matmul, by its weight's checkpoint name, the sum of x x^T over all tokens and loops: (inputs, inputs).
+    """Return the sum of x x^T over all tokens and loops, (inputs, inputs), for each matmul, by its weight's checkpoint
+    name.
 
     Matmuls that read the same input share one.
     """
@@ -58,7 +60,7 @@ def hessians(
     model.lm_head = linear[_HEAD] = nn.Identity()  # type: ignore[assignment]
     found: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    last: list[tuple[Tensor, str]] = []  # the inputs that came in last, and the matmul each came into first
+    last: list[tuple[Tensor, str]] = []  # the latest inputs, and the first matmul that read each
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -89,7 +91,7 @@ def hessians(
 
 
 def _batches(sequences: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Neighbours of one length, a few at a time: a weight is read, and widened, once for all of them."""
+    """Group sequences of one length, a few at a time, so that a weight is read and widened once for all of them."""
     for _, neighbours in groupby(sequences, key=len):
         alike = list(neighbours)
         yield from (alike[at : at + _AT_ONCE] for at in range(0, len(alike), _AT_ONCE))

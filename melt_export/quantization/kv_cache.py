@@ -16,10 +16,10 @@ from torch import Tensor
 from ..graph.external_weights import COMPUTED
 from ..graph.trace import TracedGraph
 from ..reference.pytorch import Reference
-from .kv_cache_scales import PARTS, SCALE_INPUT, CacheNumbers, attention_nodes, rounded, scale_name
+from .kv_cache_scales import KEY_AND_VALUE, SCALE_INPUT, CacheScales, attention_nodes, rounded, scale_name
 
-_ROWS = 2048  # of each layer that scales are tried on, at most
-_SHARES = tuple(1 - step / 20 for step in range(13))  # of a channel's largest value that the largest number may be
+_ROWS = 2048  # most positions per layer on which scales are tried
+_SHARES = tuple(1 - step / 20 for step in range(13))  # factors on a channel's scale
 
 
 def calibrated(
@@ -30,22 +30,22 @@ def calibrated(
     positions: int,
     bits: int,
     progress: Step = no_progress,
-) -> CacheNumbers:
-    """Scales for the rows that a model writes in all loops of these sequences of token ids.
+) -> CacheScales:
+    """Compute scales for the keys and values of all loops over these sequences of token ids.
 
-    The gate lets a row drift from loop to loop, so all loops count. Keys are also turned to places all over the
-    ``positions`` that the cache has: their slow rotary pairs stand still within one sequence, and trade their sizes
-    far behind it. Of each channel the scale is the one with the least squared error on a sample of the rows.
+    All loops count, because the gate changes keys and values from loop to loop. Keys are also rotated to places all
+    over the ``positions`` of the cache: within one sequence their slow rotary pairs hardly turn, but far behind it
+    their sizes change places. Each channel gets the scale with the least squared error on a sample of positions.
     """
     config = reference.config
     rng = np.random.default_rng(0)
     most: dict[str, Tensor] = {}
-    sample: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    sample: dict[str, list[Tensor]] = {part: [] for part in KEY_AND_VALUE}
     every = -(-sum(map(len, sequences)) * loops // _ROWS)
     for ids in sequences:
         moved = int(rng.integers(0, max(positions - len(ids), 0) + 1))
-        pieces = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
-        for traces in reference.traces(pieces, loops)[0]:
+        chunks = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
+        for traces in reference.traces(chunks, loops)[0]:
             for trace in traces:
                 keys = _turned(torch.from_numpy(trace.keys), config, moved)
                 for part, rows in (("key", keys), ("value", torch.from_numpy(trace.values))):
@@ -53,18 +53,21 @@ def calibrated(
                     most[part] = torch.maximum(most.get(part, largest), largest)
                     sample[part].append(rows[:, :, int(rng.integers(0, every)) :: every].clone())
         progress("calibrating the cache", len(sequences), 1)
-    return CacheNumbers(bits, *(_best(most[part], torch.cat(sample[part], 2), bits) for part in PARTS))
+    return CacheScales(bits, *(_best(most[part], torch.cat(sample[part], 2), bits) for part in KEY_AND_VALUE))
 
 
 def _turned(keys: Tensor, config: LoopedConfig, places: int) -> Tensor:
-    """Keys (layers, kv_heads, rows, head_dim) as they would be so many places further on."""
+    """Rotate keys (layers, kv_heads, positions, head_dim) to ``places`` positions further on."""
     cos, sin = rotary_tables(config, torch.tensor([[places]]))
-    length = (cos.square() + sin.square()).sqrt()  # some variants scale what they rotate
+    length = (cos.square() + sin.square()).sqrt()  # some RoPE variants also scale
     return rotate(keys, cos / length, sin / length)
 
 
 def _best(most: Tensor, rows: Tensor, bits: int) -> Tensor:
-    """most (layers, kv_heads, head_dim), rows (layers, kv_heads, count, head_dim) -> scales as ``most``."""
+    """Return the best scale per channel, (layers, kv_heads, head_dim).
+
+    most: the largest values, (layers, kv_heads, head_dim); rows: a sample, (layers, kv_heads, count, head_dim).
+    """
     widest = torch.where(most > 0, most, 1) / (2 ** (bits - 1) - 1)
     best, least = widest, torch.full_like(widest, torch.inf)
     for share in _SHARES:
@@ -76,17 +79,17 @@ def _best(most: Tensor, rows: Tensor, bits: int) -> Tensor:
 
 
 def quantize_caches(
-    graph: TracedGraph, states: list[StateSpec], numbers: CacheNumbers
+    graph: TracedGraph, states: list[StateSpec], cache_scales: CacheScales
 ) -> tuple[TracedGraph, list[StateSpec]]:
-    """The loop step and its states with quantized caches; the graph's model is changed in place."""
+    """Return the loop step and its states with quantized caches. Changes the graph's model in place."""
     for node in attention_nodes(graph.model):
         layer = int(str(node.inputs[3].name).rsplit(".", 1)[1])  # type: ignore[union-attr]
-        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", numbers.bits)
+        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", cache_scales.bits)
         for part, at in SCALE_INPUT.items():
             name = f"{part[0]}_quant_type"
             node.attributes[name] = ir.AttrString(name, "PER_CHANNEL")
-            node.replace_input_with(at, _scale(graph.model.graph, part, layer, numbers))
-    small = {state.input: _small(state, numbers.bits) for state in states if state.kind != "swap"}
+            node.replace_input_with(at, _scale(graph.model.graph, part, layer, cache_scales))
+    small = {state.input: _small(state, cache_scales.bits) for state in states if state.kind != "swap"}
     outputs = {state.output: state for state in small.values()}
     for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):
         state = small.get(str(value.name)) or outputs.get(str(value.name))
@@ -101,8 +104,8 @@ def quantize_caches(
     return changed, [small.get(state.input, state) for state in states]
 
 
-def _scale(graph: ir.Graph, part: str, layer: int, numbers: CacheNumbers) -> ir.Value:
-    scales = numbers.scales(part)[layer].flatten().contiguous()
+def _scale(graph: ir.Graph, part: str, layer: int, cache_scales: CacheScales) -> ir.Value:
+    scales = cache_scales.scales(part)[layer].flatten().contiguous()
     value = ir.Value(name=scale_name(part, layer), shape=ir.Shape(scales.shape), type=ir.TensorType(ir.DataType.FLOAT))
     value.meta[COMPUTED] = lambda weights: scales
     graph.initializers[str(value.name)] = value

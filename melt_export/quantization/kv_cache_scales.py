@@ -19,7 +19,7 @@ from torch import Tensor
 from .blocks import unpack_nibbles
 from .options import BITS
 
-PARTS = ("key", "value")
+KEY_AND_VALUE = ("key", "value")
 SCALE_INPUT = {"key": 12, "value": 13}  # input index of GroupQueryAttention
 
 
@@ -34,7 +34,7 @@ def scale_name(part: str, layer: int) -> str:
 
 
 @dataclass(frozen=True)
-class CacheNumbers:
+class CacheScales:
     """Scales of quantized caches. ``keys``, ``values``: (layers, kv_heads, head_dim) float32."""
 
     bits: int
@@ -60,7 +60,7 @@ class CacheNumbers:
         return (rows * self.scales(part)[:, :, None]).numpy()
 
     @classmethod
-    def of(cls, package: Package) -> CacheNumbers | None:
+    def of(cls, package: Package) -> CacheScales | None:
         """Read a package's scales; None if its caches are not quantized."""
         if not package.manifest.cache:
             return None
@@ -71,7 +71,7 @@ class CacheNumbers:
         heads = int(config["num_key_value_heads"])
         keys, values = (
             torch.stack([found[scale_name(part, layer)] for layer in range(len(found) // 2)]).unflatten(1, (heads, -1))
-            for part in PARTS
+            for part in KEY_AND_VALUE
         )
         return cls(BITS[package.manifest.cache["kind"]], keys, values)
 

@@ -22,22 +22,21 @@ _SHARE = 4  # uses one of so many calibration sequences
 def sensitivities(
     model: nn.Module, sequences: list[list[int]], loops: int, chunk: int, grid: Grid, progress: Step = no_progress
 ) -> dict[str, float]:
-    """Of every product, by its weight's checkpoint name, the divergence in nats a token that storing it so would cost.
+    """Estimate the loss of storing each weight in 4 bits, in nats per token, by its checkpoint name.
 
-    An estimate to compare products by: half of the squared gradient of a text's loss along errors that are as large as
-    rounding makes them and lie anyhow, over all tokens and loops.
-    The model's parameters must take no gradient.
+    The estimate serves to compare weights: half of the squared gradient of a text's loss along errors of the size that
+    rounding makes, in random directions, over all tokens and loops. The model's parameters must not require gradients.
     """
-    found = dict.fromkeys(_products(model), 0.0)
-    handles = [module.register_forward_hook(_watch(name, found)) for name, module in _products(model).items()]
+    found = dict.fromkeys(_matmuls(model), 0.0)
+    handles = [module.register_forward_hook(_watch(name, found)) for name, module in _matmuls(model).items()]
     chosen = [ids[:_TOKENS] for ids in sequences[::_SHARE] if len(ids) > 1]
     for ids in chosen:
         _text_loss(model, ids, loops, chunk).backward()  # type: ignore[no-untyped-call]
-        progress("which products need more bits", len(chosen), 1)
+        progress("which weights need more bits", len(chosen), 1)
     for handle in handles:
         handle.remove()
     tokens = max(1, sum(map(len, chosen)))
-    errors = {name: rounding_error(module.weight, grid) for name, module in _products(model).items()}
+    errors = {name: rounding_error(module.weight, grid) for name, module in _matmuls(model).items()}
     return {name: found[name] * errors[name] / (2 * tokens) for name in found}
 
 
@@ -51,7 +50,7 @@ def most_sensitive(sizes: Mapping[str, int], costs: Mapping[str, float], budget:
     return chosen
 
 
-def _products(model: nn.Module) -> dict[str, nn.Linear]:
+def _matmuls(model: nn.Module) -> dict[str, nn.Linear]:
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 

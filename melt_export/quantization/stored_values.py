@@ -14,16 +14,16 @@ from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.merge_matmuls import names_in
 from ..reference.pytorch import Reference, reference_of
 from .blocks import Blocks
-from .kv_cache_scales import CacheNumbers, initializer
+from .kv_cache_scales import CacheScales, initializer
 from .matmul_weights import EMBEDDING, GATHER_QUANTIZED
 
 
 def packaged_reference(checkpoint: Checkpoint, package: Package) -> Reference:
     """Return the reference that computes with a package's stored weights and caches.
 
-    Where weights are quantized, this one model holds their values as float32 in memory. Raises CheckpointError.
+    If weights are quantized, the model holds their dequantized values as float32. Raises CheckpointError.
     """
-    model, numbers = checkpoint.load(), CacheNumbers.of(package)
+    model, numbers = checkpoint.load(), CacheScales.of(package)
     if package.manifest.weights:
         dequantized(model, package.directory)
     return reference_of(model, None if numbers is None else numbers.rounded)
