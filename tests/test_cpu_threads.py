@@ -42,9 +42,10 @@ def others_use(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, cores: float, 
     limit = limit_of(runtime)
     monkeypatch.setattr(limit._others, "allowed", 3)
     monkeypatch.setattr(limit._others, "cores", lambda: cores)
-    for _ in range(4):  # until both ways are known
-        limit.decoded(abs(limit.threads - faster))
-        limit._next = time.perf_counter()
+    limit._next = time.perf_counter()
+    limit.before(1)
+    for _ in range(20):  # until the trial is over
+        limit.decoded(1.0 + abs(limit.threads - faster))
         limit.before(1)
 
 
@@ -150,6 +151,18 @@ def test_a_prompt_has_all_threads(runtime: Runtime, monkeypatch: pytest.MonkeyPa
     assert held(runtime) == [1, 1, 1]
 
 
+def test_where_no_thread_can_be_held_all_of_them_compute(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("this build has no such threads")
+
+    for workers in limit_of(runtime)._workers:
+        monkeypatch.setattr(workers, "_session", type("Session", (), {"run_async": refuse})())
+    others_use(runtime, monkeypatch, 1.0)
+    runtime.generate([0], max_tokens=2)
+    assert held(runtime) == [0, 0, 0]
+    assert limit_of(runtime).threads == 3
+
+
 def test_a_look_that_comes_late_only_begins_to_look(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ran while nobody asked for tokens may have ended long ago."""
     monkeypatch.setattr(limit_of(runtime)._others, "cores", lambda: 3.0)
@@ -159,34 +172,38 @@ def test_a_look_that_comes_late_only_begins_to_look(runtime: Runtime, monkeypatc
 
 
 def test_every_run_may_look_and_only_decoding_is_timed(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[float] = []
+    looks, timed = list[float](), list[float]()
     monkeypatch.setattr(limit_of(runtime)._others, "cores", lambda: looks.append(0.0) or 0.0)
+    monkeypatch.setattr(limit_of(runtime), "decoded", timed.append)
     monkeypatch.setattr(cpu_threads, "_INTERVAL", 1e9)
     limit_of(runtime)._next = time.perf_counter()
     runtime.generate([0, 1, 2], max_tokens=3, ignore_eos=True, loops=2)
     assert len(looks) == 1  # a second one is not due
-    assert limit_of(runtime)._runs == 2 * 2  # two tokens after the prompt's, of two loops
-    assert limit_of(runtime)._seconds > 0
+    assert len(timed) == 2 * 2  # two tokens after the prompt's, of two loops
+    assert min(timed) > 0
 
 
-def test_the_faster_number_of_threads_is_kept_and_the_other_one_tried_again() -> None:
-    choice, seconds = Choice(2), {1: 2.0, 2: 3.0}
-    choice.update(2, 1.0)
-    assert choice.threads == 2  # alone
-    used = []
-    for _ in range(60):
-        choice.update(1, seconds[choice.threads])
-        used.append(choice.threads)
-    assert used[:3] == [1, 1, 1]  # two threads were timed beside the others already
-    assert [at for at, threads in enumerate(used) if threads == 2] == [24, 49]
-    seconds[1] = 4.0  # a longer context, say
-    for _ in range(30):
-        choice.update(1, seconds[choice.threads])
+def test_both_numbers_of_threads_are_tried_in_turn_and_the_faster_one_is_kept() -> None:
+    choice = Choice(2)
+
+    def trial(seconds: dict[int, float]) -> list[int]:
+        used = []
+        for step in range(40):
+            used.append(choice.threads)
+            choice.ran(seconds[choice.threads] * (1 + step / 10))  # the context grows
+        return used
+
+    choice.update(2)
+    assert set(trial({1: 1.0, 2: 2.0})) == {2}  # alone nothing is tried
+    choice.update(1)
+    assert trial({1: 2.0, 2: 2.6}) == [1, 2] * 6 + [1] * 28
+    for _ in range(24):
+        choice.update(1)
+        assert set(trial({1: 9.0, 2: 2.0})) == {1}  # it was chosen
+    choice.update(1)
+    assert trial({1: 2.6, 2: 2.0}) == [1, 2] * 6 + [2] * 28
+    choice.update(2)
     assert choice.threads == 2
-    choice.update(1, None)  # only a prompt ran
-    assert choice.threads == 2
-    choice.update(2, 1.0)
-    assert choice._seconds == {}  # what was faster once says nothing of the next time
 
 
 def test_held_threads_change_no_value(runtime: Runtime, tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

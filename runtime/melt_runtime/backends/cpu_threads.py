@@ -21,7 +21,8 @@ import numpy as np
 from ..package.specs import GraphSpec
 
 _INTERVAL = 0.2  # seconds between two looks at the other processes
-_AGAIN = 25  # looks after which the slower number of threads is tried again
+_AGAIN = 25  # looks after which both numbers of threads are tried again
+_TURNS, _TURN = 12, 0.025  # a trial: so many turns, of so many seconds at least
 _STALE = 1.0  # seconds after which what was seen says nothing of now: what ran meanwhile may have ended
 # The share of a core that must be free for a thread to stay, and for one to come back.
 _STAYS, _COMES_BACK = 0.5, 0.75
@@ -118,32 +119,42 @@ class Workers:
 
 
 class Choice:
-    """All of ``most`` threads, or only as many as find a core free: whichever decodes faster. ``threads``: which."""
+    """All of ``most`` threads, or only as many as find a core free: whichever decodes faster. ``threads``: which.
+
+    Both are tried in short turns, so that contexts and batches that change meanwhile change for both.
+    """
 
     def __init__(self, most: int):
-        self.most = self.threads = most
-        self._seconds: dict[int, float] = {}  # a loop step took with each number of threads
-        self._looks = 0
+        self.most = self.threads = self._fitting = most
+        self._means: dict[int, float] = {}  # by number of threads, the sum of its turns' seconds per loop step
+        self._turns_left = self._looks = self._steps = 0
+        self._seconds = 0.0
 
-    def update(self, fitting: int, seconds: float | None) -> None:
-        """Choose for the next interval.
-
-        ``fitting``: how many threads find a core free. ``seconds``: what a loop step took since the last call, None if
-        there was none.
-        """
-        if fitting == self.most:
-            self._seconds.clear()
-            self.threads, self._looks = self.most, 0
-            return
-        if seconds is not None:
-            self._seconds[self.threads] = seconds
+    def update(self, fitting: int) -> None:
+        """Begin a trial if ``fitting``, how many threads find a core free, changed or the last trial is long ago."""
         self._looks += 1
-        untried = next((count for count in (fitting, self.most) if count not in self._seconds), None)
-        if untried is not None:
-            self.threads = untried
+        if fitting == self.most:
+            self.threads, self._turns_left = self.most, 0
+        elif fitting != self._fitting or self._looks >= _AGAIN:
+            self._means = {fitting: 0.0, self.most: 0.0}
+            self.threads, self._turns_left, self._looks = fitting, _TURNS, 0
+            self._seconds, self._steps = 0.0, 0
+        self._fitting = fitting
+
+    def ran(self, seconds: float) -> None:
+        """Note what a loop step over one token of each sequence took."""
+        if not self._turns_left:
             return
-        faster, slower = sorted((fitting, self.most), key=self._seconds.__getitem__)
-        self.threads = slower if self._looks % _AGAIN == 0 else faster
+        self._seconds += seconds
+        self._steps += 1
+        if self._seconds < _TURN:
+            return
+        self._means[self.threads] += self._seconds / self._steps
+        self._seconds, self._steps, self._turns_left = 0.0, 0, self._turns_left - 1
+        if self._turns_left:
+            self.threads = next(count for count in self._means if count != self.threads)
+        else:
+            self.threads = min(self._means, key=self._means.__getitem__)
 
 
 class ThreadLimit:
@@ -156,7 +167,6 @@ class ThreadLimit:
     def __init__(self, owner: Any, most: int, sessions: Mapping[str, Any], graphs: Mapping[str, GraphSpec]):
         self.most = self._fitting = self._running = most
         self._choice, self._others = Choice(most), OtherProcesses()
-        self._seconds, self._runs = 0.0, 0
         self._workers = [Workers(session, graphs[name]) for name, session in sessions.items()]
         self._lock = Lock()
         self._next = time.perf_counter() + _INTERVAL
@@ -180,13 +190,18 @@ class ThreadLimit:
                 for workers in self._workers:
                     workers.hold(self.most - threads)
                 self._running = threads
+            except Exception:  # a build of ONNX Runtime that cannot: its threads compute as they do by themselves
+                self._next, self._running, self._choice = float("inf"), self.most, Choice(self.most)
             finally:
                 self._lock.release()
 
     def decoded(self, seconds: float) -> None:
         """Note what a loop step over one token of each sequence took."""
-        self._seconds += seconds
-        self._runs += 1
+        if self._lock.acquire(blocking=False):
+            try:
+                self._choice.ran(seconds)
+            finally:
+                self._lock.release()
 
     def _look(self) -> None:
         """Look at the other processes. What a late look sees says little of now."""
@@ -197,8 +212,7 @@ class ThreadLimit:
             free = self._others.allowed - self._others.cores()
             if late < _STALE:
                 self._fitting = fitting_threads(free, self._fitting, self.most)
-                self._choice.update(self._fitting, self._seconds / self._runs if self._runs else None)
-            self._seconds, self._runs = 0.0, 0
+                self._choice.update(self._fitting)
             self._next = time.perf_counter() + _INTERVAL
         finally:
             self._lock.release()
