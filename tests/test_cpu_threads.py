@@ -197,11 +197,14 @@ def test_both_numbers_of_threads_are_tried_in_turn_and_the_faster_one_is_kept() 
     assert set(trial({1: 1.0, 2: 2.0})) == {2}  # alone nothing is tried
     choice.update(1)
     assert trial({1: 2.0, 2: 2.6}) == [1, 2] * 6 + [1] * 28
-    for _ in range(24):
+    for _ in range(9):
         choice.update(1)
         assert set(trial({1: 9.0, 2: 2.0})) == {1}  # it was chosen
     choice.update(1)
     assert trial({1: 2.6, 2: 2.0}) == [1, 2] * 6 + [2] * 28
+    for _ in range(10):
+        choice.update(1)
+    assert trial({1: 2.0, 2: 1.96})[-1] == 1  # hardly faster
     choice.update(2)
     assert choice.threads == 2
 

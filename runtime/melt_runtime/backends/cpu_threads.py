@@ -21,8 +21,9 @@ import numpy as np
 from ..package.specs import GraphSpec
 
 _INTERVAL = 0.2  # seconds between two looks at the other processes
-_AGAIN = 25  # looks after which both numbers of threads are tried again
+_AGAIN = 10  # looks after which both numbers of threads are tried again
 _TURNS, _TURN = 12, 0.025  # a trial: so many turns, of so many seconds at least
+_WORTH = 0.95  # of the time with fewer threads: what all must stay below to be worth other processes' cores
 _STALE = 1.0  # seconds after which what was seen says nothing of now: what ran meanwhile may have ended
 # The share of a core that must be free for a thread to stay, and for one to come back.
 _STAYS, _COMES_BACK = 0.5, 0.75
@@ -154,7 +155,7 @@ class Choice:
         if self._turns_left:
             self.threads = next(count for count in self._means if count != self.threads)
         else:
-            self.threads = min(self._means, key=self._means.__getitem__)
+            self.threads = self.most if self._means[self.most] < _WORTH * self._means[self._fitting] else self._fitting
 
 
 class ThreadLimit:

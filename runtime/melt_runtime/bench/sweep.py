@@ -186,12 +186,12 @@ class Stopwatch:
             self.driver.lengths[slot] = context
 
 
-def settle(watches: Sequence[Stopwatch]) -> None:
+def settle(watches: Sequence[Stopwatch], context: int) -> None:
     """Decode until every package's runtime has noticed which processes compute beside it."""
     for watch in watches:
         end = perf_counter() + _SETTLING
         while perf_counter() < end:
-            watch.decode(0, 1, 1)
+            watch.decode(context, 1, 1)
 
 
 class _Timed:
@@ -307,7 +307,7 @@ def _with_threads(
         for turn, busy in product(range(sweep.rounds + 1), sweep.busy):  # the first round is a warm-up
             with BusyProcesses(busy):
                 if sweep.busy != (0,):
-                    settle(watches)
+                    settle(watches, sweep.contexts[0])
                 for point in (point for point in points if (point.batch, point.busy) == (batch, busy)):
                     for at, watch in enumerate(watches):
                         rate = bandwidth.measure()
