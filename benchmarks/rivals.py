@@ -121,7 +121,7 @@ def package(
     watch = Stopwatch(runtime.driver())
     while True:
         if threads is None:
-            settle([watch])
+            settle([watch], context)
         token, loop = watch.decode(context, loops, tokens)
         sample = {"token_s": token, "loop_s": loop}
         if prompt:
