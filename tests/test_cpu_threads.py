@@ -173,14 +173,27 @@ def test_a_look_that_comes_late_only_begins_to_look(runtime: Runtime, monkeypatc
 
 def test_every_run_may_look_and_only_decoding_is_timed(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     looks, timed = list[float](), list[float]()
-    monkeypatch.setattr(limit_of(runtime)._others, "cores", lambda: looks.append(0.0) or 0.0)
+    monkeypatch.setattr(limit_of(runtime)._others, "cores", lambda: looks.append(0.0) or float(limit_of(runtime).most))
     monkeypatch.setattr(limit_of(runtime), "decoded", timed.append)
     monkeypatch.setattr(cpu_threads, "_INTERVAL", 1e9)
-    limit_of(runtime)._next = time.perf_counter()
+    limit_of(runtime)._next = limit_of(runtime).quiet_until = time.perf_counter()
     runtime.generate([0, 1, 2], max_tokens=3, ignore_eos=True, loops=2)
     assert len(looks) == 1  # a second one is not due
+    assert limit_of(runtime).quiet_until == 0.0  # others use the cores: numbers of threads are tried
     assert len(timed) == 2 * 2  # two tokens after the prompt's, of two loops
     assert min(timed) > 0
+
+
+def test_alone_no_run_asks_before_the_next_look(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, asked = limit_of(runtime), list[int]()
+    monkeypatch.setattr(limit._others, "cores", lambda: limit._others.allowed - float(limit.most))  # none is missing
+    limit._next = limit.quiet_until = time.perf_counter()
+    runtime.generate([0, 1, 2], max_tokens=1, ignore_eos=True)
+    assert limit.quiet_until == limit._next > time.perf_counter() - 1
+    limit.quiet_until = float("inf")
+    monkeypatch.setattr(limit, "before", asked.append)
+    runtime.generate([0, 1, 2], max_tokens=3, ignore_eos=True)
+    assert not asked
 
 
 def test_both_numbers_of_threads_are_tried_in_turn_and_the_faster_one_is_kept() -> None:
@@ -294,7 +307,7 @@ onnxruntime_cpu.physical_cores = lambda: 3
 runtime = Runtime.load(sys.argv[1], check_hashes=False)
 limit = runtime.backend.thread_limit
 limit._next = float("inf")
-limit._choice.threads = 1
+limit._choice.threads, limit.quiet_until = 1, 0.0
 runtime.generate([0], max_tokens=3)
 assert limit._running == 1
 del limit

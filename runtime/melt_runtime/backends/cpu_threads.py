@@ -131,6 +131,11 @@ class Choice:
         self._turns_left = self._looks = self._steps = 0
         self._seconds = 0.0
 
+    @property
+    def settled(self) -> bool:
+        """Whether all threads run and no trial does."""
+        return self.threads == self.most and not self._turns_left
+
     def update(self, fitting: int) -> None:
         """Begin a trial if ``fitting``, how many threads find a core free, changed or the last trial is long ago."""
         self._looks += 1
@@ -162,7 +167,8 @@ class ThreadLimit:
     """Holds threads of a package's sessions while other processes use their cores, where that is faster.
 
     ``owner``: the object that ends with the sessions, which cannot end while a thread of theirs is held. ``most``: the
-    threads of each session.
+    threads of each session. Until ``quiet_until`` (a ``perf_counter`` time) all threads run, and nothing needs to be
+    called.
     """
 
     def __init__(self, owner: Any, most: int, sessions: Mapping[str, Any], graphs: Mapping[str, GraphSpec]):
@@ -175,6 +181,7 @@ class ThreadLimit:
             weakref.finalize(owner, self._end)
         else:
             self._next = float("inf")
+        self.quiet_until = self._next
 
     @property
     def threads(self) -> int:
@@ -195,6 +202,8 @@ class ThreadLimit:
                 self._next, self._running, self._choice = float("inf"), self.most, Choice(self.most)
             finally:
                 self._lock.release()
+        settled = self._running == self.most and self._choice.settled
+        self.quiet_until = self._next if settled else 0.0
 
     def decoded(self, seconds: float) -> None:
         """Note what a loop step over one token of each sequence took."""

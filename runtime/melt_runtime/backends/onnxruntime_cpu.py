@@ -200,7 +200,7 @@ class OnnxRuntimeState(BufferState):
     def run(self, graph: str, bound: Any) -> None:
         """Run a graph on its bound buffers."""
         limit, session = self.backend.thread_limit, self.backend.sessions[graph]
-        if limit is None:
+        if limit is None or perf_counter() < limit.quiet_until:
             run_bound(session, graph, bound)
             return
         limit.before(self.width)
