@@ -122,7 +122,7 @@ from melt_runtime.cli.main import main; main()
 def test_a_signal_that_comes_before_the_loop_runs_ends_the_server(served_package: Path, name: str) -> None:
     command = [sys.executable, "-c", EARLY.format(name), "serve", served_package, "--port", 0, "--threads", 1]
     with started(command, WAIT, stderr=subprocess.PIPE, text=True) as process:
-        _, written = process.communicate()
+        _, written = process.communicate(timeout=WAIT)
     assert process.returncode == 0
     assert json.loads(written.splitlines()[-1])["event"] == "stopped"
 
