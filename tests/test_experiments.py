@@ -206,6 +206,12 @@ def test_without_any_run_there_is_a_document_that_says_so(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_the_document_in_the_repository_is_written_from_its_figures() -> None:
+    docs = FOLDER.parent.parent / "docs"
+    text = document.markdown(Results.read(docs / "experiments.json"))
+    assert text == (docs / "experiments.md").read_text(encoding="utf-8")
+
+
 def test_spread_is_the_sample_standard_deviation() -> None:
     assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
     assert spread([4.0]) == "4.0"

@@ -1,117 +1,124 @@
-"""The section of docs/experiments.md on MELT's distance from its teacher: each budget, seed by seed."""
+"""MELT's distance from its teacher, seed by seed: values for docs/experiments.md."""
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from results import KINDS, Results, each, percent, spread
-from runs import BUDGETS, EVEN, LONG_STEPS, TEACHER, TUNED, Row
-from sections import PAPER, Section, few, section
-from shared import table
+from runs import BUDGETS, EVEN, Row
 
 PAPER_DISTANCE = 2.4  # points of the paper's MELT below its teacher: 62.3 - 59.9, mean over six sets
-Accuracies = dict[str, dict[int, float]]
+Accuracies = dict[str, dict[int, float]]  # percent right by kind of problem, then by seed
 
 
-def teacher_part(results: Results) -> Section:
-    """Write the section on teachers and the students distilled from them."""
+@dataclass(frozen=True)
+class Model:
+    """A model of all its seeds.
+
+    - ``right``: percent right for each kind of problem, as text.
+    - ``minutes``: mean time of training.
+    """
+
+    right: list[str]
+    cache_bytes: int
+    parameters: int
+    minutes: str
+
+
+@dataclass(frozen=True)
+class Student:
+    """A MELT, and the points by which its teacher is better.
+
+    - ``own_teacher``: the teacher, if no other student has it.
+    - ``gaps``: all seeds' points for each kind of problem, as text; ``mean_gaps``: their mean by kind.
+    """
+
+    title: str
+    seeds: int
+    model: Model
+    own_teacher: Model | None
+    gaps: list[str]
+    mean_gaps: dict[str, float]
+    worst_gap: float
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Teachers and the students distilled from them. ``stopped`` is the teacher at loop 1."""
+
+    loops: int
+    stopped: Model
+    teacher: Model
+    students: list[Student]
+    worst_at_all_loops: float
+    best_at_one_loop: float
+    cache_ratio: float
+
+    @property
+    def solved(self) -> bool:
+        """Whether the teacher solves the task, and needs its loops to do it."""
+        return self.worst_at_all_loops >= 95 and self.best_at_one_loop < 50
+
+
+def distance(results: Results) -> Distance | None:
+    """Compare the students with their teachers. None without a teacher or without a student."""
     teachers, budgets = results.row("teacher"), [row for row in BUDGETS if results.row(row.name)]
     if not teachers or not budgets:
-        return section("A teacher and its MELT", "Not measured yet.\n")
-    deep = teachers[0]["content"]["model"]["total_ut_steps"]
-    shallow = _at_loop(teachers, 1)
-    solving = _at_loop(teachers, deep)
-    rows = [
-        _row("teacher stopped at loop 1", shallow, teachers),
-        _row(f"teacher, {deep} loops", solving, teachers, minutes(teachers)),
-    ]
-    sentences = []
-    for row in budgets:
-        rows += _student_rows(results, row, solving)
-        sentences.append(_distance(row, _gaps(results, row, solving)))
+        return None
+    loops = teachers[0]["content"]["model"]["total_ut_steps"]
+    stopped, solving = _at_loop(teachers, 1), _at_loop(teachers, loops)
+    students = [_student(results, row, solving) for row in budgets]
     even_teachers = results.row("teacher-even")
     if even_teachers and results.row(EVEN.name):
-        even = _at_loop(even_teachers, deep)
-        rows.append(_row("the even teacher" + few(results, EVEN), even, even_teachers, minutes(even_teachers)))
-        rows += _student_rows(results, EVEN, even)
-        sentences.append(_distance(EVEN, _gaps(results, EVEN, even)))
-    solved = min(solving["even"].values()) >= 95 and max(shallow["even"].values()) < 50
-    smaller = teachers[0]["cache_bytes_a_token"] / results.row(budgets[0].name)[0]["cache_bytes_a_token"]
-    return section(
-        "A teacher and its MELT",
-        table(
-            ["", *(f"{words}, % right" for words in KINDS.values()), "cache per token, bytes", "weights", "minutes"],
-            rows,
-        ),
-        "Every seed's value is in brackets. Minutes: mean wall time of training a run, on a core that may have been "
-        "shared.\n",
-        f"The teacher {'solves' if solved else 'DOES NOT solve'} the task by looping: at least "
-        f"{min(solving['even'].values()):.1f}% right with {deep} loops and at most "
-        f"{max(shallow['even'].values()):.1f}% at loop 1 on problems drawn evenly (wanted: at least 95, below 50). "
-        f"MELT has 1/{smaller:.0f} of its cache. The paper's MELT-1.6B is {PAPER_DISTANCE} points below its teacher "
-        f"({PAPER}, mean of six sets of maths problems).\n",
-        "".join(f"- {sentence}\n" for sentence in sentences),
-        f"*{TUNED.title}* takes {LONG_STEPS[1]} steps in phase 2 and follows the ablations below: attention alignment "
-        f"weighs {TUNED.phase2['attention_weight']:g} instead of 0.1, alpha is 1 after "
-        f"{TUNED.phase1['interpolation_share']:.0%} of phase 1, matrices are trained with Muon. *{EVEN.title}* is the "
-        f"checkpoint that the demo ships; its teacher's entropy weight is {EVEN.teacher['entropy_weight']:g} instead "
-        f"of {TEACHER['entropy_weight']:g} (see the section on depth).\n",
-        note="teacher",
+        even = _at_loop(even_teachers, loops)
+        students.append(_student(results, EVEN, even, _model(even, even_teachers)))
+    return Distance(
+        loops=loops,
+        stopped=_model(stopped, teachers),
+        teacher=_model(solving, teachers),
+        students=students,
+        worst_at_all_loops=min(solving["even"].values()),
+        best_at_one_loop=max(stopped["even"].values()),
+        cache_ratio=teachers[0]["cache_bytes_a_token"] / results.row(budgets[0].name)[0]["cache_bytes_a_token"],
     )
 
 
-def minutes(runs: list[dict[str, Any]]) -> str:
-    """Return the mean minutes of training."""
-    return f"{statistics.fmean(sum(s['seconds'] for s in run['stages'].values()) for run in runs) / 60:.0f}"
-
-
 def _at_loop(runs: list[dict[str, Any]], loops: int) -> Accuracies:
-    """Return percent right with a number of loops, by kind of problem, then by seed."""
-
     def right(run: dict[str, Any], kind: str) -> float:
         return next(percent(point[kind]) for point in run["by_loops"] if point["num_loops"] == loops)
 
     return {kind: {run["seed"]: right(run, kind) for run in runs} for kind in KINDS}
 
 
-def _student_rows(results: Results, row: Row, teacher: Accuracies) -> list[list[str]]:
+def _model(right: Accuracies, runs: list[dict[str, Any]]) -> Model:
+    seconds = statistics.fmean(sum(stage["seconds"] for stage in run["stages"].values()) for run in runs)
+    return Model(
+        right=[_spread_and_seeds(list(values.values())) for values in right.values()],
+        cache_bytes=runs[0]["cache_bytes_a_token"],
+        parameters=runs[0]["parameters"],
+        minutes=f"{seconds / 60:.0f}",
+    )
+
+
+def _student(results: Results, row: Row, teacher: Accuracies, own_teacher: Model | None = None) -> Student:
     runs = results.row(row.name)
     right = {kind: results.accuracies(row.name, "phase2", kind) for kind in KINDS}
-    gaps = _gaps(results, row, teacher)
-    return [
-        _row(row.title + few(results, row), right, runs, minutes(runs)),
-        ["points below its teacher", *(f"{spread(x)} ({each(x)})" for x in gaps.values()), "", "", ""],
-    ]
-
-
-def _gaps(results: Results, row: Row, teacher: Accuracies) -> dict[str, list[float]]:
-    """Return the points by which each seed's teacher is better, by kind of problem."""
-    return {
-        kind: [
-            teacher[kind][seed] - value
-            for seed, value in results.accuracies(row.name, "phase2", kind).items()
-            if seed in teacher[kind]
-        ]
-        for kind in KINDS
+    gaps = {
+        kind: [teacher[kind][seed] - value for seed, value in values.items() if seed in teacher[kind]]
+        for kind, values in right.items()
     }
-
-
-def _row(name: str, values: Accuracies, runs: list[dict[str, Any]], minutes: str = "") -> list[str]:
-    cells = [f"{spread(list(x.values()))} ({each(list(x.values()))})" for x in values.values()]
-    return [name, *cells, f"{runs[0]['cache_bytes_a_token']:,}", f"{runs[0]['parameters']:,}", minutes]
-
-
-def _distance(row: Row, gaps: dict[str, list[float]]) -> str:
-    """Say how far a MELT is from its teacher, on average and at worst."""
-    means = {kind: statistics.fmean(values) for kind, values in gaps.items()}
-    worst = max(max(values) for values in gaps.values())
-    parts = [f"{means[kind]:.1f} ({words})" for kind, words in KINDS.items()]
-
-    def judged(distance: float) -> str:
-        return f"{'within' if round(distance, 1) <= PAPER_DISTANCE else 'MORE than'} the {PAPER_DISTANCE} points"
-
-    return (
-        f"**{row.title}** is on average {' and '.join(parts)} points below, {judged(max(means.values()))}; "
-        f"at worst, on one seed and kind of problem, {worst:.1f}, {judged(worst)}."
+    return Student(
+        title=row.title,
+        seeds=len(runs),
+        model=_model(right, runs),
+        own_teacher=own_teacher,
+        gaps=[_spread_and_seeds(values) for values in gaps.values()],
+        mean_gaps={kind: statistics.fmean(values) for kind, values in gaps.items()},
+        worst_gap=max(max(values) for values in gaps.values()),
     )
+
+
+def _spread_and_seeds(values: list[float]) -> str:
+    return f"{spread(values)} ({each(values)})"

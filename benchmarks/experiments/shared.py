@@ -10,8 +10,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import common
 from common import FAINT, INK, machine, table
+from templating import render
 
-__all__ = ["FAINT", "INK", "STYLE", "machine", "table", "versions"]
+__all__ = ["FAINT", "INK", "STYLE", "machine", "render", "table", "versions"]
 
 STYLE: dict[str, Any] = {**common.STYLE, "legend.frameon": False, "lines.linewidth": 2}
 
