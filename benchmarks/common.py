@@ -14,6 +14,7 @@ from typing import Any
 
 from melt_runtime import machine as machine_facts
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 INK, FAINT, GRID = "#24292f", "#6e7781", "#eaeef2"
 # Settings of matplotlib for all plots.
 STYLE: dict[str, Any] = {

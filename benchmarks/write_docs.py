@@ -17,9 +17,9 @@ import compare_docs
 import numpy as np
 import quantization
 import typer
-from common import FAINT, STYLE, clock, console_block, facts, human, plural, table
+from common import DOCS, FAINT, STYLE, clock, console_block, facts, human, plural, table
+from templating import render
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 _COLORS = ("#d1700f", "#7a3e9d", "#0b6bcb")
 _MARKERS = ("o", "s", "D")
 
@@ -179,38 +179,7 @@ def training_part(section: Row) -> str:
 
 def batching_part(section: Row) -> str:
     """Write the section on continuous batching."""
-    settings, chunk = section["settings"], section["chunk"]
-    what = (
-        f"{plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, fp32"
-        if section["package"] is None
-        else f"package {section['package']}"
-    )
-    rates = [
-        [str(r["slots"]), f"{r['median']:.1f}", f"{r['low']:.1f} to {r['high']:.1f}", f"{r['median'] / r['slots']:.1f}"]
-        for r in section["throughput"]
-    ]
-    names = {"alone": "no prompt beside it", "beside": f"while {section['prompt']:,} tokens are prefilled"}
-    gaps = [
-        [
-            names[name],
-            f"{r['median'] * 1e3:.1f}",
-            f"{r['low'] * 1e3:.1f} to {r['high'] * 1e3:.1f}",
-            f"{r['p99'] * 1e3:.1f}",
-            f"{r['count']:,}",
-        ]
-        for name, r in section["delay"].items()
-    ]
-    return (
-        "## Continuous batching\n\n"
-        f"{what}; {plural(settings['loops'], 'loop')} per token, {plural(settings['threads'], 'thread')}, through the "
-        f"scheduler; {plural(settings['rounds'], 'round')} in which all configurations take turns.\n\n"
-        + console_block(section["command"])
-        + f"\n{facts(section)}\n"
-        + table(["streams", "tokens/s, together", "quartiles", "tokens/s, each"], rates)
-        + f"\nA running stream's waiting time for its next token, in ms. The prompt is prefilled in chunks of {chunk:,}"
-        " tokens, one between two steps of the stream.\n\n"
-        + table(["", "median", "quartiles", "99th percentile", "tokens"], gaps)
-    )
+    return "## Continuous batching\n\n" + render("batching.md.j2", section=section)
 
 
 def quantization_part(section: Row) -> str:
