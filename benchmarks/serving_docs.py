@@ -2,8 +2,9 @@
 
     python benchmarks/serving_docs.py
 
-The tables are the templates batching.md.j2 and soak.md.j2. The figures of batching.py stand between ``<!-- batching -->`` and ``<!-- /batching -->``, those of soak.py between
-``<!-- soak -->`` and ``<!-- /soak -->``; without figures, the command that measures them.
+The tables are the templates batching.md.j2 and soak.md.j2, filled with the figures of batching.py and soak.py; they
+stand between ``<!-- batching -->`` and ``<!-- /batching -->``, ``<!-- soak -->`` and ``<!-- /soak -->``. Without
+figures, the command that measures them stands there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from common import DOCS
 from templating import render
 
 Row = dict[str, Any]
-
-
 SECTIONS = ("batching", "soak")
 
 
