@@ -2,7 +2,7 @@
 
     python benchmarks/serving_docs.py
 
-The tables are the templates batching.md.j2 and soak.md.j2, filled with the figures of batching.py and soak.py; they
+The templates batching_figures.md.j2 and soak_figures.md.j2 are filled with the figures of batching.py and soak.py and
 stand between ``<!-- batching -->`` and ``<!-- /batching -->``, ``<!-- soak -->`` and ``<!-- /soak -->``. Without
 figures, the command that measures them stands there.
 """
@@ -27,7 +27,7 @@ def section_text(name: str, content: Row) -> str:
     if name not in content:
         return render("not_measured.md.j2", name=name)
     section = content[name]
-    return render(f"{name}.md.j2", section=section, attacks=section.get("attacks", {}))
+    return render(f"{name}_figures.md.j2", section=section, attacks=section.get("attacks", {}))
 
 
 def filled(document: str, content: Row) -> str:
