@@ -14,6 +14,7 @@ from typing import Any
 
 from melt_runtime import machine as machine_facts
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 INK, FAINT, GRID = "#24292f", "#6e7781", "#eaeef2"
 # Settings of matplotlib for all plots.
 STYLE: dict[str, Any] = {
@@ -122,25 +123,6 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def facts(section: dict[str, Any]) -> str:
-    """Format machine, date and versions of a section as a list."""
-    machine, versions = section["machine"], section["versions"]
-    load = f", load average at the start {machine['load_at_start']:.1f}"
-    if machine["load_at_start"] > machine["cores"] / 2:
-        load += " (busy with other work: the times are longer and spread wider than on a quiet machine)"
-    return (
-        f"- Machine: {machine['cpu']}, {machine['cores']} cores, {human(machine['memory_bytes'])} of memory, "
-        f"{machine['system']}{load}\n"
-        f"- Date: {section['date']}\n"
-        f"- Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}\n"
-    )
-
-
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """Format a count with its noun: "1 layer", "2 layers"."""
     return f"{count} {noun}{ending * (count != 1)}"
-
-
-def console_block(*lines: str) -> str:
-    """Format commands as a Markdown block."""
-    return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```\n"

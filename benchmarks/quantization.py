@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import STYLE, command_line, machine, melt_export, save, table, versions
+from common import STYLE, command_line, machine, melt_export, save, versions
 from melt_runtime import Runtime
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
+from templating import render
 
 from melt_export.checkpoint import Checkpoint
 from melt_export.parity.quality import held_out, measure, reference_logits
@@ -104,23 +105,6 @@ def broken(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Format the rows as a table."""
-    cells = [
-        [
-            f"`{row['variant']}`",
-            f"{row['bytes'] / 1e6:.0f} MB",
-            f"{row['cache_bytes_a_token']:,}",
-            f"{row['perplexity_change_percent']:+.2f}%",
-            f"{row['kl']:.4f}",
-            f"{row['top1']:.1%}",
-        ]
-        for row in rows
-    ]
-    head = ["melt-export", "weights", "cache, bytes per token", "perplexity", "KL, nats", "same best token"]
-    return table(head, cells)
-
-
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Plot quality against the bytes of weights and 1,024 tokens of cache."""
     import matplotlib as mpl
@@ -188,7 +172,7 @@ def main(
                 save(json_file, "quantization", report)
     if plot_file is not None:
         plot(rows, plot_file)
-    Console(soft_wrap=True).print(markdown(rows), markup=False, highlight=False)
+    Console(soft_wrap=True).print(render("quantization_table.md.j2", rows=rows), markup=False, highlight=False)
     if failures := broken(rows):
         print("\n".join(failures), file=sys.stderr)
         raise typer.Exit(1)

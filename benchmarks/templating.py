@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from common import clock, console_block, facts, human, plural, table
+from common import clock, human, plural, table
 
 
 def middle(values: dict[str, Any], unit: float = 1.0, digits: int = 2) -> str:
@@ -26,10 +26,10 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "clock": clock,
-        "console": lambda lines: console_block(*([lines] if isinstance(lines, str) else lines)),
-        "facts": facts,
+        "counts": lambda found: ", ".join(f"{count:,} {name}" for name, count in found.items()),
         "human": human,
         "middle": middle,
+        "ms": lambda seconds: f"{seconds * 1e3:.1f}",
         "plural": plural,
         "spec": format,  # {{ 1234.5 | spec(",.0f") }}: Python's format specifications
         "table": lambda rows, *head: table(list(head), rows),
@@ -40,6 +40,6 @@ def _environment() -> jinja2.Environment:
 _ENVIRONMENT = _environment()
 
 
-def render(name: str, **values: Any) -> str:
-    """Render ``templates/name``. Raises jinja2.UndefinedError where it uses a value that is not given."""
-    return _ENVIRONMENT.get_template(name).render(**values)
+def render(template: str, /, **values: Any) -> str:
+    """Render ``templates/{template}``. Raises jinja2.UndefinedError where it uses a value that is not given."""
+    return _ENVIRONMENT.get_template(template).render(**values)

@@ -1,4 +1,5 @@
-"""Writes docs/benchmarks.md and docs/loop_step.png from docs/benchmarks.json; neither is edited by hand.
+"""Writes docs/benchmarks.md and docs/loop_step.png from docs/benchmarks.json; neither is edited by hand. The text is
+benchmarks/templates/benchmarks.md.j2.
 
     python benchmarks/write_docs.py
 
@@ -15,11 +16,10 @@ from typing import Annotated, Any
 
 import compare_docs
 import numpy as np
-import quantization
 import typer
-from common import FAINT, STYLE, clock, console_block, facts, human, plural, table
+from common import DOCS, FAINT, STYLE, plural
+from templating import render
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 _COLORS = ("#d1700f", "#7a3e9d", "#0b6bcb")
 _MARKERS = ("o", "s", "D")
 
@@ -27,230 +27,26 @@ Row = dict[str, Any]
 
 
 def slope(rows: list[Row]) -> float:
-    """Return the microseconds that 1,000 more tokens in the cache add to a step, fitted to the largest buffer's
-    medians."""
-    largest = [row for row in rows if row["rows"] == max(r["rows"] for r in rows)]
-    return 1000 * float(np.polyfit([r["tokens"] for r in largest], [r["median_us"] for r in largest], 1)[0])
-
-
-def time_part(report: Row) -> str:
-    """Write the section on a step's time."""
-    rows, settings = report["time"], report["settings"]
-    large = max(row["rows"] for row in rows)
-    ratios = [row["ratio"] for row in rows if row["rows"] == large]
-    cells = [
-        [
-            f"{r['tokens']:,}",
-            f"{r['rows']:,}",
-            f"{r['median_us']:,.0f}",
-            f"{r['quartiles_us'][0]:,.0f} to {r['quartiles_us'][1]:,.0f}",
-            "(base)"
-            if r["rows"] == r["against_rows"]
-            else f"{r['ratio']:.3f} ({r['ratio_quartiles'][0]:.3f} to {r['ratio_quartiles'][1]:.3f})",
-        ]
-        for r in rows
-    ]
-    head = ["tokens in the cache", "size of the buffer", "median, µs", "quartiles, µs", "ratio to the smallest buffer"]
-    return (
-        "## Time of one loop step at decode\n\n"
-        "One token runs its loops over a cache of some tokens, in a buffer with room for more. "
-        f"{plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, "
-        f"{settings['precision']}, {settings['dialect']} dialect, one sequence, "
-        f"{plural(settings['threads'], 'thread')}. A step must read all weights of the layers and the keys and values "
-        "of the tokens; the question is whether the rest of the buffer costs anything.\n\n"
-        + table(head, cells)
-        + f"\nAt equal tokens, the buffer for {large:,} tokens took {min(ratios):.3f} to {max(ratios):.3f} times as "
-        "long as the smallest buffer that holds them. "
-        f"1,000 more tokens in the cache add {slope(rows):,.0f} µs per step.\n\n"
-        f"All configurations take turns for {settings['rounds']} rounds, in alternating order; a turn is one token "
-        f"with {settings['time_loops']} loops, of which the first is not counted ({rows[0]['steps']} steps per "
-        "configuration). The ratio is taken within each round, then its median and quartiles over the rounds, so that "
-        "a slow moment of the machine does not matter.\n"
-    )
-
-
-def memory_part(report: Row) -> str:
-    """Write the sections on memory."""
-    settings, loops, long = report["settings"], report["loops"], report["long"]
-    rows = settings["memory_rows"]
-    cells = [
-        [
-            f"{r['loops']}",
-            f"{r['state_bytes']:,}",
-            f"{r['peak_bytes']:,}",
-            f"{r['loops'] * r['cache_bytes_a_loop']:,}",
-        ]
-        for r in loops
-    ]
-    peaks = [r["peak_bytes"] for r in loops]
-    settled = [s for s in long if s["tokens"] > 1]
-    grown = settled[-1]["resident_bytes"] - settled[0]["resident_bytes"]
-    samples = [[f"{s['tokens']:,}", f"{s['resident_bytes']:,}"] for s in long]
-    return (
-        "## Memory against the number of loops\n\n"
-        f"Each number of loops has a fresh process: load the package, open a session for {rows:,} tokens, generate "
-        f"{loops[0]['tokens']} tokens. Peak resident memory is VmHWM and counts the program, the weights and "
-        "the state. The last column is computed, not measured: the caches of a LoopLM of the same shape, precision and "
-        "length, which keeps one cache per loop.\n\n"
-        + table(["loops", "state, bytes", "peak resident, bytes", "LoopLM caches (computed), bytes"], cells)
-        + f"\nThe state is {'the same' if len({r['state_bytes'] for r in loops}) == 1 else 'NOT the same'} for every "
-        f"number of loops; peak resident memory differs by {max(peaks) / min(peaks) - 1:.2%} at most.\n\n"
-        "## Memory while generating\n\n"
-        f"One process generates {settings['long_tokens']:,} tokens, {settings['long_loops']} loops each; resident "
-        f"memory (VmRSS) every {settings['long_every']} tokens. From {settled[0]['tokens']:,} to "
-        f"{settled[-1]['tokens']:,} tokens it changed by {grown:+,} bytes ({grown / settled[0]['resident_bytes']:+.3%})"
-        ".\n\n" + table(["tokens", "resident, bytes"], samples)
-    )
-
-
-def export_part(export: Row) -> str:
-    """Write the section on exporting a real-size checkpoint."""
-    cells = [
-        ["peak resident memory", f"{export['peak_resident_kib']:,} KiB ({human(export['peak_resident_kib'] * 1024)})"],
-        ["wall time", clock(export["wall_seconds"])],
-        [
-            "verification: peak resident memory",
-            f"{export['verified_peak_kib']:,} KiB ({human(export['verified_peak_kib'] * 1024)})",
-        ],
-        ["verification: wall time", clock(export["verified_wall_seconds"])],
-        ["checkpoint", f"{export['checkpoint_bytes']:,} bytes ({human(export['checkpoint_bytes'])})"],
-        ["package", f"{export['package_bytes']:,} bytes ({human(export['package_bytes'])})"],
-    ]
-    return (
-        f"## Exporting the {export['shape']} shape\n\n{export['note']}\n\n"
-        + console_block(*export["commands"])
-        + f"\n{facts(export)}\n"
-        + table(["", "measured"], cells)
-    )
-
-
-def engines_part(section: Row) -> str:
-    """Write the section on building engines."""
-    builds = section["builds"]
-    graphs = [graph for graph in ("embed", "loop_step", "lm_head") if graph in builds[0]["plans"]]
-    cells = [
-        [
-            precision_name(build["name"]),
-            clock(build["seconds"]),
-            human(build["peak_bytes"]),
-            *(human(build["plans"][graph]) for graph in graphs),
-            human(sum(build["plans"].values())),
-        ]
-        for build in builds
-    ]
-    head = ["precision", "time", "peak resident memory", *(f"plan of {graph}" for graph in graphs), "all plans"]
-    part = "all " if section["layers"] == section["shape_layers"] else ""
-    return (
-        "## Engines\n\n"
-        f"Building TensorRT-RTX engines on the CPU, without a GPU: {part}{plural(section['layers'], 'layer')} of the "
-        f"{section['shape']} shape, random weights, a cache for {section['rows']:,} tokens, three plans each. Each "
-        "build has a process of its own; peak resident memory is its VmHWM. These engines were built, not run.\n\n"
-        + console_block(section["command"])
-        + f"\n{facts(section)}\n"
-        + table(head, cells)
-    )
-
-
-def precision_name(build: str) -> str:
-    """Name a build's precision: "fp16-int4" -> "fp16, int4 weights"."""
-    precision, _, weights = build.partition("-")
-    return f"{precision}, {weights} weights" if weights else precision
-
-
-def training_part(section: Row) -> str:
-    """Write the section on memory that training keeps for the backward pass."""
-    modes, shape = section["modes"], section["shape"]
-    cells = [
-        [f"{r['tokens']:,}", f"{r['chunk']:,}", f"{r['loops']}", *(human(r[mode]) for mode in modes)]
-        for r in section["rows"]
-    ]
-    return (
-        "## Memory of training\n\n"
-        "Bytes of all tensors that autograd keeps between the forward and the backward pass of a phase-2 step, for one "
-        f"sequence (exact, counted; {plural(shape['num_hidden_layers'], 'layer')}, d = {shape['hidden_size']}, "
-        f"{shape['num_attention_heads']} heads, float32). Weights, gradients, optimiser states and the teacher's cache "
-        "come on top.\n\n"
-        + console_block(section["command"])
-        + f"\n- Date: {section['date']}\n"
-        + f"- Versions: {', '.join(f'{name} {number}' for name, number in section['versions'].items())}\n\n"
-        + table(["tokens", "chunk", "loops", *modes], cells)
-    )
-
-
-def batching_part(section: Row) -> str:
-    """Write the section on continuous batching."""
-    settings, chunk = section["settings"], section["chunk"]
-    what = (
-        f"{plural(settings['layers'], 'layer')} of the {settings['shape']} shape, random weights, fp32"
-        if section["package"] is None
-        else f"package {section['package']}"
-    )
-    rates = [
-        [str(r["slots"]), f"{r['median']:.1f}", f"{r['low']:.1f} to {r['high']:.1f}", f"{r['median'] / r['slots']:.1f}"]
-        for r in section["throughput"]
-    ]
-    names = {"alone": "no prompt beside it", "beside": f"while {section['prompt']:,} tokens are prefilled"}
-    gaps = [
-        [
-            names[name],
-            f"{r['median'] * 1e3:.1f}",
-            f"{r['low'] * 1e3:.1f} to {r['high'] * 1e3:.1f}",
-            f"{r['p99'] * 1e3:.1f}",
-            f"{r['count']:,}",
-        ]
-        for name, r in section["delay"].items()
-    ]
-    return (
-        "## Continuous batching\n\n"
-        f"{what}; {plural(settings['loops'], 'loop')} per token, {plural(settings['threads'], 'thread')}, through the "
-        f"scheduler; {plural(settings['rounds'], 'round')} in which all configurations take turns.\n\n"
-        + console_block(section["command"])
-        + f"\n{facts(section)}\n"
-        + table(["streams", "tokens/s, together", "quartiles", "tokens/s, each"], rates)
-        + f"\nA running stream's waiting time for its next token, in ms. The prompt is prefilled in chunks of {chunk:,}"
-        " tokens, one between two steps of the stream.\n\n"
-        + table(["", "median", "quartiles", "99th percentile", "tokens"], gaps)
-    )
-
-
-def quantization_part(section: Row) -> str:
-    """Write the section on the cost of quantization."""
-    return (
-        "## Cost of quantization\n\nPackages of SmolLM2-135M at one loop against the checkpoint in float32, on "
-        f"{section['rows'][0]['positions']:,} tokens that are in no calibration text. A variant is the options of "
-        "melt-export.\n\n"
-        + console_block(section["command"])
-        + f"\n{quantization.markdown(section['rows'])}"
-        + "\n![Quality against bytes.](quantization.png)\n"
-    )
+    """Return the microseconds that 1,000 more tokens in the cache add to a step, fitted to the rows' medians."""
+    return 1000 * float(np.polyfit([row["tokens"] for row in rows], [row["median_us"] for row in rows], 1)[0])
 
 
 def markdown(content: Row) -> str:
     """Write docs/benchmarks.md."""
     report = content["loop_step"]
-    comparison = [compare_docs.part(content["comparison"])] if "comparison" in content else []
-    parts = [
-        "# Benchmarks\n",
-        "Written by `python benchmarks/write_docs.py` from `docs/benchmarks.json`; do not edit. Times of other "
-        "machines will differ; the ratios and the bytes of state should not.\n",
-        *comparison,
-        "![Left: time of a loop step against the tokens in the cache, one line per buffer size. Right: memory against "
-        "the number of loops.](loop_step.png)\n",
-        f"Loop step and memory were measured with:\n\n{console_block(report['command'])}\n{facts(report)}",
-        time_part(report),
-        memory_part(report),
-    ]
-    if "quantization" in content:
-        parts.append(quantization_part(content["quantization"]))
-    if "export" in content:
-        parts.append(export_part(content["export"]))
-    if "engines" in content:
-        parts.append(engines_part(content["engines"]))
-    if "batching" in content:
-        parts.append(batching_part(content["batching"]))
-    if "training_memory" in content:
-        parts.append(training_part(content["training_memory"]))
-    return "\n".join(parts)
+    buffer = max(row["rows"] for row in report["time"])
+    largest = [row for row in report["time"] if row["rows"] == buffer]
+    settled = next(sample for sample in report["long"] if sample["tokens"] > 1)
+    return render(
+        "benchmarks.md.j2",
+        content=content,
+        section=report,
+        comparison=compare_docs.part(content["comparison"]) if "comparison" in content else "",
+        largest=largest,
+        slope_us=slope(largest),
+        settled=settled,
+        grown_bytes=report["long"][-1]["resident_bytes"] - settled["resident_bytes"],
+    )
 
 
 def plot(report: Row, path: Path) -> None:

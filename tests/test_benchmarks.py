@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from rich.console import Console
 
@@ -17,6 +18,7 @@ import batching  # noqa: E402
 import common  # noqa: E402
 import engine_build  # noqa: E402
 import write_docs  # noqa: E402
+from templating import render  # noqa: E402
 
 
 def build(name: str, seconds: float, plan: int) -> engine_build.Build:
@@ -39,13 +41,25 @@ def recorded() -> dict[str, Any]:
     return content
 
 
+def test_the_document_says_what_was_recorded() -> None:
+    content = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))
+    assert write_docs.markdown(content) == (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_a_section_without_a_figure_is_refused_and_not_written_with_a_gap() -> None:
+    section = engines(0)
+    del section["builds"][0]["peak_bytes"]
+    with pytest.raises(jinja2.UndefinedError, match="peak_bytes"):
+        render("engines.md.j2", section=section)
+
+
 def test_engines_are_in_the_document_only_when_they_were_recorded(recorded: dict[str, Any]) -> None:
     assert "## Engines" not in write_docs.markdown(recorded)
     assert "## Engines" in write_docs.markdown({**recorded, "engines": engines(0)})
 
 
 def test_the_engines_section_says_time_peak_size_and_precision_of_every_build() -> None:
-    text = write_docs.engines_part(engines(0))
+    text = render("engines.md.j2", section=engines(0))
     rows = [line for line in text.splitlines() if line.startswith("| fp16")]
     assert rows == [
         "| fp16 | 1:03 | 9.00 GB | 200.0 MB | 2.89 GB | 201.0 MB | 3.29 GB |",
@@ -54,7 +68,7 @@ def test_the_engines_section_says_time_peak_size_and_precision_of_every_build() 
 
 
 def test_the_engines_section_names_shape_machine_and_versions() -> None:
-    text = write_docs.engines_part(engines(0))
+    text = render("engines.md.j2", section=engines(0))
     assert "all 24 layers of the ouro-1.4b shape" in text
     assert "tensorrt-rtx 1.7.1.17" in text
     assert common.machine()["cpu"] in text
@@ -62,7 +76,7 @@ def test_the_engines_section_names_shape_machine_and_versions() -> None:
 
 
 def test_a_slice_of_the_shape_is_not_called_all_of_it() -> None:
-    text = write_docs.engines_part(engines(2))
+    text = render("engines.md.j2", section=engines(2))
     assert " 2 layers of the ouro-1.4b shape" in text
     assert "all 2 layers" not in text
 
@@ -87,6 +101,6 @@ def test_batching_measures_streams_and_the_rhythm_beside_a_prompt(tiny_package: 
     assert section["prompt"] == 8 * section["chunk"] == 64
     assert section["delay"]["alone"]["count"] >= 4
     assert section["delay"]["beside"]["count"] >= 7  # a token between any two chunks
-    text = write_docs.batching_part(section)
+    text = render("batching.md.j2", section=section)
     assert "while 64 tokens are prefilled" in text
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + 4 + 2 + 2

@@ -58,6 +58,17 @@ def test_the_document_and_its_pictures_show_every_section(report: dict[str, Any]
     assert {path.name for path in tmp_path.iterdir()} == {"decode.png", "memory.png"}
 
 
+def test_the_document_tells_threads_that_were_chosen_and_peaks_that_no_one_measured(report: dict[str, Any]) -> None:
+    threads = {"eager fp32": {"threads": 2}, "melt-1024-block-128": {"threads": 1}}
+    unmeasured = {**report["long"]["int8"], "1 loops": {"peak_bytes": None}}
+    text = compare_docs.part(
+        {**report, "decode": {**report["decode"], "threads": threads}, "long": {"int8": unmeasured}}
+    )
+    assert "each with its fastest number of threads (PyTorch fp32: 2, MELT, blocks of 128: 1):" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| int8 |"))
+    assert " | - | " in row
+
+
 @pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
 def test_rivals_are_tried_with_all_sensible_numbers_of_threads(most: int, counts: tuple[int, ...]) -> None:
     assert compare.Settings(threads=most).thread_counts == counts

@@ -77,6 +77,15 @@ def test_with_figures_it_has_tables_and_writing_them_again_changes_nothing() -> 
     assert serving_docs.filled(text, {}) == serving_docs.filled(DOCUMENT, {})
 
 
+def test_a_soak_with_attacks_shows_their_kinds_and_what_honest_clients_waited() -> None:
+    waits = {name: {"attacked": 0.5} for name in ("first_token", "stream", "whole")}
+    soak = {**SOAK, "attacks": {"bad bodies": 1200, "absurd loops": 3}, "honest": waits}
+    text = serving_docs.filled(DOCUMENT, {"soak": soak})
+    assert "Attacks: 1,200 bad bodies, 3 absurd loops." in text
+    for name in ("first token", "whole stream", "in one piece"):
+        assert f"| {name}, while 1,203 attacks came |  | 500.0 |  |" in text
+
+
 def test_a_document_without_its_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="<!-- soak -->"):
         serving_docs.filled(DOCUMENT.replace("<!-- soak -->", ""), {})
