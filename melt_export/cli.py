@@ -195,8 +195,8 @@ def export(
             activations=with_what,
             **how,  # type: ignore[arg-type]
         )
-    rows = None if cache is None else CacheOptions(str(cache), calibration)
-    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, rows)
+    caches = None if cache is None else CacheOptions(str(cache), calibration)
+    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, caches)
     if weights is not None and engine_weights is not None:
         raise ArgumentError("--weights and --engine-weights quantize the same weights; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)

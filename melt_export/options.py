@@ -42,7 +42,7 @@ class ExportOptions:
                 "or standard at fp32 or fp16"
             )
         if self.weights is not None and self.weights.embedding is not None and self.dialect != "onnxruntime":
-            raise ExportError("only the dialect onnxruntime looks positions of a quantized embedding up")
+            raise ExportError(f"--embedding {self.weights.embedding} needs the dialect onnxruntime")
         if self.weights is not None and self.weights.asymmetric and self.dialect != "onnxruntime":
             raise ExportError("asymmetric blocks need the dialect onnxruntime: TensorRT reads no 4-bit zero points")
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):

@@ -14,12 +14,9 @@ from ..errors import ArgumentError, PromptError
 from ..package.manifest import Manifest
 from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
-from ..untrusted import whole_number
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
 from .settings import LoopSettings
-
-__all__ = ["Chunk", "LoopDriver", "LoopSettings", "Settings", "whole_number"]
 
 Settings = LoopSettings | Sequence[LoopSettings]  # for all sequences, or one per sequence
 # Called between loops with the active sequences (batch,), None: all. May raise Interrupted to end the call.
