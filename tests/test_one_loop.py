@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import ArgumentError, LoopSettings, PackageError, Runtime
+from melt_runtime import ArgumentError, LoopSettings, PackageError, Runtime, Scheduler
+from melt_runtime.cli.inspect import describe
 from melt_runtime.package.manifest import FORMAT_VERSION
 from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.reader import Package
+from melt_runtime.server.service import Service
 
 from melt_export.parity.verify import verify
 from melt_export.quantization.options import WeightOptions
@@ -122,3 +124,10 @@ def test_a_manifest_of_several_loops_without_a_latent_is_refused(package: Path) 
     content = json.loads(Package.open(package).manifest.to_json())
     with pytest.raises(PackageError, match="loops is 4; without the state latent there is one"):
         read_manifest(json.dumps(content | {"loops": 4}))
+
+
+def test_nobody_promises_more_loops(package: Path) -> None:
+    assert describe(Package.open(package)).memory.most_loops == 1
+    runtime = Runtime.load(package)
+    with Scheduler(runtime, 1) as scheduler:
+        assert [Service(runtime, scheduler, "one", max_loops=loops).max_loops for loops in (None, 3)] == [1, 1]

@@ -243,7 +243,10 @@ class ThreadLimit:
                 return
             if time.monotonic() > end:
                 return
-            time.sleep(0.001)
+            try:
+                time.sleep(0.001)
+            except KeyboardInterrupt:  # a thread that is not back when its session ends aborts the process
+                pass
 
 
 def fitting_threads(free: float, now: int, most: int) -> int:

@@ -64,7 +64,7 @@ class MemoryFacts:
 
     ``weights_bytes``: as stored. ``state_bytes``: all state of a session, whatever the loops and the length.
     ``cache_bytes``: keys and values of the tokens. ``looplm_cache_bytes``: those of a LoopLM with one cache per loop,
-    by number of loops.
+    by number of loops. ``most_loops``: the most that a token may have; None: any number.
     """
 
     length: int
@@ -73,6 +73,7 @@ class MemoryFacts:
     state_bytes: int
     cache_bytes: int
     looplm_cache_bytes: dict[int, int]
+    most_loops: int | None
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ def _memory(package: Package, length: int, batch: int) -> MemoryFacts:
         state_bytes=manifest.state_bytes(batch),
         cache_bytes=cache,
         looplm_cache_bytes={loops: loops * cache // (manifest.cache_loops or 1) for loops in COMPARED_LOOPS},
+        most_loops=manifest.most_loops,
     )
 
 

@@ -110,7 +110,7 @@ def print_facts(facts: PackageFacts) -> None:
         *engines,
         _states(facts),
         _memory(facts.memory),
-        _comparison(facts.memory),
+        *([] if facts.memory.most_loops == 1 else [_comparison(facts.memory)]),
         _backends(facts),
     ):
         console.print()
@@ -208,9 +208,11 @@ def _states(facts: PackageFacts) -> Table:
 
 def _memory(memory: MemoryFacts) -> Table:
     table = _table(f"Memory{_at(memory)}", ("what", "left"), ("bytes", "right"), ("", "right"), ("", "left"))
+    most = memory.most_loops
+    depth = "the same at any number of loops" if most is None else "for one loop" if most == 1 else f"for {most} loops"
     rows = (
         ("weights", memory.weights_bytes, "as stored"),
-        ("state, allocated", memory.state_bytes, "the same at any number of loops"),
+        ("state, allocated", memory.state_bytes, depth),
         ("cache, in use", memory.cache_bytes, "part of the state"),
     )
     for label, count, note in rows:

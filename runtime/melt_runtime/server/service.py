@@ -62,7 +62,8 @@ class Service:
     ):
         self.runtime, self.scheduler, self.name = runtime, scheduler, name
         self.max_seconds, self.backlog, self.stalled = max_seconds, Backlog(max_unread), stalled
-        self.max_loops = min(LOOP_FACTOR * runtime.manifest.loops, MAX_LOOPS) if max_loops is None else max_loops
+        most = runtime.manifest.most_loops or MAX_LOOPS
+        self.max_loops = min(most, LOOP_FACTOR * runtime.manifest.loops if max_loops is None else max_loops)
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
         self._grammars: Grammars | None = None
