@@ -12,6 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread, get_ident
 from typing import Any
@@ -243,10 +244,8 @@ class ThreadLimit:
                 return
             if time.monotonic() > end:
                 return
-            try:
+            with suppress(KeyboardInterrupt):  # a thread that is not back when its session ends aborts the process
                 time.sleep(0.001)
-            except KeyboardInterrupt:  # a thread that is not back when its session ends aborts the process
-                pass
 
 
 def fitting_threads(free: float, now: int, most: int) -> int:
