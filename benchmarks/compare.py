@@ -363,10 +363,11 @@ def _joining(path: Path, report: dict[str, Any], chosen: list[str]) -> dict[str,
     it is.
     """
     earlier = json.loads(path.read_text(encoding="utf-8")).get("comparison", {}) if path.is_file() else {}
-    if earlier.get("settings") != json.loads(json.dumps(report["settings"])):
+    settings, before = json.loads(json.dumps(report["settings"])), earlier.get("settings")
+    if before is None or any(before.get(name, value) != value for name, value in settings.items()):  # some are new
         return report
     about = {name: report[name] for name in ("date", "command", "machine")}
-    return {**earlier, "later": earlier.get("later", {}) | dict.fromkeys(chosen, about)}
+    return {**earlier, "settings": settings, "later": earlier.get("later", {}) | dict.fromkeys(chosen, about)}
 
 
 def _installed(*names: str) -> list[str]:

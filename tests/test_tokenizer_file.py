@@ -117,6 +117,7 @@ BOMBS = {
     "steps without end": (text(normalizer=steps("normalizers", *[{"type": "NFC"}] * 2000)), "1,024 steps"),
     "steps in a list": (text(normalizer=[steps("normalizers", replace("a", "a" * 100))]), "an object, is wanted"),
     "a template of ids": (text(post_processor=template(["A", *["x"] * 200_000], 1000)), "1,024 may be added"),
+    "a template of a second text": (text(post_processor=template(["B"])), "names a second one"),
     "a template of texts": (text(post_processor=template(["A"] * 200_000)), "8,192 times as long"),
     "an unknown special token": (
         text(post_processor=template(["x", "A"], special_tokens={})),

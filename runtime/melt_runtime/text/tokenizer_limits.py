@@ -148,12 +148,20 @@ def _repeats(content: dict[str, Any]) -> int:
             name: len(_list(_dict(token, "a special token of a template").get("ids", []), "the ids of a special token"))
             for name, token in defined.items()
         }
-        sums = [_template(_list(step.get(kind, []), f"{kind} of a template"), ids) for kind in ("single", "pair")]
+        single, pair = (_list(step.get(kind, []), f"{kind} of a template") for kind in ("single", "pair"))
+        if any(isinstance(piece, dict) and _names_second(piece) for piece in single):
+            raise ValueError("the template for one text in its post_processor names a second one")  # a panic when used
+        sums = [_template(pieces, ids) for pieces in (single, pair)]
         added += max(count for count, _ in sums)
         repeats = min(repeats * max(1, *(texts for _, texts in sums)), MOST_GROWTH + 1)
     if added > MOST_TEMPLATE_IDS:
         raise ValueError(f"its post_processor adds {added:,} ids to a text; {MOST_TEMPLATE_IDS:,} may be added")
     return repeats
+
+
+def _names_second(piece: dict[str, Any]) -> bool:
+    sequence = piece.get("Sequence")
+    return isinstance(sequence, dict) and sequence.get("id") == "B"
 
 
 def _template(pieces: list[Any], ids: dict[str, int]) -> tuple[int, int]:
