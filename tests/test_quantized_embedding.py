@@ -93,7 +93,7 @@ def test_each_row_is_looked_up_as_it_is_stored(make_checkpoint: MakeCheckpoint, 
 
 
 def test_what_cannot_be_is_refused(make_checkpoint: MakeCheckpoint, make_package: MakePackage) -> None:
-    with pytest.raises(ExportError, match="only the dialect onnxruntime"):
+    with pytest.raises(ExportError, match="needs the dialect onnxruntime"):
         ExportOptions(dialect="standard", weights=int4(embedding="int4"))
     with pytest.raises(ExportError, match="embedding 'int2' is not one of int4, int8"):
         int4(embedding="int2")
