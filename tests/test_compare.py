@@ -103,6 +103,16 @@ def test_a_rival_that_is_not_there_is_left_out_with_the_reason(report: dict[str,
     assert "Not measured: gguf is not installed." in text
 
 
+def test_a_setting_that_is_new_keeps_the_others_and_one_that_changed_does_not(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    save(path := tmp_path / "benchmarks.json", "comparison", report)
+    for settings, joined in (({"new": 1}, True), ({"rounds": -1}, False)):
+        again = {name: report[name] for name in report if name not in SECTIONS}
+        again["settings"] = {**report["settings"], **settings}
+        assert ("decode" in compare._joining(path, again, ["loops"])) is joined
+
+
 def test_a_section_measured_again_joins_the_others(report: dict[str, Any], tmp_path: Path) -> None:
     save(path := tmp_path / "benchmarks.json", "comparison", report)
     again = {**report, "date": "tomorrow", "command": "python benchmarks/compare.py loops"}

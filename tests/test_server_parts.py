@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from melt_runtime import ArgumentError, Generation, Request, Runtime, Scheduler
 from melt_runtime.scheduler.metrics import OUTCOMES, Histogram, SchedulerMetrics
+from melt_runtime.server import app as app_module
 from melt_runtime.server.grammar import Grammars
 from melt_runtime.server.guard import Keys
 from melt_runtime.server.metrics import prometheus
@@ -106,3 +107,17 @@ def test_a_scheduler_says_whether_it_takes_requests(tiny_package: Path) -> None:
     with Scheduler(Runtime.load(tiny_package), 1) as scheduler:
         assert scheduler.open
     assert not scheduler.open
+
+
+def test_freed_memory_is_returned_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = list[int]()
+    monkeypatch.setattr(app_module, "_TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(app_module, "trim_memory", lambda: returned.append(1))
+
+    async def until_twice() -> None:
+        trimming = asyncio.create_task(app_module._trim())
+        while len(returned) < 2:
+            await asyncio.sleep(0.001)
+        trimming.cancel()
+
+    asyncio.run(asyncio.wait_for(until_twice(), 60))
