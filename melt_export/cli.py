@@ -16,12 +16,12 @@ from melt_models.directory import check_directory, without_tokenizer
 from melt_models.errors import CheckpointError
 from melt_runtime.cli.build_engine import CapabilityOption, Flavour, Weights, built_line
 from melt_runtime.cli.errors import run_app
-from melt_runtime.cli.inspect import arithmetic_of, unread_parts
 from melt_runtime.cli.options import BackendName, DeviceIndex, version_shown
 from melt_runtime.engines.build import EngineOptions, build_engine, check_options
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import ArgumentError, MeltError
 from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.manifest_facts import arithmetic_of, unread_parts
 from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS, PRECISIONS
 from melt_runtime.progress import Step, shown_progress

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_models.checkpoint import read_config
 from melt_runtime import Runtime
-from melt_runtime.cli.inspect import activations_of, arithmetic_of
+from melt_runtime.package.manifest_facts import activations_of, arithmetic_of
 from melt_runtime.package.reader import Package
 
 from melt_export.checkpoint import Checkpoint

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from melt_runtime import Package, Runtime
-from melt_runtime.cli.inspect import describe, untrained_warnings
+from melt_runtime.cli.inspect import describe
 from melt_runtime.cli.main import app
+from melt_runtime.package.manifest_facts import untrained_warnings
 from melt_runtime.text.tokenizer import TextTokenizer
 from typer.testing import CliRunner, Result
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from melt_runtime import Runtime
 from melt_runtime.backends.choose import Choice, ranked
 from melt_runtime.backends.devices import detect_environment
-from melt_runtime.cli.inspect import activations_of
 from melt_runtime.errors import ArgumentError, BackendError
 from melt_runtime.package.files import working_directory
+from melt_runtime.package.manifest_facts import activations_of
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step as Progress
 

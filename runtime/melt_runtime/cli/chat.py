@@ -13,10 +13,10 @@ from typing import Any
 import typer
 
 from ..errors import ArgumentError, PromptError, SessionError
+from ..package.manifest_facts import untrained_warnings
 from ..session.conversation import Conversation
 from ..session.session import Session
 from .errors import for_terminal, one_line
-from .inspect import untrained_warnings
 
 HELP = """\
   /loops N    use N loops per token from now on; without N: show the number

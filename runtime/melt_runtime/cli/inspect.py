@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,17 +12,14 @@ from ..loaded_model import load_tokenizer
 from ..package.engine_spec import EngineSpec
 from ..package.example_prompt import example_prompt
 from ..package.files import within
-from ..package.manifest import PARITY, Manifest
+from ..package.manifest import PARITY
+from ..package.manifest_facts import arithmetic_of, untrained_warnings
 from ..package.reader import Package
 from ..text.end_tokens import EndToken, end_tokens
 from ..untrusted import FieldError, flag, listed, printable, read_object
 
 # The loops shown in the comparison with a LoopLM.
 COMPARED_LOOPS = (1, 2, 4, 8, 16)
-_UNTRAINED = {
-    "latent_gate": "the latent gate is untrained: answers will be poor until it is trained",
-    "early_exit_gate": "the early exit gate is untrained: no token leaves the loops early until it is trained",
-}
 _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -201,39 +197,6 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         engines=dict(manifest.engines),
         backends=choices(detect_environment(package), device),
     )
-
-
-def arithmetic_of(manifest: Manifest) -> str:
-    """Describe what a package computes in."""
-    if not manifest.weights:
-        return manifest.precision
-    matmuls = f"{manifest.precision}; {manifest.weights.get('kind')} weights are multiplied on the CPU with"
-    return f"{matmuls} {'float' if activations_of(manifest) == 'float' else '8-bit'} activations"
-
-
-def activations_of(manifest: Manifest) -> str | None:
-    """Return the activations that ONNX Runtime multiplies quantized weights with on the CPU: "int8" or "float"; None
-    without quantized weights."""
-    return str(manifest.weights.get("activations", "int8")) if manifest.weights else None
-
-
-def untrained_warnings(manifest: Manifest, loops: int | None = None) -> tuple[str, ...]:
-    """Return a warning for each untrained part that is used with this number of loops (None: the package's)."""
-    unread = unread_parts(manifest.model, manifest.loops if loops is None else loops)
-    return tuple(
-        _UNTRAINED.get(part, f"the part {part!r} is untrained") for part in manifest.untrained if part not in unread
-    )
-
-
-def unread_parts(model: Mapping[str, Any], loops: int) -> tuple[str, ...]:
-    """Return the gates that do not affect results with this number of loops.
-
-    With one loop, no token can leave early, and a latent that starts at its input stays there.
-    """
-    if loops > 1:
-        return ()
-    starts_at_input = model.get("latent_init", "first_input") == "first_input"
-    return ("early_exit_gate", "latent_gate") if starts_at_input else ("early_exit_gate",)
 
 
 def _files(package: Package) -> tuple[FileFacts, ...]:

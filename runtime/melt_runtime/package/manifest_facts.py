@@ -1,0 +1,46 @@
+"""What follows from a manifest: the arithmetic of a package, and which of its parts are untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .manifest import Manifest
+
+_UNTRAINED = {
+    "latent_gate": "the latent gate is untrained: answers will be poor until it is trained",
+    "early_exit_gate": "the early exit gate is untrained: no token leaves the loops early until it is trained",
+}
+
+
+def arithmetic_of(manifest: Manifest) -> str:
+    """Describe what a package computes in."""
+    if not manifest.weights:
+        return manifest.precision
+    matmuls = f"{manifest.precision}; {manifest.weights.get('kind')} weights are multiplied on the CPU with"
+    return f"{matmuls} {'float' if activations_of(manifest) == 'float' else '8-bit'} activations"
+
+
+def activations_of(manifest: Manifest) -> str | None:
+    """Return the activations that ONNX Runtime multiplies quantized weights with on the CPU: "int8" or "float"; None
+    without quantized weights."""
+    return str(manifest.weights.get("activations", "int8")) if manifest.weights else None
+
+
+def untrained_warnings(manifest: Manifest, loops: int | None = None) -> tuple[str, ...]:
+    """Return a warning for each untrained part that is used with this number of loops (None: the package's)."""
+    unread = unread_parts(manifest.model, manifest.loops if loops is None else loops)
+    return tuple(
+        _UNTRAINED.get(part, f"the part {part!r} is untrained") for part in manifest.untrained if part not in unread
+    )
+
+
+def unread_parts(model: Mapping[str, Any], loops: int) -> tuple[str, ...]:
+    """Return the gates that do not affect results with this number of loops.
+
+    With one loop, no token can leave early, and a latent that starts at its input stays there.
+    """
+    if loops > 1:
+        return ()
+    starts_at_input = model.get("latent_init", "first_input") == "first_input"
+    return ("early_exit_gate", "latent_gate") if starts_at_input else ("early_exit_gate",)
