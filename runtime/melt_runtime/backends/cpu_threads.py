@@ -121,13 +121,14 @@ class Workers:
 
 
 class Choice:
-    """All of ``most`` threads, or only as many as find a core free: whichever decodes faster. ``threads``: which.
+    """All of ``most`` threads, or only as many as find a core free: whichever decodes faster.
 
-    Both are tried in short turns, so that contexts and batches that change meanwhile change for both.
+    ``threads``: how many compute now. ``fitting``: how many found a core free at the last look. Both are tried in
+    short turns, so that contexts and batches that change meanwhile change for both.
     """
 
     def __init__(self, most: int):
-        self.most = self.threads = self._fitting = most
+        self.most = self.threads = self.fitting = most
         self._means: dict[int, float] = {}  # by number of threads, the sum of its turns' seconds per loop step
         self._turns_left = self._looks = self._steps = 0
         self._seconds = 0.0
@@ -142,11 +143,11 @@ class Choice:
         self._looks += 1
         if fitting == self.most:
             self.threads, self._turns_left = self.most, 0
-        elif fitting != self._fitting or self._looks >= _AGAIN:
+        elif fitting != self.fitting or self._looks >= _AGAIN:
             self._means = {fitting: 0.0, self.most: 0.0}
             self.threads, self._turns_left, self._looks = fitting, _TURNS, 0
             self._seconds, self._steps = 0.0, 0
-        self._fitting = fitting
+        self.fitting = fitting
 
     def ran(self, seconds: float) -> None:
         """Note what a loop step over one token of each sequence took."""
@@ -161,7 +162,7 @@ class Choice:
         if self._turns_left:
             self.threads = next(count for count in self._means if count != self.threads)
         else:
-            self.threads = self.most if self._means[self.most] < _WORTH * self._means[self._fitting] else self._fitting
+            self.threads = self.most if self._means[self.most] < _WORTH * self._means[self.fitting] else self.fitting
 
 
 class ThreadLimit:
@@ -173,7 +174,7 @@ class ThreadLimit:
     """
 
     def __init__(self, owner: Any, most: int, sessions: Mapping[str, Any], graphs: Mapping[str, GraphSpec]):
-        self.most = self._fitting = self._running = most
+        self.most = self._running = most
         self._choice, self._others = Choice(most), OtherProcesses()
         self._workers = [Workers(session, graphs[name]) for name, session in sessions.items()]
         self._lock = Lock()
@@ -222,8 +223,7 @@ class ThreadLimit:
         try:
             free = self._others.allowed - self._others.cores()
             if late < _STALE:
-                self._fitting = fitting_threads(free, self._fitting, self.most)
-                self._choice.update(self._fitting)
+                self._choice.update(fitting_threads(free, self._choice.fitting, self.most))
             self._next = time.perf_counter() + _INTERVAL
         finally:
             self._lock.release()
