@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,15 +109,16 @@ def _calibrate(
         return Statistics(), None
     model = checkpoint.load()
     statistics, scales = Statistics(), None
+    tokens_of = functools.cache(functools.partial(calibration_tokens, checkpoint))  # both may read one text
     if weights is not None and gptq:
-        tokens, cost = calibration_tokens(checkpoint, weights.calibration), {}
+        tokens, cost = tokens_of(weights.calibration), {}
         if weights.share:
             grid = weights.grid(BITS[weights.kind])
             cost = sensitivities(model, tokens, sizes.loops, sizes.chunk, grid, progress)
         raised = weights_in_more_bits(model, weights, cost)
         statistics = Statistics(hessians(model, tokens, sizes.loops, sizes.chunk, progress), raised)
     if cache is not None:
-        tokens = calibration_tokens(checkpoint, cache.calibration)[::_CACHE_SHARE]
+        tokens = tokens_of(cache.calibration)[::_CACHE_SHARE]
         reference, bits = reference_of(model), BITS[cache.kind]
         scales = calibrated(reference, tokens, sizes.loops, sizes.chunk, sizes.max_seq_len, bits, progress)
     return statistics, scales

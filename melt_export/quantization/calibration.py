@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..errors import ExportError
 from ..reference.float32_matmul import Float32Matmul
-from ..reference.pytorch import every_loop
+from ..reference.pytorch import every_loop, linear_layers
 from ..reference.texts import encode_text
 
 _SEQUENCE = 256
@@ -55,9 +55,9 @@ def hessians(
 
     Matmuls that read the same input share one.
     """
+    layers: dict[str, nn.Module] = dict(linear_layers(model))
     head = model.get_submodule(_HEAD)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    model.lm_head = linear[_HEAD] = nn.Identity()  # type: ignore[assignment]
+    model.lm_head = layers[f"{_HEAD}.weight"] = nn.Identity()
     found: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     last: list[tuple[Tensor, str]] = []  # the latest inputs, and the first matmul that read each
@@ -77,7 +77,7 @@ def hessians(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(f"{name}.weight")) for name, module in linear.items()]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     options = every_loop(model, loops, chunk)
     with torch.inference_mode(), Float32Matmul():
         for batch in _batches(sequences):

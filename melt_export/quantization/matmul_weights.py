@@ -24,6 +24,7 @@ from ..graph.cleanup import CHECKPOINT_NAME, TRANSPOSED
 from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.external_weights import COMPUTED
 from ..graph.merge_matmuls import MERGED, MIN_COLUMNS
+from ..reference.pytorch import linear_layers
 from .blocks import Blocks, pack_nibbles, round_to_nearest
 from .gptq import InverseHessian, gptq
 from .options import BITS, Grid, WeightOptions
@@ -67,9 +68,9 @@ def weights_in_more_bits(model: nn.Module, options: WeightOptions, cost: Mapping
     ``cost``: of each in 4 bits, as ``sensitivities`` returns it; empty: none is chosen.
     """
     sizes = {
-        f"{name}.weight": module.in_features * module.out_features // 2  # bytes of 4 more bits
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features >= MIN_COLUMNS
+        name: layer.in_features * layer.out_features // 2  # bytes of 4 more bits
+        for name, layer in linear_layers(model).items()
+        if layer.out_features >= MIN_COLUMNS
     }
     fixed = (HEAD, EMBEDDING, *options.keep, *options.int8)
     sizes = {name: size for name, size in sizes.items() if name in cost and not _matches((name,), fixed)}
@@ -257,35 +258,22 @@ def _scales(blocks: Blocks, dtype: torch.dtype) -> Tensor:
 
 def halve_embedding(model: ir.Model) -> None:
     """Store the embedding as float16 and widen it after the lookup. In place."""
-    graph = model.graph
-    (node,) = (node for node in graph if node.op_type == "Gather")
-    table = node.inputs[0]
-    assert table is not None
+    lookup, table = _embedding_lookup(model.graph)
     half = ir.Value(name=f"{table.name}.fp16", shape=table.shape, type=ir.TensorType(ir.DataType.FLOAT16))
     half.meta[COMPUTED] = lambda weights: _half(weights, str(table.meta[CHECKPOINT_NAME]))
-    graph.initializers[str(half.name)] = half
-    old = node.outputs[0]
-    rows = ir.Value(name="rows", shape=old.shape, type=ir.TensorType(ir.DataType.FLOAT16))
-    gather = ir.Node("", "Gather", [half, node.inputs[1]], outputs=[rows], name=node.name)
+    model.graph.initializers[str(half.name)] = half
+    rows = ir.Value(name="rows", shape=lookup.outputs[0].shape, type=ir.TensorType(ir.DataType.FLOAT16))
+    gather = ir.Node("", "Gather", [half, lookup.inputs[1]], outputs=[rows], name=lookup.name)
     wide = ir.Node("", "Cast", [rows], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], num_outputs=1, name="/Cast")
-    new = wide.outputs[0]
-    new.shape, new.type = old.shape, old.type
-    graph.insert_before(node, [gather, wide])
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    new.name = old.name
-    del graph.initializers[str(table.name)]
+    _replace_lookup(model.graph, lookup, [gather, wide])
 
 
 def quantize_embedding(model: ir.Model, options: WeightOptions, seen: Statistics, *, tied: bool) -> None:
-    """Stores the embedding in blocks of few bits, widened as the rows are looked up. In place.
+    """Store the embedding in blocks of few bits and widen its rows in the lookup. In place.
 
-    Raises ExportError where a row is not a whole number of blocks.
+    Raises ExportError if a row is not a whole number of blocks.
     """
-    graph = model.graph
-    (node,) = (node for node in graph if node.op_type == "Gather")
-    table = node.inputs[0]
-    assert table is not None
+    lookup, table = _embedding_lookup(model.graph)
     assert table.shape is not None
     assert options.embedding is not None
     rows, width = (int(size) for size in table.shape)  # type: ignore[arg-type]
@@ -295,24 +283,37 @@ def quantize_embedding(model: ir.Model, options: WeightOptions, seen: Statistics
         )
     grid = replace(options.grid(BITS[options.embedding]), asymmetric=False)
     as_head = tied and options.embedding == options.head and options.grid(grid.bits) == grid
-    product = _QuantizedMatmul(
-        (EMBEDDING,), EMBEDDING, width, rows, grid.bits, options, seen.hessians if as_head else {}
-    )
+    hessians = seen.hessians if as_head else {}
+    weight = _QuantizedMatmul((EMBEDDING,), EMBEDDING, width, rows, grid.bits, options, hessians)
     stored = {
         "q": _Stored(ir.DataType.UINT8, (rows, width * grid.bits // 8), lambda blocks: blocks.packed().flatten(1)),
         "scales": _Stored(ir.DataType.FLOAT, (rows, width // grid.block), lambda blocks: blocks.scales),
     }
-    numbers, scales = product.values(graph, grid, stored)
+    numbers, scales = weight.values(model.graph, grid, stored)
     attributes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
-    name = str(node.name).replace("Gather", GATHER_QUANTIZED)
-    operands = [numbers, node.inputs[1], scales]
+    name = str(lookup.name).replace("Gather", GATHER_QUANTIZED)
+    operands = [numbers, lookup.inputs[1], scales]
     made = ir.node(GATHER_QUANTIZED, operands, attributes, domain="com.microsoft", name=name)
-    old, new = node.outputs[0], made.outputs[0]
+    model.graph.opset_imports.setdefault(made.domain, 1)
+    _replace_lookup(model.graph, lookup, [made])
+
+
+def _embedding_lookup(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
+    """Return the node that looks token ids up, and the table that it reads."""
+    (lookup,) = (node for node in graph if node.op_type == "Gather")
+    table = lookup.inputs[0]
+    assert table is not None
+    return lookup, table
+
+
+def _replace_lookup(graph: ir.Graph, lookup: ir.Node, made: list[ir.Node]) -> None:
+    """Replace the lookup by other nodes, the last of which gives its output, and drop its table."""
+    old, new, table = lookup.outputs[0], made[-1].outputs[0], lookup.inputs[0]
+    assert table is not None
     new.shape, new.type = old.shape, old.type
-    graph.opset_imports.setdefault(made.domain, 1)
-    graph.insert_before(node, made)
+    graph.insert_before(lookup, made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    graph.remove(lookup, safe=True)
     new.name = old.name
     del graph.initializers[str(table.name)]
 

@@ -11,7 +11,7 @@ from melt_runtime.progress import Step, no_progress
 from torch import Tensor, nn
 
 from ..reference.float32_matmul import Float32Matmul
-from ..reference.pytorch import every_loop
+from ..reference.pytorch import every_loop, linear_layers
 from .blocks import rounding_error
 from .options import Grid
 
@@ -27,8 +27,9 @@ def sensitivities(
     The estimate serves to compare weights: half of the squared gradient of a text's loss along errors of the size that
     rounding makes, in random directions, over all tokens and loops. The model's parameters must not require gradients.
     """
-    found = dict.fromkeys(_matmuls(model), 0.0)
-    handles = [module.register_forward_hook(_watch(name, found)) for name, module in _matmuls(model).items()]
+    layers = linear_layers(model)
+    found = dict.fromkeys(layers, 0.0)
+    handles = [module.register_forward_hook(_watch(name, found)) for name, module in layers.items()]
     chosen = [ids[:_TOKENS] for ids in sequences[::_SHARE] if len(ids) > 1]
     for ids in chosen:
         _text_loss(model, ids, loops, chunk).backward()  # type: ignore[no-untyped-call]
@@ -36,7 +37,7 @@ def sensitivities(
     for handle in handles:
         handle.remove()
     tokens = max(1, sum(map(len, chosen)))
-    errors = {name: rounding_error(module.weight, grid) for name, module in _matmuls(model).items()}
+    errors = {name: rounding_error(module.weight, grid) for name, module in layers.items()}
     return {name: found[name] * errors[name] / (2 * tokens) for name in found}
 
 
@@ -48,10 +49,6 @@ def most_sensitive(sizes: Mapping[str, int], costs: Mapping[str, float], budget:
             chosen.add(name)
             left -= sizes[name]
     return chosen
-
-
-def _matmuls(model: nn.Module) -> dict[str, nn.Linear]:
-    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _watch(name: str, found: dict[str, float]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..graph.dialects import DEQUANTIZE, MATMUL_NBITS
 from ..graph.merge_matmuls import names_in
-from ..reference.pytorch import Reference, reference_of
+from ..reference.pytorch import Reference, linear_layers, reference_of
 from .blocks import Blocks
 from .kv_cache_scales import CacheScales, initializer
 from .matmul_weights import EMBEDDING, GATHER_QUANTIZED
@@ -34,7 +34,7 @@ def dequantized(model: nn.Module, package: Path) -> None:
 
     Raises ExportError for a weight of the package that the model lacks.
     """
-    linear = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = linear_layers(model)
     for graph in ("loop_step", "lm_head"):
         for node in ir.load(package / f"{graph}.onnx").graph.all_nodes():
             if node.op_type not in _STORED_VALUES:
@@ -50,7 +50,7 @@ def dequantized(model: nn.Module, package: Path) -> None:
 
 
 def stored_embedding(package: Path, table: Tensor) -> Tensor:
-    """What a quantized package looks up for the embedding of a checkpoint: float32 or float16 (vocab, d)."""
+    """Return the embedding that a quantized package stores of a ``table`` (vocab, d): float32, or float16."""
     for node in ir.load(package / "embed.onnx").graph:
         if node.op_type == GATHER_QUANTIZED:
             numbers, scales = (initializer(node.inputs[at]) for at in (0, 2))

@@ -56,6 +56,11 @@ def every_loop(model: nn.Module, loops: int, chunk: int) -> dict[str, Any]:
     return {"num_loops": loops, "chunk_size": chunk, "exit_threshold": 1.0}
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model by the checkpoint names of their weights."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
 class Reference(ABC):
     """A checkpoint computed by PyTorch, one sequence at a time."""
 
