@@ -101,7 +101,7 @@ class _MeltStep(_LoopStep[MeltModel]):
         attend = self.attend(lengths, control, states[layers:])
         step = self.model.loop_step_by_layer(hidden, states[:layers], first_loop, active, attend)
         hidden, latents, exit_probability = step
-        return (hidden, exit_probability, *latents, *attend.outputs)
+        return _given(hidden, exit_probability, *latents, *attend.outputs)
 
 
 class _LoopLMStep(_LoopStep[LoopLMModel]):
@@ -109,7 +109,7 @@ class _LoopLMStep(_LoopStep[LoopLMModel]):
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)
-        return (*self.model.loop_step(hidden, attend), *attend.outputs)
+        return _given(*self.model.loop_step(hidden, attend), *attend.outputs)
 
 
 class _OnlyLoop(_LoopStep[MeltModel]):
@@ -117,7 +117,12 @@ class _OnlyLoop(_LoopStep[MeltModel]):
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         attend = self.attend(lengths, control, caches)
-        return (*self.model.only_loop(hidden, attend), *attend.outputs)
+        return _given(*self.model.only_loop(hidden, attend), *attend.outputs)
+
+
+def _given(*values: Tensor | None) -> tuple[Tensor, ...]:
+    """Leave out what a model does not have: the exit probability without an exit gate."""
+    return tuple(value for value in values if value is not None)
 
 
 @dataclass(frozen=True)

@@ -69,20 +69,23 @@ class MeltCache(Cache):
 class ChunkAttention:
     """Writes the cache and attends over it in plain PyTorch: the reference for every exported dialect.
 
-    A token attends to the valid committed positions, and to its own chunk up to itself.
+    A token attends to the valid committed positions, and to its own chunk up to itself. ``first`` is the number of the
+    stage's first cache (see ``LoopedConfig.first_cache``).
     """
 
-    def __init__(self, config: MeltConfig, cache: MeltCache, valid: Tensor):
-        self.head_dim, self.cache = config.head_dim, cache
+    def __init__(self, config: MeltConfig, cache: MeltCache, valid: Tensor, first: int = 0):
+        self.config, self.cache, self.first = config, cache, first
         batch, chunk = valid.shape
         offset = torch.arange(chunk, device=valid.device)
         past = torch.zeros(batch, 0, dtype=torch.bool, device=valid.device) if cache.valid is None else cache.valid
         lengths = past.sum(1) if cache.lengths is None else cache.lengths
         own = (offset[None, :] <= offset[:, None]).expand(batch, -1, -1)
         self.mask = torch.cat((past[:, None].expand(-1, chunk, -1), own), dim=-1)
-        self.cos, self.sin = rotary_tables(config, lengths[:, None] + offset)
+        self.positions = lengths[:, None] + offset
+        self.cos, self.sin = rotary_tables(config, self.positions)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (split_heads(x, self.head_dim) for x in (query, key, value))
-        keys, values = self.cache.write(layer, rotate(key, self.cos, self.sin), value)
-        return merge_heads(masked_attention(rotate(query, self.cos, self.sin), keys, values, self.mask))
+        query, key, value = (split_heads(x, self.config.head_dim) for x in (query, key, value))
+        query, key = (rotate(x, self.cos, self.sin, self.config.rotary_pairs) for x in (query, key))
+        keys, values = self.cache.write(self.first + layer, key, value)
+        return merge_heads(masked_attention(query, keys, values, self.mask))

@@ -14,7 +14,10 @@ from .errors import shown
 
 # RoPE variants whose tables do not depend on the length of the sequence.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-NORM_LAYOUTS = ("sandwich", "pre")
+NORM_LAYOUTS = ("sandwich", "pre", "norm_of_sum", "post_branch")
+INJECTIONS = ("none", "linear")
+ROTARY_PAIRS = ("halves", "adjacent")
+START_STATES = ("embedding", "noise", "zeros")
 LATENT_INITS = ("first_input", "zeros")
 AGGREGATIONS = ("gate", "scalar_gate", "mean", "ema", "last")
 COUNTS = (
@@ -29,6 +32,7 @@ COUNTS = (
     "total_ut_steps",
     "chunk_size",
 )
+_COUNTS_FROM_ZERO = ("num_prelude_layers", "num_coda_layers")
 _OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # ONNX operators hold sizes and positions in 32 bits.
@@ -42,13 +46,14 @@ def check_fields(values: Mapping[str, object]) -> None:
 
     Works on every kind of config; an absent field gets its default later. Raises ValueError naming the field.
     """
-    for field in COUNTS:
+    for field in (*COUNTS, *_COUNTS_FROM_ZERO):
         value: Any = values.get(field, 1)
+        least = 0 if field in _COUNTS_FROM_ZERO else 1
         most = MOST_LOOPS if field == "total_ut_steps" else MOST
         if value is None and field in _OPTIONAL_COUNTS:
             continue
-        if not (_is_whole(value) and 1 <= value <= most):
-            raise ValueError(f"{field} is {shown(value)}; it must be a whole number from 1 to {most}")
+        if not (_is_whole(value) and least <= value <= most):
+            raise ValueError(f"{field} is {shown(value)}; it must be a whole number from {least} to {most}")
     for field in _TOKEN_IDS:
         value = values.get(field)
         ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
@@ -64,10 +69,23 @@ def _is_whole(value: object) -> bool:
 
 @strict
 class LoopedConfig(PreTrainedConfig):
-    """Common fields of LoopLM and MELT: a decoder stack that runs ``total_ut_steps`` times per token.
+    """Common fields of all looped models: a core of ``num_hidden_layers`` layers that runs ``total_ut_steps`` times.
 
-    ``norm_layout`` is ``"sandwich"`` (Ouro: a norm before and after each sub-layer) or ``"pre"`` (Llama: before only).
-    ``head_dim`` and ``num_key_value_heads`` may be absent, as in published configs.
+    The defaults are Ouro's. ``head_dim`` and ``num_key_value_heads`` may be absent, as in published configs.
+
+    - ``num_prelude_layers``, ``num_coda_layers``: layers that run once per token, before and after the loops.
+    - ``injection``: what a loop reads beside its hidden state: nothing, or with ``"linear"`` the prelude's output, by a
+      linear layer over both.
+    - ``norm_between_loops``: whether the final norm follows every loop, or only the last.
+    - ``norm_before_coda``: whether the final norm also stands between the last loop and the coda.
+    - ``norm_layout``: where a layer has norms: ``"sandwich"`` (Ouro: before and after each sub-layer), ``"pre"``
+      (Llama: before), ``"norm_of_sum"`` (Huginn: before, and of the residual sum), ``"post_branch"`` (OLMo: after).
+    - ``qk_norm``: RMS norm of the whole query and the whole key. ``qk_bias``: a bias of query and key projections.
+    - ``rotary_pairs``: RoPE turns elements i and i + head_dim / 2 (``"halves"``), or 2 i and 2 i + 1 (``"adjacent"``).
+    - ``embedding_scale``: factor of the token embeddings.
+    - ``start_state``: the hidden state before the first loop: ``"embedding"`` (the prelude's output), seeded
+      ``"noise"`` of ``start_std`` (see ``start_state.py``), or ``"zeros"``.
+    - ``exit_gate``: whether the model has an exit gate. Without it there is no exit probability.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -88,6 +106,18 @@ class LoopedConfig(PreTrainedConfig):
     total_ut_steps: int = 4
     early_exit_threshold: float = 1.0
     norm_layout: str = "sandwich"
+    num_prelude_layers: int = 0
+    num_coda_layers: int = 0
+    injection: str = "none"
+    norm_between_loops: bool = True
+    norm_before_coda: bool = False
+    qk_norm: bool = False
+    qk_bias: bool = False
+    rotary_pairs: str = "halves"
+    embedding_scale: float = 1.0
+    start_state: str = "embedding"
+    start_std: float = 0.0
+    exit_gate: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -120,11 +150,26 @@ class LoopedConfig(PreTrainedConfig):
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act {shown(self.hidden_act)} is not supported; only 'silu' is")
-        if self.norm_layout not in NORM_LAYOUTS:
-            raise ValueError(f"norm_layout {shown(self.norm_layout)} is not one of {', '.join(NORM_LAYOUTS)}")
+        for field, known in (
+            ("norm_layout", NORM_LAYOUTS),
+            ("injection", INJECTIONS),
+            ("rotary_pairs", ROTARY_PAIRS),
+            ("start_state", START_STATES),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} {shown(getattr(self, field))} is not one of {', '.join(known)}")
         _number("rms_norm_eps", self.rms_norm_eps, above=0.0)
         _number("initializer_range", self.initializer_range)
+        _number("embedding_scale", self.embedding_scale)
+        _number("start_std", self.start_std)
+        if self.start_std < 0:
+            raise ValueError(f"start_std is {self.start_std!r}; it must be 0 or more")
         _number("early_exit_threshold", self.early_exit_threshold)
+        if not self.exit_gate and self.early_exit_threshold != 1:
+            raise ValueError(
+                f"early_exit_threshold is {shown(self.early_exit_threshold)}, but the model has no exit gate and so no "
+                "exit probability"
+            )
         if not 0 <= self.early_exit_threshold <= 1:
             raise ValueError(f"early_exit_threshold is {self.early_exit_threshold!r}; it must lie between 0 and 1")
         if getattr(self, "use_sliding_window", False):
@@ -132,6 +177,20 @@ class LoopedConfig(PreTrainedConfig):
         if getattr(self, "quantization_config", None) is not None:
             raise ValueError("quantization_config is set; quantized checkpoints are not supported")
         self._validate_rope()
+
+    @property
+    def norm_after_coda(self) -> bool:
+        """Whether the final norm follows the coda: not if it followed the last loop and there are no coda layers."""
+        return not self.norm_between_loops or self.num_coda_layers > 0
+
+    def first_cache(self, stage: str, loop: int = 0) -> int:
+        """Return the number of the first cache of "prelude", "coda" or "core": their order in a cache of the model.
+
+        ``loop`` counts from 0, where every loop has caches of its own.
+        """
+        once = self.num_prelude_layers + self.num_coda_layers
+        first = {"prelude": 0, "coda": self.num_prelude_layers, "core": once}[stage]
+        return first + loop * self.num_hidden_layers
 
     def _validate_rope(self) -> None:
         rope = self.rope_parameters

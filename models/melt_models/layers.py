@@ -1,4 +1,4 @@
-"""Building blocks of both models: RMSNorm, rotary embedding, attention, MLP, decoder layer."""
+"""Building blocks of all models: RMSNorm, rotary embedding, attention, MLP."""
 
 from __future__ import annotations
 
@@ -57,12 +57,15 @@ def rotary_tables(config: LoopedConfig, positions: Tensor) -> tuple[Tensor, Tens
     return angles.cos() * scale, angles.sin() * scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in its rotate-half form.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = "halves") -> Tensor:
+    """Apply RoPE to the pairs of elements that ``LoopedConfig.rotary_pairs`` names.
 
     x: (batch, heads, chunk, head_dim); cos, sin: (batch, chunk, head_dim / 2).
     """
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    if pairs == "adjacent":
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -87,20 +90,27 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
 
 
 class Attention(nn.Module):
-    """Query, key, value and output projections around ``attend``. Queries read ``x``, keys and values read ``kv``."""
+    """Query, key, value and output projections around ``attend``. Queries read ``x``, keys and values read ``kv``.
+
+    ``layer`` counts within a stage: prelude, core or coda.
+    """
 
     def __init__(self, config: LoopedConfig, layer: int):
         super().__init__()
         self.layer = layer
         d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(d, heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(d, kv_heads * config.head_dim, bias=False)
+        self.q_proj = nn.Linear(d, heads * config.head_dim, bias=config.qk_bias)
+        self.k_proj = nn.Linear(d, kv_heads * config.head_dim, bias=config.qk_bias)
         self.v_proj = nn.Linear(d, kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.head_dim, d, bias=False)
+        # RMS norm over all heads at once, before they are split.
+        self.q_norm = RMSNorm(heads * config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(kv_heads * config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, kv: Tensor, attend: Attend) -> Tensor:
         """Project, attend and project the output. x, kv: (batch, chunk, d), kept."""
-        return self.o_proj(attend(self.layer, self.q_proj(x), self.k_proj(kv), self.v_proj(kv)))
+        query, key = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(kv))
+        return self.o_proj(attend(self.layer, query, key, self.v_proj(kv)))
 
 
 class MLP(nn.Module):
@@ -114,35 +124,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nn.Module):
-    """Base of the decoder layers of LoopLM and MELT, with Ouro's tensor names.
-
-    The norm layout is Ouro's ("sandwich": before and after each sub-layer) or Llama's ("pre": before only).
-    """
-
-    def __init__(self, config: LoopedConfig, layer: int):
-        super().__init__()
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-        sandwich = config.norm_layout == "sandwich"
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        self.input_layernorm_2 = norm() if sandwich else nn.Identity()
-        self.post_attention_layernorm_2 = norm() if sandwich else nn.Identity()
-
-    def attend_and_transform(self, x: Tensor, a: Tensor, kv: Tensor, attend: Attend) -> Tensor:
-        """Add the attention of ``a`` to ``x``, then the MLP. Keys and values are projected from ``kv``.
-
-        All tensors are (batch, chunk, d); ``attend`` writes the cache.
-        """
-        x = x + self.input_layernorm_2(self.self_attn(a, kv, attend))
-        return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
 
 def leave_early(remaining: Tensor, exit_probability: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""LoopLM (Ouro, arXiv 2510.25741), with one key/value cache per layer and loop: source of conversions and teacher."""
+"""Looped models with one key/value cache per layer and loop: LoopLM (Ouro, arXiv 2510.25741) and the other families.
+
+The mathematics is ``core.py``'s. These models are what MELT is converted and taught from.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import LoopLMConfig
+from .core import DEFAULT_START, LoopedCore, Start, check_exit
 from .layers import (
     Attend,
-    DecoderLayer,
-    RMSNorm,
     leave_early,
     masked_attention,
     merge_heads,
@@ -25,26 +27,22 @@ from .layers import (
 
 
 class _LoopAttention:
-    """Attends over the caches of one loop. As in Ouro, layer l of loop t uses cache number ``t * layers + l``."""
+    """Attends over the caches of one stage or loop, whose first one has the number ``first``."""
 
-    def __init__(self, config: LoopLMConfig, cache: DynamicCache, loop: int, cos: Tensor, sin: Tensor, mask: Tensor):
-        self.config, self.cache, self.loop = config, cache, loop
-        self.cos, self.sin, self.mask = cos, sin, mask
+    def __init__(self, config: LoopLMConfig, cache: DynamicCache, positions: Tensor, mask: Tensor):
+        self.config, self.cache, self.mask, self.first = config, cache, mask, 0
+        self.cos, self.sin = rotary_tables(config, positions)
+
+    def at(self, stage: str, loop: int = 0) -> _LoopAttention:
+        """Go to the caches of a stage."""
+        self.first = self.config.first_cache(stage, loop)
+        return self
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (split_heads(x, self.config.head_dim) for x in (query, key, value))
-        key = rotate(key, self.cos, self.sin)
-        keys, values = self.cache.update(key, value, self.loop * self.config.num_hidden_layers + layer)
-        return merge_heads(masked_attention(rotate(query, self.cos, self.sin), keys, values, self.mask))
-
-
-class LoopLMLayer(DecoderLayer):
-    """A decoder layer whose queries, keys and values all read the normed input."""
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Run the layer. x: (batch, chunk, d), kept."""
-        a = self.input_layernorm(x)
-        return self.attend_and_transform(x, a, a, attend)
+        query, key = (rotate(x, self.cos, self.sin, self.config.rotary_pairs) for x in (query, key))
+        keys, values = self.cache.update(key, value, self.first + layer)
+        return merge_heads(masked_attention(query, keys, values, self.mask))
 
 
 @dataclass
@@ -52,8 +50,8 @@ class LoopLMOutput(CausalLMOutputWithPast):
     """Output of the forward.
 
     - ``logits``: (batch, tokens, vocab), of the loop that was chosen.
-    - ``loop_hidden``: (loops, batch, tokens, d), the normed output of every loop.
-    - ``exit_distribution``: (loops, batch, tokens).
+    - ``loop_hidden``: (loops, batch, tokens, d), the hidden state after every loop, which the coda reads.
+    - ``exit_distribution``: (loops, batch, tokens); None for a model without an exit gate.
     - ``depth``: (batch, tokens), the loop whose output the head read, counted from 1.
     """
 
@@ -62,41 +60,50 @@ class LoopLMOutput(CausalLMOutputWithPast):
     depth: Tensor | None = None
 
 
-class LoopLMModel(nn.Module):
-    """Embedding, the looped stack of layers, final norm and exit gate."""
+class LoopLMModel(LoopedCore):
+    """A looped core with caches of its own in every loop. As in Ouro, layer l of loop t uses cache t * layers + l.
 
-    def __init__(self, config: LoopLMConfig):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LoopLMLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+    A model with a prelude or a coda has their caches before those.
+    """
+
+    config: LoopLMConfig
 
     def forward(
-        self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, num_loops: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run ``num_loops`` loops. hidden: (b, c, d) embeddings; mask: (b, c, n) bool; positions: (b, c).
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        num_loops: int,
+        start: Start = DEFAULT_START,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the prelude and ``num_loops`` loops. embeddings: (b, c, d); mask: (b, c, n) bool; positions: (b, c).
 
-        Returns the normed output (T, b, c, d) and the exit probability (T, b, c) of every loop.
+        Returns the hidden state (T, b, c, d) and the exit probability (T, b, c) of every loop; None without a gate.
         """
-        cos, sin = rotary_tables(self.config, positions)
-        outputs, exits = [], []
+        attend = _LoopAttention(self.config, cache, positions, mask)
+        injected = self.prelude(embeddings, attend.at("prelude"))
+        hidden = self.start(injected, positions, *start)
+        outputs: list[Tensor] = []
+        exits: list[Tensor] = []
         for loop in range(num_loops):
-            hidden, exit_probability = self.loop_step(hidden, _LoopAttention(self.config, cache, loop, cos, sin, mask))
+            hidden, exit_probability = self.loop_step(hidden, attend.at("core", loop), injected)
             outputs.append(hidden)
-            exits.append(exit_probability)
-        return torch.stack(outputs), torch.stack(exits)
+            if exit_probability is not None:
+                exits.append(exit_probability)
+        return torch.stack(outputs), torch.stack(exits) if exits else None
 
-    def loop_step(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Run all layers and the final norm once. hidden: (b, c, d); ``attend`` uses the caches of this loop.
+    def loop_step(self, hidden: Tensor, attend: Attend, injected: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run all layers of the core once. hidden, injected: (b, c, d); ``attend`` uses the caches of this loop.
 
-        Returns the normed output (b, c, d), which the next loop reads, and the exit probability (b, c) in float32.
+        Returns the new hidden state (b, c, d) and the exit probability (b, c) in float32, None without a gate.
         """
-        for layer in self.layers:
-            hidden = layer(hidden, attend)
-        hidden = self.norm(hidden)
-        return hidden, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
+        hidden, _, exit_probability = self.one_loop(hidden, attend, injected)
+        return hidden, exit_probability
+
+    def read(self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Run the coda on the hidden state of the chosen loop, (b, c, d), kept."""
+        return self.coda(hidden, _LoopAttention(self.config, cache, positions, mask).at("coda"))
 
 
 def exit_distribution(exit_probability: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LoopLMConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["LoopLMLayer"]
+    _no_split_modules = ["DecoderLayer"]
     _supports_sdpa = True
 
     def __init__(self, config: LoopLMConfig):
@@ -147,21 +154,27 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
         num_loops: int | None = None,
         exit_at_step: int | None = None,
         exit_threshold: float | None = None,
+        start_seed: int | Tensor = 0,
+        start_state: str | None = None,
         **kwargs: Any,
     ) -> LoopLMOutput:
         """Run new tokens (batch, tokens) after those in the cache.
 
         All loops run; the exit only chooses the loop whose output the head reads, as in Ouro's released code.
-        ``exit_at_step`` counts from 0 and overrides ``exit_threshold``; both default to the config. Raises ValueError
-        for fewer than one loop, or for an ``exit_at_step`` beyond the loops.
+        ``exit_at_step`` counts from 0 and overrides ``exit_threshold``; both default to the config. For a model that
+        starts from noise, ``start_seed`` is its seed, for all sequences or (batch,), and ``start_state="zeros"``
+        replaces it. Raises ValueError for fewer than one loop, for an ``exit_at_step`` beyond the loops, and for an
+        ``exit_threshold`` of a model without an exit gate.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, new, _ = hidden.shape
         num_loops = self.config.total_ut_steps if num_loops is None else num_loops
         if num_loops < 1:
             raise ValueError(f"num_loops is {num_loops}; it must be 1 or more")
+        start = Start.checked(self.config, start_seed, start_state)
+        check_exit(self.config, 1.0 if exit_threshold is None else exit_threshold)
         cache = DynamicCache() if past_key_values is None else past_key_values
-        if 0 < len(cache) < num_loops * self.config.num_hidden_layers and cache.get_seq_length():
+        if 0 < len(cache) < self.config.first_cache("core", num_loops) and cache.get_seq_length():
             raise ValueError(f"the cache holds fewer than {num_loops} loops; a LoopLM cannot deepen a cache it filled")
         total = cache.get_seq_length() + new
         if attention_mask is None:
@@ -170,11 +183,12 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; cache and input hold {total}")
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        loop_hidden, exits = self.model(hidden, causal_mask(attention_mask, new), position_ids, cache, num_loops)
+        mask = causal_mask(attention_mask, new)
+        loop_hidden, exits = self.model(hidden, mask, position_ids, cache, num_loops, start)
 
-        depth = self._depth(exits, exit_at_step, exit_threshold)
+        depth = self._depth(loop_hidden, exits, exit_at_step, exit_threshold)
         index = (depth - 1)[None, ..., None].expand(1, -1, -1, hidden.shape[-1])
-        chosen = loop_hidden.gather(0, index)[0]
+        chosen = self.model.read(loop_hidden.gather(0, index)[0], mask, position_ids, cache)
         logits = self.lm_head(chosen[:, -logits_to_keep:] if logits_to_keep else chosen)
         loss = None
         if labels is not None:
@@ -184,31 +198,36 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=cache if use_cache is not False else None,
             loop_hidden=loop_hidden,
-            exit_distribution=exit_distribution(exits),
+            exit_distribution=None if exits is None else exit_distribution(exits),
             depth=depth,
         )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> bool:
-        """Give generate() a cache that grows on use: LoopLM needs loops * layers entries."""
+        """Give generate() a cache that grows on use: a LoopLM needs an entry per layer and loop."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DynamicCache()
         return True
 
-    def _depth(self, exits: Tensor, exit_at_step: int | None, exit_threshold: float | None) -> Tensor:
+    def _depth(
+        self, loop_hidden: Tensor, exits: Tensor | None, exit_at_step: int | None, exit_threshold: float | None
+    ) -> Tensor:
         """Return the loop whose output the head reads, (batch, tokens), counted from 1.
 
-        exits: (loops, batch, tokens), the exit probabilities.
+        loop_hidden: (loops, batch, tokens, d); exits: (loops, batch, tokens), the exit probabilities.
         """
-        num_loops = exits.shape[0]
+        num_loops = len(loop_hidden)
+        every = torch.full(loop_hidden.shape[1:3], num_loops, dtype=torch.long, device=loop_hidden.device)
         step = self.config.early_exit_step if exit_at_step is None else exit_at_step
         if step is not None:
             if not 0 <= step < num_loops:
                 raise ValueError(f"exit_at_step is {step}; with {num_loops} loops it goes from 0 to {num_loops - 1}")
-            return torch.full_like(exits[0], step + 1, dtype=torch.long)
+            return torch.full_like(every, step + 1)
+        if exits is None:
+            return every
         threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
-        depth = torch.full_like(exits[0], num_loops, dtype=torch.long)
+        depth = every
         remaining = torch.ones_like(exits[0])
         for loop in range(num_loops - 1):
             remaining, leaves = leave_early(remaining, exits[loop], threshold)

@@ -8,8 +8,8 @@ In loop t of T, in layer l, for each token (x_1 is the embedding; h lives only w
     q_t = a_t W_Q;  k_t = h_t W_K;  v_t = h_t W_V        k and v overwrite the token's entry in the layer's cache
     x_t <- x_t + attention(q_t) W_O, then the MLP        and after the last layer the final norm
 
-``MeltModel.loop_step`` is one such loop, and the only place that defines it: the forward, generate(), training and the
-exported graph all call it.
+The mathematics is ``core.py``'s; here is what runs it with a shared cache: chunks, early exit, and the model that
+transformers knows. Any looped model becomes a MELT by its core's latent gates.
 """
 
 from __future__ import annotations
@@ -23,37 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .aggregation import GATE_BIAS_INIT, LatentGate, make_aggregation
+from .aggregation import GATE_BIAS_INIT, LatentGate
 from .cache import ChunkAttention, MeltCache
 from .configuration import MeltConfig
-from .layers import Attend, DecoderLayer, RMSNorm, leave_early
-
-
-class MeltLayer(DecoderLayer):
-    """A decoder layer whose keys and values are projected from the gated latent instead of the input."""
-
-    def __init__(self, config: MeltConfig, layer: int):
-        super().__init__(config, layer)
-        self.latent_gate = make_aggregation(config)
-
-    def forward(
-        self, x: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new x and latent.
-
-        x: (batch, chunk, d); latent: (batch, chunk, latent_size); first_loop: (batch,) bool; active: (batch, chunk)
-        bool.
-        """
-        a = self.input_layernorm(x)
-        # torch.where rather than a multiplication: before the first loop the latent may hold NaN.
-        latent = torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), self.latent_gate.start(a), latent)
-        latent = torch.where(active.unsqueeze(-1), self.latent_gate(a, latent), latent)
-        return self.attend_and_transform(x, a, self.latent_gate.read(latent), attend), latent
-
-    def first(self, x: Tensor, attend: Attend) -> Tensor:
-        """Run the layer in a first loop that no second one follows. x: (batch, chunk, d), kept."""
-        a = self.input_layernorm(x)
-        return self.attend_and_transform(x, a, self.latent_gate.first(a), attend)
+from .core import DEFAULT_START, LoopedCore, Start, check_exit
+from .layers import Attend, leave_early
 
 
 class LoopStep(NamedTuple):
@@ -61,109 +35,133 @@ class LoopStep(NamedTuple):
 
     - ``hidden``: (batch, chunk, d).
     - ``latent``: (layers, batch, chunk, latent_size).
-    - ``exit_probability``: (batch, chunk) float32, this loop's lambda.
+    - ``exit_probability``: (batch, chunk) float32, this loop's lambda; None for a model without an exit gate.
     """
 
     hidden: Tensor
     latent: Tensor
-    exit_probability: Tensor
+    exit_probability: Tensor | None
 
 
 class ChunkOutput(NamedTuple):
     """Result of all loops of a chunk.
 
-    - ``hidden``: (batch, chunk, d), after each token's last loop.
+    - ``hidden``: (batch, chunk, d), what the head reads.
     - ``depth``: (batch, chunk), the number of loops of each token.
     - ``loop_hidden``: (loops, batch, chunk, d) and ``exit_probability``: (loops, batch, chunk), of every loop that ran.
+      A model without an exit gate has no ``exit_probability``.
     """
 
     hidden: Tensor
     depth: Tensor
     loop_hidden: Tensor
-    exit_probability: Tensor
+    exit_probability: Tensor | None
 
 
-class MeltModel(nn.Module):
-    """Embedding, the looped stack of layers, final norm and exit gate."""
+class MeltModel(LoopedCore):
+    """A looped core with latent gates, run in chunks over a shared cache."""
 
-    def __init__(self, config: MeltConfig):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MeltLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+    config: MeltConfig
 
-    def loop_step(self, hidden: Tensor, latent: Tensor, first_loop: Tensor, active: Tensor, attend: Attend) -> LoopStep:
-        """Run one loop over a chunk: the mathematics of MELT.
+    def loop_step(
+        self,
+        hidden: Tensor,
+        latent: Tensor,
+        first_loop: Tensor,
+        active: Tensor,
+        attend: Attend,
+        injected: Tensor | None = None,
+    ) -> LoopStep:
+        """Run one loop over a chunk.
 
-        - ``hidden`` (batch, chunk, d): the embedding in the first loop, then the previous loop's normed output.
+        - ``hidden`` (batch, chunk, d): the start state in the first loop, then the previous loop's result.
         - ``latent`` (layers, batch, chunk, latent_size): from the previous loop; ignored where ``first_loop`` is True.
         - ``first_loop`` (batch,) bool: whether this is the sequence's first loop over this chunk.
         - ``active`` (batch, chunk) bool: a token that is not active keeps its hidden state and latent, so that its keys
           and values are rewritten unchanged.
         - ``attend``: writes the keys and values and attends over the cache.
+        - ``injected`` (batch, chunk, d): the prelude's output, for a model with an injection.
         """
-        hidden, latents, exit_probability = self.loop_step_by_layer(hidden, latent, first_loop, active, attend)
-        return LoopStep(hidden, torch.stack(latents), exit_probability)
+        step = self.loop_step_by_layer(hidden, latent, first_loop, active, attend, injected)
+        return LoopStep(step[0], torch.stack(step[1]), step[2])
 
     def loop_step_by_layer(
-        self, hidden: Tensor, latent: Tensor | Sequence[Tensor], first_loop: Tensor, active: Tensor, attend: Attend
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        self,
+        hidden: Tensor,
+        latent: Tensor | Sequence[Tensor],
+        first_loop: Tensor,
+        active: Tensor,
+        attend: Attend,
+        injected: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Run ``loop_step`` with a latent (batch, chunk, latent_size) per layer, in and out."""
-        x, latents = hidden, []
-        for index, layer in enumerate(self.layers):
-            x, h = layer(x, latent[index], first_loop, active, attend)
-            latents.append(h)
-        hidden = torch.where(active.unsqueeze(-1), self.norm(x), hidden)
-        return hidden, latents, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
+        return self.one_loop(hidden, attend, injected, latent, first_loop, active)
 
-    def only_loop(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def only_loop(self, hidden: Tensor, attend: Attend, injected: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Run ``loop_step`` for tokens with a single loop, without a latent and without frozen tokens.
 
-        hidden: (batch, chunk, d). Returns the new hidden and the exit probability (batch, chunk) float32.
+        hidden, injected: (batch, chunk, d). Returns the new hidden and the exit probability (batch, chunk) float32.
         """
-        for layer in self.layers:
-            assert isinstance(layer, MeltLayer)
-            hidden = layer.first(hidden, attend)
-        hidden = self.norm(hidden)
-        return hidden, torch.sigmoid(self.early_exit_gate(hidden).squeeze(-1).float())
+        hidden, _, exit_probability = self.one_loop(hidden, attend, injected)
+        return hidden, exit_probability
 
     def loops(
-        self, hidden: Tensor, active: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
+        self,
+        hidden: Tensor,
+        active: Tensor,
+        cache: MeltCache,
+        num_loops: int,
+        exit_threshold: float,
+        injected: Tensor | None = None,
     ) -> Iterator[tuple[LoopStep, Tensor]]:
         """Run a chunk's loops in order. Yields each loop's result and the tokens that were active, (batch, chunk) bool.
 
-        Stops once no token is active. The chunk stays open in the cache until ``cache.commit``.
+        hidden: (batch, chunk, d), the start state. Stops once no token is active. The chunk stays open in the cache
+        until ``cache.commit``.
         """
-        attend = ChunkAttention(self.config, cache, active)
+        attend = ChunkAttention(self.config, cache, active, self.config.first_cache("core"))
         latent = hidden.new_zeros(len(self.layers), *hidden.shape[:-1], self.config.latent_size)
         remaining = torch.ones_like(active, dtype=torch.float32)
         for loop in range(num_loops):
             first_loop = torch.full((hidden.shape[0],), loop == 0, device=hidden.device)
-            step = self.loop_step(hidden, latent, first_loop, active, attend)
+            step = self.loop_step(hidden, latent, first_loop, active, attend, injected)
             yield step, active
             hidden, latent = step.hidden, step.latent
+            if step.exit_probability is None:
+                continue
             remaining, leaves = leave_early(remaining, step.exit_probability, exit_threshold)
             active = active & ~leaves
             if exit_threshold < 1.0 and not active.any():
                 return
 
     def run_chunk(
-        self, hidden: Tensor, valid: Tensor, cache: MeltCache, num_loops: int, exit_threshold: float
+        self,
+        embeddings: Tensor,
+        valid: Tensor,
+        cache: MeltCache,
+        num_loops: int,
+        exit_threshold: float,
+        start: Start = DEFAULT_START,
     ) -> ChunkOutput:
-        """Run all loops of a chunk and commit it to the cache.
+        """Run prelude, all loops and coda of a chunk and commit it to the cache.
 
-        hidden: (batch, chunk, d); valid: (batch, chunk) bool.
+        embeddings: (batch, chunk, d); valid: (batch, chunk) bool.
         """
+        attend = ChunkAttention(self.config, cache, valid, self.config.first_cache("prelude"))
+        injected = self.prelude(embeddings, attend)
+        hidden = self.start(injected, attend.positions, *start)
         depth = torch.zeros_like(valid, dtype=torch.long)
-        hiddens, exits = [], []
-        for step, active in self.loops(hidden, valid, cache, num_loops, exit_threshold):
+        hiddens: list[Tensor] = []
+        exits: list[Tensor] = []
+        for step, active in self.loops(hidden, valid, cache, num_loops, exit_threshold, injected):
             depth = depth + active
             hiddens.append(step.hidden)
-            exits.append(step.exit_probability)
+            if step.exit_probability is not None:
+                exits.append(step.exit_probability)
+        attend.first = self.config.first_cache("coda")
+        read = self.coda(hiddens[-1], attend)
         cache.commit(valid)
-        return ChunkOutput(hiddens[-1], depth, torch.stack(hiddens), torch.stack(exits))
+        return ChunkOutput(read, depth, torch.stack(hiddens), torch.stack(exits) if exits else None)
 
 
 @dataclass
@@ -173,7 +171,7 @@ class MeltOutput(CausalLMOutputWithPast):
     - ``logits``: (batch, tokens, vocab).
     - ``depth``: (batch, tokens), the number of loops of each token.
     - ``loop_hidden``: (loops, batch, tokens, d) and ``exit_probability``: (loops, batch, tokens); None unless every
-      chunk ran the same number of loops.
+      chunk ran the same number of loops. A model without an exit gate has no ``exit_probability``.
     """
 
     depth: Tensor | None = None
@@ -188,7 +186,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MeltConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["MeltLayer"]
+    _no_split_modules = ["DecoderLayer"]
     _supports_sdpa = True
 
     def __init__(self, config: MeltConfig):
@@ -215,13 +213,17 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         num_loops: int | None = None,
         chunk_size: int | None = None,
         exit_threshold: float | None = None,
+        start_seed: int | Tensor = 0,
+        start_state: str | None = None,
         **kwargs: Any,
     ) -> MeltOutput:
         """Run new tokens (batch, tokens), in chunks, after those in the cache.
 
         ``num_loops`` may differ from the trained number; ``chunk_size`` and ``exit_threshold`` default to the config.
         ``attention_mask`` (batch, tokens, or all columns so far) marks padding on the left or on the right; a padded
-        sequence gives the same result as the sequence alone. Raises ValueError for arguments that cannot be used.
+        sequence gives the same result as the sequence alone. For a model that starts from noise, ``start_seed`` is its
+        seed, for all sequences or (batch,), and ``start_state="zeros"`` replaces it. Raises ValueError for arguments
+        that cannot be used.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens, _ = hidden.shape
@@ -232,7 +234,9 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("there is no token to run")
         if num_loops < 1 or chunk_size < 1:
             raise ValueError(f"num_loops is {num_loops} and chunk_size {chunk_size}; both must be 1 or more")
-        cache = MeltCache(len(self.model.layers)) if past_key_values is None else past_key_values
+        start_with = Start.checked(self.config, start_seed, start_state)
+        check_exit(self.config, threshold)
+        cache = MeltCache(self.config.first_cache("core", 1)) if past_key_values is None else past_key_values
         if not isinstance(cache, MeltCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; MELT needs a MeltCache")
 
@@ -243,7 +247,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         valid = column < counts[:, None]
         width = int(counts.max())
         chunks = [
-            self.model.run_chunk(hidden[:, at:end], valid[:, at:end], cache, num_loops, threshold)
+            self.model.run_chunk(hidden[:, at:end], valid[:, at:end], cache, num_loops, threshold, start_with)
             for at in range(0, width, chunk_size)
             for end in (min(at + chunk_size, width),)
         ]
@@ -254,12 +258,14 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         loop_hidden = exits = None
         if len({chunk.loop_hidden.shape[0] for chunk in chunks}) == 1:
             loop_hidden = torch.cat([chunk.loop_hidden for chunk in chunks], dim=2)
-            exits = torch.cat([chunk.exit_probability for chunk in chunks], dim=2)
+            found = [chunk.exit_probability for chunk in chunks if chunk.exit_probability is not None]
+            exits = torch.cat(found, dim=2) if found else None
         if start is not None:  # shift back to the caller's columns
             back = (column - start[:, None]).clamp(0, width - 1)
             output, depth = _take(output, back), depth.gather(1, back)
-            if loop_hidden is not None and exits is not None:
+            if loop_hidden is not None:
                 loop_hidden = torch.stack([_take(x, back) for x in loop_hidden])
+            if exits is not None:
                 exits = torch.stack([x.gather(1, back) for x in exits])
 
         logits = self.lm_head(output[:, -logits_to_keep:] if logits_to_keep else output)
@@ -280,7 +286,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> bool:
         """Give generate() a MeltCache."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MeltCache(len(self.model.layers))
+            model_kwargs["past_key_values"] = MeltCache(self.config.first_cache("core", 1))
         return True
 
 

@@ -139,7 +139,7 @@ class ChunkedForward:
     def _past(self, loop: int) -> list[Tensor]:
         return self.past[loop if self.alpha < 1 else 0]
 
-    def _loop(self, hidden: Tensor, latent: Tensor, loop: int, start: int, *past: Tensor) -> tuple[Tensor, ...]:
+    def _loop(self, hidden: Tensor, latent: Tensor, loop: int, start: int, *past: Tensor) -> tuple[Any, ...]:
         batch, chunk, _ = hidden.shape
         attend = _LoopAttention(self.model, list(past), start, chunk, self.alpha)
         first = torch.full((batch,), loop == 0, device=hidden.device)
