@@ -117,7 +117,7 @@ def test_only_a_package_that_an_older_runtime_could_not_run_has_the_newer_format
 ) -> None:
     looplm = make_package(make_looplm(), chunk=8)
     found = [Package.open(path).manifest.format_version for path in (package, tiny_package, looplm)]
-    assert found == [FORMAT_VERSION, FORMAT_VERSION, 1]
+    assert found == [2, FORMAT_VERSION, 1]
 
 
 def test_a_manifest_of_several_loops_without_a_latent_is_refused(package: Path) -> None:

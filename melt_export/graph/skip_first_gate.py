@@ -9,15 +9,14 @@ import onnx_ir as ir
 
 
 def skip_first_gate(graph: ir.Graph) -> None:
-    """Move each layer's gate into an If that is skipped while every sequence is in its first loop, in place.
+    """Move each layer's gate into an If that is skipped while every token is in its first loop, in place.
 
     Valid if the latent starts as the first input a_1: then h_1 = a_1 + z (a_1 - a_1) = a_1, exactly. The nodes from the
     Where that starts the latent to the Where that freezes it are moved. Must run before ``merge_matmuls``, which merges
     a matmul of the gate with the query's.
     """
     first_loop = next(value for value in graph.inputs if value.name == "first_loop")
-    columns = [node.outputs[0] for node in _users(first_loop, "Unsqueeze")]
-    conditions = [node.outputs[0] for column in columns for node in _users(column, "Unsqueeze")]
+    conditions = [node.outputs[0] for node in _users(first_loop, "Unsqueeze")]
     starts = [node for condition in conditions for node in _users(condition, "Where")]
     if not starts:
         return
@@ -31,7 +30,7 @@ def _users(value: ir.Value, kind: str) -> list[ir.Node]:
 
 
 def _all(graph: ir.Graph, first_loop: ir.Value) -> ir.Value:
-    """Return a scalar bool: whether every sequence is in its first loop."""
+    """Return a scalar bool: whether every token is in its first loop."""
     number = ir.node("Cast", [first_loop], {"to": int(ir.DataType.INT32)}, name="/all_first/Cast")
     least = ir.node("ReduceMin", number.outputs, {"keepdims": 0}, name="/all_first/ReduceMin")
     result = ir.node("Cast", least.outputs, {"to": int(ir.DataType.BOOL)}, name="/all_first/Cast_2")

@@ -167,7 +167,7 @@ def trace_loop_step(
     """
     hidden, *others = states
     steered = others[0].kind == "swap"
-    steering = (TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk")))
+    steering = tuple(TensorSpec(name, "bool", ("batch", "chunk")) for name in ("first_loop", "active"))
     fixed = (
         TensorSpec(hidden.input, hidden.dtype, hidden.shape),
         *(steering if steered else ()),

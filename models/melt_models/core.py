@@ -90,8 +90,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new x (batch, chunk, d) and latent (batch, chunk, latent_size).
 
-        ``latent``, ``first_loop`` (batch,) bool and ``active`` (batch, chunk) bool are for a gated layer with several
-        loops. Without them it runs as in a first loop that no second one follows.
+        ``latent``, ``first_loop`` and ``active``, both (batch, chunk) bool, are for a gated layer with several loops. Without them it runs as in a first loop that no second one follows.
         """
         a = kv = self.input_layernorm(x)
         if latent is not None:
@@ -99,7 +98,7 @@ class DecoderLayer(nn.Module):
             assert first_loop is not None
             assert active is not None
             # torch.where rather than a multiplication: before the first loop the latent may hold NaN.
-            latent = torch.where(first_loop.unsqueeze(-1).unsqueeze(-1), self.latent_gate.start(a), latent)
+            latent = torch.where(first_loop.unsqueeze(-1), self.latent_gate.start(a), latent)
             latent = torch.where(active.unsqueeze(-1), self.latent_gate(a, latent), latent)
             kv = self.latent_gate.read(latent)
         elif self.latent_gate is not None:

@@ -76,7 +76,8 @@ class MeltModel(LoopedCore):
 
         - ``hidden`` (batch, chunk, d): the start state in the first loop, then the previous loop's result.
         - ``latent`` (layers, batch, chunk, latent_size): from the previous loop; ignored where ``first_loop`` is True.
-        - ``first_loop`` (batch,) bool: whether this is the sequence's first loop over this chunk.
+        - ``first_loop`` (batch, chunk) bool: whether this is the token's first loop; (batch,) for all tokens of a
+          sequence. Tokens of a chunk may be in different loops (see ``decoding.py``).
         - ``active`` (batch, chunk) bool: a token that is not active keeps its hidden state and latent, so that its keys
           and values are rewritten unchanged.
         - ``attend``: writes the keys and values and attends over the cache.
@@ -95,6 +96,7 @@ class MeltModel(LoopedCore):
         injected: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Run ``loop_step`` with a latent (batch, chunk, latent_size) per layer, in and out."""
+        first_loop = first_loop[:, None] if first_loop.dim() == 1 else first_loop
         return self.one_loop(hidden, attend, injected, latent, first_loop, active)
 
     def only_loop(self, hidden: Tensor, attend: Attend, injected: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -46,7 +46,7 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     """Return the bytes of all other buffers that graphs are bound to, by name, for the widest chunk and the whole
     cache.
 
-    ``first_loop/1`` and ``first_loop/0``: constants for a batch whose sequences are all in their first loop, or all
+    ``first_loop/1`` and ``first_loop/0``: constants for a batch whose tokens are all in their first loop, or all
     past it. ``first_loop``: for a mixed batch. ``head_hidden``: one column per sequence.
     """
     hidden = manifest.states[0]
@@ -59,8 +59,9 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     }
     inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
     if "active" in inputs:
-        shapes |= dict.fromkeys(("first_loop/0", "first_loop/1", "first_loop"), ("bool", ("batch",)))
-        shapes["active"] = ("bool", ("batch", "chunk"))
+        tokens = ("bool", ("batch", "chunk"))
+        per_token = tokens if manifest.staggers else ("bool", ("batch",))
+        shapes |= {"active": tokens, **dict.fromkeys(("first_loop/0", "first_loop/1", "first_loop"), per_token)}
     if "chunk_lengths" in inputs:
         shapes["chunk_lengths"] = ("int64", ("batch",))
     if "attention_mask" in inputs:

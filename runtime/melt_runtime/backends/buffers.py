@@ -74,7 +74,8 @@ class BufferState(ABC):
         self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
         if self.steered:
-            self.put("first_loop/1", np.ones(batch, np.bool_))
+            tokens = (batch, manifest.chunk) if manifest.staggers else batch
+            self.put("first_loop/1", np.ones(tokens, np.bool_))
 
     @property
     @abstractmethod
@@ -298,7 +299,7 @@ class BufferState(ABC):
         Lengths and mask are the same for all loops of a chunk, so they are written for the first only.
         """
         first, name = control.first_loop, "first_loop"
-        alike = set(first.tolist())
+        alike = set(first.ravel().tolist())
         if True in alike:
             width, context = self._begin_loops(control)
         else:
@@ -306,7 +307,9 @@ class BufferState(ABC):
             if self.steered:
                 self.put("active", control.active)
         if len(alike) == 1 or not self.steered:
-            name = f"first_loop/{int(first[0])}"
+            name = f"first_loop/{int(True in alike)}"
+        elif self.manifest.staggers and first.ndim == 1:
+            self.put(name, np.repeat(first[:, None], width, axis=1))
         else:
             self.put(name, first)
         return width, context, name

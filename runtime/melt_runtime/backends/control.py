@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 class LoopControl:
     """The control inputs of one loop step over a chunk.
 
-    ``first_loop`` (batch,) bool. ``active`` (batch, chunk) bool. ``lengths`` (batch,) int64: tokens in the cache before
+    ``first_loop`` (batch,) bool, or (batch, chunk) where the package staggers tokens. ``active`` (batch, chunk) bool. ``lengths`` (batch,) int64: tokens in the cache before
     this chunk. ``chunk_lengths`` (batch,) int64: tokens in the chunk; the rest is right padding.
     """
 

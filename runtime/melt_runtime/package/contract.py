@@ -24,7 +24,9 @@ def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ..
     """Return the inputs and outputs that each graph must have, by states and dialect, in any order."""
     states = manifest.states
     hidden = TensorSpec("hidden", states[0].dtype, states[0].shape)
-    steering = [TensorSpec("first_loop", "bool", ("batch",)), TensorSpec("active", "bool", ("batch", "chunk"))]
+    tokens: Shape = ("batch", "chunk")
+    first_loop = TensorSpec("first_loop", "bool", tokens if manifest.staggers else ("batch",))
+    steering = [first_loop, TensorSpec("active", "bool", tokens)]
     lengths = TensorSpec("lengths", "int64", ("batch",))
     fused = manifest.dialect == "onnxruntime"
     control = TensorSpec("chunk_lengths", "int64", ("batch",)) if fused else TensorSpec("attention_mask", "bool", _MASK)

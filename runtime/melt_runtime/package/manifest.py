@@ -13,8 +13,9 @@ from .engine_spec import EngineSpec
 from .files import FileSpec
 from .specs import GraphSpec, StateSpec, is_latent, size_of
 
-FORMAT_VERSION = 2  # the newest; packages that older runtimes can run keep the version that these read
-_LATENT_BY_LAYER = 2  # a state per layer's latent instead of one for all; none in a package of one loop
+FORMAT_VERSION = 3  # the newest; packages that older runtimes can run keep the version that these read
+_ONE_LOOP = 2  # no latent; in packages of several loops, a latent per layer instead of one for all
+_BY_TOKEN = 3  # first_loop per token instead of per sequence
 MANIFEST, PARITY = "manifest.json", "parity.json"
 COMPUTED_FROM = (".onnx", ".data")  # suffixes of the files that determine results
 
@@ -89,6 +90,13 @@ class Manifest:
         """Whether the loop step carries a latent from loop to loop: a MELT of more than one."""
         return any(is_latent(state) for state in self.states)
 
+    @cached_property
+    def staggers(self) -> bool:
+        """Whether the tokens of a chunk may be in different loops: ``first_loop`` is given per token, not per
+        sequence."""
+        inputs = self.graphs["loop_step"].inputs
+        return any(spec.name == "first_loop" and len(spec.shape) > 1 for spec in inputs)
+
     @property
     def most_loops(self) -> int | None:
         """How many loops a token may have: as many as have caches of their own, one where nothing is carried to a
@@ -122,9 +130,10 @@ class Manifest:
 
 
 def version_for(states: Sequence[StateSpec]) -> int:
-    """Return the oldest format version that has such states."""
-    carried = any(state.input == "latent" or state.kind == "per_loop" for state in states)
-    return 1 if carried else _LATENT_BY_LAYER
+    """Return the oldest format version of a package that is exported with these states."""
+    if any(state.kind == "per_loop" for state in states):
+        return 1
+    return _BY_TOKEN if any(is_latent(state) for state in states) else _ONE_LOOP
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
