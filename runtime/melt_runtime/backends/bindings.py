@@ -1,11 +1,13 @@
 """Which buffer each graph input and output is bound to, and the sizes of all buffers of a batch.
 
 A cache is one buffer, bound as input and output. Hidden and latent have two buffers each, swapped after every loop; so
-there are two sets of bindings, for even and odd loops, and no buffer moves while a session lives.
+there are two sets of bindings, for even and odd loops, and no buffer moves while a session lives. The caches of a
+LoopLM's loops lie in one buffer, loop after loop, so that they can also be bound as a batch whose rows are loops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..package.manifest import Manifest
@@ -27,12 +29,20 @@ class Binding:
 
 
 Bindings = tuple[tuple[Binding, ...], tuple[Binding, ...]]  # inputs, outputs
+LANES = "lanes/"  # prefix of the scratch buffers of a state whose batch is loops
 
 
-def state_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
-    """Return the bytes of every state buffer of a batch, by name, for the widest chunk."""
+def state_buffers(manifest: Manifest, batch: int, alignment: int = 1) -> dict[str, int]:
+    """Return the bytes of every state buffer of a batch, by name, for the widest chunk.
+
+    ``alignment``: bytes to a multiple of which the caches of each loop begin.
+    """
     sizes: dict[str, int] = {}
     for state in manifest.states:
+        if state.kind == "per_loop":
+            of_loop = size_of(state.bound_shape, state.dtype, batch=batch)
+            sizes[state.input] = int(state.shape[0]) * rounded_up(of_loop, alignment)
+            continue
         for name in buffers_of(state):
             sizes[name] = size_of(state.bound_shape, state.dtype, batch=batch, chunk=manifest.chunk)
         if state.kind == "read_only":
@@ -66,7 +76,28 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
         shapes["chunk_lengths"] = ("int64", ("batch",))
     if "attention_mask" in inputs:
         shapes["attention_mask"] = ("bool", ("batch", "chunk", manifest.cache_rows))
-    return {name: size_of(shape, dtype, batch=batch, chunk=manifest.chunk) for name, (dtype, shape) in shapes.items()}
+    sizes = {name: size_of(shape, dtype, batch=batch, chunk=manifest.chunk) for name, (dtype, shape) in shapes.items()}
+    return sizes | lane_buffers(manifest, batch)
+
+
+def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
+    """Return the bytes of the buffers for runs of one token in every loop, by name; none without a cache per loop."""
+    if (manifest.cache_loops or 1) == 1:
+        return {}
+    hidden, rows = manifest.states[0], batch * int(manifest.cache_loops or 1)
+    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        "input_ids": ("int64", (batch,)),
+        "lengths": ("int64", (rows,)),
+        "exit_probability": ("float32", (rows,)),
+        buffer_name(hidden, 0): (hidden.dtype, (rows, hidden.shape[-1])),
+        buffer_name(hidden, 1): (hidden.dtype, (rows, hidden.shape[-1])),
+        "logits": ("float32", (rows, manifest.vocab_size)),
+    }
+    if manifest.dialect == "onnxruntime":
+        shapes["chunk_lengths"] = ("int64", (rows,))
+    else:
+        shapes["attention_mask"] = ("bool", (rows, manifest.cache_rows))
+    return {LANES + name: size_of(shape, dtype) for name, (dtype, shape) in shapes.items()}
 
 
 def embed_bindings(manifest: Manifest, batch: int, chunk: int) -> Bindings:
@@ -109,7 +140,7 @@ def head_bindings(manifest: Manifest, batch: int, hidden: str) -> Bindings:
 
 
 def buffers_of(state: StateSpec) -> list[str]:
-    """Return all buffers of a state: both swap buffers, one per loop, or the only one."""
+    """Return the names of a state's parts: both swap buffers, the cache of each loop, or the only buffer."""
     if state.kind == "swap":
         return [buffer_name(state, 0), buffer_name(state, 1)]
     if state.kind == "per_loop":
@@ -132,12 +163,36 @@ def cache_buffers(manifest: Manifest, loops: int | None = None) -> dict[str, Sta
     return found
 
 
-def with_offsets(bindings: Bindings, offsets: dict[str, int]) -> Bindings:
-    """Return the bindings with ``offsets`` in bytes for some buffers."""
-    inputs, outputs = (
-        tuple(replace(tensor, offset=offsets.get(tensor.buffer, 0)) for tensor in tensors) for tensors in bindings
-    )
+def placed(bindings: Bindings, places: Mapping[str, tuple[str, int]]) -> Bindings:
+    """Return the bindings with the buffers of ``places`` replaced by where they lie: a buffer, and bytes from its
+    start."""
+
+    def moved(tensor: Binding) -> Binding:
+        buffer, offset = places.get(tensor.buffer, (tensor.buffer, 0))
+        return replace(tensor, buffer=buffer, offset=offset)
+
+    inputs, outputs = (tuple(moved(tensor) for tensor in tensors) for tensors in bindings)
     return inputs, outputs
+
+
+def cache_places(manifest: Manifest, pitch: int, first: int, alignment: int = 1) -> dict[str, tuple[str, int]]:
+    """Return where the caches lie from sequence ``first`` on: the buffer, and bytes from its start, by name.
+
+    ``pitch``: sequences per loop, in caches with a part for each loop.
+    """
+    places = {}
+    for state in manifest.states:
+        if state.kind != "swap":
+            step = size_of(state.bound_shape, state.dtype, batch=1)
+            of_loop = rounded_up(pitch * step, alignment)
+            for loop, name in enumerate(buffers_of(state)):
+                places[name] = (state.input, loop * of_loop + first * step)
+    return places
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """Return the least multiple that is not below ``count``."""
+    return -(-count // multiple) * multiple
 
 
 def buffer_name(state: StateSpec, which: int, loop: int = 0) -> str:

@@ -26,11 +26,12 @@ from .bindings import (
     cache_buffers,
     embed_bindings,
     head_bindings,
+    cache_places,
     loop_bindings,
+    placed,
     scratch_buffers,
     slot_bytes,
     state_buffers,
-    with_offsets,
 )
 from .control import LoopControl
 
@@ -55,6 +56,7 @@ class BufferState(ABC):
     """
 
     candidate_count = 0  # top candidates that the backend selects
+    alignment = 1  # bytes to a multiple of which bound caches begin
 
     def __init__(self, manifest: Manifest, batch: int):
         self.manifest, self.batch, self.chunk = manifest, batch, manifest.chunk
@@ -67,9 +69,9 @@ class BufferState(ABC):
         inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
         self.masked, self.steered = "attention_mask" in inputs, "active" in inputs
         self.first = 0  # a part's first sequence within the whole
-        self.offsets: dict[str, int] = {}  # bytes to that sequence's caches, by buffer
-        sizes = state_buffers(manifest, batch)
-        self.state_bytes = sum(sizes.values())
+        self.places = cache_places(manifest, batch, 0, self.alignment)  # caches by name: buffer, bytes from its start
+        sizes = state_buffers(manifest, batch, self.alignment)
+        self.state_bytes = manifest.state_bytes(batch)
         self._read_only = [state for state in manifest.states if state.kind == "read_only"]
         self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
@@ -95,11 +97,8 @@ class BufferState(ABC):
         """Copy the first ``count`` staged bytes to the buffer, unless the host array is the buffer."""
 
     @abstractmethod
-    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return a buffer's contents after all queued work: from its front, or a part's caches from its first sequence.
-
-        Valid until the next call of any method.
-        """
+    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Return a buffer's contents from ``offset`` bytes on, after all queued work; valid until the next call."""
 
     @abstractmethod
     def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
@@ -136,7 +135,10 @@ class BufferState(ABC):
             raise ArgumentError(f"slots {first} to {first + count - 1} are not among the {self.batch} of this state")
         made = copy.copy(self)
         made.first = self.first + first
-        made.offsets = {name: made.first * step for name, step in slot_bytes(self.manifest).items()}
+        made.places = {
+            name: (self.places[name][0], self.places[name][1] + first * step)
+            for name, step in slot_bytes(self.manifest).items()
+        }
         made.batch, made.width, made.current, made.loops_run, made.headed = count, 1, 0, 0, False
         made._bindings = OrderedDict()
         return made
@@ -190,7 +192,7 @@ class BufferState(ABC):
                 zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
             ):
                 if count:
-                    begin = self.offsets.get(state.input, 0) + (slot * heads * positions + int(at)) * step
+                    begin = self.places[state.input][1] + (slot * heads * positions + int(at)) * step
                     target = StridedRegion(state.input, begin, positions * step)
                     source = StridedRegion(state.output, slot * heads * width * step, width * step)
                     self.copy(target, source, int(count) * step, heads)
@@ -285,8 +287,8 @@ class BufferState(ABC):
                 f"{self.batch} slots"
             )
         step = size * ITEM_BYTES[state.dtype]
-        begin = self.offsets.get(buffer, 0) + (slot * heads * positions + start) * step
-        return StridedRegion(buffer, begin, positions * step), heads, size
+        block, offset = self.places[buffer]
+        return StridedRegion(block, offset + (slot * heads * positions + start) * step, positions * step), heads, size
 
     def put(self, buffer: str, values: NDArray[Any]) -> None:
         """Write an array to the front of a buffer."""
@@ -388,11 +390,12 @@ class BufferState(ABC):
     def _read(self, buffer: str, shape: tuple[int | str, ...], dtype: str, index: Any) -> NDArray[Any]:
         sizes = {"batch": self.batch, "chunk": self.width}
         dims = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
-        values = self.view(buffer, host_dtype(dtype), dims)[index]
+        block, offset = self.places.get(buffer, (buffer, 0))
+        values = self.view(block, host_dtype(dtype), dims, offset)[index]
         return widened(values) if dtype == "bfloat16" else values.copy()
 
     def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
-        self._bindings[key] = bound = self.bind(key[0], *with_offsets(bindings, self.offsets))
+        self._bindings[key] = bound = self.bind(key[0], *placed(bindings, self.places))
         if len(self._bindings) > _MAX_BINDINGS:
             self._bindings.popitem(last=False)
         return bound

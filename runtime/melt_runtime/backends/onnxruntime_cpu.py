@@ -158,14 +158,14 @@ class OnnxRuntimeState(BufferState):
             self.buffers[name] = raw[start : start + count]
             self.buffers[name].fill(0)
 
-    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
         """Return a buffer in a shape; every call returns the same memory."""
-        key = (buffer, self.offsets.get(buffer, 0), shape)
+        key = (buffer, offset, shape)
         found = self._views.get(key)
         if found is None or found.dtype is not dtype:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            self._views[key] = found = np.ndarray(shape, dtype, self.buffers[buffer].data, key[1])
+            self._views[key] = found = np.ndarray(shape, dtype, self.buffers[buffer].data, offset)
         return found
 
     stage = view

@@ -170,9 +170,9 @@ class DeviceState(BufferState):
         """Upload staged data."""
         self.buffers.upload(buffer, count)
 
-    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Download a buffer from its front, or a part's caches from its first sequence."""
-        return self.buffers.download(buffer, dtype, shape, self.offsets.get(buffer, 0))
+    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Download a buffer's contents."""
+        return self.buffers.download(buffer, dtype, shape, offset)
 
     def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
         """Copy blocks on the device."""

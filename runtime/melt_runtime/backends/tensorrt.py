@@ -117,6 +117,8 @@ class TensorRTState(BufferState):
     reads one constant buffer and later loops another.
     """
 
+    alignment = ALIGNMENT
+
     def __init__(self, backend: TensorRTBackend, batch: int):
         self.backend, self.device, self.spec = backend, backend.device, backend.spec
         self.candidate_count = backend.graph_engines["lm_head"].candidate_count  # 0: the engine selects none
@@ -172,12 +174,12 @@ class TensorRTState(BufferState):
         """Mark staged data for upload with the next run."""
         self._pending[buffer] = count
 
-    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """Download a buffer's front and wait: to pinned memory, or for a state to a new array."""
+    def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Download a buffer's contents and wait: to pinned memory, or for a state to a new array."""
         if buffer in self._fresh:
             self.buffers.wait()
             return self.buffers.host(buffer, dtype, shape)
-        return self.buffers.download(buffer, dtype, shape, self.offsets.get(buffer, 0))
+        return self.buffers.download(buffer, dtype, shape, offset)
 
     def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
         """Queue a copy of blocks on the device."""
