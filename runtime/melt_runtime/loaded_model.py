@@ -127,6 +127,7 @@ class LoadedModel:
         stop: str | Iterable[str] | None = None,
         stop_ids: int | Iterable[int] | None = None,
         ignore_eos: bool = False,
+        pipeline: str = "auto",
         **sampling: Any,
     ) -> GenerationOptions:
         if not isinstance(ignore_eos, bool):
@@ -141,7 +142,7 @@ class LoadedModel:
         depth.check(self.manifest)
         ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)
         said = depth_warnings(self.manifest, depth.loops)
-        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), ids, said)
+        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), ids, said, pipeline)
 
 
 def _callers_level() -> int:

@@ -7,13 +7,35 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True)
+class PipelineUse:
+    """What pipelined decoding did for one sequence.
+
+    ``runs``: runs of the loop step. ``tokens``: tokens that these brought through all loops. ``rows``: tokens in flight,
+    summed over the runs. ``held``, ``dropped``: drafts by the loop that predicted them, counted from 1: those that were
+    the sequence's next token, and those that were not.
+    """
+
+    runs: int
+    tokens: int
+    rows: int
+    held: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+    @property
+    def runs_per_token(self) -> float:
+        """Runs of the loop step per token; plain decoding takes as many as the token has loops."""
+        return self.runs / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
 class Generation:
     """A finished sequence.
 
     ``finish_reason``: "stop" (a stop id or string), "length" (max_tokens, or a full cache), and from a scheduler also
     "cancelled" and "deadline". ``depth``: the loops run for each token in the cache, including the prompt. ``loops``:
     the most loops that a token could run. ``cached_tokens``: how many prompt tokens were restored from a prefix cache
-    instead of run; not compared. ``warnings``: sentences that say why the answer may be poor.
+    instead of run; not compared. ``warnings``: sentences that say why the answer may be poor. ``pipeline``: what
+    pipelined decoding did; None where every token was decoded by itself; not compared.
     """
 
     text: str
@@ -24,6 +46,7 @@ class Generation:
     loops: int
     cached_tokens: int = field(default=0, compare=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    pipeline: PipelineUse | None = field(default=None, compare=False)
 
     @property
     def saved(self) -> float:

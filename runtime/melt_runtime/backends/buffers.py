@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -57,6 +57,8 @@ class BufferState(ABC):
 
     candidate_count = 0  # top candidates that the backend selects
     alignment = 1  # bytes to a multiple of which bound caches begin
+    narrow_lanes = True  # whether lanes run for only the loops in which a token stands
+    prefix = ""  # of the control and output buffers' names, for a state whose batch is lanes
 
     def __init__(self, manifest: Manifest, batch: int):
         self.manifest, self.batch, self.chunk = manifest, batch, manifest.chunk
@@ -69,11 +71,12 @@ class BufferState(ABC):
         inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
         self.masked, self.steered = "attention_mask" in inputs, "active" in inputs
         self.first = 0  # a part's first sequence within the whole
+        self.pitch = batch  # sequences per loop, in caches with a part for each loop
         self.places = cache_places(manifest, batch, 0, self.alignment)  # caches by name: buffer, bytes from its start
         sizes = state_buffers(manifest, batch, self.alignment)
         self.state_bytes = manifest.state_bytes(batch)
         self._read_only = [state for state in manifest.states if state.kind == "read_only"]
-        self._bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self.bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
         if self.steered:
             tokens = (batch, manifest.chunk) if manifest.staggers else batch
@@ -140,8 +143,66 @@ class BufferState(ABC):
             for name, step in slot_bytes(self.manifest).items()
         }
         made.batch, made.width, made.current, made.loops_run, made.headed = count, 1, 0, 0, False
-        made._bindings = OrderedDict()
+        made.bindings = OrderedDict()
+        made.detach()
         return made
+
+    def detach(self) -> None:
+        """Give a state made by copying another what it must not share with that. Nothing here."""
+
+    def lanes_fit(self) -> str | None:
+        """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""
+        loops = self.manifest.cache_loops or 1
+        if loops == 1:
+            return "the package has no cache for each of several loops"
+        if self.first or self.batch != self.pitch:
+            return "the caches of these sequences do not lie side by side"
+        if any(self.pitch * step % self.alignment for step in slot_bytes(self.manifest).values()):
+            return f"its caches do not begin at multiples of {self.alignment} bytes"
+        if self.masked and self.manifest.cache_rows == self.manifest.max_seq_len:
+            return "a package exported with --max-batch 1 has no spare position for loops without a token"
+        return None
+
+    def lane_outputs(self) -> tuple[str, ...]:
+        """Return the names of further outputs of the head."""
+        return ()
+
+    def perform(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        """Run several graphs on what was written before. Equal keys mean equal work."""
+        work()
+
+    def packed(self, pitch: int) -> Self:
+        """Return the first ``pitch`` sequences as a state over the same memory, laid out side by side per loop."""
+        made = copy.copy(self)
+        made.batch = made.pitch = pitch
+        made.places = cache_places(self.manifest, pitch, 0, self.alignment)
+        made.width, made.current, made.loops_run, made.headed = 1, 0, 0, False
+        made.bindings = OrderedDict()
+        made.detach()
+        return made
+
+    def repack(self, old: int, new: int, lengths: Sequence[int]) -> None:
+        """Move the cached positions of the first sequences from a layout with ``old`` of them per loop to one with
+        ``new``.
+
+        ``lengths``: positions per sequence to keep; all others are lost.
+        """
+        layouts = [cache_places(self.manifest, pitch, 0, self.alignment) for pitch in (old, new)]
+        for state in self.manifest.states:
+            if state.kind != "per_loop":
+                continue
+            heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
+            item = size * ITEM_BYTES[state.dtype]
+            moves = [(loop, slot) for loop in range(int(state.shape[0])) for slot in range(len(lengths))]
+            # In this order no position is written over before it was moved.
+            for loop, slot in moves if new < old else reversed(moves):
+                begins = [layout[buffer_name(state, 0, loop)] for layout in layouts]
+                source, target = (
+                    StridedRegion(block, offset + slot * heads * positions * item, positions * item)
+                    for block, offset in begins
+                )
+                if lengths[slot] and source != target:
+                    self.copy(target, source, lengths[slot] * item, heads)
 
     def embed(self, token_ids: NDArray[np.int64]) -> None:
         """Embed token_ids (batch, chunk) into the hidden buffer."""
@@ -171,7 +232,7 @@ class BufferState(ABC):
         processor's caches are full of weights, so any work between two graphs takes several times longer.
         """
         self.embed(token_ids)
-        width, context = self._begin_loops(control)
+        width, context = self.begin_loops(control)
         for loop in range(loops):
             if loop and between is not None:
                 between()
@@ -303,7 +364,7 @@ class BufferState(ABC):
         first, name = control.first_loop, "first_loop"
         alike = set(first.ravel().tolist())
         if True in alike:
-            width, context = self._begin_loops(control)
+            width, context = self.begin_loops(control)
         else:
             width, context = control.active.shape[1], self.context(control)
             if self.steered:
@@ -316,14 +377,14 @@ class BufferState(ABC):
             self.put(name, first)
         return width, context, name
 
-    def _begin_loops(self, control: LoopControl) -> tuple[int, int]:
+    def begin_loops(self, control: LoopControl) -> tuple[int, int]:
         """Write the control inputs of a chunk's first loop. Return its width and attention length."""
         width, context = control.active.shape[1], self.context(control)
-        self.put("lengths", control.lengths)
+        self.put(self.prefix + "lengths", control.lengths)
         if self.masked:
             self._write_mask(control, width, context)
         else:
-            self.put("chunk_lengths", control.chunk_lengths)
+            self.put(self.prefix + "chunk_lengths", control.chunk_lengths)
         if self.steered:
             self.put("active", control.active)
         return width, context
@@ -331,14 +392,14 @@ class BufferState(ABC):
     def run_embed(self) -> None:
         """Run the embedding on the token ids in their buffer."""
         key = ("embed", self.width)
-        bound = self._bindings.get(key) or self._bind(key, embed_bindings(self.manifest, self.batch, self.width))
+        bound = self.bindings.get(key) or self._bind(key, embed_bindings(self.manifest, self.batch, self.width))
         self.run("embed", bound)
 
     def run_loop(self, width: int, context: int, first_loop: str) -> None:
         """Run a loop step with what ``prepare`` wrote, and swap hidden and latent."""
         loop = self.loops_run if self.manifest.cache_loops else 0
         key = ("loop_step", self.current, width, context, first_loop, loop)
-        bound = self._bindings.get(key)
+        bound = self.bindings.get(key)
         if bound is None:
             made = loop_bindings(self.manifest, self.batch, width, context, self.current, first_loop, loop)
             bound = self._bind(key, made)
@@ -359,7 +420,7 @@ class BufferState(ABC):
         """Run the head on the gathered columns."""
         source = self._hidden_buffers[self.current] if self.width == 1 else "head_hidden"
         key = ("lm_head", source)
-        bound = self._bindings.get(key) or self._bind(key, self.head_bindings(source))
+        bound = self.bindings.get(key) or self._bind(key, self.head_bindings(source))
         self.run("lm_head", bound)
 
     def head_bindings(self, hidden: str) -> Bindings:
@@ -376,13 +437,14 @@ class BufferState(ABC):
     def _write_mask(self, control: LoopControl, width: int, context: int) -> None:
         """Write the attention mask (batch, 1, chunk, context). In the portable dialect it does not cover the chunk
         itself."""
-        mask = self.stage("attention_mask", np.dtype(np.bool_), (self.batch, 1, width, context))
+        name = self.prefix + "attention_mask"
+        mask = self.stage(name, np.dtype(np.bool_), (self.batch, 1, width, context))
         position = np.arange(context)
         seen = np.repeat(control.lengths[:, None], width, axis=1)
         if self.manifest.dialect != "portable":
             seen = seen + np.arange(1, width + 1)
         np.less(position, seen[:, None, :, None], out=mask)
-        self.send("attention_mask", mask.nbytes)
+        self.send(name, mask.nbytes)
 
     def _exits(self) -> NDArray[np.float32]:
         return self.view("exit_probability", FLOAT32, (self.batch, self.width))
@@ -394,10 +456,14 @@ class BufferState(ABC):
         values = self.view(block, host_dtype(dtype), dims, offset)[index]
         return widened(values) if dtype == "bfloat16" else values.copy()
 
+    def run_bound(self, graph: str, key: tuple[Any, ...], bindings: Bindings) -> None:
+        """Run a graph on these bindings, kept under a key that begins with the graph's name."""
+        self.run(graph, self.bindings.get(key) or self._bind(key, bindings))
+
     def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
-        self._bindings[key] = bound = self.bind(key[0], *placed(bindings, self.places))
-        if len(self._bindings) > _MAX_BINDINGS:
-            self._bindings.popitem(last=False)
+        self.bindings[key] = bound = self.bind(key[0], *placed(bindings, self.places))
+        if len(self.bindings) > _MAX_BINDINGS:
+            self.bindings.popitem(last=False)
         return bound
 
 

@@ -17,7 +17,7 @@ from ..errors import ArgumentError, BackendError
 from ..package.engine_spec import fitting_engine
 from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
-from .bindings import Binding, Bindings, slot_bytes, state_buffers
+from .bindings import LANES, Binding, Bindings, slot_bytes, state_buffers
 from .buffers import BufferState, StridedRegion
 from .control import LoopControl
 from .cuda import open_device
@@ -118,6 +118,7 @@ class TensorRTState(BufferState):
     """
 
     alignment = ALIGNMENT
+    narrow_lanes = False  # each range of loops would be another captured graph
 
     def __init__(self, backend: TensorRTBackend, batch: int):
         self.backend, self.device, self.spec = backend, backend.device, backend.spec
@@ -145,8 +146,28 @@ class TensorRTState(BufferState):
             return None
         made = super().part(first, count)
         assert made is not None
-        made._pending, made._fresh = {}, ()
         return made
+
+    def detach(self) -> None:
+        """Begin without staged data and queued downloads."""
+        self._pending, self._fresh = {}, ()
+
+    def lanes_fit(self) -> str | None:
+        """Return why one run cannot hold a token of every sequence in every loop, or None."""
+        rows = self.batch * (self.manifest.cache_loops or 1)
+        try:
+            profile_for(self.spec.profiles, rows, 1, self.spec.buckets[-1])
+        except ArgumentError as error:
+            return str(error)
+        return super().lanes_fit()
+
+    def lane_outputs(self) -> tuple[str, ...]:
+        """Return the names of the engine's candidate outputs."""
+        return self._top_outputs()
+
+    def perform(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        """Run several graphs over one token per row, from a captured graph."""
+        self._perform(key, 1, work)
 
     def allocate(self, sizes: dict[str, int]) -> None:
         """Allocate one block on the device and one of pinned memory, if enough is free."""
@@ -155,6 +176,8 @@ class TensorRTState(BufferState):
         if self.candidate_count:
             sizes_of_top = {"top_logits": 4 * self.candidate_count, "top_ids": 4 * self.candidate_count, "log_sum": 4}
             sizes = {**sizes, **{name: self.batch * count for name, count in sizes_of_top.items()}}
+            rows = self.batch * (self.manifest.cache_loops or 1)
+            sizes |= {LANES + name: rows * count for name, count in sizes_of_top.items()}
         self.buffers = DeviceBuffers(
             self.device,
             {**sizes, "engine scratch": scratch},

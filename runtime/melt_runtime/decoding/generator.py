@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..package.manifest import Manifest
-from ..results import Generation, TextDelta
+from ..results import Generation, PipelineUse, TextDelta
 from ..sampling.constraint import Constraint, masked
 from ..sampling.logprobs import logprobs_of
 from ..sampling.sampler import Sampler
@@ -17,6 +20,7 @@ from ..text.stream_decoder import StreamDecoder
 from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
 from .loop_driver import LoopDriver, NextLogits
+from .pipeline import begin_pipeline
 from .settings import GenerationOptions
 
 Result = TypeVar("Result")
@@ -53,8 +57,11 @@ class TokenSequence:
         )
         self.text: list[str] = []
         self.finish_reason: str | None = None
+        self.pipelined = False
         self._streamed = streamed or bool(options.stop)  # stop strings are searched in every token's text
         self._unread: list[int] = []  # tokens whose text has not been decoded
+        self._masked_at = -1  # the length of the history that the constraint was asked about
+        self._allowed_next: NDArray[np.bool_] | None = None
 
     def sample(self, logits: NextLogits, room: int, depth: int, row: int | None = None) -> TextDelta:
         """Sample the next token. Raises ArgumentError if the logits or the constraint fail.
@@ -78,10 +85,40 @@ class TokenSequence:
         return TextDelta(self.slot, self._show(token), token, self.finish_reason, depth, found)
 
     def _allowed(self, logits: NextLogits, row: int, constraint: Constraint) -> int:
-        allowed = _asked(constraint.mask, self.history[self.prompt_tokens :])
+        allowed = self._mask(constraint)
         if allowed is None:
             return logits.sample(row, self.sampler, self.history)
         return self.sampler.sample(masked(logits.row(row), allowed), self.history)
+
+    def draft(self, logits: NDArray[np.float32], ahead: Sequence[int]) -> int | None:
+        """Predict the token after this sequence and ``ahead`` from an early loop's logits (vocab,).
+
+        It takes the random number with which that token will be sampled, so the prediction holds wherever both logits
+        lead to one token. None where no token follows, or where a constraint says nothing about the place.
+        """
+        if ahead and ahead[-1] in self.options.stop_ids:
+            return None
+        if len(self.history) - self.prompt_tokens + len(ahead) >= self.options.max_tokens:
+            return None
+        try:
+            if self.constraint is not None:
+                if ahead:
+                    return None
+                allowed = self._mask(self.constraint)
+                logits = logits if allowed is None else masked(logits, allowed)
+            sampling = self.options.sampling
+            if sampling.temperature == 0 and sampling.repetition_penalty == 1.0:
+                return int(logits.argmax())
+            return self.sampler.ahead(len(ahead)).sample(logits, [*self.history, *ahead])
+        except ArgumentError:  # the final logits may be in order; if not, sampling from them reports it
+            return None
+
+    def _mask(self, constraint: Constraint) -> NDArray[np.bool_] | None:
+        """Return the tokens that the constraint allows next, asked for once per token."""
+        if self._masked_at != len(self.history):
+            self._allowed_next = _asked(constraint.mask, self.history[self.prompt_tokens :])
+            self._masked_at = len(self.history)
+        return self._allowed_next
 
     def _show(self, token: int) -> str:
         if self.decoder is None:
@@ -123,7 +160,9 @@ class TokenSequence:
         """Return the text held back until the end."""
         return self.matcher.push(decoder.flush())[0] + self.matcher.flush()
 
-    def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
+    def result(
+        self, depth: Sequence[int], cached_tokens: int = 0, pipeline: PipelineUse | None = None
+    ) -> Generation:
         """Return the finished sequence."""
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
@@ -137,6 +176,7 @@ class TokenSequence:
             loops,
             cached_tokens,
             self.options.warnings,
+            pipeline,
         )
 
 
@@ -180,12 +220,13 @@ class Generator:
             for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
+        self._draft = self.sequences[0].draft if begin_pipeline(driver, options) else None
 
     def __iter__(self) -> Iterator[TextDelta]:
         driver, moves = self.driver, self.driver.moves
         while any(self.pending):
             self._require(moves)
-            logits = driver.advance(self.pending, self.options.loops)
+            logits = driver.advance(self.pending, self.options.loops, draft=self._draft)
             moves = driver.moves
             for slot, sequence in enumerate(self.sequences):
                 if not self.pending[slot]:
@@ -203,7 +244,8 @@ class Generator:
 
     def results(self) -> list[Generation]:
         """Return all sequences. Call it after iterating."""
-        return [sequence.result(self._depth[sequence.slot]) for sequence in self.sequences]
+        use = self.driver.pipeline.use(0) if self._draft is not None and self.driver.pipeline is not None else None
+        return [sequence.result(self._depth[sequence.slot], pipeline=use) for sequence in self.sequences]
 
 
 def check_request(

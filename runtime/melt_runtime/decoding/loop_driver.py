@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
+from .pipeline import Advancing, Draft, Pipeline
 from .settings import LoopSettings
 
 Settings = LoopSettings | Sequence[LoopSettings]  # for all sequences, or one per sequence
@@ -43,14 +45,22 @@ class LoopDriver:
         self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
         self.depth: list[list[int]] = [[] for _ in range(self.batch)] if whole is None else whole.depth[own]
         self.moves = 0  # counts changes, so that a caller notices another's use of the driver
+        # Counts each sequence's changes, by this driver, its whole or its parts.
+        self.versions: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.versions[own]
         # Reused for chunks of one token, where every microsecond counts.
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
-        self._lengths = self.lengths.data  # the same memory: writing one element is faster here
+        self._lengths, self._versions = self.lengths.data, self.versions.data  # memory: writing an element is fast here
         self._each_one = Chunk(self._ids, self._one, self._all, self._column)
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings already checked, with a fixed number of loops
+        self._drafted: LoopSettings | None = None  # settings already checked for pipelined decoding
+
+    @cached_property
+    def pipeline(self) -> Pipeline | None:
+        """Pipelined decoding of these sequences; None where ``state.lanes_fit`` says why not."""
+        return Pipeline(self) if self.state.lanes_fit() is None else None
 
     def reset(self) -> None:
         """Drop all tokens; the buffers stay allocated."""
@@ -60,6 +70,7 @@ class LoopDriver:
     def clear(self, slot: int) -> None:
         """Drop the tokens of one sequence."""
         self.moves += 1
+        self._versions[slot] += 1
         self.lengths[slot] = 0
         self.depth[slot].clear()
 
@@ -72,6 +83,7 @@ class LoopDriver:
         if not 0 <= length <= self.lengths[slot]:
             raise ArgumentError(f"length is {length}; it must lie between 0 and the {self.lengths[slot]} in the cache")
         self.moves += 1
+        self._versions[slot] += 1
         self.lengths[slot] = length
         del self.depth[slot][length:]
 
@@ -89,6 +101,7 @@ class LoopDriver:
         if depth:
             self.state.write_positions(slot, start, positions)
         self.moves += 1
+        self._versions[slot] += 1
         self.lengths[slot] = start + len(depth)
         self.depth[slot].extend(depth)
 
@@ -115,14 +128,26 @@ class LoopDriver:
         return self.advance(tokens, settings).full()
 
     def advance(
-        self, tokens: Sequence[Sequence[int]], settings: Settings, between: Between | None = None
+        self,
+        tokens: Sequence[Sequence[int]],
+        settings: Settings,
+        between: Between | None = None,
+        draft: Draft | None = None,
     ) -> NextLogits:
         """Run tokens as ``append`` does, but read logits only when they are needed.
 
-        Raises Interrupted if ``between`` does; then nothing was appended.
+        ``draft``: drafts the tokens after a single one, to run it pipelined; only for a batch of one whose
+        ``pipeline`` is not None. Raises Interrupted if ``between`` does; then nothing was appended.
         """
         logits = NextLogits(self.state, self.manifest.vocab_size)
         single = self._single(tokens)
+        if draft is not None and single is self._each_one and self.pipeline is not None:
+            [one] = self.each(settings)
+            if one is not self._drafted:
+                self._check_depth(single, [one])
+                self._drafted = one
+            logits.hold(0, self.pipeline.decode(int(self._ids[0, 0]), Advancing(one.loops, draft), between))
+            return logits
         if single is self._each_one and self._again(settings, between):
             logits.follow(self._zeros, self._all)
             return logits
@@ -158,6 +183,7 @@ class LoopDriver:
         for slot, spent in enumerate(self.depth):
             spent.append(fixed.loops)
             self._lengths[slot] = len(spent)
+            self._versions[slot] += 1
         return True
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
@@ -266,6 +292,12 @@ class LoopDriver:
         for slot, loops in enumerate(spent):
             self.depth[slot].extend(loops)
             self.lengths[slot] = len(self.depth[slot])
+            # With a mask, a graph writes behind the last position of sequences without new tokens, too.
+            self._versions[slot] += bool(loops) or self.state.masked
+
+    def commit(self, slot: int, loops: int) -> None:
+        """Count one more token of a sequence, whose keys and values are in the cache of every loop."""
+        self._count([[loops] if other == slot else [] for other in range(self.batch)])
 
     def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """Raise ArgumentError if a LoopLM lacks a cache for a loop, or a cache lacks earlier tokens."""
@@ -306,6 +338,10 @@ class NextLogits:
     def follow(self, columns: NDArray[np.int64], last: NDArray[np.bool_]) -> None:
         """Take the logits of a chunk that ran: its ``columns`` (batch, 1), of the sequences in ``last``."""
         self._columns, self._last = columns, last
+
+    def hold(self, slot: int, row: NDArray[np.float32]) -> None:
+        """Take a sequence's logits (vocab,) from elsewhere."""
+        self._rows[slot] = row
 
     def keep(self) -> None:
         """Copy the logits that the next chunk will overwrite."""

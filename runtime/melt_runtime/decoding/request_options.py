@@ -28,6 +28,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None  # None
     stop: str | Iterable[str] | None  # stop before any of these strings
     stop_ids: int | Iterable[int] | None  # stop at any of these tokens, besides the model's own
+    pipeline: str  # "auto": run several successive tokens at once where that is exact and faster; "on", "off"
     ignore_eos: bool  # False; True: do not stop at the model's own end tokens
 
 

@@ -10,7 +10,9 @@ from ..package.manifest import Manifest
 from ..package.specs import MAX_LOOPS
 from ..sampling.sampler import SamplingParams
 from ..text.stop_strings import stop_strings, stop_tokens
-from ..untrusted import whole_number
+from ..untrusted import shown, whole_number
+
+PIPELINE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,11 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """The options of one request: depth, number of tokens, sampling, stopping."""
+    """The options of one request: depth, number of tokens, sampling, stopping.
+
+    ``pipeline``: whether several successive tokens run at once, each in a loop of its own: "on", "off", or "auto":
+    where the tokens are the same and it is faster.
+    """
 
     loops: LoopSettings
     max_tokens: int = 256
@@ -72,9 +78,12 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     warnings: tuple[str, ...] = field(default=(), compare=False)  # sentences that the reply should carry
+    pipeline: str = "auto"
 
     def __post_init__(self) -> None:
         whole_number("max_tokens", self.max_tokens)
+        if self.pipeline not in PIPELINE:
+            raise ArgumentError(f"pipeline is {shown(self.pipeline)}; it must be one of {', '.join(PIPELINE)}")
         object.__setattr__(self, "stop", stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", stop_tokens(self.stop_ids))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -137,6 +138,15 @@ class Sampler:
         # The product may round up to the total; the last token with any weight is then correct.
         drawn = min(drawn, int(np.searchsorted(mass, mass[-1], side="left")))
         return drawn if ids is None else int(ids[drawn])
+
+    def ahead(self, tokens: int) -> Sampler:
+        """Return a sampler whose next random number is this one's after ``tokens`` more tokens."""
+        made = copy(self)
+        if self.params.temperature > 0:
+            bits = np.random.PCG64(0)
+            bits.state = self._random.bit_generator.state
+            made._random = np.random.Generator(bits.advance(tokens))
+        return made
 
     def state(self) -> dict[str, Any]:
         """Return the random state as dicts, strings and ints that JSON can hold, for ``restore``."""

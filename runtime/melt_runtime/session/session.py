@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..decoding.generator import TokenSequence, check_not_empty, check_stop
 from ..decoding.loop_driver import NextLogits
+from ..decoding.pipeline import Draft, begin_pipeline
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
 from ..decoding.settings import GenerationOptions, LoopSettings
@@ -130,7 +131,9 @@ class Session:
         sequence = self._sequence(options, streamed=False)
         for _ in self._deltas(sequence, self._stream):
             pass
-        return sequence.result(self.driver.depth[0])
+        pipeline = self.driver.pipeline
+        used = pipeline.use(0) if sequence.pipelined and pipeline is not None else None
+        return sequence.result(self.driver.depth[0], pipeline=used)
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continue the sequence and yield text as it is generated.
@@ -276,6 +279,7 @@ class Session:
         self._require_tokens()
         self.driver.check([self._pending_ids()])
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
+        sequence.pipelined = begin_pipeline(self.driver, request)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
             sequence.sampler = self.sampler
         self._stream = object()
@@ -286,18 +290,18 @@ class Session:
             with self._lock:
                 if self._stream is not stream:
                     raise OvertakenError("the session moved on while this stream was open; begin another")
-                logits = self._ready(sequence.options.loops)
+                logits = self._ready(sequence.options.loops, sequence.draft if sequence.pipelined else None)
                 delta = sequence.sample(logits, self.driver.room(0), self.driver.depth[0][-1])
                 self._pending, self._logits = delta.token_id, None
             yield delta
 
-    def _ready(self, settings: LoopSettings) -> NextLogits:
+    def _ready(self, settings: LoopSettings, draft: Draft | None = None) -> NextLogits:
         """Return the logits after the last token.
 
         Runs a pending token. After going back, runs the last chunk again with its settings, because logits are not
         kept.
         """
-        self._run_pending(settings)
+        self._run_pending(settings, draft)
         if self._logits is None:
             self._require_tokens()
             start, before = self._chunks[-1]
@@ -307,17 +311,23 @@ class Session:
         assert self._logits is not None
         return self._logits
 
-    def _run_pending(self, settings: LoopSettings) -> None:
+    def _run_pending(self, settings: LoopSettings, draft: Draft | None = None) -> None:
         if self._pending is not None:
-            self._run([self._pending], settings)
+            self._run([self._pending], settings, draft=draft)
             self._pending = None
 
-    def _run(self, ids: Sequence[int], settings: LoopSettings, prefixes: Prefixes | None = None) -> None:
+    def _run(
+        self,
+        ids: Sequence[int],
+        settings: LoopSettings,
+        prefixes: Prefixes | None = None,
+        draft: Draft | None = None,
+    ) -> None:
         """Run tokens after restoring a known beginning. On errors too, ids and chunks match the cache."""
         before, self._logits = len(self._ids), None
         try:
             known = 0 if prefixes is None else prefixes.restore(self.driver, 0, ids, settings)
-            self._logits = self.driver.advance([ids[known:]], settings)
+            self._logits = self.driver.advance([ids[known:]], settings, draft=draft)
         finally:
             ran = int(self.driver.lengths[0]) - before
             self._ids += ids[:ran]
