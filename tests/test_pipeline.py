@@ -11,7 +11,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.decoding.loop_driver import Interrupted, LoopDriver
-from melt_runtime.decoding.pipeline import Advancing
+from melt_runtime.decoding.pipeline import Advancing, Pipelining
 
 from melt_export.quantization.options import BITS, CacheOptions, WeightOptions
 
@@ -25,9 +25,7 @@ def runtime(make_package: MakePackage, make_looplm: MakeCheckpoint) -> Runtime:
 
 
 def plain(runtime: Runtime, count: int, loops: int = LOOPS) -> list[int]:
-    return list(
-        runtime.generate(PROMPT, loops=loops, max_tokens=count, ignore_eos=True, pipeline="off").token_ids
-    )
+    return list(runtime.generate(PROMPT, loops=loops, max_tokens=count, ignore_eos=True, pipeline="off").token_ids)
 
 
 def prompts(runtime: Runtime, count: int) -> list[list[int]]:
@@ -39,7 +37,12 @@ def prompts(runtime: Runtime, count: int) -> list[list[int]]:
 @pytest.mark.parametrize("loops", [2, 3, 4])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 5, "repetition_penalty": 1.1}, {"repetition_penalty": 1.3}],
+    [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 1.5, "top_k": 5, "repetition_penalty": 1.1},
+        {"repetition_penalty": 1.3},
+    ],
 )
 def test_tokens_are_those_of_plain_decoding(runtime: Runtime, loops: int, options: dict[str, Any]) -> None:
     for seed, prompt in enumerate(prompts(runtime, 5)):
@@ -57,7 +60,12 @@ def test_tokens_are_those_of_plain_decoding(runtime: Runtime, loops: int, option
 @pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"precision": "fp16"}, {"weights": WeightOptions("int4", 32, "rtn")}, *({"cache": CacheOptions(kind)} for kind in BITS)],
+    [
+        {},
+        {"precision": "fp16"},
+        {"weights": WeightOptions("int4", method="rtn")},
+        *({"cache": CacheOptions(kind)} for kind in BITS),
+    ],
     ids=["fp32", "fp16", "weights-int4", *BITS],
 )
 def test_every_precision_and_cache_gives_plain_tokens(
@@ -71,13 +79,21 @@ def test_every_precision_and_cache_gives_plain_tokens(
         assert runtime.generate(prompt, pipeline="on", **asked) == runtime.generate(prompt, pipeline="off", **asked)
 
 
+def greedy(logits: np.ndarray, ahead: Sequence[int]) -> int:
+    return int(logits.argmax())
+
+
 def decode(
     driver: LoopDriver, first: int, count: int, drafts: Any, loops: int = LOOPS
 ) -> tuple[list[int], list[np.ndarray]]:
     """Decode greedily with the given drafts. Returns the tokens, and the logits that each was taken from."""
     tokens, rows = [first], []
     for _ in range(count):
-        row = driver.advance([[tokens[-1]]], LoopSettings(loops), draft=lambda l, ahead: drafts(tokens, l, ahead)).row(0)
+        row = driver.advance(
+            [[tokens[-1]]],
+            LoopSettings(loops),
+            pipelining=Pipelining(lambda logits, ahead: drafts(tokens, logits, ahead)),
+        ).row(0)
         rows.append(row.copy())
         tokens.append(int(row.argmax()))
     return tokens[1:], rows
@@ -136,9 +152,9 @@ def test_caches_hold_the_final_tokens_only(runtime: Runtime) -> None:
     """Everything that a later call may read is as plain decoding leaves it, with drafts in flight or without."""
     drivers = [runtime.driver(), runtime.driver()]
     settings = LoopSettings(LOOPS)
-    token = [int(driver.append([PROMPT], settings)[0].argmax()) for driver in drivers][0]
+    token, _ = (int(driver.append([PROMPT], settings)[0].argmax()) for driver in drivers)
     for _ in range(9):
-        piped = drivers[0].advance([[token]], settings, draft=lambda logits, ahead: int(logits.argmax())).row(0)
+        piped = drivers[0].advance([[token]], settings, pipelining=Pipelining(greedy)).row(0)
         np.testing.assert_array_equal(piped, drivers[1].append([[token]], settings)[0])
         assert drivers[0].depth == drivers[1].depth
         assert drivers[0].lengths.tolist() == drivers[1].lengths.tolist()
@@ -158,11 +174,8 @@ def test_tokens_in_flight_are_forgotten_when_the_sequence_changes(
     settings, driver = LoopSettings(LOOPS), runtime.driver()
     token = int(driver.append([PROMPT], settings)[0].argmax())
 
-    def greedy(logits: np.ndarray, ahead: Sequence[int]) -> int:
-        return int(logits.argmax())
-
     for _ in range(5):
-        token = int(driver.advance([[token]], settings, draft=greedy).row(0).argmax())
+        token = int(driver.advance([[token]], settings, pipelining=Pipelining(greedy)).row(0).argmax())
     assert driver.pipeline is not None
     inside = driver.pipeline._sequences[0].flights
     assert inside
@@ -193,9 +206,11 @@ def test_tokens_in_flight_are_forgotten_when_the_sequence_changes(
             if change == "error":
                 patch.setattr(type(driver.state), "run_head", fail)
             with pytest.raises(failing):
-                driver.advance([[token]], settings, fail if change == "interrupt" else None, draft=greedy)
+                driver.advance(
+                    [[token]], settings, fail if change == "interrupt" else None, pipelining=Pipelining(greedy)
+                )
         tokens = []
-    found = driver.advance([[token]], settings, draft=greedy).row(0).copy()
+    found = driver.advance([[token]], settings, pipelining=Pipelining(greedy)).row(0).copy()
     alone = runtime.driver()
     if tokens:
         alone.append([tokens[:length]], settings)
@@ -256,9 +271,7 @@ def test_several_sequences_share_a_run(runtime: Runtime) -> None:
         pipeline.feed(slot, fed[slot])
     counts = [0, 0, 0]
     for _ in range(60):
-        advancing = {
-            slot: Advancing(how.loops, lambda logits, ahead: int(logits.argmax())) for slot, how in enumerate(settings)
-        }
+        advancing = {slot: Advancing(how.loops, greedy) for slot, how in enumerate(settings)}
         for slot in pipeline.run(advancing):
             row = pipeline.row(slot)
             np.testing.assert_array_equal(row, alone[slot].append([[fed[slot]]], settings[slot])[0])

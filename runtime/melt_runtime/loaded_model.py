@@ -12,6 +12,7 @@ from .backends.base import Backend
 from .backends.open import open_backend
 from .decoding.early_exit import depth_warnings
 from .decoding.loop_driver import LoopDriver
+from .decoding.pipeline_choice import PipelineChoice
 from .decoding.request_options import GenerateOptions, plain_options
 from .decoding.settings import GenerationOptions, LoopSettings
 from .errors import ArgumentError, MeltWarning, PromptError
@@ -35,6 +36,7 @@ class LoadedModel:
         self.stop_ids = {token.id for token in self.end_tokens if not token.chats_only}
         self.chat_stop_ids = {token.id for token in self.end_tokens}  # with those that end only a chat's answers
         self._warned: set[str] = set()
+        self._pipeline_choice = PipelineChoice()
 
     @classmethod
     def load(
@@ -84,7 +86,7 @@ class LoadedModel:
     def driver(self, batch: int = 1) -> LoopDriver:
         """Open a loop driver with its own state. Raises ArgumentError for a batch above the package's max_batch,
         BackendError."""
-        return LoopDriver(self.backend.open_state(batch), self.manifest)
+        return LoopDriver(self.backend.open_state(batch), self.manifest, choice=self._pipeline_choice)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, which may be ids already. Raises PromptError."""

@@ -10,9 +10,9 @@ from typing import NamedTuple
 class PipelineUse:
     """What pipelined decoding did for one sequence.
 
-    ``runs``: runs of the loop step. ``tokens``: tokens that these brought through all loops. ``rows``: tokens in flight,
-    summed over the runs. ``held``, ``dropped``: drafts by the loop that predicted them, counted from 1: those that were
-    the sequence's next token, and those that were not.
+    ``runs``: runs of the loop step. ``tokens``: tokens that these brought through all loops. ``rows``: tokens in
+    flight, summed over the runs. ``held``, ``dropped``: drafts by the loop that predicted them, counted from 1: those
+    that were the sequence's next token, and those that were not.
     """
 
     runs: int

@@ -24,9 +24,9 @@ from .bindings import (
     Bindings,
     buffer_name,
     cache_buffers,
+    cache_places,
     embed_bindings,
     head_bindings,
-    cache_places,
     loop_bindings,
     placed,
     scratch_buffers,
@@ -147,8 +147,8 @@ class BufferState(ABC):
         made.detach()
         return made
 
-    def detach(self) -> None:
-        """Give a state made by copying another what it must not share with that. Nothing here."""
+    def detach(self) -> None:  # noqa: B027 (a default, not an abstract method)
+        """Give a state made by copying another what it must not share with that; here nothing."""
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""

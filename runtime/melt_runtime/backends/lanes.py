@@ -31,7 +31,12 @@ class Lanes:
         self._source, self._target = (LANES + buffer_name(state.hidden, which) for which in (1, 0))
 
     def run(
-        self, first: int, last: int, entering: NDArray[np.int64] | None, lengths: NDArray[np.int64], counts: NDArray[np.int64]
+        self,
+        first: int,
+        last: int,
+        entering: NDArray[np.int64] | None,
+        lengths: NDArray[np.int64],
+        counts: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         """Run loops ``first`` to ``last`` (0-based), each over at most one token per sequence, and move all tokens on.
 

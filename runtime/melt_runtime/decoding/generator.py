@@ -20,7 +20,7 @@ from ..text.stream_decoder import StreamDecoder
 from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
 from .loop_driver import LoopDriver, NextLogits
-from .pipeline import begin_pipeline
+from .pipeline import Pipelining, pipelining
 from .settings import GenerationOptions
 
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ class TokenSequence:
         )
         self.text: list[str] = []
         self.finish_reason: str | None = None
-        self.pipelined = False
+        self.pipelining: Pipelining | None = None
         self._streamed = streamed or bool(options.stop)  # stop strings are searched in every token's text
         self._unread: list[int] = []  # tokens whose text has not been decoded
         self._masked_at = -1  # the length of the history that the constraint was asked about
@@ -102,9 +102,10 @@ class TokenSequence:
             return None
         try:
             if self.constraint is not None:
-                if ahead:
+                look_ahead: Any = getattr(self.constraint, "mask_ahead", lambda ahead: None)
+                allowed = _asked(look_ahead, ahead) if ahead else self._mask(self.constraint)
+                if ahead and allowed is None:
                     return None
-                allowed = self._mask(self.constraint)
                 logits = logits if allowed is None else masked(logits, allowed)
             sampling = self.options.sampling
             if sampling.temperature == 0 and sampling.repetition_penalty == 1.0:
@@ -160,9 +161,7 @@ class TokenSequence:
         """Return the text held back until the end."""
         return self.matcher.push(decoder.flush())[0] + self.matcher.flush()
 
-    def result(
-        self, depth: Sequence[int], cached_tokens: int = 0, pipeline: PipelineUse | None = None
-    ) -> Generation:
+    def result(self, depth: Sequence[int], cached_tokens: int = 0, pipeline: PipelineUse | None = None) -> Generation:
         """Return the finished sequence."""
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
@@ -220,13 +219,13 @@ class Generator:
             for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
-        self._draft = self.sequences[0].draft if begin_pipeline(driver, options) else None
+        self._pipelining = pipelining(driver, options, self.sequences[0].draft) if self.sequences else None
 
     def __iter__(self) -> Iterator[TextDelta]:
         driver, moves = self.driver, self.driver.moves
         while any(self.pending):
             self._require(moves)
-            logits = driver.advance(self.pending, self.options.loops, draft=self._draft)
+            logits = driver.advance(self.pending, self.options.loops, pipelining=self._pipelining)
             moves = driver.moves
             for slot, sequence in enumerate(self.sequences):
                 if not self.pending[slot]:
@@ -244,7 +243,8 @@ class Generator:
 
     def results(self) -> list[Generation]:
         """Return all sequences. Call it after iterating."""
-        use = self.driver.pipeline.use(0) if self._draft is not None and self.driver.pipeline is not None else None
+        pipeline = None if self._pipelining is None else self.driver.pipeline
+        use = None if pipeline is None else pipeline.use(0)
         return [sequence.result(self._depth[sequence.slot], pipeline=use) for sequence in self.sequences]
 
 

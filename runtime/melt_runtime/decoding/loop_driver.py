@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .pipeline import Advancing, Draft, Pipeline
+from .pipeline import Advancing, Pipeline, Pipelining
+from .pipeline_choice import PipelineChoice
 from .settings import LoopSettings
 
 Settings = LoopSettings | Sequence[LoopSettings]  # for all sequences, or one per sequence
@@ -35,11 +37,20 @@ class LoopDriver:
     """A batch of sequences and their state. All memory is allocated at the start and never grows.
 
     ``lengths`` (batch,): tokens in the cache per sequence. ``depth``: per sequence, the loops run for each of its
-    tokens. ``whole``: the driver of which this one is a part that begins at sequence ``first``. Not thread-safe.
+    tokens. ``whole``: the driver of which this one is a part that begins at sequence ``first``. ``choice``: whether
+    pipelined decoding is the faster way, shared by drivers of one model. Not thread-safe.
     """
 
-    def __init__(self, state: BufferState, manifest: Manifest, whole: LoopDriver | None = None, first: int = 0):
+    def __init__(
+        self,
+        state: BufferState,
+        manifest: Manifest,
+        whole: LoopDriver | None = None,
+        first: int = 0,
+        choice: PipelineChoice | None = None,
+    ):
         self.state, self.manifest = state, manifest
+        self.choice: PipelineChoice = choice or (PipelineChoice() if whole is None else whole.choice)
         self.batch, self.capacity = state.batch, manifest.max_seq_len
         own = slice(first, first + self.batch)
         self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
@@ -132,25 +143,52 @@ class LoopDriver:
         tokens: Sequence[Sequence[int]],
         settings: Settings,
         between: Between | None = None,
-        draft: Draft | None = None,
+        pipelining: Pipelining | None = None,
     ) -> NextLogits:
         """Run tokens as ``append`` does, but read logits only when they are needed.
 
-        ``draft``: drafts the tokens after a single one, to run it pipelined; only for a batch of one whose
-        ``pipeline`` is not None. Raises Interrupted if ``between`` does; then nothing was appended.
+        ``pipelining``: how a single token of the only sequence may be run, as ``pipeline.pipelining`` returned it.
+        Raises Interrupted if ``between`` does; then nothing was appended.
         """
         logits = NextLogits(self.state, self.manifest.vocab_size)
         single = self._single(tokens)
-        if draft is not None and single is self._each_one and self.pipeline is not None:
-            [one] = self.each(settings)
-            if one is not self._drafted:
-                self._check_depth(single, [one])
-                self._drafted = one
-            logits.hold(0, self.pipeline.decode(int(self._ids[0, 0]), Advancing(one.loops, draft), between))
+        if pipelining is not None and single is self._each_one:
+            self._decode(logits, settings, between, pipelining)
             return logits
         if single is self._each_one and self._again(settings, between):
             logits.follow(self._zeros, self._all)
             return logits
+        self._advance(logits, tokens, single, settings, between)
+        return logits
+
+    def _decode(self, logits: NextLogits, settings: Settings, between: Between | None, pipelining: Pipelining) -> None:
+        """Run the only sequence's token, already in ``_ids``, pipelined if that must be or is faster."""
+        started = perf_counter()
+        pipelined = pipelining.always or self.choice.pipelined(1)
+        if pipelined:
+            assert self.pipeline is not None
+            [one] = self.each(settings)
+            if one is not self._drafted:
+                self._check_depth(self._each_one, [one])
+                self._drafted = one
+            row = self.pipeline.decode(int(self._ids[0, 0]), Advancing(one.loops, pipelining.draft), between)
+            logits.hold(0, row)
+        elif self._again(settings, between):
+            logits.follow(self._zeros, self._all)
+        else:
+            self._advance(logits, self._ids, self._each_one, settings, between)
+        if not pipelining.always:
+            self.choice.ran(1, pipelined, perf_counter() - started, 1)
+
+    def _advance(
+        self,
+        logits: NextLogits,
+        tokens: Any,
+        single: Chunk | None,
+        settings: Settings,
+        between: Between | None,
+    ) -> None:
+        """Run tokens in chunks; ``single``: the only one, if known."""
         each = self.each(settings)
         before = self.lengths.tolist()
         try:
@@ -164,7 +202,6 @@ class LoopDriver:
             for slot, length in enumerate(before):
                 self.truncate(slot, length)
             raise
-        return logits
 
     def _again(self, settings: Settings, between: Between | None) -> bool:
         """Run one token per sequence, already in ``_ids``, with the settings of the last call. False if the settings

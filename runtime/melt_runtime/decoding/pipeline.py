@@ -36,6 +36,13 @@ class Draft(Protocol):
         """
 
 
+class Pipelining(NamedTuple):
+    """How a sequence is pipelined. ``always``: not only where it is the faster way."""
+
+    draft: Draft
+    always: bool = True
+
+
 class Advancing(NamedTuple):
     """A sequence that runs: loops per token, and what drafts its tokens."""
 
@@ -76,23 +83,23 @@ class Pipeline:
 
     def __init__(self, driver: LoopDriver):
         self.driver, self.lanes = driver, Lanes(driver.state)
-        self._sequences = [_Sequence(self.lanes.loops) for _ in range(driver.batch)]
+        self._sequences = [_Sequence(self.lanes.loops) for _ in range(self.lanes.slots)]
         self._logits: NDArray[np.float32]
         self._first = 0  # the loop of the logits' first row
-        self._final: list[int] = [0] * driver.batch  # loops of each sequence's last final token
+        self._final: list[int] = [0] * self.lanes.slots  # loops of each sequence's last final token
 
     def begin(self, slot: int) -> None:
         """Forget a sequence's tokens in flight and its counts."""
         self._sequences[slot] = _Sequence(self.lanes.loops)
 
-    def use(self, slot: int) -> PipelineUse:
-        """Return the counts of a sequence since ``begin``."""
+    def use(self, slot: int) -> PipelineUse | None:
+        """Return the counts of a sequence since ``begin``; None if nothing ran."""
         one = self._sequences[slot]
+        if not one.runs:
+            return None
         return PipelineUse(one.runs, one.tokens, one.rows, tuple(one.held[1:]), tuple(one.dropped[1:]))
 
-    def decode(
-        self, token: int, how: Advancing, between: Callable[[], None] | None = None
-    ) -> NDArray[np.float32]:
+    def decode(self, token: int, how: Advancing, between: Callable[[], None] | None = None) -> NDArray[np.float32]:
         """Bring the token of a driver's only sequence into the cache. Return the logits (vocab,) after it.
 
         ``between``: called between runs; an exception in it leaves the sequence as it was.
@@ -131,7 +138,7 @@ class Pipeline:
                 continue
             if one.fresh:
                 self._judge(slot, advancing[slot])
-            for index, flight in enumerate(one.flights):
+            for flight in one.flights:
                 counts[flight.ran, slot] = 1
                 # Positions of each loop's cache, up to the oldest token that still has to run there.
                 lengths[: flight.ran, slot] += 1
@@ -184,15 +191,17 @@ class Pipeline:
             return
 
 
-def begin_pipeline(driver: LoopDriver, options: GenerationOptions) -> bool:
-    """Return whether a request's tokens are decoded pipelined, and begin that. Raises ArgumentError if they must be and
-    cannot."""
+def pipelining(driver: LoopDriver, options: GenerationOptions, draft: Draft) -> Pipelining | None:
+    """Return how the tokens of a driver's only request are pipelined; None: they are not.
+
+    Raises ArgumentError if they must be and cannot.
+    """
     if options.pipeline == "off" or options.loops.loops == 1:
-        return False
+        return None
     if driver.batch > 1 or driver.pipeline is None:
         if options.pipeline == "on":
             why = driver.state.lanes_fit() or "several prompts run at once"
             raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
-        return False
+        return None
     driver.pipeline.begin(0)
-    return True
+    return Pipelining(draft, options.pipeline == "on")

@@ -144,7 +144,7 @@ class Sampler:
         made = copy(self)
         if self.params.temperature > 0:
             bits = np.random.PCG64(0)
-            bits.state = self._random.bit_generator.state
+            bits.state = dict(self._random.bit_generator.state)  # type: ignore[assignment]
             made._random = np.random.Generator(bits.advance(tokens))
         return made
 

@@ -134,12 +134,25 @@ class JsonConstraint:
 
     def mask(self, history: Sequence[int]) -> NDArray[np.bool_]:
         """Return the tokens that may come next: with the stop ids once the JSON may end, only these once it must."""
+        return self._mask(not self._begun)
+
+    def mask_ahead(self, ahead: Sequence[int]) -> NDArray[np.bool_] | None:
+        """Return the tokens that may come after ``ahead``; None if these are not allowed themselves."""
+        entries = [self._vocabulary.entry(token, not (self._begun or at)) for at, token in enumerate(ahead)]
+        taken = _guarded(lambda: self._matcher.try_consume_tokens(entries))
+        try:
+            return self._mask(begins=False) if taken == len(entries) else None
+        finally:
+            if taken:
+                _guarded(lambda: self._matcher.rollback(taken))
+
+    def _mask(self, begins: bool) -> NDArray[np.bool_]:
         vocabulary, stopped = self._vocabulary, self._matcher.is_stopped()
         if stopped:
             allowed = np.zeros(vocabulary.size, np.bool_)
         else:
             packed = np.frombuffer(_guarded(self._matcher.compute_bitmask), np.uint8)
-            allowed = vocabulary.tokens_of(np.unpackbits(packed, bitorder="little").astype(np.bool_), not self._begun)
+            allowed = vocabulary.tokens_of(np.unpackbits(packed, bitorder="little").astype(np.bool_), begins)
         _check(self._matcher, "the JSON schema")
         allowed[self._stop_ids] = stopped or self._matcher.is_accepting()
         return allowed

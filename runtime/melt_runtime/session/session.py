@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..decoding.generator import TokenSequence, check_not_empty, check_stop
 from ..decoding.loop_driver import NextLogits
-from ..decoding.pipeline import Draft, begin_pipeline
+from ..decoding.pipeline import Pipelining, pipelining
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
 from ..decoding.settings import GenerationOptions, LoopSettings
@@ -132,7 +132,7 @@ class Session:
         for _ in self._deltas(sequence, self._stream):
             pass
         pipeline = self.driver.pipeline
-        used = pipeline.use(0) if sequence.pipelined and pipeline is not None else None
+        used = None if sequence.pipelining is None or pipeline is None else pipeline.use(0)
         return sequence.result(self.driver.depth[0], pipeline=used)
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[str]:
@@ -279,7 +279,7 @@ class Session:
         self._require_tokens()
         self.driver.check([self._pending_ids()])
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
-        sequence.pipelined = begin_pipeline(self.driver, request)
+        sequence.pipelining = pipelining(self.driver, request, sequence.draft)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
             sequence.sampler = self.sampler
         self._stream = object()
@@ -290,18 +290,18 @@ class Session:
             with self._lock:
                 if self._stream is not stream:
                     raise OvertakenError("the session moved on while this stream was open; begin another")
-                logits = self._ready(sequence.options.loops, sequence.draft if sequence.pipelined else None)
+                logits = self._ready(sequence.options.loops, sequence.pipelining)
                 delta = sequence.sample(logits, self.driver.room(0), self.driver.depth[0][-1])
                 self._pending, self._logits = delta.token_id, None
             yield delta
 
-    def _ready(self, settings: LoopSettings, draft: Draft | None = None) -> NextLogits:
+    def _ready(self, settings: LoopSettings, pipelining: Pipelining | None = None) -> NextLogits:
         """Return the logits after the last token.
 
         Runs a pending token. After going back, runs the last chunk again with its settings, because logits are not
         kept.
         """
-        self._run_pending(settings, draft)
+        self._run_pending(settings, pipelining)
         if self._logits is None:
             self._require_tokens()
             start, before = self._chunks[-1]
@@ -311,9 +311,9 @@ class Session:
         assert self._logits is not None
         return self._logits
 
-    def _run_pending(self, settings: LoopSettings, draft: Draft | None = None) -> None:
+    def _run_pending(self, settings: LoopSettings, pipelining: Pipelining | None = None) -> None:
         if self._pending is not None:
-            self._run([self._pending], settings, draft=draft)
+            self._run([self._pending], settings, pipelining=pipelining)
             self._pending = None
 
     def _run(
@@ -321,13 +321,13 @@ class Session:
         ids: Sequence[int],
         settings: LoopSettings,
         prefixes: Prefixes | None = None,
-        draft: Draft | None = None,
+        pipelining: Pipelining | None = None,
     ) -> None:
         """Run tokens after restoring a known beginning. On errors too, ids and chunks match the cache."""
         before, self._logits = len(self._ids), None
         try:
             known = 0 if prefixes is None else prefixes.restore(self.driver, 0, ids, settings)
-            self._logits = self.driver.advance([ids[known:]], settings, draft=draft)
+            self._logits = self.driver.advance([ids[known:]], settings, pipelining=pipelining)
         finally:
             ran = int(self.driver.lengths[0]) - before
             self._ids += ids[:ran]
