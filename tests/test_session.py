@@ -66,7 +66,7 @@ def test_only_what_is_new_runs(runtime: Runtime, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         LoopDriver,
         "advance",
-        lambda self, tokens, settings: ran.append(len(tokens[0])) or advance(self, tokens, settings),
+        lambda self, tokens, settings, **how: ran.append(len(tokens[0])) or advance(self, tokens, settings, **how),
     )
     session.generate(max_tokens=3)
     session.append(MORE)
@@ -213,7 +213,7 @@ def test_going_back_and_appending_runs_no_kept_token_again(runtime: Runtime, mon
     monkeypatch.setattr(
         LoopDriver,
         "advance",
-        lambda self, tokens, settings: ran.append(len(tokens[0])) or advance(self, tokens, settings),
+        lambda self, tokens, settings, **how: ran.append(len(tokens[0])) or advance(self, tokens, settings, **how),
     )
     session.append(MORE)
     assert ran == [4]
