@@ -165,7 +165,7 @@ class LoopedCore(nn.Module):
         - ``hidden`` (batch, chunk, d): the start state in the first loop, then the previous loop's result.
         - ``injected`` (batch, chunk, d): the prelude's output, for a model with an injection.
         - ``latent``: one (batch, chunk, latent_size) per layer, for MELT with several loops, and with it ``first_loop``
-          (batch,) bool and ``active`` (batch, chunk) bool. A token that is not active keeps hidden state and latent.
+          and ``active``, both (batch, chunk) bool. A token that is not active keeps hidden state and latent.
         - The exit probability is (batch, chunk) float32; None for a model without an exit gate.
         """
         x = hidden if self.adapter is None else self.adapter(torch.cat((hidden, injected), dim=-1))  # type: ignore[arg-type]
