@@ -20,7 +20,7 @@ from ..text.stream_decoder import StreamDecoder
 from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
 from .loop_driver import LoopDriver, NextLogits
-from .pipeline import Pipelining, pipelining
+from .pipeline import Pipelining
 from .settings import GenerationOptions
 
 Result = TypeVar("Result")
@@ -219,7 +219,7 @@ class Generator:
             for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
-        self._pipelining = pipelining(driver, options, self.sequences[0].draft) if self.sequences else None
+        self._pipelining = driver.pipelining(options, self.sequences[0].draft) if self.sequences else None
 
     def __iter__(self) -> Iterator[TextDelta]:
         driver, moves = self.driver, self.driver.moves

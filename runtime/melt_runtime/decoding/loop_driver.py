@@ -18,9 +18,9 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .pipeline import Advancing, Pipeline, Pipelining
+from .pipeline import Advancing, Draft, Pipeline, Pipelining
 from .pipeline_choice import PipelineChoice
-from .settings import LoopSettings
+from .settings import GenerationOptions, LoopSettings
 
 Settings = LoopSettings | Sequence[LoopSettings]  # for all sequences, or one per sequence
 # Called between loops with the active sequences (batch,), None: all. May raise Interrupted to end the call.
@@ -72,6 +72,21 @@ class LoopDriver:
     def pipeline(self) -> Pipeline | None:
         """Pipelined decoding of these sequences; None where ``state.lanes_fit`` says why not."""
         return Pipeline(self) if self.state.lanes_fit() is None else None
+
+    def pipelining(self, options: GenerationOptions, draft: Draft) -> Pipelining | None:
+        """Begin a request of the only sequence. Return how its tokens are pipelined; None: they are not.
+
+        Raises ArgumentError if they must be and cannot.
+        """
+        if options.pipeline == "off" or options.loops.loops == 1:
+            return None
+        if self.batch > 1 or self.pipeline is None:
+            if options.pipeline == "on":
+                why = self.state.lanes_fit() or "several prompts run at once"
+                raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
+            return None
+        self.pipeline.begin(0)
+        return Pipelining(draft, options.pipeline == "on")
 
     def reset(self) -> None:
         """Drop all tokens; the buffers stay allocated."""
@@ -147,7 +162,7 @@ class LoopDriver:
     ) -> NextLogits:
         """Run tokens as ``append`` does, but read logits only when they are needed.
 
-        ``pipelining``: how a single token of the only sequence may be run, as ``pipeline.pipelining`` returned it.
+        ``pipelining``: how a single token of the only sequence may be run, as ``pipelining`` returned it.
         Raises Interrupted if ``between`` does; then nothing was appended.
         """
         logits = NextLogits(self.state, self.manifest.vocab_size)

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.buffers import BufferState
 from ..backends.lanes import Lanes
-from ..errors import ArgumentError
 from ..results import PipelineUse
-from .settings import GenerationOptions
-
-if TYPE_CHECKING:
-    from .loop_driver import LoopDriver
 
 
 class Draft(Protocol):
@@ -48,6 +44,23 @@ class Advancing(NamedTuple):
 
     loops: int
     draft: Draft
+
+
+class Sequences(Protocol):
+    """The sequences that a pipeline moves on, as a loop driver keeps them.
+
+    ``lengths``, ``versions`` (batch,): tokens in the cache, and changes so far.
+    """
+
+    state: BufferState
+    lengths: NDArray[np.int64]
+    versions: NDArray[np.int64]
+
+    def room(self, slot: int) -> int:
+        """Return how many more tokens of one sequence fit."""
+
+    def commit(self, slot: int, loops: int) -> None:
+        """Count one more token of a sequence, whose keys and values are in the cache of every loop."""
 
 
 _UNKNOWN = -1  # the version of a sequence whose tokens in flight must not be used
@@ -81,7 +94,7 @@ class _Sequence:
 class Pipeline:
     """The tokens in flight of a driver's sequences. Raises nothing of its own; the backend's errors propagate."""
 
-    def __init__(self, driver: LoopDriver):
+    def __init__(self, driver: Sequences):
         self.driver, self.lanes = driver, Lanes(driver.state)
         self._sequences = [_Sequence(self.lanes.loops) for _ in range(self.lanes.slots)]
         self._logits: NDArray[np.float32]
@@ -189,19 +202,3 @@ class Pipeline:
             if guess is not None:
                 one.flights.append(_Flight(guess, flight.ran))
             return
-
-
-def pipelining(driver: LoopDriver, options: GenerationOptions, draft: Draft) -> Pipelining | None:
-    """Return how the tokens of a driver's only request are pipelined; None: they are not.
-
-    Raises ArgumentError if they must be and cannot.
-    """
-    if options.pipeline == "off" or options.loops.loops == 1:
-        return None
-    if driver.batch > 1 or driver.pipeline is None:
-        if options.pipeline == "on":
-            why = driver.state.lanes_fit() or "several prompts run at once"
-            raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
-        return None
-    driver.pipeline.begin(0)
-    return Pipelining(draft, options.pipeline == "on")

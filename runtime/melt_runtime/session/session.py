@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..decoding.generator import TokenSequence, check_not_empty, check_stop
 from ..decoding.loop_driver import NextLogits
-from ..decoding.pipeline import Pipelining, pipelining
+from ..decoding.pipeline import Pipelining
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
 from ..decoding.settings import GenerationOptions, LoopSettings
@@ -279,7 +279,7 @@ class Session:
         self._require_tokens()
         self.driver.check([self._pending_ids()])
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
-        sequence.pipelining = pipelining(self.driver, request, sequence.draft)
+        sequence.pipelining = self.driver.pipelining(request, sequence.draft)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
             sequence.sampler = self.sampler
         self._stream = object()
