@@ -97,12 +97,8 @@ def test_sequences_in_different_loops_get_what_each_gets_alone_to_the_last_bit(t
 
     def value(name: str, dtype: str, shape: tuple[int | str, ...]) -> NDArray[np.generic]:
         sizes = [{"batch": 2, "chunk": 1}.get(size, size) if isinstance(size, str) else size for size in shape]
-        fixed = {
-            "first_loop": [[True], [False]],
-            "active": [[True], [True]],
-            "lengths": [4, 4],
-            "chunk_lengths": [1, 1],
-        }
+        first = [[True], [False]]
+        fixed = {"first_loop": first, "active": [[True], [True]], "lengths": [4, 4], "chunk_lengths": [1, 1]}
         if name in fixed:
             return np.array(fixed[name], dtype)
         return rng.standard_normal(sizes).astype(dtype)  # type: ignore[arg-type]

@@ -88,6 +88,15 @@ def test_the_columns_of_a_chunk_may_be_in_different_loops(package: Path) -> None
     np.testing.assert_array_equal(again([True, True]), first)
 
 
+def test_lengths_are_written_in_every_run_of_tokens_in_different_loops(package: Path) -> None:
+    state = Runtime.load(package).driver(1).state
+    both, counts = np.ones((1, 2), np.bool_), np.array([2])
+    state.embed(np.array([[5, 6]]))
+    for length, first_loop in ((0, both), (1, ~both)):  # a token has left, and none has entered
+        state.loop(LoopControl(first_loop, both, np.array([length]), counts))
+        assert state.view("lengths", np.dtype(np.int64), (1,)) == [length]
+
+
 def test_a_manifest_of_another_shape_than_the_graph_is_refused(package: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(package, copy)

@@ -90,7 +90,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new x (batch, chunk, d) and latent (batch, chunk, latent_size).
 
-        ``latent``, ``first_loop`` and ``active``, both (batch, chunk) bool, are for a gated layer with several loops. Without them it runs as in a first loop that no second one follows.
+        ``latent``, ``first_loop`` and ``active``, both (batch, chunk) bool, are for a gated layer with several loops.
+        Without them it runs as in a first loop that no second one follows.
         """
         a = kv = self.input_layernorm(x)
         if latent is not None:

@@ -359,11 +359,12 @@ class BufferState(ABC):
     def prepare(self, control: LoopControl) -> tuple[int, int, str]:
         """Write the control inputs of a loop. Return chunk width, attention length and the buffer of ``first_loop``.
 
-        Lengths and mask are the same for all loops of a chunk, so they are written for the first only.
+        Lengths and mask are the same for all loops of a chunk, so they are written for the first only; where tokens are
+        in different loops, they are written always.
         """
         first, name = control.first_loop, "first_loop"
         alike = set(first.ravel().tolist())
-        if True in alike:
+        if True in alike or first.ndim > 1:
             width, context = self.begin_loops(control)
         else:
             width, context = control.active.shape[1], self.context(control)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 class LoopControl:
     """The control inputs of one loop step over a chunk.
 
-    ``first_loop`` (batch,) bool, or (batch, chunk) where the package staggers tokens. ``active`` (batch, chunk) bool. ``lengths`` (batch,) int64: tokens in the cache before
-    this chunk. ``chunk_lengths`` (batch,) int64: tokens in the chunk; the rest is right padding.
+    ``first_loop`` (batch,) bool, or (batch, chunk) in a package that staggers tokens. ``active`` (batch, chunk) bool.
+    ``lengths`` (batch,) int64: tokens in the cache before this chunk. ``chunk_lengths`` (batch,) int64: tokens in the
+    chunk; the rest is right padding.
     """
 
     first_loop: NDArray[np.bool_]
