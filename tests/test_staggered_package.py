@@ -107,7 +107,7 @@ def test_a_manifest_of_another_shape_than_the_graph_is_refused(package: Path, tm
 
     edited(copy, edit)
     with pytest.raises(PackageError, match="first_loop is bool"):
-        Runtime.load(copy)
+        Runtime.load(copy, backend="onnxruntime")
 
 
 @pytest.mark.parametrize("shape", [["chunk"], ["chunk", "batch"], ["batch", "chunk", 1], ["batch", 4]])

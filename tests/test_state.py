@@ -64,7 +64,7 @@ def test_caches_are_bound_to_one_buffer_as_input_and_output(tiny_package: Path) 
     driver.append([[5, 6, 7]], LoopSettings(1))
     driver.append([[8]], LoopSettings(1))
     state = driver.state
-    binding = next(b for key, b in state._bindings.items() if key[0] == "loop_step")  # type: ignore[attr-defined]
+    binding = next(b for key, b in state.bindings.items() if key[0] == "loop_step")  # type: ignore[attr-defined]
     outputs = {value.data_ptr() for value in binding.get_outputs()}
     for spec in state.manifest.states:  # type: ignore[attr-defined]
         if spec.kind == "in_place":
