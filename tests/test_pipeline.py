@@ -11,7 +11,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.decoding.loop_driver import Interrupted, LoopDriver
-from melt_runtime.decoding.pipeline import Advancing, Pipelining
+from melt_runtime.decoding.pipeline import Advancing, PipelineCounts, Pipelining
 
 from melt_export.quantization.options import BITS, CacheOptions, WeightOptions
 
@@ -83,6 +83,14 @@ def greedy(logits: np.ndarray, ahead: Sequence[int]) -> int:
     return int(logits.argmax())
 
 
+def counting(driver: LoopDriver) -> PipelineCounts:
+    """Begin the counts of a driver's only sequence."""
+    assert driver.pipeline is not None
+    counts = PipelineCounts(LOOPS)
+    driver.pipeline.begin(0, counts)
+    return counts
+
+
 def decode(
     driver: LoopDriver, first: int, count: int, drafts: Any, loops: int = LOOPS
 ) -> tuple[list[int], list[np.ndarray]]:
@@ -108,10 +116,11 @@ def test_perfect_drafts_take_one_run_per_token(runtime: Runtime) -> None:
         place = len(tokens) + len(ahead)
         return known[place] if place < len(known) else None
 
+    counts = counting(driver)
     tokens, _ = decode(driver, first, 19, drafts)
     assert [first, *tokens] == known
-    assert driver.pipeline is not None
-    use = driver.pipeline.use(0)
+    use = counts.use()
+    assert use is not None
     assert use.runs == 19 + LOOPS - 1
     assert use.held == (18, 0, 0, 0)
     assert not any(use.dropped)
@@ -137,11 +146,11 @@ def test_a_wrong_draft_at_any_place_from_any_loop_changes_nothing(runtime: Runti
             return (right + 1) % runtime.manifest.vocab_size
         return right
 
+    counts = counting(driver)
     tokens, rows = decode(driver, first, 15, drafts)
     assert [first, *tokens] == known
     assert runs[0]
-    assert driver.pipeline is not None
-    assert any(driver.pipeline.use(0).dropped)
+    assert any(counts.dropped)
     alone = runtime.driver()
     alone.append([PROMPT], LoopSettings(LOOPS))
     for token, row in zip([first, *tokens], rows, strict=False):

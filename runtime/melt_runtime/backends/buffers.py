@@ -181,6 +181,14 @@ class BufferState(ABC):
         made.detach()
         return made
 
+    def move(self, slot: int, to: int, length: int) -> None:
+        """Copy the first ``length`` cached positions of a sequence to another's place."""
+        for name, state in cache_buffers(self.manifest).items():
+            if length:
+                source, heads, size = self._region_of(name, state, slot, 0, length)
+                target, _, _ = self._region_of(name, state, to, 0, length)
+                self.copy(target, source, length * size * ITEM_BYTES[state.dtype], heads)
+
     def repack(self, old: int, new: int, lengths: Sequence[int]) -> None:
         """Move the cached positions of the first sequences from a layout with ``old`` of them per loop to one with
         ``new``.

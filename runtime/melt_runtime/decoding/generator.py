@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..package.manifest import Manifest
-from ..results import Generation, PipelineUse, TextDelta
+from ..results import Generation, TextDelta
 from ..sampling.constraint import Constraint, masked
 from ..sampling.logprobs import logprobs_of
 from ..sampling.sampler import Sampler
@@ -161,7 +161,7 @@ class TokenSequence:
         """Return the text held back until the end."""
         return self.matcher.push(decoder.flush())[0] + self.matcher.flush()
 
-    def result(self, depth: Sequence[int], cached_tokens: int = 0, pipeline: PipelineUse | None = None) -> Generation:
+    def result(self, depth: Sequence[int], cached_tokens: int = 0) -> Generation:
         """Return the finished sequence."""
         assert self.finish_reason is not None
         tokens = tuple(self.history[self.prompt_tokens :])
@@ -175,7 +175,7 @@ class TokenSequence:
             loops,
             cached_tokens,
             self.options.warnings,
-            pipeline,
+            None if self.pipelining is None or self.pipelining.counts is None else self.pipelining.counts.use(),
         )
 
 
@@ -219,13 +219,14 @@ class Generator:
             for slot, prompt in enumerate(self.pending)
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
-        self._pipelining = driver.pipelining(options, self.sequences[0].draft) if self.sequences else None
+        if self.sequences:
+            self.sequences[0].pipelining = driver.pipelining(options, self.sequences[0].draft)
 
     def __iter__(self) -> Iterator[TextDelta]:
         driver, moves = self.driver, self.driver.moves
         while any(self.pending):
             self._require(moves)
-            logits = driver.advance(self.pending, self.options.loops, pipelining=self._pipelining)
+            logits = driver.advance(self.pending, self.options.loops, pipelining=self.sequences[0].pipelining)
             moves = driver.moves
             for slot, sequence in enumerate(self.sequences):
                 if not self.pending[slot]:
@@ -243,9 +244,7 @@ class Generator:
 
     def results(self) -> list[Generation]:
         """Return all sequences. Call it after iterating."""
-        pipeline = None if self._pipelining is None else self.driver.pipeline
-        use = None if pipeline is None else pipeline.use(0)
-        return [sequence.result(self._depth[sequence.slot], pipeline=use) for sequence in self.sequences]
+        return [sequence.result(self._depth[sequence.slot]) for sequence in self.sequences]
 
 
 def check_request(

@@ -18,7 +18,7 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .pipeline import Advancing, Draft, Pipeline, Pipelining
+from .pipeline import Advancing, Draft, Pipeline, PipelineCounts, Pipelining
 from .pipeline_choice import PipelineChoice
 from .settings import GenerationOptions, LoopSettings
 
@@ -85,8 +85,9 @@ class LoopDriver:
                 why = self.state.lanes_fit() or "several prompts run at once"
                 raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
             return None
-        self.pipeline.begin(0)
-        return Pipelining(draft, options.pipeline == "on")
+        counts = PipelineCounts(self.pipeline.lanes.loops)
+        self.pipeline.begin(0, counts)
+        return Pipelining(draft, options.pipeline == "on", counts)
 
     def reset(self) -> None:
         """Drop all tokens; the buffers stay allocated."""
@@ -141,6 +142,29 @@ class LoopDriver:
         if state is None:
             return None
         return LoopDriver(state, self.manifest, self, first)
+
+    def packed(self, count: int) -> LoopDriver:
+        """Return a driver of the first ``count`` sequences, whose caches lie side by side per loop (see ``repack``).
+
+        It shares memory, lengths and depths with this one, and only one of the two may be used: the other's caches lie
+        elsewhere.
+        """
+        return LoopDriver(self.state.packed(count), self.manifest, self)
+
+    def repack(self, old: int, new: int, kept: int) -> None:
+        """Move the first ``kept`` sequences from the caches of a driver of ``old`` sequences to those of one of
+        ``new``."""
+        self.state.repack(old, new, self.lengths[:kept].tolist())
+        for slot in range(self.batch):
+            self._versions[slot] += 1
+
+    def move(self, slot: int, to: int) -> None:
+        """Move a sequence to another place in the batch, whose sequence is dropped."""
+        self.state.move(slot, to, int(self.lengths[slot]))
+        self.clear(to)
+        self.depth[to].extend(self.depth[slot])
+        self.lengths[to] = self.lengths[slot]
+        self.clear(slot)
 
     def append(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NDArray[np.float32]:
         """Run new tokens of every sequence, in chunks. Return the logits after each sequence's last token (batch,

@@ -32,11 +32,26 @@ class Draft(Protocol):
         """
 
 
+class PipelineCounts:
+    """Counts what pipelined decoding does for one sequence, of at most ``loops`` loops per token."""
+
+    def __init__(self, loops: int):
+        self.runs = self.tokens = self.rows = 0
+        self.held, self.dropped = [0] * (loops + 1), [0] * (loops + 1)  # by the loop that drafted; 0: sampled
+
+    def use(self) -> PipelineUse | None:
+        """Return the counts so far; None if nothing ran."""
+        if not self.runs:
+            return None
+        return PipelineUse(self.runs, self.tokens, self.rows, tuple(self.held[1:]), tuple(self.dropped[1:]))
+
+
 class Pipelining(NamedTuple):
     """How a sequence is pipelined. ``always``: not only where it is the faster way."""
 
     draft: Draft
     always: bool = True
+    counts: PipelineCounts | None = None
 
 
 class Advancing(NamedTuple):
@@ -76,18 +91,16 @@ class _Flight:
 
 
 class _Sequence:
-    """One sequence's tokens in flight, oldest first, and the counts since it began."""
+    """One sequence's tokens in flight, oldest first. ``fresh``: whether the last run's logits are theirs."""
 
-    def __init__(self, loops: int):
+    def __init__(self, counts: PipelineCounts):
+        self.counts = counts
         self.flights: list[_Flight] = []
-        self.version = _UNKNOWN
-        self.fresh = False  # whether the last run's logits are of these flights
-        self.runs = self.tokens = self.rows = 0
-        self.held, self.dropped = [0] * (loops + 1), [0] * (loops + 1)
+        self.version, self.fresh = _UNKNOWN, False
 
     def drop(self, index: int) -> None:
         for flight in self.flights[index:]:
-            self.dropped[flight.by] += 1
+            self.counts.dropped[flight.by] += 1
         del self.flights[index:]
 
 
@@ -96,21 +109,14 @@ class Pipeline:
 
     def __init__(self, driver: Sequences):
         self.driver, self.lanes = driver, Lanes(driver.state)
-        self._sequences = [_Sequence(self.lanes.loops) for _ in range(self.lanes.slots)]
+        self._sequences = [_Sequence(PipelineCounts(self.lanes.loops)) for _ in range(self.lanes.slots)]
         self._logits: NDArray[np.float32]
         self._first = 0  # the loop of the logits' first row
         self._final: list[int] = [0] * self.lanes.slots  # loops of each sequence's last final token
 
-    def begin(self, slot: int) -> None:
-        """Forget a sequence's tokens in flight and its counts."""
-        self._sequences[slot] = _Sequence(self.lanes.loops)
-
-    def use(self, slot: int) -> PipelineUse | None:
-        """Return the counts of a sequence since ``begin``; None if nothing ran."""
-        one = self._sequences[slot]
-        if not one.runs:
-            return None
-        return PipelineUse(one.runs, one.tokens, one.rows, tuple(one.held[1:]), tuple(one.dropped[1:]))
+    def begin(self, slot: int, counts: PipelineCounts) -> None:
+        """Forget a sequence's tokens in flight, and count into ``counts`` from now on."""
+        self._sequences[slot] = _Sequence(counts)
 
     def decode(self, token: int, how: Advancing, between: Callable[[], None] | None = None) -> NDArray[np.float32]:
         """Bring the token of a driver's only sequence into the cache. Return the logits (vocab,) after it.
@@ -130,7 +136,7 @@ class Pipeline:
             one.drop(0)
             one.version = int(self.driver.versions[slot])
         if one.flights and one.flights[0].token == token:
-            one.held[one.flights[0].by] += 1
+            one.counts.held[one.flights[0].by] += 1
             return
         one.drop(0)
         one.flights.append(_Flight(token))
@@ -159,7 +165,8 @@ class Pipeline:
                     entering = np.zeros(slots, np.int64) if entering is None else entering
                     entering[slot] = flight.token
                 ran.append(flight.ran)
-            one.runs, one.rows = one.runs + 1, one.rows + len(one.flights)
+            one.counts.runs += 1
+            one.counts.rows += len(one.flights)
             one.version = _UNKNOWN  # until this run is counted: an exception must not leave tokens in flight
         self._first = min(ran) if driver.state.narrow_lanes else 0
         self._logits = self.lanes.run(self._first, max(ran), entering, lengths, counts)
@@ -177,7 +184,7 @@ class Pipeline:
         final = one.flights[0].ran == loops
         if final:
             del one.flights[0]
-            one.tokens += 1
+            one.counts.tokens += 1
             self._final[slot] = loops
             self.driver.commit(slot, loops)
         one.fresh, one.version = True, int(self.driver.versions[slot])

@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 
+from ..results import PipelineUse
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 OUTCOMES = ("stop", "length", "cancelled", "deadline", "failed", "refused")
 DEEPEST = 64  # this depth and greater ones share a bucket
@@ -37,7 +39,8 @@ class SchedulerMetrics:
     ``generated_tokens``: tokens sampled. ``prefix_hits``: prompts with a restored beginning; ``prefix_tokens``: the
     tokens restored; ``prefix_bytes``: size of the prefix cache now. ``depth``: sampled tokens by number of loops
     (DEEPEST: that many or more). ``first_token``: seconds from submission to the first token. ``inter_token``: seconds
-    between tokens of one request. ``state_bytes``: state of all slots. ``weights_bytes``: as stored.
+    between tokens of one request. ``state_bytes``: state of all slots. ``weights_bytes``: as stored. ``pipeline_runs``,
+    ``pipeline_tokens``, ``drafts_held``, ``drafts_dropped``: of ended requests, as in ``PipelineUse``.
     """
 
     waiting: int
@@ -54,6 +57,10 @@ class SchedulerMetrics:
     prefix_hits: int = 0
     prefix_tokens: int = 0
     prefix_bytes: int = 0
+    pipeline_runs: int = 0
+    pipeline_tokens: int = 0
+    drafts_held: tuple[int, ...] = ()
+    drafts_dropped: tuple[int, ...] = ()
 
 
 class Meter:
@@ -66,6 +73,18 @@ class Meter:
         self._depth: Counter[int] = Counter()
         self._first, self._inter = _Times(), _Times()
         self._held: float | None = None
+        self._runs = self._piped = 0
+        self._drafts_held, self._drafts_dropped = Counter[int](), Counter[int]()
+
+    def pipelined(self, use: PipelineUse | None) -> None:
+        """Count what pipelined decoding did for an ended request."""
+        if use is None:
+            return
+        with self._lock:
+            self._runs += use.runs
+            self._piped += use.tokens
+            self._drafts_held.update(dict(enumerate(use.held)))
+            self._drafts_dropped.update(dict(enumerate(use.dropped)))
 
     def ended(self, outcome: str, held: float | None = None) -> None:
         """Count an ended request. ``held``: seconds in a slot; None if it never had one."""
@@ -120,6 +139,10 @@ class Meter:
                 self._hits,
                 self._reused,
                 prefix_bytes,
+                self._runs,
+                self._piped,
+                tuple(self._drafts_held[loop] for loop in sorted(self._drafts_held)),
+                tuple(self._drafts_dropped[loop] for loop in sorted(self._drafts_dropped)),
             )
 
 

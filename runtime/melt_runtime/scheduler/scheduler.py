@@ -259,6 +259,7 @@ class Scheduler:
         with self._changed:
             result = (self._slots.stop if in_step else self._slots.end)(running, reason)
         self._meter.ended(result.finish_reason, monotonic() - running.started)
+        self._meter.pipelined(result.pipeline)
         running.handle.finish(result)
 
     def _fail(self, running: RunningRequest, error: MeltError, tell: bool = True) -> None:

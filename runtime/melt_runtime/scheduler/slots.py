@@ -6,13 +6,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic
+from time import monotonic, perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.generator import TokenSequence
 from ..decoding.loop_driver import Interrupted, LoopDriver, NextLogits
+from ..decoding.pipeline import Advancing, PipelineCounts, Pipelining
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
@@ -29,18 +30,22 @@ class RunningRequest:
 
     ``fed``: prompt tokens in the cache, of which the first ``cached`` were restored. ``token``: the next token to run;
     None during prefill. ``over``: it ended during a step, after which its slot is freed. Times are those of
-    ``monotonic``.
+    ``monotonic``. ``in_flight``: ``token`` has been given to pipelined decoding, which counts
+    into ``counts`` once ``counted`` is set.
     """
 
     handle: RequestHandle
     sequence: TokenSequence
     slot: int
+    counts: PipelineCounts
     fed: int = 0
     cached: int = 0
     token: int | None = None
     started: float = field(default_factory=monotonic)
     last: float | None = None  # time of its last token
     over: bool = False
+    in_flight: bool = False
+    counted: bool = False
 
 
 StepResult = tuple[RunningRequest, TextDelta | MeltError]
@@ -49,6 +54,10 @@ Work = dict[int, tuple[tuple[int, ...], LoopSettings]]  # new tokens by slot
 
 class Slots:
     """A fixed number of slots over one state. The lowest free slot is filled first, to keep the used ones adjacent.
+
+    While all running requests decode, they may be pipelined: where a LoopLM's loops have caches of their own, and for
+    this number of requests that is the faster way. For that they take the first slots, and the caches of these are laid
+    side by side per loop.
 
     Not thread-safe. Errors of the backend propagate; after one, only ``release`` may be called for the requests that
     were running. ``prefilled`` and ``reused`` are called with numbers of prompt tokens run and restored.
@@ -71,7 +80,9 @@ class Slots:
         self.prefilled, self.reused, self._between_loops = prefilled, reused, between_loops
         self.running: dict[int, RunningRequest] = {}
         self._prefilling: deque[RunningRequest] = deque()
-        self._parts: dict[tuple[int, int], LoopDriver] = {(0, driver.batch): driver}
+        self._layouts: dict[int, LoopDriver] = {driver.batch: driver}  # by number of slots side by side
+        self._home = driver  # the layout of the caches now
+        self._parts: dict[tuple[LoopDriver, int, int], LoopDriver] = {}
 
     def free(self) -> int:
         """Return the number of empty slots."""
@@ -80,8 +91,13 @@ class Slots:
     def admit(self, handle: RequestHandle) -> RunningRequest:
         """Put a request into the lowest free slot. Its random stream is 0 in every slot."""
         slot = next(slot for slot in range(self.driver.batch) if slot not in self.running)
-        self.driver.clear(slot)
         request = handle.request
+        if request.options.pipeline == "on" and request.options.loops.loops > 1:
+            why = self.driver.state.packed(1).lanes_fit()
+            if why is not None:
+                raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
+        self._lay_out(self.driver.batch)
+        self.driver.clear(slot)
         sequence = TokenSequence(
             slot,
             request.prompt,
@@ -91,7 +107,9 @@ class Slots:
             logprobs=request.logprobs,
             constraint=request.constraint,
         )
-        made = self.running[slot] = RunningRequest(handle, sequence, slot)
+        counts = PipelineCounts(self.driver.manifest.cache_loops or 1)
+        sequence.pipelining = Pipelining(sequence.draft, request.options.pipeline == "on", counts)
+        made = self.running[slot] = RunningRequest(handle, sequence, slot, counts)
         self._prefilling.append(made)
         return made
 
@@ -122,7 +140,7 @@ class Slots:
         running = self._prefilling.popleft()
         prompt, settings = running.handle.request.prompt, running.sequence.options.loops
         if self.prefixes is not None and not running.fed:
-            running.fed = running.cached = self.prefixes.restore(self.driver, running.slot, prompt, settings)
+            running.fed = running.cached = self.prefixes.restore(self._home, running.slot, prompt, settings)
             if running.cached:
                 self.reused(running.cached)
         chunk = prompt[running.fed : running.fed + (settings.chunk or self.driver.manifest.chunk)]
@@ -138,14 +156,85 @@ class Slots:
             self._prefilling.append(running)
             return []
         if self.prefixes is not None:
-            self.prefixes.keep(self.driver, running.slot, prompt, settings)
+            self.prefixes.keep(self._home, running.slot, prompt, settings)
         return [self._sample(running, logits, first)]
 
     def decode(self) -> list[StepResult]:
-        """Run one token of every prefilled sequence, in one batch that ends with the last of them."""
+        """Run one token of every prefilled sequence, in one batch that ends with the last of them; pipelined, one loop
+        of every token in flight."""
         ready = [one for _, one in sorted(self.running.items()) if one.token is not None]
         if not ready:
             return []
+        count, choice, started = len(ready), self.driver.choice, perf_counter()
+        piped, free = self._may_pipeline(ready)
+        if piped and (not free or choice.pipelined(count)):
+            results = self._decode_pipelined(ready)
+            if free:
+                choice.ran(count, True, perf_counter() - started, len(results))
+            return results
+        results = self._decode_plain(ready)
+        if piped:
+            choice.ran(count, False, perf_counter() - started, count)
+        return results
+
+    def _may_pipeline(self, ready: Sequence[RunningRequest]) -> tuple[bool, bool]:
+        """Return whether these requests may be pipelined, and whether that is to be decided by what is faster."""
+        asked = {one.sequence.options.pipeline for one in ready}
+        if len(ready) < len(self.running) or "off" in asked or self._layout(len(ready)).state.lanes_fit() is not None:
+            return False, True
+        return True, "auto" in asked
+
+    def _decode_pipelined(self, ready: Sequence[RunningRequest]) -> list[StepResult]:
+        """Run every token in flight for one loop. Sample after those that are then in the cache."""
+        self._lay_out(len(ready))
+        pipeline = self._home.pipeline
+        assert pipeline is not None
+        advancing = {}
+        for one in ready:
+            assert one.token is not None
+            if not one.counted:
+                pipeline.begin(one.slot, one.counts)
+                one.counted = True
+            if not one.in_flight:
+                pipeline.feed(one.slot, one.token)
+                one.in_flight = True
+            advancing[one.slot] = Advancing(one.sequence.options.loops.loops, one.sequence.draft)
+        arrived = pipeline.run(advancing)
+        self._between_loops()
+        logits = NextLogits(self._home.state, self.driver.manifest.vocab_size)
+        results = []
+        for one in ready:
+            if one.slot in arrived:
+                one.in_flight = False
+                if not one.over:
+                    logits.hold(one.slot, pipeline.row(one.slot))
+                    results.append(self._sample(one, logits, 0))
+        return results
+
+    def _layout(self, count: int) -> LoopDriver:
+        """Return the driver of the first ``count`` slots, laid side by side."""
+        if count not in self._layouts:
+            self._layouts[count] = self.driver.packed(count)
+        return self._layouts[count]
+
+    def _lay_out(self, count: int) -> None:
+        """Lay the caches of the first ``count`` slots side by side, after moving all running requests there."""
+        if self._home.batch == count:
+            return
+        for to, running in enumerate(sorted(self.running.values(), key=lambda one: one.slot)):
+            if running.slot != to and count < self._home.batch:
+                self._home.move(running.slot, to)
+                running.slot = running.sequence.slot = to
+        before, self._home = self._home, self._layout(count)
+        self.running = {one.slot: one for one in self.running.values()}
+        self.driver.repack(before.batch, count, min(before.batch, count))
+        for one in self.running.values():
+            one.in_flight = one.counted = False
+
+    def _decode_plain(self, ready: Sequence[RunningRequest]) -> list[StepResult]:
+        """Run one token of every sequence."""
+        for one in ready:
+            one.in_flight = False
         work: Work = {one.slot: ((one.token,), one.sequence.options.loops) for one in ready if one.token is not None}
         try:
             logits, first = self._advance(0, ready[-1].slot + 1, work, ready)
@@ -161,16 +250,18 @@ class Slots:
         Return the logits and the slot of their first row. ``requests``: the requests whose tokens run. Raises
         Interrupted when all of them have ended.
         """
-        if (first, count) not in self._parts:
-            part = self.driver.part(first, count)
-            if part is None:
-                first, count = 0, self.driver.batch
-            else:
-                self._parts[first, count] = part
+        home = self._home
+        if (first, count) == (0, home.batch):
+            part: LoopDriver | None = home
+        else:
+            part = self._parts.get((home, first, count)) or home.part(first, count)
+        if part is None:
+            part, first, count = home, 0, home.batch
+        self._parts[home, first, count] = part
         idle: tuple[tuple[int, ...], LoopSettings] = ((), _IDLE)
         each = [work.get(slot, idle) for slot in range(first, first + count)]
         tokens, settings = [one[0] for one in each], [one[1] for one in each]
-        return self._parts[first, count].advance(tokens, settings, partial(self._between, first, requests)), first
+        return part.advance(tokens, settings, partial(self._between, first, requests)), first
 
     def _between(self, first: int, requests: Sequence[RunningRequest], active: NDArray[np.bool_] | None = None) -> None:
         """Call ``between_loops``. Raises Interrupted when all requests still in the loop have ended.

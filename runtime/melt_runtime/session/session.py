@@ -131,9 +131,7 @@ class Session:
         sequence = self._sequence(options, streamed=False)
         for _ in self._deltas(sequence, self._stream):
             pass
-        pipeline = self.driver.pipeline
-        used = None if sequence.pipelining is None or pipeline is None else pipeline.use(0)
-        return sequence.result(self.driver.depth[0], pipeline=used)
+        return sequence.result(self.driver.depth[0])
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continue the sequence and yield text as it is generated.

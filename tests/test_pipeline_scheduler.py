@@ -1,0 +1,89 @@
+"""Requests that a scheduler decodes pipelined get the answers that they get alone, whoever comes and goes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeCheckpoint, MakePackage
+from melt_runtime import ArgumentError, PrefixCache, Request, Runtime, Scheduler
+
+PROMPTS = [
+    [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9],
+    [5, 6],
+    [9, 9, 9, 1],
+    [40, 2, 7],
+    [12, 13, 14, 15, 16, 17, 18, 19, 20],
+]
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "standard"])
+def runtime(make_package: MakePackage, make_looplm: MakeCheckpoint, request: pytest.FixtureRequest) -> Runtime:
+    return Runtime.load(make_package(make_looplm(), chunk=4, max_seq_len=128, dialect=request.param))
+
+
+def asked(which: int, **options: Any) -> dict[str, Any]:
+    chosen: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "seed": 5},
+        {"loops": 3},
+        {"repetition_penalty": 1.2},
+        {"loops": 1},
+    ]
+    return {"ignore_eos": True, "max_tokens": 10 + 9 * which, **chosen[which], **options}
+
+
+@pytest.mark.parametrize("pipeline", ["on", "auto"])
+def test_requests_that_come_and_go_get_their_answers(runtime: Runtime, pipeline: str) -> None:
+    alone = [runtime.generate(prompt, **asked(which, pipeline="off")) for which, prompt in enumerate(PROMPTS)]
+    with Scheduler(runtime, slots=3, prefixes=PrefixCache(1 << 24)) as scheduler:
+        for _ in range(2):
+            handles = [
+                scheduler.submit(Request(tuple(prompt), runtime.options(**asked(which, pipeline=pipeline))))
+                for which, prompt in enumerate(PROMPTS)
+            ]
+            results = [handle.result() for handle in handles]
+            assert results == alone
+        metrics = scheduler.metrics()
+    if pipeline == "on":
+        assert all(result.pipeline is not None for result in results)
+        assert metrics.pipeline_tokens > 100
+        assert metrics.pipeline_runs > 0
+        assert sum(metrics.drafts_held) + sum(metrics.drafts_dropped) > 0
+
+
+def test_a_lone_request_goes_on_while_others_visit(runtime: Runtime) -> None:
+    """The long request's caches are moved apart for each visitor, and together after it."""
+    long = {"max_tokens": 100, "ignore_eos": True, "temperature": 0.7, "seed": 1}
+    alone = runtime.generate(PROMPTS[0], pipeline="off", **long)
+    visits = [runtime.generate(prompt, max_tokens=4, pipeline="off", ignore_eos=True) for prompt in PROMPTS[1:]]
+    arrived = threading.Semaphore(0)
+    with Scheduler(runtime, slots=2) as scheduler:
+        first = scheduler.submit(Request((5,), runtime.options(max_tokens=3, pipeline="on", ignore_eos=True)))
+        handle = scheduler.submit(
+            Request(tuple(PROMPTS[0]), runtime.options(pipeline="on", **long)), lambda event: arrived.release()
+        )
+        first.result()
+        for prompt, expected in zip(PROMPTS[1:], visits, strict=True):
+            for _ in range(12):
+                arrived.acquire()
+            options = runtime.options(max_tokens=4, pipeline="on", ignore_eos=True)
+            assert scheduler.submit(Request(tuple(prompt), options)).result() == expected
+        result = handle.result()
+    assert result == alone
+    assert result.pipeline is not None
+    assert result.pipeline.tokens > 50
+
+
+def test_a_request_that_cannot_be_pipelined_is_refused(
+    make_package: MakePackage, make_looplm: MakeCheckpoint, tiny_package: Path
+) -> None:
+    single = make_package(make_looplm(), chunk=8, dialect="standard", max_batch=1)
+    runtime = Runtime.load(single)
+    with Scheduler(runtime) as scheduler:
+        handle = scheduler.submit(Request((1, 2), runtime.options(pipeline="on")))
+        with pytest.raises(ArgumentError, match="--max-batch 1"):
+            handle.result()
+        assert scheduler.submit(Request((1, 2), runtime.options(max_tokens=3))).result().pipeline is None
