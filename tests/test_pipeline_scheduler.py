@@ -25,14 +25,7 @@ def runtime(make_package: MakePackage, make_looplm: MakeCheckpoint, request: pyt
 
 
 def asked(which: int, **options: Any) -> dict[str, Any]:
-    chosen: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.9, "seed": 5},
-        {"loops": 3},
-        {"repetition_penalty": 1.2},
-        {"loops": 1},
-    ]
-    return {"ignore_eos": True, "max_tokens": 10 + 9 * which, **chosen[which], **options}
+    return {"ignore_eos": True, "max_tokens": 10 + 9 * which, **OPTIONS[which], **options}
 
 
 @pytest.mark.parametrize("pipeline", ["on", "auto"])

@@ -26,6 +26,13 @@ Threads = Annotated[
 BackendName = Annotated[
     str, typer.Option(help=f"What runs the package: {', '.join(NAMES)} (the CPU); auto takes the best that can here.")
 ]
+PipelineMode = Annotated[
+    str,
+    typer.Option(
+        help="Run several successive tokens at once, each in a loop of its own: on, off, or auto: where the tokens are "
+        "the same and it is faster."
+    ),
+]
 DeviceIndex = Annotated[int, typer.Option(help="The NVIDIA device to run on, by index.", min=0)]
 Expect = Annotated[
     str | None, typer.Option(help="Refuse a package of another hash than this; melt-run inspect shows a package's.")
@@ -122,6 +129,7 @@ class RequestOptions:
         int | None, typer.Option(help="The same seed gives the same answer; default: a new one each time.")
     ] = None
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None
+    pipeline: PipelineMode = "auto"
 
     def checked(self) -> dict[str, Any]:
         """Return the options for ``Runtime.options``, checked before the package is loaded, which takes a while. Raises
@@ -132,7 +140,7 @@ class RequestOptions:
         sampling = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
         )
-        GenerationOptions(depth, self.max_tokens, sampling, stop_strings(self.stop))
+        GenerationOptions(depth, self.max_tokens, sampling, stop_strings(self.stop), pipeline=self.pipeline)
         return asdict(self)
 
 

@@ -14,13 +14,15 @@ from typing import Annotated
 import typer
 
 from ..decoding.prefix_cache import PrefixCache
+from ..decoding.settings import PIPELINE
 from ..errors import ArgumentError
 from ..machine import available_memory
 from ..package.specs import MAX_LOOPS
 from ..runtime import Runtime
 from ..scheduler.scheduler import Scheduler
 from ..server.limits import MAX_SECONDS, MAX_UNREAD, STALLED
-from .options import LoadOptions, PackageDirectory, grouped
+from ..untrusted import shown
+from .options import LoadOptions, PackageDirectory, PipelineMode, grouped
 
 _YEAR = 365 * 86_400  # seconds
 _MOST_STALL = (2**31 - 1) // 1000  # seconds: the system counts milliseconds in 32 bits
@@ -86,6 +88,7 @@ def serve_command(
     drain: Annotated[
         int, typer.Option(help="Seconds that SIGTERM leaves to what is running before it is cut.", min=0, max=_YEAR)
     ] = 30,
+    pipeline: PipelineMode = "auto",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")] = False,
     loading: LoadOptions,
 ) -> None:
@@ -113,6 +116,8 @@ def serve_command(
         _require_tls(tls_cert, tls_key)
     if not 0 < max_seconds < math.inf:
         raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
+    if pipeline not in PIPELINE:
+        raise ArgumentError(f"--pipeline is {shown(pipeline)}; it must be one of {', '.join(PIPELINE)}")
     allowed = room(max_connections)
     listener = _listen(host, port, stall)
     configure_process()
@@ -120,7 +125,7 @@ def serve_command(
     prefixes = _prefix_store(runtime, slots, prefix_bytes)
     scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
     name = name or package.resolve().name
-    service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog)
+    service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog, pipeline)
     app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
     configure()
     config = uvicorn.Config(

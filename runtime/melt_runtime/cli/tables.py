@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def generation_dict(result: Generation) -> dict[str, Any]:
             "each": list(depth),
         },
         "saved": result.saved,
+        "pipeline": None if result.pipeline is None else asdict(result.pipeline),
     }
 
 
@@ -81,10 +83,14 @@ def stats_lines(result: Generation, started: float, arrivals: Sequence[float], s
     seconds."""
     decoding = arrivals[-1] - arrivals[0]
     speed = f"{(len(arrivals) - 1) / decoding:.1f} tokens/s" if decoding > 0 else "one token, no rate"
+    use = result.pipeline
+    drafts = "" if use is None else f", {sum(use.held)} of {sum(use.held) + sum(use.dropped)} drafts held"
+    piped = [] if use is None else [f"pipelined            {use.runs_per_token:.2f} runs per token{drafts}"]
     return [
         f"decode               {speed}",
         f"time to first token  {arrivals[0] - started:.3f} s for {result.prompt_tokens} prompt tokens",
         f"mean loops           {sum(result.depth) / len(result.depth):.2f} per token, {result.saved:.0%} saved",
+        *piped,
         f"state                {state_bytes:,} bytes",
     ]
 

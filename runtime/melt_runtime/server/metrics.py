@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
@@ -47,12 +47,25 @@ class _Counters(Collector):
         yield _times("melt_first_token_seconds", "From submission to the first token.", now.first_token)
         yield _times("melt_inter_token_seconds", "From a token to the next.", now.inter_token)
         yield _depth(now.depth)
+        yield CounterMetricFamily("melt_pipeline_runs", "Runs of pipelined decoding.", now.pipeline_runs)
+        yield CounterMetricFamily("melt_pipeline_tokens", "Tokens decoded pipelined.", now.pipeline_tokens)
+        yield _drafts(
+            "melt_drafts_held", "Drafts that were the next token, by the loop that predicted it.", now.drafts_held
+        )
+        yield _drafts("melt_drafts_dropped", "Drafts that were not the next token, by loop.", now.drafts_dropped)
         yield GaugeMetricFamily("melt_state_bytes", "State of all slots, whatever the loops.", now.state_bytes)
         yield GaugeMetricFamily("melt_weights_bytes", "Graphs and weights as stored.", now.weights_bytes)
 
 
 def _times(name: str, text: str, times: Histogram) -> Metric:
     return HistogramMetricFamily(name, text, _buckets(times.bounds, times.counts[:-1], times.count), times.total)
+
+
+def _drafts(name: str, text: str, counts: Sequence[int]) -> Metric:
+    found = CounterMetricFamily(name, text, labels=["loop"])
+    for loop, count in enumerate(counts, 1):
+        found.add_metric([str(loop)], count)
+    return found
 
 
 def _depth(depth: dict[int, int]) -> Metric:

@@ -47,6 +47,7 @@ class Service:
     ``max_tokens``: the most per choice (None: what the cache holds). ``max_loops``: the most per token (None: four
     times the package's). ``max_seconds``: the most per call, with waiting. ``max_unread``: tokens that all clients
     together may leave unread. ``stalled``: seconds without a loop or step after which the scheduler counts as stuck.
+    ``pipeline``: as in ``GenerationOptions``, for all requests.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Service:
         max_unread: int = MAX_UNREAD,
         max_loops: int | None = None,
         stalled: float = STALLED,
+        pipeline: str = "auto",
     ):
         self.runtime, self.scheduler, self.name = runtime, scheduler, name
         self.max_seconds, self.backlog, self.stalled = max_seconds, Backlog(max_unread), stalled
@@ -66,6 +68,7 @@ class Service:
         self.max_loops = min(most, LOOP_FACTOR * runtime.manifest.loops if max_loops is None else max_loops)
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
+        self.pipeline = pipeline
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
@@ -118,6 +121,7 @@ class Service:
             "max_tokens": asked or usual,
             "temperature": 1.0 if call.temperature is None else call.temperature,
             "ignore_eos": bool(call.ignore_eos),
+            "pipeline": self.pipeline,
         }
 
     def _deadline(self, call: RequestBody) -> float:
