@@ -76,7 +76,7 @@ def test_a_turn_runs_only_what_is_new(
     monkeypatch.setattr(
         LoopDriver,
         "advance",
-        lambda self, tokens, settings: ran.append(len(tokens[0])) or advance(self, tokens, settings),
+        lambda self, tokens, settings, **how: ran.append(len(tokens[0])) or advance(self, tokens, settings, **how),
     )
     said(conversation, "next")
     prompt_ids = chat_ids(runtime, prompt, first, "next", system="be brief")

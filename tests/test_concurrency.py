@@ -78,11 +78,11 @@ class Gate:
         self.opened.set()
         advance = LoopDriver.advance
 
-        def held(driver: LoopDriver, *arguments: Any) -> Any:
+        def held(driver: LoopDriver, *arguments: Any, **how: Any) -> Any:
             if not self.opened.is_set():
                 self.reached.set()
                 assert self.opened.wait(WAIT)
-            return advance(driver, *arguments)
+            return advance(driver, *arguments, **how)
 
         monkeypatch.setattr(LoopDriver, "advance", held)
 

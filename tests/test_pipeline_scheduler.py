@@ -17,6 +17,13 @@ PROMPTS = [
     [40, 2, 7],
     [12, 13, 14, 15, 16, 17, 18, 19, 20],
 ]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "seed": 5},
+    {"loops": 3},
+    {"repetition_penalty": 1.2},
+    {"loops": 1},
+]
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "standard"])

@@ -235,7 +235,9 @@ def counted(patch: pytest.MonkeyPatch) -> list[int]:
     patch.setattr(
         LoopDriver,
         "advance",
-        lambda self, tokens, settings: ran.append(sum(map(len, tokens))) or advance(self, tokens, settings),
+        lambda self, tokens, settings, **how: (
+            ran.append(sum(map(len, tokens))) or advance(self, tokens, settings, **how)
+        ),
     )
     return ran
 
