@@ -13,8 +13,6 @@ from melt_models import (
     MeltConfig,
 )
 from melt_models.checkpoint import (
-    _DERIVED,
-    _MASK,
     Weights,
     load_model,
     load_weights,
@@ -22,6 +20,7 @@ from melt_models.checkpoint import (
     read_config,
 )
 from melt_models.layers import rotary_tables
+from melt_models.tensors import _DERIVED, _MASK
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -40,7 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counting(Weights, "__init__", lambda *_: "opened")
     counting(checkpoints, "read_config", lambda *_: "config")
-    counting(Weights, "_check_finite", lambda weights, name, value: name)
+    counting(Weights, "_check_finite", lambda weights, stored, value: stored.name)
     counting(torch.nn.Module, "load_state_dict", lambda *_: "models")
     return found
 

@@ -19,11 +19,12 @@ from .checkpoint import (
     CONFIG_ERRORS,
     MOST_TOKENIZER_BYTES,
     Weights,
-    check_names,
     check_sizes,
+    check_tensors,
     expected_shapes,
     innermost,
     meta_model,
+    open_weights,
     read_config,
     read_json,
 )
@@ -89,7 +90,7 @@ def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
     check_sizes(config, weights)
     expected = expected_shapes(meta_model(config))
     fresh = {name for name in expected if any(f".{part}." in name for part in config.untrained)}
-    check_names(
+    check_tensors(
         weights, {name: shape for name, shape in expected.items() if name not in fresh}, tied=config.tie_word_embeddings
     )
     dtype = weights["model.embed_tokens.weight"].dtype
@@ -110,9 +111,10 @@ def convert(
     source: Path, output: Path, *, loops: int | None = None, chunk_size: int = 128, force: bool = False
 ) -> MeltConfig:
     """Write the MELT checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
-    config = melt_config(read_config(source), loops=loops, chunk_size=chunk_size)
+    published = read_config(source)
+    config = melt_config(published, loops=loops, chunk_size=chunk_size)
     check_companions(source, config)
-    weights = Weights(source)
+    weights = open_weights(source, published)
     with new_directory(output, force=force) as build:
         save_state(config, melt_state(config, weights), build)
         for name in COMPANIONS:

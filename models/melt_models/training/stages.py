@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..atomic import new_directory
-from ..checkpoint import Weights, load_model, meta_model, read_config
+from ..checkpoint import Weights, load_model, meta_model, open_weights, read_config
 from ..configuration import LoopLMConfig, MeltConfig
 from ..convert import COMPANIONS, melt_config, melt_state, save_state
 from ..errors import CheckpointError
@@ -160,7 +160,7 @@ class _Start:
         if read_config(self.source).model_type == "melt":
             state: dict[str, Tensor] = dict(load_model(self.source, dtype=torch.float32).state_dict())
         else:
-            state = melt_state(cast(MeltConfig, self.config), Weights(self.source))
+            state = melt_state(cast(MeltConfig, self.config), open_weights(self.source, read_config(self.source)))
         student = meta_model(self.config)
         # Copied, because weights may be mapped from a file, and because training must not change the teacher's.
         state = {key: value.float().clone() for key, value in state.items()}
