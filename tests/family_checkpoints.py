@@ -242,7 +242,7 @@ def rope(x: Array, positions: NDArray[Any], rates: Array, *, adjacent: bool) -> 
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal attention of the last tokens: q (new, heads, size), k and v (all, kv_heads, size) -> (new, heads * size)."""
+    """Causal attention. q: (new, heads, size), the last tokens; k, v: (all, kv_heads, size) -> (new, heads * size)."""
     new, heads, size = q.shape
     groups, total = heads // k.shape[1], k.shape[0]
     out = np.zeros_like(q)
