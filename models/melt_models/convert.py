@@ -1,4 +1,4 @@
-"""Conversion of a LoopLM (Ouro) or Llama-shaped checkpoint to a MELT checkpoint whose gates are untrained."""
+"""Conversion of a looped or Llama-shaped checkpoint to a MELT checkpoint whose gates are untrained."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def melt_config(
     elif isinstance(source, LoopLMConfig):
         layout, default_loops = source.norm_layout, source.total_ut_steps
     else:
-        raise UnsupportedConfigError(f"model_type {source.model_type!r} cannot become a MELT; 'ouro' and 'llama' can")
+        raise UnsupportedConfigError(
+            f"model_type {source.model_type!r} cannot become a MELT; looped models and 'llama' can"
+        )
     shared = [name for name in LoopedConfig.__annotations__ if hasattr(source, name)]
     values = {name: getattr(source, name) for name in shared if name not in ("keys_to_ignore_at_inference",)}
     values.pop("default_theta", None)

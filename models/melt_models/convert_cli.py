@@ -17,15 +17,17 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def convert_checkpoint(
-    source: Annotated[Path, typer.Argument(help="An Ouro or Llama checkpoint directory (config.json, safetensors).")],
+    source: Annotated[
+        Path, typer.Argument(help="Checkpoint directory of a looped model or a Llama (config.json, safetensors).")
+    ],
     output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
     loops: Annotated[
-        int | None, typer.Option(help="Loops per token; default: the source's own (Ouro), or 1 (Llama).", min=1)
+        int | None, typer.Option(help="Loops per token; default: the source's own, or 1 (Llama).", min=1)
     ] = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens that run their loops together.", min=1)] = 128,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
 ) -> None:
-    """Turn an Ouro or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
+    """Turn a looped or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
     try:
         check_directory(source)
         check_target(output, force=force)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import Start
 from ..layers import widen
 from ..looplm import LoopLMForCausalLM
 from ..melt import MeltForCausalLM
@@ -85,6 +86,8 @@ class TeacherObjective(Objective):
 
     def __init__(self, model: LoopLMForCausalLM, options: TeacherOptions):
         super().__init__()
+        if not model.config.exit_gate or model.config.norm_after_coda:
+            raise ValueError("pretraining needs an exit gate, and a head that reads each loop's hidden state itself")
         self.model, self.options = model, options
 
     def forward(
@@ -169,6 +172,8 @@ class DistillObjective(Objective):
 
     def __init__(self, student: MeltForCausalLM, teacher: LoopLMForCausalLM, options: DistillOptions, seed: int):
         super().__init__()
+        if options.exit_weight and not student.config.exit_gate:
+            raise ValueError(f"exit_weight is {options.exit_weight}, but the model has no exit gate")
         self.model, self.options, self.seed = student, options, seed
         self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple keeps it from becoming a submodule
         self._carry: tuple[ChunkedForward, TeacherForward] | None = None
@@ -199,8 +204,9 @@ class DistillObjective(Objective):
         alpha = self.alpha(step, steps)
         if start == 0 or self._carry is None:
             model, teacher = self.model.model, self._on(input_ids.device)
-            student = ChunkedForward(model, loops, alpha=alpha, checkpointing=self.options.checkpointing)
-            self._carry = student, TeacherForward(teacher, loops)
+            begin = self._begin(step, len(input_ids))
+            student = ChunkedForward(model, loops, alpha=alpha, checkpointing=self.options.checkpointing, start=begin)
+            self._carry = student, TeacherForward(teacher, loops, begin)
         student, reference = self._carry
         student.cut()
         parts: dict[str, Tensor] = {}
@@ -225,8 +231,8 @@ class DistillObjective(Objective):
         """
         depth = len(student.hidden)
         labelled = targets != IGNORE
-        truth = widen(self._on(targets.device).lm_head(teacher.hidden[:, labelled]))
-        mine = widen(self.model.lm_head(student.hidden[:, labelled]))
+        truth = widen(self._on(targets.device).lm_head(teacher.read[:, labelled]))
+        mine = widen(self.model.lm_head(student.read[:, labelled]))
         first = 0 if self.options.distill == "all" else depth - 1
         # Later tokens read the keys and values of a chunk's last loop, which therefore learns from the teacher's last.
         goal = torch.cat((truth[: depth - 1], truth[-1:]))
@@ -240,12 +246,18 @@ class DistillObjective(Objective):
             parts["attention"] = error.mean((0, 1)).sum() / tokens
         if self.options.exit_weight:
             right = (mine.argmax(-1) == truth[-1].argmax(-1)).to(mine.dtype)
-            leave = student.hidden.new_zeros(student.exit_probability.shape, dtype=mine.dtype)
+            leave = student.hidden.new_zeros(student.hidden.shape[:-1], dtype=mine.dtype)
             leave[:, labelled] = right
-            opinion = widen(self.model.model.early_exit_gate(student.hidden.detach()).squeeze(-1))
+            gate: Any = self.model.model.early_exit_gate
+            opinion = widen(gate(student.hidden.detach()).squeeze(-1))
             loss = F.binary_cross_entropy_with_logits(opinion, leave, reduction="none").mean(0)
             parts["exit"] = loss.sum()
         return parts
+
+    def _begin(self, step: int, batch: int) -> Start:
+        """Return the noise that student and teacher both start from in a step, other in every sequence."""
+        seeds = np.random.default_rng([self.seed, step]).integers(2**63, size=batch)
+        return Start(torch.from_numpy(seeds))
 
     def _chunks(self, step: int, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return (start, end, loops) of every chunk of a span. Random choices are equal in all processes."""

@@ -120,7 +120,9 @@ class _Start:
             raise ConfigError(f"{name} needs the teacher in {teacher}, which is not there; run the stage teacher first")
         looplm = read_config(teacher)
         if not isinstance(looplm, LoopLMConfig):
-            raise CheckpointError(f"{teacher} is a {looplm.model_type!r}; a teacher must be a LoopLM ('ouro')")
+            raise CheckpointError(
+                f"{teacher} is a {looplm.model_type!r}; a teacher must be a LoopLM, with caches in every loop"
+            )
         if name == "phase1" or "phase1" not in run.stages():
             return cls(melt_config(looplm, **run.melt), source=teacher, teacher=teacher)
         source = run.output / "phase1"
