@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from melt_models.checkpoint import load_model, open_checkpoint, open_weights, re
 from melt_models.convert import convert, melt_config, melt_state, save_state
 from melt_models.start_state import start_noise
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from melt_export.errors import ExportError
+from melt_export.export import building
+from melt_export.options import ExportOptions
 
 KINDS = list(CONFIGS)
 RAVENS = ["huginn", "llama", "olmo"]
@@ -261,8 +266,10 @@ def test_huginn_refuses_by_name_what_it_does_not_know(name: str, kind: str, tmp_
 def test_what_is_unclear_in_a_huginn_checkpoint_is_refused(
     kind: str, fields: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
+    made = family(kind)
+    made.config |= fields
     with pytest.raises(CheckpointError, match=words):
-        open_checkpoint(family(kind, **fields).write(tmp_path))
+        open_checkpoint(made.write(tmp_path))
 
 
 def test_layers_that_are_neither_huginns_nor_retrofitted_are_refused(tmp_path: Path) -> None:
@@ -328,3 +335,32 @@ def test_convert_puts_the_latent_gate_into_the_cores_layers_alone(kind: str, tmp
     expected = np.concatenate([one.loops(IDS[at : at + 4], 1)[-1] for at in range(0, len(IDS), 4)])
     assert error(run(model, IDS, num_loops=1, **zeros(made)).logits[0], expected) <= MOST_ERROR
     model.generate(torch.tensor([IDS]), max_new_tokens=3, do_sample=False)
+
+
+WRONG: list[Any] = [None, True, False, -1, 0, 3, 2.5, 1e400, "x", "", [], [1], {}, {"a": 1}, 10**30]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spoiled_config_is_refused_in_one_sentence_or_read(kind: str, tmp_path: Path) -> None:
+    made = family(kind)
+    directory, kept = made.write(tmp_path), dict(made.config)
+    sentences = []
+    for name in kept:
+        for value in WRONG:
+            (directory / "config.json").write_text(json.dumps(kept | {name: value}))
+            try:
+                open_checkpoint(directory)
+            except CheckpointError as refusal:
+                sentences.append(str(refusal))
+    assert len(sentences) > 100
+    assert all("\n" not in sentence and "Error" not in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_that_cannot_be_exported_yet_is_refused_and_not_exported_wrongly(kind: str, tmp_path: Path) -> None:
+    source = family(kind).write(tmp_path / "source")
+    with (
+        pytest.raises(ExportError, match="cannot be exported yet"),
+        building(source, tmp_path / "out", ExportOptions()),
+    ):
+        pass

@@ -70,6 +70,8 @@ class Dialect(ABC):
 
     def check(self, config: LoopedConfig) -> None:
         """Raise ExportError for a model that the dialect cannot express."""
+        if missing := _not_exported(config):
+            raise ExportError(f"{missing} cannot be exported yet; the model runs in PyTorch")
         if _caches_per_loop(config) and self.cache_kind != "in_place":
             raise ExportError(
                 f"a LoopLM writes its caches in every loop, the {self.name} dialect once after the last: "
@@ -98,6 +100,24 @@ class Dialect(ABC):
 
     def cache_output(self, part: str, layer: int) -> str:
         return f"next_{part}_cache.{layer}"
+
+
+def _not_exported(config: LoopedConfig) -> str | None:
+    """Name the first part of a model that no graph expresses, if there is one."""
+    parts = {
+        "a prelude": config.num_prelude_layers > 0,
+        "a coda": config.num_coda_layers > 0,
+        "an injection into the loops": config.injection != "none",
+        f"a start from {config.start_state}": config.start_state != "embedding",
+        "a model without a norm between its loops": config.norm_after_coda,
+        "a model without an exit gate": not config.exit_gate,
+        "a norm of queries and keys": config.qk_norm,
+        "a bias of queries and keys": config.qk_bias,
+        "RoPE in adjacent pairs": config.rotary_pairs != "halves",
+        "a scaled embedding": config.embedding_scale != 1,
+        f"the norm layout {config.norm_layout}": config.norm_layout not in ("sandwich", "pre"),
+    }
+    return next((name for name, there in parts.items() if there), None)
 
 
 def _caches_per_loop(config: LoopedConfig) -> bool:

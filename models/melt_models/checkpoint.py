@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from .configuration import LoopLMConfig, MeltConfig, check_fields
 from .directory import check_directory
-from .errors import UnsupportedConfigError, shown
+from .errors import CheckpointError, UnsupportedConfigError, shown
 from .families.huginn import HuginnConfig, HuginnForCausalLM
 from .families.nanbeige import NanbeigeConfig, NanbeigeForCausalLM
 from .families.published import PublishedConfig
@@ -88,6 +88,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
         config = kind.from_dict({name: value for name, value in content.items() if name in read})
         config.validate()
     except CONFIG_ERRORS as error:
+        if isinstance(error, CheckpointError) and not isinstance(error, UnsupportedConfigError):
+            raise  # about the tensors, which a family's config is read with
         raise UnsupportedConfigError(f"{path}: {innermost(error)}") from error
     return config
 

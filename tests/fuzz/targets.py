@@ -229,8 +229,9 @@ class CheckpointTarget:
     refused: ClassVar[tuple[type[BaseException], ...]]
 
     def __init__(self, package: Path):
+        from family_checkpoints import family
         from melt_models import CheckpointError, LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
-        from melt_models.checkpoint import Weights, open_checkpoint, read_config
+        from melt_models.checkpoint import open_checkpoint, open_weights, read_config
         from melt_models.convert import melt_config, melt_state
         from transformers import LlamaConfig, LlamaForCausalLM
         from transformers.utils import logging
@@ -248,9 +249,13 @@ class CheckpointTarget:
         ):
             self.places[model.config.model_type] = package.parent / model.config.model_type
             model.save_pretrained(self.places[model.config.model_type])
+        for name in ("nanbeige", "huginn"):
+            made = family(name)
+            self.places[made.config["model_type"]] = made.write(package.parent / name)
 
         def convert(directory: Path) -> None:
-            melt_state(melt_config(read_config(directory)), Weights(directory))
+            config = read_config(directory)
+            melt_state(melt_config(config), open_weights(directory, config))
 
         self.open, self.convert = open_checkpoint, convert
 

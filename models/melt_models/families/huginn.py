@@ -20,11 +20,12 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..configuration import check_fields
 from ..errors import UnsupportedConfigError, shown
 from ..loading import HEAD, check_sizes, check_tensors, expected_shapes, load_weights, on_meta
 from ..looplm import LoopLMForCausalLM
 from ..tensors import Part, Weights, check_names
-from .published import PublishedConfig, needed, refuse_other, refuse_set
+from .published import PublishedConfig, flag, needed, refuse_other, refuse_set
 
 _KNOWN = {
     "architecture_class_name": "RecurrentGPT",
@@ -76,6 +77,7 @@ class HuginnConfig(PublishedConfig):
         weights = Weights(directory) if directory is not None else None
         kind = _kind(content, weights)
         d, heads = needed(content, "n_embd", "hidden_size"), needed(content, "n_heads", "num_attention_heads")
+        check_fields({"hidden_size": d})
         scale, std = _scales(content, kind, d)
         retrofitted = kind != "huginn"
         positions = content.get("max_position_embeddings") if retrofitted else None
@@ -94,7 +96,7 @@ class HuginnConfig(PublishedConfig):
             "num_hidden_layers": needed(content, "n_layers_in_recurrent_block"),
             "num_coda_layers": needed(content, "n_layers_in_coda"),
             "total_ut_steps": needed(content, "mean_recurrence"),
-            "qk_bias": bool(content.get("qk_bias")),
+            "qk_bias": flag(content, "qk_bias"),
             "tie_word_embeddings": _tied(content, weights),
             "injection": "linear",
             "norm_between_loops": False,
@@ -149,7 +151,7 @@ class HuginnConfig(PublishedConfig):
 
 def _kind(content: Mapping[str, Any], weights: Weights | None) -> str:
     """Decide the kind of layer by tensors and flags. Raises UnsupportedConfigError for what does not fit together."""
-    biased = bool(content.get("qk_bias"))
+    biased = flag(content, "qk_bias")
     if weights is None:
         if biased:
             return "huginn"
@@ -204,7 +206,7 @@ def _retrofitted_rope(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tied(content: Mapping[str, Any], weights: Weights | None) -> bool:
     """Whether head and embedding are one tensor: by the config's flags, unless two different tensors are stored."""
-    flagged = bool(content.get("tie_embeddings") or content.get("tie_word_embeddings"))
+    flagged = flag(content, "tie_embeddings") or flag(content, "tie_word_embeddings")
     if not flagged or weights is None or HEAD not in weights or _TABLE not in weights:
         return flagged
     same = weights[HEAD].shape == weights[_TABLE].shape

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..configuration import MOST_LOOPS
 from ..errors import UnsupportedConfigError, shown
 from ..looplm import LoopLMForCausalLM
-from .published import PublishedConfig, is_set, needed, refuse_set
+from .published import PublishedConfig, flag, is_set, needed, refuse_set
 
 _REFUSED = {
     "qk_layernorm": "a norm of queries and keys",
@@ -68,7 +68,7 @@ class NanbeigeConfig(PublishedConfig):
         if switches:
             raise UnsupportedConfigError(f"{switches[0]} is {shown(content[switches[0]])}: it is not known here")
         kinds = content.get("layer_types") or []
-        if any(kind != "full_attention" for kind in kinds):
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             raise UnsupportedConfigError(f"layer_types is {shown(kinds)}; only 'full_attention' is supported")
         loops = needed(content, "num_loops")
         if isinstance(loops, bool) or not isinstance(loops, int) or not 1 <= loops <= MOST_LOOPS:
@@ -80,10 +80,10 @@ class NanbeigeConfig(PublishedConfig):
             **{name: needed(content, name) for name in _SAME},
             **{name: content[name] for name in _IF_THERE if content.get(name) is not None},
             "head_dim": content.get("head_dim") or content.get("kv_channels"),
-            "tie_word_embeddings": bool(content.get("tie_word_embeddings", False)),
+            "tie_word_embeddings": flag(content, "tie_word_embeddings"),
             "total_ut_steps": loops,
             "norm_layout": "pre",
-            "norm_between_loops": not is_set(content.get("skip_loop_final_norm")),
+            "norm_between_loops": not flag(content, "skip_loop_final_norm"),
             "exit_gate": False,
         }
 

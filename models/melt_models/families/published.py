@@ -79,6 +79,14 @@ def is_set(value: object) -> bool:
     return value is not None and value is not False and value != [] and value != {} and value != ""
 
 
+def flag(content: Mapping[str, Any], name: str) -> bool:
+    """Return a field that is true or false; absent or null is false. Raises UnsupportedConfigError."""
+    value = content.get(name)
+    if not isinstance(value, bool | None):
+        raise UnsupportedConfigError(f"{name} is {shown(value)}; it must be true or false")
+    return bool(value)
+
+
 def refuse_set(content: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Raise UnsupportedConfigError for the first of these fields that is set. ``names``: what each one asks for."""
     for name, what in names.items():
