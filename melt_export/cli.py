@@ -307,6 +307,8 @@ def verify_command(
     _TEXT.print(_parity_table(report))
     if report.quality is not None:
         _TEXT.print(f"quality: {report.quality.summary()}")
+    if report.staggered is not None:
+        _TEXT.print(f"staggered decoding: {report.staggered.summary()}")
     _TEXT.print(f"compared: {report.arithmetic}")
     _TEXT.print(f"{'passed' if report.passed else 'FAILED'}: {report.summary()}")
     for failure in report.failures():
@@ -350,6 +352,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
         table.add_row("parity compared", report.arithmetic)
     if report is not None and report.quality is not None:
         table.add_row("quality", report.quality.summary())
+    if report is not None and report.staggered is not None:
+        table.add_row("staggered decoding", report.staggered.summary())
     _TEXT.print(table)
 
 

@@ -17,6 +17,7 @@ from ..reference.float32_matmul import FLOAT32, FLOAT64, ORDERS, Arithmetic
 from ..reference.pytorch import LoopTrace, Reference
 from .distances import Distances, OwnError
 from .report import ParityReport, tolerance_of
+from .staggered import StaggeredCase
 
 _TRACED_CHUNK = 128  # wider chunks are traced at this width, which needs less memory for the same mathematics
 DECODE_STEPS = 2
@@ -69,9 +70,11 @@ class Expected:
     - ``prompt``, ``chunk``, ``threshold``, ``depths``: exit depths of a prompt's tokens at a threshold; None for a
       token whose depth rounding may change.
     - ``runs``: greedy runs.
+    - ``staggered``: None for a package that cannot decode so.
     """
 
     cases: list[tuple[Case, Traces]]
+    staggered: StaggeredCase | None
     own: OwnError
     prompt: list[int]
     chunk: int
@@ -100,10 +103,11 @@ def expected_of(
     # A float32 package is compared with float64; one in half precision, which loses more anyway, with float32.
     truth = FLOAT64 if manifest.precision == "fp32" else FLOAT32
     cases = [(case, case.traces(reference, manifest.loops, truth)) for case in drawn]
+    staggered = StaggeredCase.drawn(manifest, np.random.default_rng((seed, 1)), reference, truth)
     own = OwnError()
     if truth is FLOAT64:
         progress("PyTorch: its own rounding", 0, 0)
-        own = _own_error(reference, cases, manifest.loops)
+        own = _own_error(reference, cases, staggered, manifest.loops)
     prompt = drawn[0].prompts[0]
     threshold: float | None = None
     depths: list[int | None] = []
@@ -123,7 +127,7 @@ def expected_of(
         greedy = reference.greedy(ids, min(tokens, room - len(ids) + 1), manifest.loops, size)
         runs.append(GreedyRun(ids, size, *greedy))
         progress("PyTorch: greedy tokens", len(lengths), 1)
-    return Expected(cases, own, prompt, chunk, threshold, depths, runs)
+    return Expected(cases, staggered, own, prompt, chunk, threshold, depths, runs)
 
 
 def measure_ties(report: ParityReport, expected: Expected, reference: Callable[[], Reference]) -> None:
@@ -155,7 +159,9 @@ def _case(manifest: Manifest, rng: np.random.Generator, lengths: Sequence[int], 
     return Case(prompts, chunk, steps)
 
 
-def _own_error(reference: Reference, cases: list[tuple[Case, Traces]], loops: int) -> OwnError:
+def _own_error(
+    reference: Reference, cases: list[tuple[Case, Traces]], staggered: StaggeredCase | None, loops: int
+) -> OwnError:
     """Return PyTorch's float32 error on these traces, over several orders of summation."""
     draws = []
     for arithmetic in ORDERS:
@@ -165,6 +171,8 @@ def _own_error(reference: Reference, cases: list[tuple[Case, Traces]], loops: in
                 for chunks in zip(*sequences, strict=True):
                     for pair in zip(*chunks, strict=True):
                         found.compare_trace(*pair)
+        if staggered is not None:
+            staggered.compare(staggered.run(reference, arithmetic).runs, found)
         draws.append(found)
     return OwnError.of(draws)
 

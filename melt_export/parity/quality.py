@@ -7,12 +7,13 @@ model's.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from melt_runtime import ArgumentError, LoopSettings, Runtime
+from melt_runtime import ArgumentError, LoopDriver, LoopSettings, Runtime
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, no_progress
@@ -104,6 +105,17 @@ def reference_logits(reference: Reference, held: HeldOut, manifest: Manifest) ->
     return [reference.logits(ids, manifest.loops, manifest.chunk) for ids in held.sequences]
 
 
+def text_logits(driver: LoopDriver, ids: Sequence[int], settings: LoopSettings) -> NDArray[np.float32]:
+    """Return a package's logits (tokens, vocab) of a sequence of its own, in the chunks of ``settings``."""
+    driver.reset()
+    rows = []
+    for chunk in driver.chunks([ids], settings.chunk):
+        for _ in driver.loops(chunk, settings):
+            pass
+        rows.append(driver.state.logits(np.arange(int(chunk.counts[0]))[None])[0].copy())
+    return np.concatenate(rows)
+
+
 def measure(
     runtime: Runtime,
     held: HeldOut,
@@ -118,13 +130,7 @@ def measure(
     agree: list[bool] = []
     losses: tuple[list[float], list[float]] = ([], [])
     for ids, theirs in zip(held.sequences, expected, strict=True):
-        driver.reset()
-        rows = []
-        for chunk in driver.chunks([ids]):
-            for _ in driver.loops(chunk, settings):
-                pass
-            rows.append(driver.state.logits(np.arange(int(chunk.counts[0]))[None])[0].copy())
-        got, want = log_softmax(np.concatenate(rows)), log_softmax(theirs)
+        got, want = log_softmax(text_logits(driver, ids, settings)), log_softmax(theirs)
         rows_kl, same = agreement(got, want)
         divergence += rows_kl
         agree += same

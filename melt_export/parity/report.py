@@ -171,12 +171,41 @@ class Quality:
         return line
 
 
+@dataclass(frozen=True)
+class StaggeredCost:
+    """Staggered decoding against plain decoding by the same package, over ``positions`` given tokens of ``text``.
+
+    - ``lanes``: tokens in flight.
+    - ``kl``: mean KL(plain || staggered) of the next token's distribution, in nats.
+    - ``top1``: share of positions with the same best token.
+    - ``chunk_kl``, ``chunk_top1``: the same of prefill in chunks of ``chunk`` tokens.
+    """
+
+    lanes: int
+    text: str
+    positions: int
+    kl: float
+    top1: float
+    chunk: int
+    chunk_kl: float
+    chunk_top1: float
+
+    def summary(self) -> str:
+        """Describe the cost in one line."""
+        return (
+            f"KL {self.kl:.1e}, top-1 {self.top1:.1%} with {self.lanes} tokens in flight; KL {self.chunk_kl:.1e}, "
+            f"top-1 {self.chunk_top1:.1%} in chunks of {self.chunk}; both against plain decoding, on {self.positions} "
+            f"positions of {self.text}"
+        )
+
+
 @dataclass
 class ParityReport:
     """Results of a comparison.
 
     - ``backend``: ran the package, in the ``arithmetic`` described.
     - ``quality``: of quantized packages.
+    - ``staggered``: what staggered decoding costs; None where a package cannot.
     - ``own_kl``: KL divergence of PyTorch's float32 from its float64.
     """
 
@@ -198,6 +227,7 @@ class ParityReport:
     manifest_sha256: str = ""
     libraries: dict[str, str] = field(default_factory=dict)
     quality: Quality | None = None
+    staggered: StaggeredCost | None = None
     backend: str = "onnxruntime"
 
     def take(self, found: Distances, own: OwnError) -> None:

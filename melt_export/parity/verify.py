@@ -28,6 +28,7 @@ from .exact_match import read_problems
 from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, measure_ties
 from .quality import LARGE_TOKENS, TOKENS, QualityCheck, held_out, limits_of
 from .report import GenerationResult, Limits, ParityReport, StateError, tolerance_of
+from .staggered import COST_TOKENS, lanes_of, staggered_cost
 from .target import CPU, target_of
 
 _SHAPE = (
@@ -60,9 +61,11 @@ def verify(
     """Compare a package, run by a backend of this machine, with its checkpoint in PyTorch, and write parity.json.
 
     Loop by loop: hidden, latent, cache positions, exit probability and logits, for a ragged batch of prompts and for
-    chunk size 1; exit depths at a threshold that splits the tokens; then ``tokens`` greedy tokens for several prompts.
+    chunk size 1; every run of tokens that decode staggered; exit depths at a threshold that splits the tokens; then
+    ``tokens`` greedy tokens for several prompts.
     PyTorch computes on the CPU and is freed before the package is loaded, so the two never share memory. A quantized
-    package is compared with the values that it stores, and then measured against the checkpoint itself.
+    package is compared with the values that it stores, and then measured against the checkpoint itself. One that can
+    decode staggered is also measured against its own plain decoding.
 
     - ``backend``, ``device``: what runs the package (see ``target_of``), and the NVIDIA device by index.
     - ``loops`` None: as many as the package was trained for.
@@ -102,6 +105,9 @@ def verify(
         )
         progress("package: loop by loop", 0, 0)
         compare(runtime, expected, report, progress)
+        if lanes_of(manifest) > 1:
+            text = held_out(package, manifest, eval_text, LARGE_TOKENS if large else COST_TOKENS)
+            report.staggered = staggered_cost(runtime, text, manifest.loops, progress)
         _compare_embeddings(runtime, table, report)
         if check is not None and target.activations == "int8":
             float_kl = check.measure(runtime, manifest.loops, progress).kl
@@ -123,6 +129,8 @@ def compare(runtime: Runtime, expected: Expected, report: ParityReport, progress
     errors, cache_scales = Distances(expected.own.tie), CacheScales.of(runtime.package)
     for case, traces in expected.cases:
         _compare_case(runtime, case, traces, report.loops, errors, cache_scales)
+    if expected.staggered is not None:
+        expected.staggered.compare_package(runtime, errors)
     report.take(errors, expected.own)
 
     if expected.threshold is not None:

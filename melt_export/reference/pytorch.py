@@ -44,7 +44,7 @@ class LoopTrace:
 
 
 @contextmanager
-def _computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
+def computing(arithmetic: Arithmetic = FLOAT32) -> Iterator[None]:
     with torch.inference_mode(), Float32Matmul(arithmetic):
         yield
 
@@ -68,7 +68,7 @@ class Reference(ABC):
         self.model, self.config, self.stored = model, model.config, stored
 
     @abstractmethod
-    def _cache(self) -> Any:
+    def cache(self) -> Any:
         """Return an empty cache."""
 
     @abstractmethod
@@ -79,19 +79,19 @@ class Reference(ABC):
 
     def logits(self, ids: Sequence[int], loops: int, chunk: int) -> NDArray[Any]:
         """Return the float32 logits (tokens, vocab) of a new sequence; every token runs all loops."""
-        with _computing():
+        with computing():
             output = self.model(
                 torch.tensor([list(ids)]),
-                past_key_values=self._cache(),
+                past_key_values=self.cache(),
                 **every_loop(self.model, loops, chunk),
             )
             return output.logits[0].float().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int, loops: int, chunk: int) -> tuple[list[int], list[float]]:
         """Return ``count`` greedy tokens, and for each the difference between the best and the second-best logit."""
-        cache = self._cache()
+        cache = self.cache()
         ids, tokens, margins = list(prompt), [], []
-        with _computing():
+        with computing():
             for _ in range(count):
                 output = self.model(
                     torch.tensor([ids]),
@@ -116,16 +116,16 @@ def reference_of(model: LoopedModel, stored: Stored | None = None) -> Reference:
 class MeltReference(Reference):
     """A MELT checkpoint computed by PyTorch."""
 
-    def _cache(self) -> MeltCache:
+    def cache(self) -> MeltCache:
         return MeltCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
         self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        cache = self._cache()
+        cache = self.cache()
         traces: list[list[LoopTrace]] = []
         depths: list[int] = []
-        with _computing(arithmetic):
+        with computing(arithmetic):
             for ids in chunks:
                 valid = torch.ones(1, len(ids), dtype=torch.bool)
                 hidden = self.model.model.embed_tokens(torch.tensor([list(ids)]))
@@ -166,15 +166,15 @@ class LoopLMReference(Reference):
     Every loop has caches of its own, so results do not depend on chunks, and every token runs all loops.
     """
 
-    def _cache(self) -> DynamicCache:
+    def cache(self) -> DynamicCache:
         return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
 
     def traces(
         self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        cache, traces = self._cache(), []
+        cache, traces = self.cache(), []
         layers = self.config.num_hidden_layers
-        with _computing(arithmetic):
+        with computing(arithmetic):
             for ids in chunks:
                 seen = cache.get_seq_length() + len(ids)
                 mask = causal_mask(torch.ones(1, seen, dtype=torch.bool), len(ids))
