@@ -105,7 +105,7 @@ def test_a_token_sees_the_rows_that_earlier_tokens_write_in_the_same_run(aggrega
         if run < len(tokens):
             flight.enter(tokens[run])
             alone.append(Alone(tokens[run]))
-        got = model.lm_head(flight.run().hidden)[0]
+        got = model.lm_head(flight.run())[0]
         want = torch.stack([reference.loop(token, alone[:at]) for at, token in enumerate(alone)])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
         if flight.loops[0] == 4:
@@ -126,12 +126,21 @@ def test_the_newest_word_wins_and_drops_all_behind_it(loops: int, dtype: torch.d
     assert 29 <= got.runs <= want.runs <= 29 * loops
 
 
-def test_plain_decoding_is_that_of_generate() -> None:
-    model = melt()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_prelude_layers": 1, "num_coda_layers": 2, "injection": "linear"},
+        {"num_prelude_layers": 1, "injection": "linear", "start_state": "noise"},
+    ],
+)
+def test_plain_decoding_is_that_of_generate(fields: dict[str, object]) -> None:
+    model = melt(**fields)
     written = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
     got = greedy_tokens(model, PROMPT, 12)
     assert got.tokens == written[0, len(PROMPT) :].tolist()
     assert got.runs == 11 * 4
+    assert len(greedy_tokens(model, PROMPT, 12, decode="staggered").tokens) == 12
 
 
 def test_one_lane_is_plain_decoding() -> None:

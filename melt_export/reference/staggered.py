@@ -61,9 +61,8 @@ def staggered_runs(
         for final, before in schedule(len(tokens), loops, lanes):
             if before[-1] == 0:
                 flight.enter(tokens[final + len(before) - 1])
-            hidden = flight.run().hidden[0]
-            logits = model.lm_head(hidden)
-            found.append(StaggeredRun(tuple(flight.loops), hidden.float().numpy(), logits.float().numpy()))
+            logits = model.lm_head(flight.run()[0])
+            found.append(StaggeredRun(tuple(flight.loops), *(x.float().numpy() for x in (flight.hidden[0], logits))))
             if flight.loops[0] == loops:
                 flight.keep(1, len(flight))
     return found

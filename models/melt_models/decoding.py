@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import ChunkAttention, MeltCache
-from .melt import LoopStep, MeltForCausalLM, MeltModel
+from .melt import MeltForCausalLM, MeltModel
 
 
 @dataclass(frozen=True)
@@ -43,45 +44,46 @@ class Decoded:
 class TokensInFlight:
     """Successive tokens of one sequence that stand in one chunk, each in a loop of its own, the oldest first.
 
-    ``tokens``, ``loops``: each token and the loops that it has run, fewer from one to the next. ``hidden``:
-    (1, tokens, d). ``latent``: (layers, 1, tokens, latent_size). Earlier tokens are in ``cache``.
+    ``tokens``, ``loops``: each token and the loops that it has run, fewer from one to the next. ``hidden``: (1, tokens,
+    d). ``latent``: (layers, 1, tokens, latent_size). Earlier tokens are in ``cache``. Prelude and coda run with every
+    loop over all tokens in flight.
     """
 
     def __init__(self, model: MeltModel, cache: MeltCache):
         self.model, self.cache = model, cache
         self.tokens: list[int] = []
         self.loops: list[int] = []
-        self.hidden: Tensor | None = None
-        self.latent: Tensor | None = None
+        empty = model.embed_tokens(torch.zeros(1, 0, dtype=torch.long, device=model.embed_tokens.weight.device))
+        self.hidden = empty
+        self.latent = empty.new_zeros(len(model.layers), 1, 0, model.config.latent_size)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def enter(self, token: int) -> None:
         """Add a token behind the others."""
-        hidden = self.model.embed_tokens(torch.tensor([[token]], device=self.model.embed_tokens.weight.device))
-        latent = hidden.new_zeros(len(self.model.layers), 1, 1, self.model.config.latent_size)
-        self.hidden = hidden if self.hidden is None else torch.cat((self.hidden, hidden), dim=1)
-        self.latent = latent if self.latent is None else torch.cat((self.latent, latent), dim=2)
+        self.hidden, self.latent = (F.pad(state, (0, 0, 0, 1)) for state in (self.hidden, self.latent))
         self.tokens.append(token)
         self.loops.append(0)
 
-    def run(self) -> LoopStep:
-        """Run the next loop of every token in flight."""
-        assert self.hidden is not None
-        assert self.latent is not None
+    def run(self) -> Tensor:
+        """Run the next loop of every token in flight. Return what the head reads, (1, tokens, d)."""
+        model, config = self.model, self.model.config
         first_loop = torch.tensor([[loops == 0 for loops in self.loops]], device=self.hidden.device)
         active = torch.ones_like(first_loop)
-        attend = ChunkAttention(self.model.config, self.cache, active)
-        step = self.model.loop_step(self.hidden, self.latent, first_loop, active, attend)
+        attend = ChunkAttention(config, self.cache, active, config.first_cache("prelude"))
+        injected = model.prelude(model.embed_tokens(torch.tensor([self.tokens], device=self.hidden.device)), attend)
+        start = model.start(injected, attend.positions)
+        hidden = torch.where(first_loop.unsqueeze(-1), start, self.hidden)
+        attend.first = config.first_cache("core")
+        step = model.loop_step(hidden, self.latent, first_loop, active, attend, injected)
         self.hidden, self.latent = step.hidden, step.latent
         self.loops = [loops + 1 for loops in self.loops]
-        return step
+        attend.first = config.first_cache("coda")
+        return model.coda(step.hidden, attend)
 
     def keep(self, first: int, last: int) -> None:
         """Keep the tokens from ``first`` to ``last - 1``. The older ones are final and stay in the cache."""
-        assert self.hidden is not None
-        assert self.latent is not None
         if first:
             self.cache.commit(torch.ones(1, first, dtype=torch.bool, device=self.hidden.device))
             self.cache.columns += first
@@ -113,7 +115,7 @@ def greedy_tokens(
         raise ValueError(f'decode is {decode!r}; it must be "plain" or "staggered"')
     if max_tokens < 1 or lanes < 1:
         raise ValueError(f"max_tokens is {max_tokens} and lanes {lanes}; both must be 1 or more")
-    cache = MeltCache(len(model.model.layers))
+    cache = MeltCache(model.config.first_cache("core", 1))
     ids = torch.tensor([list(prompt)], device=model.device, dtype=torch.long)
     output = model(
         ids, past_key_values=cache, num_loops=loops, chunk_size=chunk_size, exit_threshold=1.0, logits_to_keep=1
@@ -122,7 +124,7 @@ def greedy_tokens(
     flight, most = TokensInFlight(model.model, cache), 1 if decode == "plain" else lanes
     flight.enter(tokens[0])
     while len(tokens) < max_tokens and tokens[-1] not in stop_ids:
-        words = model.lm_head(flight.run().hidden[0]).argmax(-1).tolist()
+        words = model.lm_head(flight.run()[0]).argmax(-1).tolist()
         runs += 1
         right = next((at for at in range(1, len(flight)) if flight.tokens[at] != words[at - 1]), len(flight))
         final = int(flight.loops[0] == loops)
