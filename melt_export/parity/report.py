@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from melt_runtime.package.files import new_file
 from melt_runtime.package.manifest import PARITY, Manifest
+from melt_runtime.package.staggered_cost import StaggeredCost
 
 from .distances import MULTIPLE, Distances, OwnError
 
@@ -169,34 +170,6 @@ class Quality:
         if self.accuracy is not None:
             line += f"; {self.accuracy.summary()}"
         return line
-
-
-@dataclass(frozen=True)
-class StaggeredCost:
-    """Staggered decoding against plain decoding by the same package, over ``positions`` given tokens of ``text``.
-
-    - ``lanes``: tokens in flight.
-    - ``kl``: mean KL(plain || staggered) of the next token's distribution, in nats.
-    - ``top1``: share of positions with the same best token.
-    - ``chunk_kl``, ``chunk_top1``: the same of prefill in chunks of ``chunk`` tokens.
-    """
-
-    lanes: int
-    text: str
-    positions: int
-    kl: float
-    top1: float
-    chunk: int
-    chunk_kl: float
-    chunk_top1: float
-
-    def summary(self) -> str:
-        """Describe the cost in one line."""
-        return (
-            f"KL {self.kl:.1e}, top-1 {self.top1:.1%} with {self.lanes} tokens in flight; KL {self.chunk_kl:.1e}, "
-            f"top-1 {self.chunk_top1:.1%} in chunks of {self.chunk}; both against plain decoding, on {self.positions} "
-            f"positions of {self.text}"
-        )
 
 
 @dataclass

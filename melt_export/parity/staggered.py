@@ -12,6 +12,7 @@ from melt_runtime.backends.buffers import BufferState, StridedRegion
 from melt_runtime.backends.control import LoopControl
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.specs import ITEM_BYTES
+from melt_runtime.package.staggered_cost import StaggeredCost
 from melt_runtime.progress import Step
 from numpy.typing import NDArray
 
@@ -20,7 +21,6 @@ from ..reference.pytorch import Reference
 from ..reference.staggered import StaggeredRun, schedule, staggered_runs
 from .distances import Distances, agreement, log_softmax
 from .quality import HeldOut, text_logits
-from .report import StaggeredCost
 
 COST_TOKENS = 256  # most tokens that the cost is measured on
 

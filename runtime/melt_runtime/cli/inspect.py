@@ -15,8 +15,9 @@ from ..package.files import within
 from ..package.manifest import PARITY
 from ..package.manifest_facts import arithmetic_of, untrained_warnings
 from ..package.reader import Package
+from ..package.staggered_cost import STAGGERED_COST, StaggeredCost
 from ..text.end_tokens import EndToken, end_tokens
-from ..untrusted import FieldError, flag, listed, printable, read_object
+from ..untrusted import FieldError, flag, listed, optional, printable, read_object
 
 # The loops shown in the comparison with a LoopLM.
 COMPARED_LOOPS = (1, 2, 4, 8, 16)
@@ -75,12 +76,13 @@ class MemoryFacts:
 @dataclass(frozen=True)
 class ParityFacts:
     """The content of parity.json. ``current``: False if it was written for another manifest. ``problem``: why it cannot
-    be read."""
+    be read. ``staggered``: None where it was not measured."""
 
     passed: bool
     current: bool
     failures: tuple[str, ...]
     problem: str | None = None
+    staggered: StaggeredCost | None = None
 
     @property
     def verdict(self) -> str:
@@ -236,9 +238,10 @@ def _parity(package: Package) -> ParityFacts | None:
         passed = flag(content.get("passed"), "passed")
         failures = listed(_sentence)(content.get("failures", ()), "failures")
         hashed = content.get("manifest_sha256") or None
+        staggered = optional(STAGGERED_COST)(content.get("staggered"), "staggered")
     except (PackageError, FieldError) as error:
         return ParityFacts(False, False, (), str(error))
-    return ParityFacts(passed, hashed is None or hashed == package.exported_hash, failures)
+    return ParityFacts(passed, hashed is None or hashed == package.exported_hash, failures, staggered=staggered)
 
 
 def _sentence(value: Any, where: str) -> str:

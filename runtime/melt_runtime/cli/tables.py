@@ -140,6 +140,8 @@ def _summary(facts: PackageFacts) -> Panel:
         "parity": "not verified (no parity.json)" if facts.parity is None else facts.parity.verdict,
         "hash": facts.hash,
     }
+    if facts.parity is not None and facts.parity.current and facts.parity.staggered is not None:
+        rows["staggered decoding"] = facts.parity.staggered.summary()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
     grid.add_column()
