@@ -80,19 +80,33 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     return sizes | lane_buffers(manifest, batch)
 
 
+def lane_window(manifest: Manifest) -> int:
+    """Return the most tokens of a sequence that one run can hold in different loops: 1 if it cannot."""
+    if manifest.cache_loops is not None:
+        return manifest.cache_loops
+    return min(manifest.loops, manifest.chunk) if manifest.staggers else 1
+
+
 def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
-    """Return the bytes of the buffers for runs of one token in every loop, by name; none without a cache per loop."""
-    if (manifest.cache_loops or 1) == 1:
+    """Return the bytes of the buffers for runs whose tokens are in different loops (see ``lanes.py``), by name."""
+    window = lane_window(manifest)
+    if window == 1:
         return {}
-    hidden, rows = manifest.states[0], batch * int(manifest.cache_loops or 1)
+    by_loop = manifest.cache_loops is not None
+    rows = batch * window if by_loop else window
     shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
-        "input_ids": ("int64", (batch,)),
-        "lengths": ("int64", (rows,)),
+        "input_ids": ("int64", (batch if by_loop else 1,)),
+        "lengths": ("int64", (rows if by_loop else 1,)),
         "exit_probability": ("float32", (rows,)),
-        buffer_name(hidden, 0): (hidden.dtype, (rows, hidden.shape[-1])),
-        buffer_name(hidden, 1): (hidden.dtype, (rows, hidden.shape[-1])),
         "logits": ("float32", (rows, manifest.vocab_size)),
     }
+    for state in manifest.states:
+        if state.kind == "swap":
+            # In a chunk a new token stands one column further while the oldest one's is still there.
+            shape = (rows if by_loop else rows + 1, state.shape[-1])
+            shapes |= {buffer_name(state, which): (state.dtype, shape) for which in (0, 1)}
+    if not by_loop:
+        shapes |= {"first_loop": ("bool", (rows,)), "active": ("bool", (rows,))}
     if manifest.dialect == "onnxruntime":
         shapes["chunk_lengths"] = ("int64", (rows,))
     else:

@@ -27,6 +27,7 @@ from .bindings import (
     cache_places,
     embed_bindings,
     head_bindings,
+    lane_window,
     loop_bindings,
     placed,
     scratch_buffers,
@@ -35,7 +36,7 @@ from .bindings import (
 )
 from .control import LoopControl
 
-_MAX_BINDINGS = 32
+_MAX_BINDINGS, _MAX_LANE_BINDINGS = 32, 128
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -77,6 +78,7 @@ class BufferState(ABC):
         self.state_bytes = manifest.state_bytes(batch)
         self._read_only = [state for state in manifest.states if state.kind == "read_only"]
         self.bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self.lane_owner: list[object] = [None]  # what the lanes' buffers hold tokens of; shared by parts
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
         if self.steered:
             tokens = (batch, manifest.chunk) if manifest.staggers else batch
@@ -152,15 +154,25 @@ class BufferState(ABC):
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""
-        loops = self.manifest.cache_loops or 1
-        if loops == 1:
-            return "the package has no cache for each of several loops"
+        if lane_window(self.manifest) == 1:
+            return "the package runs one loop, or was exported without a first_loop for each token"
+        if self.manifest.cache_loops is None:
+            return self._chunk_lanes_fit()
         if self.first or self.batch != self.pitch:
             return "the caches of these sequences do not lie side by side"
         if any(self.pitch * step % self.alignment for step in slot_bytes(self.manifest).values()):
             return f"its caches do not begin at multiples of {self.alignment} bytes"
         if self.masked and self.manifest.cache_rows == self.manifest.max_seq_len:
             return "a package exported with --max-batch 1 has no spare position for loops without a token"
+        return None
+
+    def _chunk_lanes_fit(self) -> str | None:
+        """Return why a MELT's tokens cannot share a chunk in different loops, or None if they can."""
+        if self.batch > 1:
+            return "a shared cache takes the tokens in flight of one sequence only"
+        swapped = [state for state in self.manifest.states if state.kind == "swap"]
+        if any(int(state.shape[-1]) * ITEM_BYTES[state.dtype] % self.alignment for state in swapped):
+            return f"its hidden states or latents do not begin at multiples of {self.alignment} bytes"
         return None
 
     def lane_outputs(self) -> tuple[str, ...]:
@@ -395,7 +407,7 @@ class BufferState(ABC):
         else:
             self.put(self.prefix + "chunk_lengths", control.chunk_lengths)
         if self.steered:
-            self.put("active", control.active)
+            self.put(self.prefix + "active", control.active)
         return width, context
 
     def run_embed(self) -> None:
@@ -471,7 +483,7 @@ class BufferState(ABC):
 
     def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
         self.bindings[key] = bound = self.bind(key[0], *placed(bindings, self.places))
-        if len(self.bindings) > _MAX_BINDINGS:
+        if len(self.bindings) > (_MAX_LANE_BINDINGS if self.prefix else _MAX_BINDINGS):
             self.bindings.popitem(last=False)
         return bound
 

@@ -1,59 +1,134 @@
-"""Lanes: runs of a LoopLM's loop step in which every row of the batch stands in a loop of its own.
+"""Lanes: runs of the loop step in which every token stands in a loop of its own.
 
-A LoopLM's loop reads and writes only its own caches, and these lie in one buffer, loop after loop. Bound as one batch,
-row ``loop * slots + slot`` of a run is that loop of that sequence, so one run moves as many successive tokens of a
-sequence one loop further as there are loops.
+Of a LoopLM the lanes are the batch (``LoopLanes``). A loop reads and writes only its own caches, and these lie in one
+buffer, loop after loop. Bound as one batch, row ``loop * slots + slot`` of a run is that loop of that sequence.
+
+Of a MELT, whose loops share a cache, the lanes are the chunk (``ChunkLanes``): successive tokens, oldest first, each
+with its own ``first_loop``.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..package.specs import ITEM_BYTES
-from .bindings import LANES, buffer_name, embed_bindings, lane_buffers
+from .bindings import LANES, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
 from .buffers import FLOAT32, BufferState, StridedRegion
 from .control import LoopControl
 
 
-class Lanes:
-    """The lanes of a state's sequences. Their hidden states have buffers of their own; the caches are the state's."""
+class Lane(NamedTuple):
+    """A token in flight: its id, the loops that it has run, and whether the next run changes it."""
+
+    token: int
+    ran: int
+    active: bool = True
+
+
+class Read(NamedTuple):
+    """What a run says of a token: the head's logits (vocab,), and the loop's exit probability."""
+
+    logits: NDArray[np.float32]
+    exit_probability: np.float32
+
+
+class Lanes(Protocol):
+    """Runs the tokens in flight of some sequences. ``window``: the most tokens in flight per sequence."""
+
+    window: int
+    slots: int
+    state: BufferState
+
+    def run(self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64]) -> list[list[Read]]:
+        """Run the next loop of every token, per sequence from the oldest on. What it returns is valid until the next
+        run.
+
+        Only a sequence's last token may be new; the others must have run in the last run, in this order. ``lengths``
+        (slots,): tokens in the cache, before those in flight.
+        """
+
+    def left(self, slot: int) -> None:
+        """Keep a sequence's oldest token in the cache. The next run begins with the one after it."""
+
+
+def make_lanes(state: BufferState) -> Lanes:
+    """Return the lanes of a state, for which ``lanes_fit`` returned None."""
+    return LoopLanes(state) if state.manifest.cache_loops else ChunkLanes(state)
+
+
+def _lane_state(state: BufferState) -> BufferState:
+    """Return a state over the same memory, whose control inputs, hidden states and outputs are those of lanes."""
+    made = copy.copy(state)
+    made.prefix, made.bindings = LANES, OrderedDict()
+    names = (*lane_buffers(state.manifest, state.batch), *(LANES + more for more in state.lane_outputs()))
+    made.places = state.places | {name.removeprefix(LANES): (name, 0) for name in names}
+    made.detach()
+    return made
+
+
+class LoopLanes:
+    """The lanes of a LoopLM's sequences, one per loop. Their hidden states have buffers of their own."""
 
     def __init__(self, state: BufferState):
         self.state, self.slots = state, state.batch
-        self.loops = int(state.manifest.cache_loops or 1)
-        self._vocab = state.manifest.vocab_size
+        self.window = lane_window(state.manifest)
         self._step = self.slots * int(state.hidden.shape[-1]) * ITEM_BYTES[state.hidden.dtype]  # bytes per loop
         self._rows: dict[tuple[int, int], BufferState] = {}
         self._source, self._target = (LANES + buffer_name(state.hidden, which) for which in (1, 0))
 
-    def run(
+    def run(self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64]) -> list[list[Read]]:
+        """Run the next loop of every token (see ``Lanes.run``)."""
+        loops = self.window
+        at = np.repeat(lengths[None], loops, axis=0)  # positions in each loop's cache
+        counts = np.zeros((loops, self.slots), np.int64)
+        entering: NDArray[np.int64] | None = None
+        for slot, tokens in enumerate(lanes):
+            for token, ran, _ in tokens:
+                counts[ran, slot] = 1
+                at[:ran, slot] += 1
+                if not ran:
+                    entering = np.zeros(self.slots, np.int64) if entering is None else entering
+                    entering[slot] = token
+        standing = [lane.ran for tokens in lanes for lane in tokens]
+        first, last = (min(standing), max(standing)) if self.state.narrow_lanes else (0, loops - 1)
+        logits, exits = self._run(first, last, entering, at, counts)
+        return [
+            [Read(logits[lane.ran - first, slot], exits[lane.ran - first, slot]) for lane in tokens]
+            for slot, tokens in enumerate(lanes)
+        ]
+
+    def left(self, slot: int) -> None:
+        """Do nothing: the token is in the caches of all loops."""
+
+    def _run(
         self,
         first: int,
         last: int,
         entering: NDArray[np.int64] | None,
         lengths: NDArray[np.int64],
         counts: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """Run loops ``first`` to ``last`` (0-based), each over at most one token per sequence, and move all tokens on.
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Run loops ``first`` to ``last``, counted from 0, and move the hidden states on by a loop.
 
         ``entering``: token ids (slots,) that begin with the first loop; None: no token enters. ``lengths``, ``counts``
-        (loops, slots): positions of each loop's cache before this run, and 1 where a token stands, else 0. Returns the
-        head's logits (loops, slots, vocab) of these loops, valid until the next run.
+        (loops, slots): positions before this run in each loop's cache, and 1 where a token stands, else 0. Returns the
+        logits (loops, slots, vocab) and exit probabilities (loops, slots) of these loops.
         """
-        if not self.state.narrow_lanes:
-            first, last = 0, self.loops - 1
         rows = self._rows.get((first, last)) or self._make(first, last)
-        taken = slice(first, last + 1)
-        counts, lengths = counts[taken].reshape(-1), lengths[taken].reshape(-1)
-        present = counts.astype(np.bool_)[:, None]
+        taken, count = slice(first, last + 1), last + 1 - first
+        present = counts[taken].reshape(-1, 1).astype(np.bool_)
         rows.current, rows.loops_run, rows.width = 0, first, 1
         if entering is not None:
             rows.put(LANES + "input_ids", entering)
-        width, context = rows.begin_loops(LoopControl(present[:, 0], present, lengths, counts))
+        control = LoopControl(present[:, 0], present, lengths[taken].reshape(-1), counts[taken].reshape(-1))
+        width, context = rows.begin_loops(control)
 
         def work() -> None:
             rows.current, rows.loops_run = 0, first
@@ -63,29 +138,103 @@ class Lanes:
             rows.run_head()
 
         rows.perform(("lanes", first, last, context, entering is not None), work)
-        logits = rows.view(LANES + "logits", FLOAT32, (last + 1 - first, self.slots, self._vocab))
-        moving = min(last + 1, self.loops - 1) - first
+        logits = rows.view(LANES + "logits", FLOAT32, (count, self.slots, rows.manifest.vocab_size))
+        exits = rows.view(LANES + "exit_probability", FLOAT32, (count, self.slots))
+        moving = min(last + 1, self.window - 1) - first
         if moving:
             source = StridedRegion(self._source, first * self._step, moving * self._step)
             target = StridedRegion(self._target, (first + 1) * self._step, moving * self._step)
             rows.copy(target, source, moving * self._step, 1)
-        return logits
+        return logits, exits
 
     def _make(self, first: int, last: int) -> BufferState:
         """Make the state whose batch is loops ``first`` to ``last`` of all sequences."""
-        state = self.state
-        made = copy.copy(state)
-        made.batch, made.prefix, made.bindings = (last + 1 - first) * self.slots, LANES, OrderedDict()
-        made.places = {
-            buffer_name(cache, 0, first): state.places[buffer_name(cache, 0, first)]
-            for cache in state.manifest.states
-            if cache.kind == "per_loop"
-        }
-        for name in (*lane_buffers(state.manifest, self.slots), *(LANES + more for more in state.lane_outputs())):
-            made.places[name.removeprefix(LANES)] = (name, 0)
+        made = _lane_state(self.state)
+        made.batch = (last + 1 - first) * self.slots
         for which in (0, 1):
-            hidden = buffer_name(state.hidden, which)
+            hidden = buffer_name(self.state.hidden, which)
             made.places[hidden] = (LANES + hidden, first * self._step)
-        made.detach()
         self._rows[first, last] = made
         return made
+
+
+class ChunkLanes:
+    """The lanes of a MELT's only sequence, one column of the chunk each.
+
+    Hidden states and latents have buffers of their own, read from the oldest token's column on and written from the
+    first. The keys and values of tokens in flight are written anew by every run.
+    """
+
+    slots = 1
+
+    def __init__(self, state: BufferState):
+        self.state, self.window = state, lane_window(state.manifest)
+        self._lanes = _lane_state(state)
+        self._around = self._lanes.places  # where everything but hidden states and latents lies
+        self._swapped = [one for one in state.manifest.states if one.kind == "swap"]
+        self._current = self._first = 0  # the swap buffer of the last run's results, and the oldest token's column
+        self._control: LoopControl
+
+    def run(self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64]) -> list[list[Read]]:
+        """Run the next loop of every token (see ``Lanes.run``)."""
+        [tokens] = lanes
+        state, width, kept = self._lanes, len(tokens), sum(lane.ran > 0 for lane in tokens)
+        current, first = self._current, self._first if kept else 0
+        entering = width > kept
+        if entering:
+            state.put(LANES + "input_ids", np.array([[tokens[-1].token]]))
+        first_loop = np.array([[not lane.ran for lane in tokens]])
+        state.put(LANES + "first_loop", first_loop)
+        active = np.array([[lane.active for lane in tokens]])
+        self._control = LoopControl(first_loop, active, lengths.copy(), np.array([width]))
+        _, context = state.begin_loops(self._control)
+
+        def work() -> None:
+            if entering:
+                self._embed(current, first + kept)
+            self._loop(width, context, current, first)
+            self._head(1 - current, width)
+
+        state.perform(("lanes", width, context, current, first, kept), work)
+        self._current, self._first = 1 - current, 0
+        logits = state.view(LANES + "logits", FLOAT32, (width, state.manifest.vocab_size))
+        exits = state.view(LANES + "exit_probability", FLOAT32, (width,))
+        return [[Read(logits[index], exits[index]) for index in range(width)]]
+
+    def left(self, slot: int) -> None:
+        """Copy the oldest token's keys and values into read-only caches, and begin with the next column."""
+        self._first += 1
+        self._lanes.commit(replace(self._control, chunk_lengths=np.array([self._first])))
+
+    def _embed(self, current: int, column: int) -> None:
+        """Embed the new token into a column of the hidden states that the next run reads."""
+        inputs, outputs = embed_bindings(self.state.manifest, 1, 1)
+        named = tuple(replace(one, buffer=buffer_name(self.state.hidden, current)) for one in outputs)
+        self._place(current, column)
+        self._lanes.run_bound("embed", ("embed", current, column), (inputs, named))
+
+    def _loop(self, width: int, context: int, current: int, first: int) -> None:
+        self._place(current, first)
+        bindings = loop_bindings(self.state.manifest, 1, width, context, current)
+        self._lanes.run_bound("loop_step", ("loop_step", width, context, current, first), bindings)
+
+    def _head(self, current: int, width: int) -> None:
+        """Run the head on all tokens, as a batch."""
+        self._place(current, 0)
+        self._lanes.batch = width
+        try:
+            bindings = self._lanes.head_bindings(buffer_name(self.state.hidden, current))
+            self._lanes.run_bound("lm_head", ("lm_head", width, current), bindings)
+        finally:
+            self._lanes.batch = 1
+
+    def _place(self, current: int, column: int) -> None:
+        """Say where the next bindings find hidden states and latents: what is read from ``column`` on, results from
+        0."""
+        places = {}
+        for state in self._swapped:
+            step = int(state.shape[-1]) * ITEM_BYTES[state.dtype]
+            for which in (0, 1):
+                name = buffer_name(state, which)
+                places[name] = (LANES + name, column * step if which == current else 0)
+        self._lanes.places = self._around | places

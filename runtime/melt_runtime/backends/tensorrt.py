@@ -17,7 +17,7 @@ from ..errors import ArgumentError, BackendError
 from ..package.engine_spec import fitting_engine
 from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
-from .bindings import LANES, Binding, Bindings, slot_bytes, state_buffers
+from .bindings import LANES, Binding, Bindings, lane_window, slot_bytes, state_buffers
 from .buffers import BufferState, StridedRegion
 from .control import LoopControl
 from .cuda import open_device
@@ -154,9 +154,11 @@ class TensorRTState(BufferState):
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None."""
-        rows = self.batch * (self.manifest.cache_loops or 1)
+        window = lane_window(self.manifest)
+        sizes = [(self.batch * window, 1)] if self.manifest.cache_loops else [(1, window), (window, 1)]
         try:
-            profile_for(self.spec.profiles, rows, 1, self.spec.buckets[-1])
+            for batch, chunk in sizes:
+                profile_for(self.spec.profiles, batch, chunk, self.spec.buckets[-1])
         except ArgumentError as error:
             return str(error)
         return super().lanes_fit()
@@ -176,7 +178,7 @@ class TensorRTState(BufferState):
         if self.candidate_count:
             sizes_of_top = {"top_logits": 4 * self.candidate_count, "top_ids": 4 * self.candidate_count, "log_sum": 4}
             sizes = {**sizes, **{name: self.batch * count for name, count in sizes_of_top.items()}}
-            rows = self.batch * (self.manifest.cache_loops or 1)
+            rows = self.batch * lane_window(self.manifest)
             sizes |= {LANES + name: rows * count for name, count in sizes_of_top.items()}
         self.buffers = DeviceBuffers(
             self.device,

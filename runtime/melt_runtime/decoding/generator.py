@@ -98,7 +98,7 @@ class TokenSequence:
         """
         if ahead and ahead[-1] in self.options.stop_ids:
             return None
-        if len(self.history) - self.prompt_tokens + len(ahead) >= self.options.max_tokens:
+        if len(self.history) - self.prompt_tokens + len(ahead) + 1 >= self.options.max_tokens:
             return None
         try:
             if self.constraint is not None:
@@ -223,10 +223,11 @@ class Generator:
             self.sequences[0].pipelining = driver.pipelining(options, self.sequences[0].draft)
 
     def __iter__(self) -> Iterator[TextDelta]:
-        driver, moves = self.driver, self.driver.moves
+        driver, moves, pipelining = self.driver, self.driver.moves, None
         while any(self.pending):
             self._require(moves)
-            logits = driver.advance(self.pending, self.options.loops, pipelining=self.sequences[0].pipelining)
+            logits = driver.advance(self.pending, self.options.loops, pipelining=pipelining)
+            pipelining = self.sequences[0].pipelining  # not for a prompt, even of one token
             moves = driver.moves
             for slot, sequence in enumerate(self.sequences):
                 if not self.pending[slot]:

@@ -18,7 +18,7 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .pipeline import Advancing, Draft, Pipeline, PipelineCounts, Pipelining
+from .pipeline import Advancing, Draft, Pipeline, PipelineCounts, Pipelining, may_pipeline
 from .pipeline_choice import PipelineChoice
 from .settings import GenerationOptions, LoopSettings
 
@@ -78,14 +78,14 @@ class LoopDriver:
 
         Raises ArgumentError if they must be and cannot.
         """
-        if options.pipeline == "off" or options.loops.loops == 1:
+        if not may_pipeline(self.manifest, options):
             return None
         if self.batch > 1 or self.pipeline is None:
             if options.pipeline == "on":
-                why = self.state.lanes_fit() or "several prompts run at once"
+                why = "several prompts run at once" if self.batch > 1 else self.state.lanes_fit()
                 raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
             return None
-        counts = PipelineCounts(self.pipeline.lanes.loops)
+        counts = PipelineCounts(self.pipeline.lanes.window)
         self.pipeline.begin(0, counts)
         return Pipelining(draft, options.pipeline == "on", counts)
 
@@ -210,7 +210,7 @@ class LoopDriver:
             if one is not self._drafted:
                 self._check_depth(self._each_one, [one])
                 self._drafted = one
-            row = self.pipeline.decode(int(self._ids[0, 0]), Advancing(one.loops, pipelining.draft), between)
+            row = self.pipeline.decode(int(self._ids[0, 0]), Advancing(one, pipelining.draft), between)
             logits.hold(0, row)
         elif self._again(settings, between):
             logits.follow(self._zeros, self._all)

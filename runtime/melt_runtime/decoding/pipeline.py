@@ -1,11 +1,14 @@
-"""Pipelined decoding of a LoopLM: each run of the loop step moves several successive tokens one loop further each.
+"""Pipelined decoding: each run of the loop step moves several successive tokens one loop further each.
 
-A LoopLM's loop t reads and writes the caches of loop t only, and those of earlier tokens are final by then. So token
-p + 1 may run its first loop while token p runs its second: the result is that of one token after the other. The next
-token is known only after the last loop, so it is drafted from what the head says after an earlier one. After every run
-the head reads all tokens in flight. Where a prediction differs from the token that was fed behind it, that token and
-all behind it are dropped, and the prediction enters (the latest opinion wins). What a dropped token wrote into a cache
-is written over before any token reads it.
+Token p + 1 may run its first loop while token p runs its second. The next token is known only after the last loop, so
+it is drafted from what the head says after an earlier one. After every run the head reads all tokens in flight. Where a
+prediction differs from the token that was fed behind it, that token and all behind it are dropped, and the prediction
+enters (the latest opinion wins). What a dropped token wrote into a cache is written over before any token reads it.
+
+A LoopLM's loop t reads and writes the caches of loop t only, and those of earlier tokens are final by then: the result
+is that of one token after the other. The loops of a MELT share a cache, and there a token in flight sees the one before
+it as a later loop left it, but not yet the last: another mathematics, between plain decoding and the chunks of training
+(``melt_models.decoding`` defines it).
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.buffers import BufferState
-from ..backends.lanes import Lanes
+from ..backends.lanes import Lane, Read, make_lanes
+from ..errors import ArgumentError
+from ..package.manifest import Manifest
 from ..results import PipelineUse
+from .settings import GenerationOptions, LoopSettings
 
 
 class Draft(Protocol):
@@ -39,6 +45,14 @@ class PipelineCounts:
         self.runs = self.tokens = self.rows = 0
         self.held, self.dropped = [0] * (loops + 1), [0] * (loops + 1)  # by the loop that drafted; 0: sampled
 
+    def hold(self, by: int) -> None:
+        """Count a draft that was the next token."""
+        self.held[min(by, len(self.held) - 1)] += 1
+
+    def drop(self, by: int) -> None:
+        """Count a draft that was not the next token."""
+        self.dropped[min(by, len(self.dropped) - 1)] += 1
+
     def use(self) -> PipelineUse | None:
         """Return the counts so far; None if nothing ran."""
         if not self.runs:
@@ -55,9 +69,9 @@ class Pipelining(NamedTuple):
 
 
 class Advancing(NamedTuple):
-    """A sequence that runs: loops per token, and what drafts its tokens."""
+    """A sequence that runs: the depth of its tokens, and what drafts them."""
 
-    loops: int
+    settings: LoopSettings
     draft: Draft
 
 
@@ -78,41 +92,46 @@ class Sequences(Protocol):
         """Count one more token of a sequence, whose keys and values are in the cache of every loop."""
 
 
+_WHOLE = np.float32(1)
 _UNKNOWN = -1  # the version of a sequence whose tokens in flight must not be used
 
 
 @dataclass(eq=False)
 class _Flight:
-    """A token in flight. ``ran``: its loops so far. ``by``: the loop whose prediction it was; 0: it was sampled."""
+    """A token in flight. ``by``: the loop whose prediction it was; 0: it was sampled.
+
+    ``ran``: its loops so far. ``remaining``: the probability that it has not left. ``left``: it runs no more loops.
+    ``logits``: the head's after it in the last run; None before its first.
+    """
 
     token: int
     by: int = 0
     ran: int = 0
+    remaining: np.float32 = _WHOLE
+    left: bool = False
+    logits: NDArray[np.float32] | None = None
 
 
 class _Sequence:
-    """One sequence's tokens in flight, oldest first. ``fresh``: whether the last run's logits are theirs."""
+    """One sequence's tokens in flight, oldest first."""
 
     def __init__(self, counts: PipelineCounts):
-        self.counts = counts
+        self.counts, self.version = counts, _UNKNOWN
         self.flights: list[_Flight] = []
-        self.version, self.fresh = _UNKNOWN, False
 
     def drop(self, index: int) -> None:
         for flight in self.flights[index:]:
-            self.counts.dropped[flight.by] += 1
+            self.counts.drop(flight.by)
         del self.flights[index:]
 
 
 class Pipeline:
-    """The tokens in flight of a driver's sequences. Raises nothing of its own; the backend's errors propagate."""
+    """The tokens in flight of a driver's sequences. The backend's errors propagate."""
 
     def __init__(self, driver: Sequences):
-        self.driver, self.lanes = driver, Lanes(driver.state)
-        self._sequences = [_Sequence(PipelineCounts(self.lanes.loops)) for _ in range(self.lanes.slots)]
-        self._logits: NDArray[np.float32]
-        self._first = 0  # the loop of the logits' first row
-        self._final: list[int] = [0] * self.lanes.slots  # loops of each sequence's last final token
+        self.driver, self.lanes = driver, make_lanes(driver.state)
+        self._sequences = [_Sequence(PipelineCounts(self.lanes.window)) for _ in range(self.lanes.slots)]
+        self._logits: dict[int, NDArray[np.float32]] = {}  # by sequence, after its token that arrived
 
     def begin(self, slot: int, counts: PipelineCounts) -> None:
         """Forget a sequence's tokens in flight, and count into ``counts`` from now on."""
@@ -131,12 +150,12 @@ class Pipeline:
 
     def feed(self, slot: int, token: int) -> None:
         """Give a sequence its next token, the one after all that are in the cache."""
-        one = self._sequences[slot]
-        if one.version != self.driver.versions[slot]:
+        one, owner = self._sequences[slot], self.lanes.state.lane_owner
+        if one.version != self.driver.versions[slot] or owner[0] is not self:
             one.drop(0)
             one.version = int(self.driver.versions[slot])
         if one.flights and one.flights[0].token == token:
-            one.counts.held[one.flights[0].by] += 1
+            one.counts.hold(one.flights[0].by)
             return
         one.drop(0)
         one.flights.append(_Flight(token))
@@ -144,68 +163,88 @@ class Pipeline:
     def run(self, advancing: Mapping[int, Advancing]) -> list[int]:
         """Run every token in flight for one loop. Return the sequences whose oldest token is now in the cache.
 
-        ``advancing``: by slot, all sequences that have been fed. The others lose their tokens in flight.
+        ``advancing``: by slot, all sequences that have been fed. The others lose their tokens in flight. Where a fed
+        token has left the loops before, nothing runs.
         """
-        driver, loops, slots = self.driver, self.lanes.loops, self.lanes.slots
-        lengths = np.repeat(driver.lengths[None, :slots], loops, axis=0)
-        counts = np.zeros((loops, slots), np.int64)
-        entering: NDArray[np.int64] | None = None
-        ran = []
+        arrived = [slot for slot in advancing if self._sequences[slot].flights[0].left]
+        if arrived:
+            for slot in arrived:
+                self._arrive(slot)
+            return arrived
         for slot, one in enumerate(self._sequences):
             if slot not in advancing:
                 one.drop(0)
                 continue
-            if one.fresh:
-                self._judge(slot, advancing[slot])
-            for flight in one.flights:
-                counts[flight.ran, slot] = 1
-                # Positions of each loop's cache, up to the oldest token that still has to run there.
-                lengths[: flight.ran, slot] += 1
-                if not flight.ran:
-                    entering = np.zeros(slots, np.int64) if entering is None else entering
-                    entering[slot] = flight.token
-                ran.append(flight.ran)
+            self._judge(slot, advancing[slot])
             one.counts.runs += 1
             one.counts.rows += len(one.flights)
             one.version = _UNKNOWN  # until this run is counted: an exception must not leave tokens in flight
-        self._first = min(ran) if driver.state.narrow_lanes else 0
-        self._logits = self.lanes.run(self._first, max(ran), entering, lengths, counts)
-        return [slot for slot, (most, _) in advancing.items() if self._move(slot, most)]
+        self.lanes.state.lane_owner[0] = self
+        lanes = [[Lane(f.token, f.ran, not f.left) for f in one.flights] for one in self._sequences]
+        reads = self.lanes.run(lanes, self.driver.lengths[: self.lanes.slots])
+        for slot, how in advancing.items():
+            self._count(slot, how.settings, reads[slot])
+        return [slot for slot in advancing if self._sequences[slot].flights[0].left and self._arrive(slot)]
 
     def row(self, slot: int) -> NDArray[np.float32]:
         """Return the logits (vocab,) after a sequence's token that is now in the cache; valid until the next run."""
-        return self._logits[self._final[slot] - 1 - self._first, slot]
+        return self._logits[slot]
 
-    def _move(self, slot: int, loops: int) -> bool:
-        """Count a run's loops. Return whether the oldest token is final; then commit it."""
+    def _count(self, slot: int, settings: LoopSettings, reads: Sequence[Read]) -> None:
+        """Note what a run did to a sequence's tokens, and which have left the loops."""
         one = self._sequences[slot]
-        for flight in one.flights:
+        for flight, read in zip(one.flights, reads, strict=True):
+            flight.logits = read.logits
+            if flight.left:
+                continue
             flight.ran += 1
-        final = one.flights[0].ran == loops
-        if final:
-            del one.flights[0]
-            one.counts.tokens += 1
-            self._final[slot] = loops
-            self.driver.commit(slot, loops)
-        one.fresh, one.version = True, int(self.driver.versions[slot])
-        return final
+            flight.remaining *= _WHOLE - read.exit_probability
+            early = settings.exit_threshold < 1 and _WHOLE - flight.remaining >= np.float32(settings.exit_threshold)
+            flight.left = flight.ran >= settings.loops or bool(early and flight.ran >= settings.min_loops)
+        one.version = int(self.driver.versions[slot])
+
+    def _arrive(self, slot: int) -> bool:
+        """Commit a sequence's oldest token. Returns True."""
+        one = self._sequences[slot]
+        one.version = _UNKNOWN
+        oldest = one.flights.pop(0)
+        assert oldest.logits is not None
+        self._logits[slot] = oldest.logits
+        one.counts.tokens += 1
+        self.lanes.left(slot)
+        self.driver.commit(slot, oldest.ran)
+        one.version = int(self.driver.versions[slot])
+        return True
 
     def _judge(self, slot: int, how: Advancing) -> None:
         """Compare the last run's predictions with the tokens that follow; drop what differs, and enter the newest."""
         one, ahead = self._sequences[slot], list[int]()
-        room = self.driver.room(slot)
+        most = min(self.lanes.window, self.driver.room(slot), how.settings.loops)
         for index, flight in enumerate(one.flights):
-            if not flight.ran:  # fed after the last run, which says nothing about it
+            if flight.logits is None:  # fed after the last run, which says nothing about it
                 return
             if index:
                 ahead.append(flight.token)
             following = one.flights[index + 1] if index + 1 < len(one.flights) else None
-            guess = None
-            if index + 1 < room:
-                guess = how.draft(self._logits[flight.ran - 1 - self._first, slot], ahead)
+            guess = how.draft(flight.logits, ahead) if index + 1 < most else None
             if guess is not None and following is not None and following.token == guess:
                 continue
             one.drop(index + 1)
             if guess is not None:
                 one.flights.append(_Flight(guess, flight.ran))
             return
+
+
+def may_pipeline(manifest: Manifest, options: GenerationOptions) -> bool:
+    """Return whether a request's tokens may be pipelined. Where that changes them, as with a shared cache, it must be
+    asked for.
+
+    Raises ArgumentError if they must be and the request's depth forbids it.
+    """
+    if options.loops.loops == 1 or options.pipeline == "off":
+        return False
+    if options.pipeline == "auto":
+        return manifest.cache_loops is not None
+    if options.loops.exit_change > 0:
+        raise ArgumentError("pipeline is 'on', where tokens leave by exit_threshold only, not by exit_change")
+    return True

@@ -11,9 +11,10 @@ from time import monotonic, perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.bindings import lane_window
 from ..decoding.generator import TokenSequence
 from ..decoding.loop_driver import Interrupted, LoopDriver, NextLogits
-from ..decoding.pipeline import Advancing, PipelineCounts, Pipelining
+from ..decoding.pipeline import Advancing, PipelineCounts, Pipelining, may_pipeline
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
@@ -92,8 +93,9 @@ class Slots:
         """Put a request into the lowest free slot. Its random stream is 0 in every slot."""
         slot = next(slot for slot in range(self.driver.batch) if slot not in self.running)
         request = handle.request
-        if request.options.pipeline == "on" and request.options.loops.loops > 1:
-            why = self.driver.state.packed(1).lanes_fit()
+        if request.options.pipeline == "on" and may_pipeline(self.driver.manifest, request.options):
+            by_loop = self.driver.manifest.cache_loops is not None
+            why = (self._layout(1) if by_loop else self.driver).state.lanes_fit()
             if why is not None:
                 raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
         self._lay_out(self.driver.batch)
@@ -107,7 +109,7 @@ class Slots:
             logprobs=request.logprobs,
             constraint=request.constraint,
         )
-        counts = PipelineCounts(self.driver.manifest.cache_loops or 1)
+        counts = PipelineCounts(lane_window(self.driver.manifest))
         sequence.pipelining = Pipelining(sequence.draft, request.options.pipeline == "on", counts)
         made = self.running[slot] = RunningRequest(handle, sequence, slot, counts)
         self._prefilling.append(made)
@@ -179,10 +181,13 @@ class Slots:
 
     def _may_pipeline(self, ready: Sequence[RunningRequest]) -> tuple[bool, bool]:
         """Return whether these requests may be pipelined, and whether that is to be decided by what is faster."""
-        asked = {one.sequence.options.pipeline for one in ready}
-        if len(ready) < len(self.running) or "off" in asked or self._layout(len(ready)).state.lanes_fit() is not None:
+        manifest, asked = self.driver.manifest, [one.sequence.options for one in ready]
+        if len(ready) < len(self.running) or not all(may_pipeline(manifest, options) for options in asked):
             return False, True
-        return True, "auto" in asked
+        alone = manifest.cache_loops is None and self.driver.batch > 1
+        if alone or self._layout(len(ready)).state.lanes_fit() is not None:
+            return False, True
+        return True, any(options.pipeline == "auto" for options in asked)
 
     def _decode_pipelined(self, ready: Sequence[RunningRequest]) -> list[StepResult]:
         """Run every token in flight for one loop. Sample after those that are then in the cache."""
@@ -198,7 +203,7 @@ class Slots:
             if not one.in_flight:
                 pipeline.feed(one.slot, one.token)
                 one.in_flight = True
-            advancing[one.slot] = Advancing(one.sequence.options.loops.loops, one.sequence.draft)
+            advancing[one.slot] = Advancing(one.sequence.options.loops, one.sequence.draft)
         arrived = pipeline.run(advancing)
         self._between_loops()
         logits = NextLogits(self._home.state, self.driver.manifest.vocab_size)
