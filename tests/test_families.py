@@ -144,6 +144,16 @@ def test_transformers_auto_classes_read_the_published_layout_and_generate(kind: 
     assert tokens[0].tolist() == ids
 
 
+def test_what_huginns_loader_cannot_do_is_refused(tmp_path: Path) -> None:
+    directory = family("huginn").write(tmp_path)
+    with pytest.raises(ValueError, match="device_map is not supported"):
+        AutoModelForCausalLM.from_pretrained(directory, device_map="cpu")
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        type(load_model(directory)).from_pretrained(tmp_path / "nowhere")
+    (directory / "model.safetensors").unlink()
+    assert AutoConfig.from_pretrained(directory).norm_layout == "norm_of_sum", "the config alone says enough"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_reads_back_as_it_was(kind: str, tmp_path: Path) -> None:
     model = load(family(kind), tmp_path)

@@ -16,6 +16,7 @@ from melt_models.convert import melt_config, melt_state
 from melt_models.core import Start
 from melt_models.training.chunked import ChunkedForward, TeacherForward
 from melt_models.training.config import read_run
+from melt_models.training.errors import ConfigError
 from melt_models.training.objectives import (
     DistillObjective,
     DistillOptions,
@@ -125,8 +126,8 @@ def test_both_phases_train_a_melt_from_a_published_checkpoint(kind: str, tmp_pat
 
 def test_without_an_exit_gate_neither_pretraining_nor_its_loss_is_offered(tmp_path: Path) -> None:
     student, teacher = pair("nanbeige", tmp_path)
-    with pytest.raises(ValueError, match="needs an exit gate"):
+    with pytest.raises(ConfigError, match="needs an exit gate"):
         TeacherObjective(teacher, TeacherOptions())
-    with pytest.raises(ValueError, match=r"exit_weight is 0\.1, but the model has no exit gate"):
+    with pytest.raises(ConfigError, match=r"exit_weight is 0\.1, but the model has no exit gate"):
         DistillObjective(student, teacher, DistillOptions(exit_weight=0.1), seed=0)
     assert isinstance(teacher.config, LoopLMConfig)

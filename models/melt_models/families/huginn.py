@@ -39,6 +39,7 @@ _KNOWN = {
     "bias": False,
 }
 _REFUSED = {"sliding_window": "attention over a sliding window"}
+_OF_TRANSFORMERS = ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit")
 _TABLE = "transformer.wte.weight"
 # What each kind changes in the core's configuration.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -227,15 +228,20 @@ class HuginnForCausalLM(LoopLMForCausalLM):
     ) -> Any:
         """Load a checkpoint directory, published or saved by this package. ``dtype`` None: the stored one.
 
-        Raises CheckpointError, and ValueError for anything but a local directory.
+        Raises CheckpointError, and ValueError for anything but a local directory and for ``device_map`` and its like.
         """
         directory = Path(pretrained_model_name_or_path)
         if not directory.is_dir():
             raise ValueError(f"{directory} is not a directory; download the checkpoint and give the directory")
         weights = Weights(directory)
         config = HuginnConfig.from_pretrained(directory) if config is None else config
+        asked = next((name for name in _OF_TRANSFORMERS if kwargs.get(name) is not None), None)
         if config.is_own_layout(weights):
             return super().from_pretrained(directory, *args, config=config, dtype=dtype, **kwargs)
+        if asked is not None:
+            raise ValueError(
+                f"{asked} is not supported for Huginn's own layout; load the model, then move it with .to()"
+            )
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         check_sizes(config, weights)

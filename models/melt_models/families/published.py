@@ -57,7 +57,7 @@ class PublishedConfig(LoopLMConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         place = kwargs.get("name_or_path")
-        directory = Path(place) if place is not None and Path(place).is_dir() else None
+        directory = Path(place) if place is not None and any(Path(place).glob("*.safetensors")) else None
         return super().from_dict(cls.translated(config_dict, directory), **kwargs)
 
     @classmethod

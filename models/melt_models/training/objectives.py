@@ -21,6 +21,7 @@ from ..looplm import LoopLMForCausalLM
 from ..melt import MeltForCausalLM
 from .chunked import ChunkedForward, ChunkStates, TeacherForward
 from .data import IGNORE
+from .errors import ConfigError
 
 INTERPOLATIONS = ("none", "linear", "cosine")
 DISTILLED_LOOPS = ("all", "last")
@@ -87,7 +88,7 @@ class TeacherObjective(Objective):
     def __init__(self, model: LoopLMForCausalLM, options: TeacherOptions):
         super().__init__()
         if not model.config.exit_gate or model.config.norm_after_coda:
-            raise ValueError("pretraining needs an exit gate, and a head that reads each loop's hidden state itself")
+            raise ConfigError("pretraining needs an exit gate, and a head that reads each loop's hidden state itself")
         self.model, self.options = model, options
 
     def forward(
@@ -173,7 +174,7 @@ class DistillObjective(Objective):
     def __init__(self, student: MeltForCausalLM, teacher: LoopLMForCausalLM, options: DistillOptions, seed: int):
         super().__init__()
         if options.exit_weight and not student.config.exit_gate:
-            raise ValueError(f"exit_weight is {options.exit_weight}, but the model has no exit gate")
+            raise ConfigError(f"exit_weight is {options.exit_weight}, but the model has no exit gate")
         self.model, self.options, self.seed = student, options, seed
         self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple keeps it from becoming a submodule
         self._carry: tuple[ChunkedForward, TeacherForward] | None = None
