@@ -242,15 +242,16 @@ class TensorRTState(BufferState):
 
     def loop(self, control: LoopControl) -> NDArray[np.float32]:
         """Run one loop step over the chunk; for one token from a captured graph, one for each side of the swap."""
-        self.headed, before = False, self.current
+        self.headed, before, ran = False, self.current, self.loops_run
         width, context, first_loop = self.prepare(control)
 
         def work() -> None:
             self.run_loop(width, context, first_loop)
             self.buffers.queue_download("exit_probability", 4 * self.batch * width)
 
-        self._perform(("loop", width, context, first_loop, before), width, work)
-        self.current, self._fresh = 1 - before, ("exit_probability",)
+        of_loop = ran if self.manifest.cache_loops else 0  # whose caches are bound
+        self._perform(("loop", width, context, first_loop, before, of_loop), width, work)
+        self.current, self.loops_run, self._fresh = 1 - before, ran + 1, ("exit_probability",)
         return self._exits()
 
     def run_chunk(
@@ -269,7 +270,7 @@ class TensorRTState(BufferState):
         head = head and width == 1
 
         def work() -> None:
-            self.current = 0
+            self.current = self.loops_run = 0
             self.run_embed()
             for loop in range(loops):
                 self.run_loop(width, context, first_loop if loop == 0 else "first_loop/0")
@@ -281,7 +282,7 @@ class TensorRTState(BufferState):
                     )
 
         self._perform(("chunk", width, context, loops, head), width, work)
-        self.current = loops % 2
+        self.current, self.loops_run = loops % 2, loops
         self.headed, self._fresh = head, self._top_outputs() if head else ()
         self.commit(control)
 
