@@ -6,10 +6,9 @@ A backend implements the abstract methods of ``BufferState``: where buffers are 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -23,7 +22,6 @@ from .bindings import (
     Binding,
     Bindings,
     buffer_name,
-    cache_buffers,
     cache_places,
     embed_bindings,
     head_bindings,
@@ -35,29 +33,19 @@ from .bindings import (
     state_buffers,
 )
 from .control import LoopControl
+from .positions import CachedPositions, StridedRegion, host_dtype
 
 _MAX_BINDINGS, _MAX_LANE_BINDINGS = 32, 128
 FLOAT32 = np.dtype(np.float32)
 
 
-@dataclass(frozen=True)
-class StridedRegion:
-    """Blocks of equal size at equal distances in a buffer, in bytes: the offset of the first, and the pitch between
-    starts."""
-
-    buffer: str
-    offset: int
-    pitch: int
-
-
-class BufferState(ABC):
+class BufferState(CachedPositions):
     """All state of a batch in named buffers. A cache has one, bound as input and output; hidden and latent have two.
 
     A subclass provides buffers and execution. Its constructor calls this one, which calls ``allocate`` once.
     """
 
     candidate_count = 0  # top candidates that the backend selects
-    alignment = 1  # bytes to a multiple of which bound caches begin
     narrow_lanes = True  # whether lanes run for only the loops in which a token stands
     prefix = ""  # of the control and output buffers' names, for a state whose batch is lanes
 
@@ -76,7 +64,7 @@ class BufferState(ABC):
         self.places = cache_places(manifest, batch, 0, self.alignment)  # caches by name: buffer, bytes from its start
         sizes = state_buffers(manifest, batch, self.alignment)
         self.state_bytes = manifest.state_bytes(batch)
-        self._read_only = [state for state in manifest.states if state.kind == "read_only"]
+        self.read_only = [state for state in manifest.states if state.kind == "read_only"]
         self.bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.lane_owner: list[object] = [None]  # what the lanes' buffers hold tokens of; shared by parts
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
@@ -104,18 +92,6 @@ class BufferState(ABC):
     @abstractmethod
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
         """Return a buffer's contents from ``offset`` bytes on, after all queued work; valid until the next call."""
-
-    @abstractmethod
-    def copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
-        """Copy ``blocks`` blocks of ``count`` bytes from one buffer to another."""
-
-    @abstractmethod
-    def fetch(self, source: StridedRegion, count: int, blocks: int) -> NDArray[np.uint8]:
-        """Return blocks of ``count`` bytes of a buffer as a host array (blocks, count)."""
-
-    @abstractmethod
-    def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
-        """Write contiguous host data (blocks, count) into a buffer. The array may be reused afterwards."""
 
     @abstractmethod
     def bind(self, graph: str, inputs: tuple[Binding, ...], outputs: tuple[Binding, ...]) -> Any:
@@ -149,7 +125,7 @@ class BufferState(ABC):
         made.detach()
         return made
 
-    def detach(self) -> None:  # noqa: B027 (a default, not an abstract method)
+    def detach(self) -> None:
         """Give a state made by copying another what it must not share with that; here nothing."""
 
     def lanes_fit(self) -> str | None:
@@ -193,37 +169,6 @@ class BufferState(ABC):
         made.detach()
         return made
 
-    def move(self, slot: int, to: int, length: int) -> None:
-        """Copy the first ``length`` cached positions of a sequence to another's place."""
-        for name, state in cache_buffers(self.manifest).items():
-            if length:
-                source, heads, size = self._region_of(name, state, slot, 0, length)
-                target, _, _ = self._region_of(name, state, to, 0, length)
-                self.copy(target, source, length * size * ITEM_BYTES[state.dtype], heads)
-
-    def repack(self, old: int, new: int, lengths: Sequence[int]) -> None:
-        """Move the cached positions of the first sequences from a layout with ``old`` of them per loop to one with
-        ``new``.
-
-        ``lengths``: positions per sequence to keep; all others are lost.
-        """
-        layouts = [cache_places(self.manifest, pitch, 0, self.alignment) for pitch in (old, new)]
-        for state in self.manifest.states:
-            if state.kind != "per_loop":
-                continue
-            heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
-            item = size * ITEM_BYTES[state.dtype]
-            moves = [(loop, slot) for loop in range(int(state.shape[0])) for slot in range(len(lengths))]
-            # In this order no position is written over before it was moved.
-            for loop, slot in moves if new < old else reversed(moves):
-                begins = [layout[buffer_name(state, 0, loop)] for layout in layouts]
-                source, target = (
-                    StridedRegion(block, offset + slot * heads * positions * item, positions * item)
-                    for block, offset in begins
-                )
-                if lengths[slot] and source != target:
-                    self.copy(target, source, lengths[slot] * item, heads)
-
     def embed(self, token_ids: NDArray[np.int64]) -> None:
         """Embed token_ids (batch, chunk) into the hidden buffer."""
         self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
@@ -260,23 +205,8 @@ class BufferState(ABC):
         if head and width == 1:
             self.run_head()
             self.headed = True
-        if self._read_only:
+        if self.read_only:
             self.commit(control)
-
-    def commit(self, control: LoopControl) -> None:
-        """Copy the chunk's positions into read-only caches; in other dialects the graph has written them."""
-        width = control.active.shape[1]
-        for state in self._read_only:
-            heads, positions, size = (int(dim) for dim in state.shape[1:])
-            step = size * ITEM_BYTES[state.dtype]
-            for slot, (at, count) in enumerate(
-                zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
-            ):
-                if count:
-                    begin = self.places[state.input][1] + (slot * heads * positions + int(at)) * step
-                    target = StridedRegion(state.input, begin, positions * step)
-                    source = StridedRegion(state.output, slot * heads * width * step, width * step)
-                    self.copy(target, source, int(count) * step, heads)
 
     def logits(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the logits of columns (batch, n) of the chunk as (batch, n, vocab), valid until the next call."""
@@ -325,51 +255,6 @@ class BufferState(ABC):
             if name == state.output and state.kind == "read_only":
                 return self._read(name, new_positions_shape(state.shape), state.dtype, index)
         raise ArgumentError(f"the package has no state {name!r}")
-
-    def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
-        """Return a copy of cache positions ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, positions,
-        head_dim).
-
-        bfloat16 is returned as bits. ``loops``: of a LoopLM, only the caches of this many loops. Call it between
-        chunks. Raises ArgumentError for positions that do not exist.
-        """
-        found = {}
-        for name, state in cache_buffers(self.manifest, loops).items():
-            region, heads, size = self._region_of(name, state, slot, start, stop)
-            dtype = host_dtype(state.dtype)
-            values = self.fetch(region, (stop - start) * size * dtype.itemsize, heads)
-            found[name] = values.view(dtype).reshape(heads, stop - start, size)
-        return found
-
-    def write_positions(self, slot: int, start: int, positions: Mapping[str, NDArray[Any]]) -> None:
-        """Write what ``read_positions`` returned into a sequence's caches from position ``start`` on.
-
-        Raises ArgumentError, before any write, for names, types or shapes that are not this state's.
-        """
-        regions, known = [], cache_buffers(self.manifest)
-        for name, values in positions.items():
-            if name not in known or values.ndim != 3 or values.dtype != host_dtype(known[name].dtype):
-                raise ArgumentError(f"{name!r} as {values.dtype} with {values.ndim} axes is no cache of this state")
-            region, heads, size = self._region_of(name, known[name], slot, start, start + values.shape[1])
-            if values.shape[::2] != (heads, size):
-                raise ArgumentError(f"{name} has the shape {values.shape}, not ({heads}, positions, {size})")
-            regions.append((region, np.ascontiguousarray(values).reshape(heads, -1).view(np.uint8)))
-        for region, values in regions:
-            self.store(region, values)
-
-    def _region_of(
-        self, buffer: str, state: StateSpec, slot: int, start: int, stop: int
-    ) -> tuple[StridedRegion, int, int]:
-        """Return the region of a sequence's positions, a block per head, with the number of heads and the head size."""
-        heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
-        if not (0 <= slot < self.batch and 0 <= start < stop <= positions):
-            raise ArgumentError(
-                f"positions {start} to {stop - 1} of slot {slot} are not among the {positions} positions of "
-                f"{self.batch} slots"
-            )
-        step = size * ITEM_BYTES[state.dtype]
-        block, offset = self.places[buffer]
-        return StridedRegion(block, offset + (slot * heads * positions + start) * step, positions * step), heads, size
 
     def put(self, buffer: str, values: NDArray[Any]) -> None:
         """Write an array to the front of a buffer."""
@@ -493,11 +378,6 @@ def _joined(read: Callable[[int], NDArray[Any]], count: int, which: Any) -> NDAr
     chosen = np.arange(count)[which]
     parts = [read(int(part)) for part in np.atleast_1d(chosen)]
     return np.stack(parts) if np.ndim(chosen) else parts[0]
-
-
-def host_dtype(dtype: str) -> np.dtype[Any]:
-    """Return the NumPy type of a tensor type; for bfloat16, which NumPy lacks, that of its bits."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError
-from .buffers import StridedRegion
 from .cuda import Device
+from .positions import StridedRegion
 
 ALIGNMENT = 256  # of every buffer, as TensorRT requires
 

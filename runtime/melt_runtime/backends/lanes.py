@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from ..package.specs import ITEM_BYTES
 from .bindings import LANES, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
-from .buffers import FLOAT32, BufferState, StridedRegion
+from .buffers import FLOAT32, BufferState
 from .control import LoopControl
+from .positions import StridedRegion
 
 
 class Lane(NamedTuple):

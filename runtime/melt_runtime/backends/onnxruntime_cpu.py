@@ -16,8 +16,9 @@ from ..package.reader import Package
 from ..package.specs import GRAPHS, TensorSpec
 from ..untrusted import brief
 from .bindings import Binding, buffer_name, scratch_buffers
-from .buffers import BufferState, StridedRegion
+from .buffers import BufferState
 from .cpu_threads import ThreadLimit
+from .positions import StridedRegion
 
 # The attention length is rounded up, so that few shapes are bound as the cache grows.
 CONTEXT_BUCKET = 64

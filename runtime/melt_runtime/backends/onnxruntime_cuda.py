@@ -23,11 +23,12 @@ from ..package.reader import Package
 from ..package.specs import GRAPHS
 from ..untrusted import brief
 from .bindings import Binding, state_buffers
-from .buffers import BufferState, StridedRegion
+from .buffers import BufferState
 from .choose import CUDA_PROVIDER
 from .device_memory import DeviceBuffers
 from .devices import PLUGIN_MODULE
 from .onnxruntime_cpu import OnnxRuntimeBase, rounded, run_bound
+from .positions import StridedRegion
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy does not have
 

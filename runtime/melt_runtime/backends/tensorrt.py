@@ -18,11 +18,12 @@ from ..package.engine_spec import fitting_engine
 from ..package.reader import Package, source_hash
 from ..sampling.top_candidates import Candidates
 from .bindings import LANES, Binding, Bindings, lane_window, slot_bytes, state_buffers
-from .buffers import BufferState, StridedRegion
+from .buffers import BufferState
 from .control import LoopControl
 from .cuda import open_device
 from .device_memory import ALIGNMENT, DeviceBuffers
 from .execution import Bound, Contexts, GraphEngine, Recordings, single_sizes
+from .positions import StridedRegion
 
 
 class TensorRTBackend:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..backends.bindings import cache_buffers
-from ..backends.buffers import host_dtype
+from ..backends.positions import host_dtype
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError, SessionError
 from ..package.files import new_file
