@@ -154,7 +154,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> tupl
 def test_an_export_prints_what_it_made_and_how_close_it_is(exported: tuple[Path, Any]) -> None:
     output, result = exported
     assert result.returncode == 0, result.stderr
-    assert all(part in result.stdout for part in (str(output), "onnxruntime, fp32", "worst relative error"))
+    assert all(
+        part in result.stdout for part in (str(output), "onnxruntime, fp32", "worst relative error", "in flight")
+    )
     assert re.search(r"greedy tokens (\d+)/\1 the same", result.stdout)
     assert "melt-export:" not in result.stderr
 

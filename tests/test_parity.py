@@ -225,6 +225,8 @@ def test_the_report_in_the_package_holds_the_figures(tiny_checkpoint: Path, pack
         "key rows",
         "value rows",
         "logits",
+        "staggered hidden",
+        "staggered logits",
     }
 
 

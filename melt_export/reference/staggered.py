@@ -56,7 +56,9 @@ def staggered_runs(
     """Run a prompt in chunks, then given tokens staggered. Return every run, in float32."""
     cache, model, found = reference.cache(), reference.model, []
     with computing(arithmetic):
-        model(torch.tensor([list(prompt)]), past_key_values=cache, logits_to_keep=1, **every_loop(model, loops, chunk))
+        if prompt:
+            ids = torch.tensor([list(prompt)])
+            model(ids, past_key_values=cache, logits_to_keep=1, **every_loop(model, loops, chunk))
         flight = TokensInFlight(model.model, cache)
         for final, before in schedule(len(tokens), loops, lanes):
             if before[-1] == 0:
