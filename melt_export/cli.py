@@ -61,7 +61,9 @@ Tokens = Annotated[
 EvalText = Annotated[
     Path | None,
     typer.Option(
-        help="UTF-8 text to measure a quantized package on. Default: a built-in one.", exists=True, dir_okay=False
+        help="UTF-8 text to measure quantization and staggered decoding on. Default: a built-in one.",
+        exists=True,
+        dir_okay=False,
     ),
 ]
 
@@ -177,8 +179,8 @@ def export(
             "--block, --head, --embedding, --method, --keep, --int8, --int8-share, --asymmetric and --activations need "
             "quantized weights: add --weights"
         )
-    if weights is None and cache is None and (calibration or eval_text or eval_answers):
-        raise ArgumentError("--calibration, --eval-text and --eval-answers need quantization: add --weights or --cache")
+    if weights is None and cache is None and (calibration or eval_answers):
+        raise ArgumentError("--calibration and --eval-answers need quantization: add --weights or --cache")
     stored = None
     if weights is not None:
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
@@ -205,11 +207,16 @@ def export(
 
     from .checkpoint import Checkpoint
     from .export import building
+    from .graph.trace import staggers
     from .parity.verify import require_parity, verify
 
     report = None
     with shown_progress() as step:
         opened = Checkpoint(checkpoint)
+        if eval_text is not None and weights is None and cache is None and not staggers(opened.config):
+            raise ArgumentError(
+                "--eval-text needs quantization, or a MELT of several loops, whose staggered decoding is measured"
+            )
         with building(opened, output, options, force=force, progress=step) as directory:
             if not no_verify:
                 report = verify(
@@ -278,15 +285,19 @@ def verify_command(
     PyTorch computes on the CPU, and the package runs where --backend says. For tensorrt, build an engine into it first:
     melt-run build-engine.
 
-    A quantized package is also measured against the checkpoint in fp32 on held-out text.
+    A quantized package is also measured against the checkpoint in fp32 on held-out text, and staggered decoding of a
+    MELT against its plain decoding.
     """
     with shown_progress() as step:
         manifest = Package.open(package).manifest
-        chosen = (eval_text, eval_answers, max_kl, max_perplexity_change)
-        if any(option is not None for option in chosen) and not manifest.quantized:
+        if eval_text is not None and not (manifest.quantized or manifest.staggers):
             raise ArgumentError(
-                "--eval-text, --eval-answers and the limits need a quantized package; this one is not quantized"
+                "--eval-text needs a quantized package, or one of a MELT of several loops, whose staggered decoding is "
+                "measured"
             )
+        chosen = (eval_answers, max_kl, max_perplexity_change)
+        if any(option is not None for option in chosen) and not manifest.quantized:
+            raise ArgumentError("--eval-answers and the limits need a quantized package; this one is not quantized")
         check_directory(checkpoint)
 
         from .parity.quality import limits_of

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +18,12 @@ from melt_models.decoding import Decoded, TokensInFlight, greedy_tokens
 from tokenizers import Tokenizer
 from torch import Tensor
 
-ADDITION = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+ADDITION = ROOT / "examples"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import staggered as benchmark  # noqa: E402
+
 PROMPT = [5, 9, 4, 7, 8, 30, 31, 12, 2, 6, 11]
 
 
@@ -189,3 +196,13 @@ def test_the_addition_checkpoint_writes_the_same_answers_in_about_half_the_runs(
 def test_values_that_make_no_sense_are_refused(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         greedy_tokens(melt(), **{"prompt": PROMPT, "max_tokens": 4, **arguments})  # type: ignore[arg-type]
+
+
+def test_the_benchmark_decodes_every_way_to_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(ADDITION / "addition-melt", ADDITION / "addition_problems.jsonl", 3, True)
+    rows = re.findall(r"│ ([a-z]+)[^│]*│ ([\d.]+)% +│ (\d) of 3 +│ ([\d.]+) +│", capsys.readouterr().out)
+    assert [name for name, *_ in rows] == ["plain"] + 3 * ["staggered"] + 3 * ["drafted"]
+    assert {right for _, right, *_ in rows} == {"100.0"}
+    assert {same for _, _, same, _ in rows} == {"3"}
+    assert float(rows[0][3]) == 4.0
+    assert float(rows[3][3]) < 2.5

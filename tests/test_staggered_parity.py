@@ -22,6 +22,7 @@ from test_staggered_package import edited, per_sequence
 from typer.testing import CliRunner
 
 from melt_export.checkpoint import Checkpoint
+from melt_export.cli import export_app, verify_app
 from melt_export.export import building
 from melt_export.options import ExportOptions
 from melt_export.parity.distances import agreement, log_softmax
@@ -167,3 +168,20 @@ def test_a_cost_that_is_none_is_no_report(package_copy: Path, change: dict[str, 
     parity = describe(Package.open(package_copy)).parity
     assert parity is not None
     assert "staggered" in parity.verdict
+
+
+def test_a_text_of_ones_own_is_for_what_decodes_staggered_or_is_quantized(
+    tiny_checkpoint: Path, package_copy: Path, make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    text, looplm = tmp_path / "mine.txt", make_looplm()
+    text.write_text("one and two and three", encoding="utf-8")
+    options = ["--checkpoint", str(tiny_checkpoint), "--eval-text", str(text), "--tokens", "2"]
+    result = CliRunner().invoke(verify_app, [str(package_copy), *options])
+    assert "on 21 positions of mine.txt" in " ".join(result.stdout.split())
+    plain = make_package(looplm, chunk=8)
+    result = CliRunner().invoke(verify_app, [str(plain), "--checkpoint", str(looplm), "--eval-text", str(text)])
+    assert "--eval-text needs a quantized package, or one of a MELT of several loops" in str(result.exception)
+    target = ["--output", str(tmp_path / "out"), "--eval-text", str(text)]
+    result = CliRunner().invoke(export_app, ["--checkpoint", str(looplm), *target])
+    assert "--eval-text needs quantization, or a MELT of several loops" in str(result.exception)
+    assert not (tmp_path / "out").exists()

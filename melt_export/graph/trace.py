@@ -134,10 +134,15 @@ class TracedGraph:
     outputs: tuple[TensorSpec, ...]
 
 
+def staggers(config: LoopedConfig) -> bool:
+    """Return whether a model's package lets the tokens of a chunk be in different loops: a MELT of several loops."""
+    return isinstance(config, MeltConfig) and config.total_ut_steps > 1
+
+
 def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: int) -> list[StateSpec]:
     """Return all state tensors of the loop step, in the order of its inputs."""
     states = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", config.hidden_size), "swap")]
-    if isinstance(config, MeltConfig) and config.total_ut_steps > 1:
+    if isinstance(config, MeltConfig) and staggers(config):
         latent = ("batch", "chunk", config.latent_size)
         for layer in range(config.num_hidden_layers):
             states.append(StateSpec(f"latent.{layer}", f"next_latent.{layer}", dtype, latent, "swap"))
