@@ -12,6 +12,7 @@ import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import LoopSettings, Runtime
+from melt_runtime.backends.bindings import lane_window
 from melt_runtime.cli.inspect import describe
 from melt_runtime.cli.main import app as run_app
 from melt_runtime.package.files import file_hash
@@ -27,7 +28,7 @@ from melt_export.export import building
 from melt_export.options import ExportOptions
 from melt_export.parity.distances import agreement, log_softmax
 from melt_export.parity.quality import held_out
-from melt_export.parity.staggered import lanes_of, package_runs
+from melt_export.parity.staggered import package_runs
 from melt_export.parity.verify import verify
 from melt_export.reference.float32_matmul import FLOAT64
 from melt_export.reference.pytorch import reference_of
@@ -138,7 +139,7 @@ def test_as_many_tokens_are_in_flight_as_the_chunk_holds(
     with building(checkpoint, package, ExportOptions(**options)) as directory:  # type: ignore[arg-type]
         report = verify(directory, checkpoint, tokens=2)
     assert report.failures() == []
-    assert lanes_of(Package.open(package).manifest) == lanes
+    assert lane_window(Package.open(package).manifest) == lanes
     assert (report.staggered.lanes if report.staggered else 1) == lanes
 
 

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from melt_runtime import LoopDriver, LoopSettings, Runtime
-from melt_runtime.backends.bindings import buffer_name
-from melt_runtime.backends.buffers import BufferState, StridedRegion
-from melt_runtime.backends.control import LoopControl
+from melt_runtime.backends.bindings import lane_window
+from melt_runtime.backends.lanes import ChunkLanes, Lane
 from melt_runtime.package.manifest import Manifest
-from melt_runtime.package.specs import ITEM_BYTES
 from melt_runtime.package.staggered_cost import StaggeredCost
 from melt_runtime.progress import Step
-from numpy.typing import NDArray
 
 from ..reference.float32_matmul import Arithmetic
 from ..reference.pytorch import Reference
@@ -23,11 +20,6 @@ from .distances import Distances, agreement, log_softmax
 from .quality import HeldOut, text_logits
 
 COST_TOKENS = 256  # most tokens that the cost is measured on
-
-
-def lanes_of(manifest: Manifest) -> int:
-    """Return the most tokens in flight, at most as many as loops; below 2, the package cannot decode staggered."""
-    return min(manifest.loops, manifest.chunk) if manifest.staggers else 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class StaggeredCase:
         cls, manifest: Manifest, rng: np.random.Generator, reference: Reference, truth: Arithmetic
     ) -> StaggeredCase | None:
         """Draw a random case and run it in PyTorch. None if the package has no room for two tokens in flight."""
-        lanes, room = lanes_of(manifest), manifest.max_seq_len
+        lanes, room = lane_window(manifest), manifest.max_seq_len
         if lanes < 2 or room < 3:
             return None
         count = min(lanes + 3, room - 1)
@@ -76,33 +68,23 @@ class StaggeredCase:
 
 
 def package_runs(driver: LoopDriver, tokens: Sequence[int], loops: int, lanes: int) -> Iterator[StaggeredRun]:
-    """Run given tokens staggered behind those of a driver's only sequence, and yield every run.
+    """Run given tokens in flight behind those of a driver's only sequence, and yield every run.
 
-    The driver's lengths stay as they are. Columns move through the host's memory, on every backend alike.
+    The driver's lengths stay as they are.
     """
-    state, start = driver.state, int(driver.lengths[0])
-    columns: dict[str, NDArray[np.uint8]] = {}
+    flight, start = ChunkLanes(driver.state), int(driver.lengths[0])
     for final, before in schedule(len(tokens), loops, lanes):
-        if before[-1] == 0:
-            state.embed(np.array([[tokens[final + len(before) - 1]]]))
-            entered = _columns(state, 1)
-            columns = {name: np.concatenate((columns.get(name, new[:0]), new)) for name, new in entered.items()}
-        _put_columns(state, columns)
-        first_loop = np.array([[done == 0 for done in before]])
-        counts = np.array([len(before)], np.int64)
-        control = LoopControl(first_loop, np.ones_like(first_loop), np.array([start + final]), counts)
-        state.loop(control)
-        after = tuple(done + 1 for done in before)
-        yield StaggeredRun(after, state.read("hidden")[0], state.logits(np.arange(len(after))[None])[0].copy())
-        columns = _columns(state, len(after))
+        standing = [Lane(tokens[final + at], ran) for at, ran in enumerate(before)]
+        [reads] = flight.run([standing], np.array([start + final]))
+        after = tuple(ran + 1 for ran in before)
+        yield StaggeredRun(after, flight.hidden(), np.stack([read.logits for read in reads]))
         if after[0] == loops:
-            state.commit(replace(control, chunk_lengths=np.ones(1, np.int64)))
-            columns = {name: values[1:] for name, values in columns.items()}
+            flight.left(0)
 
 
 def staggered_cost(runtime: Runtime, held: HeldOut, loops: int, progress: Step) -> StaggeredCost:
     """Run a package over text: staggered, plainly and in its chunks, each token given."""
-    lanes, chunk = lanes_of(replace(runtime.manifest, loops=loops)), runtime.manifest.chunk
+    lanes, chunk = lane_window(replace(runtime.manifest, loops=loops)), runtime.manifest.chunk
     driver = runtime.driver(1)
     found: dict[str, list[tuple[float, bool]]] = {"staggered": [], "chunked": []}
     for ids in held.sequences:
@@ -116,28 +98,3 @@ def staggered_cost(runtime: Runtime, held: HeldOut, loops: int, progress: Step) 
         progress("package: staggered decoding", len(held.sequences), 1)
     (kl, top1), (chunk_kl, chunk_top1) = (np.mean(pairs, axis=0).tolist() for pairs in found.values())
     return StaggeredCost(lanes, held.text, len(found["staggered"]), kl, top1, chunk, chunk_kl, chunk_top1)
-
-
-def _columns(state: BufferState, count: int) -> dict[str, NDArray[np.uint8]]:
-    """Return the bytes of hidden and latents, (columns, bytes), by the names of the states."""
-    found = {}
-    for name, buffer, step in _swapped(state, state.current):
-        values = state.fetch(StridedRegion(buffer, 0, count * step), count * step, 1)
-        found[name] = np.array(values).reshape(count, step)
-    return found
-
-
-def _put_columns(state: BufferState, columns: dict[str, NDArray[np.uint8]]) -> None:
-    """Make these the columns of the current chunk."""
-    state.current, state.width = 0, len(next(iter(columns.values())))
-    for name, buffer, step in _swapped(state, 0):
-        state.store(StridedRegion(buffer, 0, state.width * step), columns[name].reshape(1, -1))
-
-
-def _swapped(state: BufferState, current: int) -> list[tuple[str, str, int]]:
-    """Return name, buffer and bytes per column of every state that swaps."""
-    return [
-        (one.input, buffer_name(one, current), int(one.shape[-1]) * ITEM_BYTES[one.dtype])
-        for one in state.manifest.states
-        if one.kind == "swap"
-    ]

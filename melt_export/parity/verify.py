@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from melt_models.errors import shown
 from melt_runtime import LoopDriver, LoopSettings, Runtime
+from melt_runtime.backends.bindings import lane_window
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.reader import Package, manifest_hash
@@ -28,7 +29,7 @@ from .exact_match import read_problems
 from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, measure_ties
 from .quality import LARGE_TOKENS, TOKENS, QualityCheck, held_out, limits_of
 from .report import GenerationResult, Limits, ParityReport, StateError, tolerance_of
-from .staggered import COST_TOKENS, lanes_of, staggered_cost
+from .staggered import COST_TOKENS, staggered_cost
 from .target import CPU, target_of
 
 _SHAPE = (
@@ -105,7 +106,7 @@ def verify(
         )
         progress("package: loop by loop", 0, 0)
         compare(runtime, expected, report, progress)
-        if lanes_of(manifest) > 1:
+        if lane_window(manifest) > 1:
             text = held_out(package, manifest, eval_text, LARGE_TOKENS if large else COST_TOKENS)
             report.staggered = staggered_cost(runtime, text, manifest.loops, progress)
         _compare_embeddings(runtime, table, report)

@@ -207,6 +207,11 @@ class ChunkLanes:
         self._first += 1
         self._lanes.commit(replace(self._control, chunk_lengths=np.array([self._first])))
 
+    def hidden(self) -> NDArray[np.floating]:
+        """Return a copy of the hidden states after the last run (tokens, d)."""
+        self._lanes.current, self._lanes.width = self._current, self._control.active.shape[1]
+        return self._lanes.read("hidden")[0]  # type: ignore[no-any-return]
+
     def _embed(self, current: int, column: int) -> None:
         """Embed the new token into a column of the hidden states that the next run reads."""
         inputs, outputs = embed_bindings(self.state.manifest, 1, 1)
