@@ -5,7 +5,7 @@ benchmarks/templates/benchmarks.md.j2.
 
 Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the section "loop_step" (loop_step.py) and, if
 they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
-(batching.py), "comparison" (compare.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
+(batching.py), "comparison" (compare.py), "commit" (compare_commit.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import compare_docs
+import compare_plots
 import numpy as np
 import typer
 from common import DOCS, FAINT, STYLE, plural
@@ -172,7 +173,7 @@ def main(
     content = json.loads((directory / "benchmarks.json").read_text(encoding="utf-8"))
     plot(content["loop_step"], directory / "loop_step.png")
     if "comparison" in content:
-        compare_docs.plots(content["comparison"], directory)
+        compare_plots.plots(content["comparison"], directory)
     (directory / "benchmarks.md").write_text(markdown(content), encoding="utf-8")
 
 

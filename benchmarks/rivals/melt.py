@@ -1,0 +1,25 @@
+"""A package, run as generation runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rivals.turns import Sample
+
+
+def run(directory: Path, threads: int | None, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
+    """Run a package. ``threads``: None for as many as the runtime chooses."""
+    from melt_runtime import Runtime
+    from melt_runtime.bench.sweep import Stopwatch, settle
+
+    runtime = Runtime.load(directory, threads=threads, check_hashes=False)
+    watch = Stopwatch(runtime.driver())
+    while True:
+        if threads is None:
+            settle([watch], context)
+        token, loop = watch.decode(context, loops, tokens)
+        sample = {"token_s": token, "loop_s": loop}
+        if prompt:
+            sample["prefill_s"] = watch.prefill(prompt, runtime.manifest.chunk, loops)
+        yield sample
