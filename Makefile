@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FUZZ_MINUTES ?= 60
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-chat test lint docs fuzz bench bench-smollm2 bench-state bench-serving experiments clean
+.PHONY: help demo demo-chat test lint docs fuzz bench bench-smollm2 bench-commit bench-state bench-serving experiments clean
 
 help:
 	@echo "make demo       export, verify and run the addition model that the repository ships"
@@ -15,7 +15,8 @@ help:
 	@echo "make docs       the pages of docs/ and the API reference as a site in build/site; a warning is an error"
 	@echo "make experiments  train and compare everything in docs/experiments.md (hours; goes on where it was stopped)"
 	@echo "make bench      speed, bytes, memory and quality beside rivals, at the 1.4B shape and with SmolLM2 (about an hour on two cores, 20 GB of disk): rewrites docs/benchmarks.*"
-	@echo "make bench-smollm2  of these the comparison with onnxruntime-genai alone (two minutes, once its packages are made)"
+	@echo "make bench-smollm2  of these the comparison with onnxruntime-genai and llama.cpp alone (ten minutes; npm fetches llama.cpp)"
+	@echo "make bench-commit COMMIT=abc1234  decoding at the 1.4B shape beside that commit's package and runtime (a quarter of an hour)"
 	@echo "make bench-state  time and memory of a loop step, against buffer, tokens and loops: rewrites docs/benchmarks.*"
 	@echo "make bench-serving  tokens/s by slots, delay beside a prompt, a soak of ten minutes: rewrites docs/benchmarks.* and docs/serving.md"
 
@@ -69,6 +70,11 @@ bench: $(VENV)/.dev
 bench-smollm2: $(VENV)/.dev
 	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt
 	$(BIN)/python benchmarks/compare.py smollm2 --packages build/reach --smollm2 build/smollm2-melt --json docs/benchmarks.json
+	$(BIN)/python benchmarks/write_docs.py
+
+bench-commit: $(VENV)/.dev
+	@test -n "$(COMMIT)" || { echo "name the other commit: make bench-commit COMMIT=abc1234" >&2; exit 2; }
+	$(BIN)/python benchmarks/compare_commit.py $(COMMIT) --packages build/reach --json docs/benchmarks.json
 	$(BIN)/python benchmarks/write_docs.py
 
 bench-state: $(VENV)/.dev

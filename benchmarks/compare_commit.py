@@ -2,10 +2,9 @@
 
     python benchmarks/compare_commit.py COMMIT [--layers 24] [--packages DIR] [--json FILE]
 
-Both packages are of one checkpoint with random weights, int4, rounded to nearest, and run with the same libraries: those
-of this environment. They take turns, quiet and beside a busy process. The commit's source is unpacked from git, into a
-temporary directory or into ``--packages``, where the next run finds it with its package; this code's package is made
-anew. With 24 layers a package takes two to five minutes, and the checkpoint 3 GB of disk.
+Both packages are of one checkpoint with random weights, int4, rounded to nearest, and run with the libraries of this
+environment. They take turns, quiet and beside a busy process. The commit's source is unpacked from git into
+``--packages``, where the next run finds it with its package; this code's package is made anew.
 """
 
 from __future__ import annotations

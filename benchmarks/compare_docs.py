@@ -69,6 +69,7 @@ def _long(section: Row) -> Row:
 def _smollm2(section: Row) -> Row:
     """List what each rival reached, by busy processes and context, each one's fastest way and ours against theirs."""
     prompts = section.get("prompts", {})
+    names = list(dict.fromkeys(named(name)["rival"] for *_, found in smollm2_turns(section) for name in found))
     turns, best = [], []
     for busy, context, found in smollm2_turns(section):
         rows = [{**one, **named(name)} for name, one in found.items()]
@@ -76,23 +77,24 @@ def _smollm2(section: Row) -> Row:
         turns.append({"busy": busy, "context": context, "prompt": prompt, "rows": rows})
         measures = [("token_s", 1, f"decoding, {context} tokens in the cache")]
         measures += [("prefill_s", prompt, f"prefill of {prompt} tokens")] if prompt else []
-        best += [{"busy": busy, "measure": title, **_best(rows, name, count)} for name, count, title in measures]
+        best += [{"busy": busy, "measure": title, **_best(rows, names, key, count)} for key, count, title in measures]
     return {
         "turns": turns,
+        "names": names,
         "best": best,
         "rivals": {named(name)["rival"]: about for name, about in section.get("rivals", {}).items()},
         "bench": section["bench"],
     }
 
 
-def _best(rows: list[Row], measure: str, tokens: int) -> Row:
+def _best(rows: list[Row], names: list[str], measure: str, tokens: int) -> Row:
     """Return each rival's most tokens/s and how it ran, and our speed against the fastest of the others."""
     fastest: dict[str, tuple[float, str]] = {}
     for row in rows:
         mine = (tokens / row[measure]["median"], row["how"])
         fastest[row["rival"]] = max(fastest.get(row["rival"], mine), mine)
-    others = [speed for rival, (speed, _) in fastest.items() if rival != OURS]
-    shown = {rival: f"{speed:,.0f} ({how})" for rival, (speed, how) in fastest.items()}
+    shown = [f"{fastest[name][0]:,.0f} ({fastest[name][1]})" if name in fastest else "-" for name in names]
+    others = [speed for name, (speed, _) in fastest.items() if name != OURS]
     return {"fastest": shown, "against": fastest[OURS][0] / max(others) if others and OURS in fastest else None}
 
 

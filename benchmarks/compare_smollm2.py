@@ -12,6 +12,7 @@ from typing import Any
 from common import plural
 from compare_settings import Settings, counting, export
 from melt_runtime.bench.sweep import Sweep, bench
+from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step
 from rivals import genai, llama_cpp, melt
 from rivals.turns import Rival, take_turns
@@ -58,7 +59,11 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
 
     report: dict[str, Any] = {
         "rivals": {
-            "melt": {"options": " ".join((*settings.export, *everywhere)), "weights": onnx_weights(ours)},
+            "melt": {
+                "options": f"melt-export {' '.join((*settings.export, *everywhere))}; threads as in the table, "
+                f"{Package.open(ours, check_hashes=False).manifest.precision} cache, greedy",
+                "weights": onnx_weights(ours),
+            },
             "onnxruntime-genai": genai.about(theirs),
             "llama.cpp": llama_cpp.about(library, weights),
         },

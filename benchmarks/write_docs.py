@@ -5,7 +5,8 @@ benchmarks/templates/benchmarks.md.j2.
 
 Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the section "loop_step" (loop_step.py) and, if
 they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
-(batching.py), "comparison" (compare.py), "commit" (compare_commit.py), "quantization" (quantization.py) and "training_memory" (training_memory.py).
+(batching.py), "comparison" (compare.py), "commit" (compare_commit.py), "quantization" (quantization.py) and
+"training_memory" (training_memory.py).
 """
 
 from __future__ import annotations

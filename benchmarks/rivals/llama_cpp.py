@@ -22,10 +22,11 @@ from rivals.turns import Sample
 
 _VERSION = "3.22.1"  # of node-llama-cpp; llama_library.py checks that it knows what is inside
 _BUILDS = {"x86_64": "linux-x64", "aarch64": "linux-arm64"}
+_BITS = "int4, blocks of 32, float16 scales"  # Q4_0
 _ROWS, _BATCH = 1024, 512  # positions in the cache; most tokens per step
 OPTIONS = (
     f"context of {_ROWS:,} tokens, batches of up to {_BATCH}, thread pool, flash attention auto, float16 cache, "
-    "weights repacked, greedy"
+    "Q4_0 repacked, 8-bit activations, greedy"
 )
 
 
@@ -38,8 +39,12 @@ def libraries(directory: Path) -> Path:
 
 
 def missing(directory: Path) -> str | None:
-    """Return what to install, in one sentence; None if the library is there or npm can fetch it."""
-    if libraries(directory).is_dir() or shutil.which("npm"):
+    """Return why the library cannot be had, in one sentence; None if it is there or npm can fetch it."""
+    try:
+        found = libraries(directory)
+    except RuntimeError as error:
+        return str(error)
+    if found.is_dir() or shutil.which("npm"):
         return None
     return "npm, which fetches llama.cpp's prebuilt library, is not installed; install Node.js"
 
@@ -47,10 +52,10 @@ def missing(directory: Path) -> str | None:
 def install(directory: Path) -> Path:
     """Fetch the prebuilt library with npm unless it is there; return its directory. Raises RuntimeError."""
     found = libraries(directory)
-    if found.is_dir():
-        return found
     if reason := missing(directory):
         raise RuntimeError(reason)
+    if found.is_dir():
+        return found
     directory.mkdir(parents=True, exist_ok=True)
     command = ["npm", "install", "--prefix", str(directory), "--ignore-scripts", "--no-audit", "--no-fund"]
     command.append(f"@node-llama-cpp/{found.name}@{_VERSION}")
@@ -79,7 +84,8 @@ def about(library: Path, weights: Path) -> dict[str, Any]:
         part = {"token_embd": "embedding", "output": "head"}.get(tensor.name.rpartition(".")[0], "layers")
         total += int(tensor.n_bytes)
         if tensor.data.ndim > 1:
-            bits.setdefault(part, set()).add(tensor.tensor_type.name)
+            kind = tensor.tensor_type.name
+            bits.setdefault(part, set()).add(_BITS if kind == "Q4_0" else kind)
     bits.setdefault("head", bits["embedding"])  # tied
     opened = LlamaLibrary(library)
     package = json.loads((library.parents[1] / "package.json").read_text(encoding="utf-8"))
@@ -96,17 +102,23 @@ def run(
     """Run a GGUF file in llama.cpp. ``poll``: waiting threads stay awake for a while, its default."""
     running = LlamaContext(LlamaLibrary(library), weights, threads, _ROWS, _BATCH, poll=poll)
     while True:
-        sample: Sample = {}
-        if prompt:
-            running.cut(0)
-            started = perf_counter()
-            running.next(list(range(1, prompt + 1)))
-            sample["prefill_s"] = perf_counter() - started
+        with running.threads():
+            sample = _turn(running, context, tokens, prompt)
+        yield sample
+
+
+def _turn(running: LlamaContext, context: int, tokens: int, prompt: int) -> Sample:
+    sample: Sample = {}
+    if prompt:
         running.cut(0)
-        times, token = [], running.next(list(range(1, max(context, 1) + 1)))
-        for _ in range(tokens + 1):
-            started = perf_counter()
-            token = running.next([token])
-            times.append(perf_counter() - started)
-        seconds = float(np.median(times[1:]))
-        yield sample | {"token_s": seconds, "loop_s": seconds}
+        started = perf_counter()
+        running.next(list(range(1, prompt + 1)))
+        sample["prefill_s"] = perf_counter() - started
+    running.cut(0)
+    times, token = [], running.next(list(range(1, max(context, 1) + 1)))
+    for _ in range(tokens + 1):
+        started = perf_counter()
+        token = running.next([token])
+        times.append(perf_counter() - started)
+    seconds = float(np.median(times[1:]))
+    return sample | {"token_s": seconds, "loop_s": seconds}

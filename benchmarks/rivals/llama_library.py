@@ -7,6 +7,8 @@ structure whose defaults are not where they are expected is refused, because the
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,7 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
     "llama_set_n_threads": (None, [_P, c_int32, c_int32]),
     "llama_n_threads": (c_int32, [_P]),
     "llama_attach_threadpool": (None, [_P, _P, _P]),
+    "llama_detach_threadpool": (None, [_P]),
     "llama_batch_get_one": (_Batch, [_P, c_int32]),
     "llama_decode": (c_int32, [_P, _Batch]),
     "llama_get_logits_ith": (POINTER(c_float), [_P, c_int32]),
@@ -145,10 +148,17 @@ class LlamaLibrary:
         params = self._base.ggml_threadpool_params_default(threads)
         self._check((params.n_threads, params.prio, params.poll) == (threads, 0, _POLL))
         params.poll = _POLL if poll else 0
+        make = CFUNCTYPE(c_void_p, c_void_p)(self._backend_function(b"ggml_threadpool_new"))
+        return int(self._need(make(ctypes.addressof(params)), "no thread pool"))
+
+    def free(self, pool: int) -> None:
+        """End a pool's threads."""
+        CFUNCTYPE(None, c_void_p)(self._backend_function(b"ggml_threadpool_free"))(pool)
+
+    def _backend_function(self, name: bytes) -> int:
         reg = self._base.ggml_backend_dev_backend_reg(self._device)
-        address = self._base.ggml_backend_reg_get_proc_address(reg, b"ggml_threadpool_new")
-        make = CFUNCTYPE(c_void_p, c_void_p)(self._need(address, "the CPU backend makes no thread pool"))
-        return self._need(make(ctypes.addressof(params)), "no thread pool")
+        address = self._base.ggml_backend_reg_get_proc_address(reg, name)
+        return int(self._need(address, f"the CPU backend has no {name.decode()}"))
 
     def _open(self, directory: Path, pattern: str, functions: dict[str, tuple[Any, list[Any]]]) -> Any:
         found = sorted(directory.glob(pattern))
@@ -177,7 +187,7 @@ class LlamaLibrary:
 
 
 class LlamaContext:
-    """A model with a context for one sequence, which runs tokens and finds the likeliest next one.
+    """A model with a context for one sequence, which runs tokens and finds the likeliest next one, inside ``threads``.
 
     Raises RuntimeError, with llama.cpp's own words, when something fails.
     """
@@ -193,9 +203,8 @@ class LlamaContext:
         params.n_ctx, params.n_batch, params.n_ubatch = rows, batch, batch
         self._context = need(llama.llama_init_from_model(self._model, params), "no context")
         check(llama.llama_n_ctx(self._context) >= rows and llama.llama_n_ubatch(self._context) == batch)
-        self._pool = library.threadpool(threads, poll=poll)
+        self._threads, self._poll = threads, poll
         llama.llama_set_n_threads(self._context, threads, threads)
-        llama.llama_attach_threadpool(self._context, self._pool, self._pool)
         check(llama.llama_n_threads(self._context) == threads)
         self._memory = llama.llama_get_memory(self._context)
 
@@ -211,6 +220,18 @@ class LlamaContext:
         self._library._need(not failed, f"{len(tokens)} tokens failed")
         logits = self.llama.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Have threads while tokens run. Those that wait stay awake for some tenths of a second, beside whatever comes
+        next, so they end here."""
+        pool = self._library.threadpool(self._threads, poll=self._poll)
+        self.llama.llama_attach_threadpool(self._context, pool, pool)
+        try:
+            yield
+        finally:
+            self.llama.llama_detach_threadpool(self._context)
+            self._library.free(pool)
 
     @property
     def llama(self) -> Any:

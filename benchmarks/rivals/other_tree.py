@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 from rivals.turns import Sample
@@ -73,8 +74,8 @@ class TreeRival:
         self.name, self.samples = name, list[Sample]()
         order = {"package": str(package), "threads": threads, "loops": loops, "context": context, "tokens": tokens}
         program = str(Path(__file__).with_name("any_commit.py"))
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")
-        self._child = subprocess.Popen(
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        child = subprocess.Popen(
             [sys.executable, "-P", program, json.dumps(order)],
             env=environment(tree),
             stdin=subprocess.PIPE,
@@ -82,27 +83,31 @@ class TreeRival:
             stderr=self._errors,
             text=True,
         )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        self._child, self._orders, self._samples = child, child.stdin, child.stdout
 
     def visit(self, *, counts: bool) -> None:
         """Take one turn. A sample that does not count is a warm-up."""
-        assert self._child.stdin and self._child.stdout
         try:
-            print(file=self._child.stdin, flush=True)
-            line = self._child.stdout.readline()
+            print(file=self._orders, flush=True)
+            line = self._samples.readline()
         except OSError:
             line = ""
         if not line:
-            self._child.wait()
-            self._errors.seek(0)
-            raise RuntimeError(
-                f"{self.name}: {(self._errors.read().strip().splitlines() or ['its process ended'])[-1]}"
-            )
+            raise RuntimeError(f"{self.name}: {self._last_words()}")
         if counts:
             self.samples.append(json.loads(line))
 
     def close(self) -> None:
         """End the process."""
-        assert self._child.stdin and self._child.stdout
-        for stream in (self._child.stdin, self._child.stdout, self._errors):
-            stream.close()
+        with suppress(BrokenPipeError):
+            self._orders.close()
         self._child.wait()
+        self._samples.close()
+        self._errors.close()
+
+    def _last_words(self) -> str:
+        self._child.wait()
+        self._errors.seek(0)
+        return (self._errors.read().strip().splitlines() or ["its process ended"])[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from melt_runtime.bench.busy import BusyProcesses
 from melt_runtime.machine import resident
 
 Sample = dict[str, float]
+_PAUSE = 0.1  # seconds between two turns, in which threads of the last one that wait awake go to sleep
 
 
 class Rival:
@@ -71,6 +73,7 @@ def take_turns(rivals: list[Rival], rounds: int, advance: Callable[[], None], bu
         with BusyProcesses(busy):
             for turn in range(rounds + 1):
                 for rival in rivals:
+                    sleep(_PAUSE)
                     rival.visit(counts=turn > 0)
                     advance()
     finally:
