@@ -51,7 +51,8 @@ def about(directory: Path) -> dict[str, Any]:
     """Return the version, options, and the bits of the weights."""
     return {
         "version": version("onnxruntime-genai"),
-        "options": f"exported with {BUILDER}; intra_op_num_threads and intra_op.allow_spinning as in the table, fp32 cache, greedy",
+        "options": f"exported with {BUILDER}; intra_op_num_threads and intra_op.allow_spinning as in the table, "
+        "fp32 cache, greedy",
         "weights": onnx_weights(directory),
     }
 
