@@ -47,7 +47,7 @@ def compare(directory: Path, commit: str, settings: Settings, context: int, step
     turns = {}
     for busy in (0, *settings.busy):
         shared = (settings.threads, settings.loops, context, settings.tokens)
-        sides: list[Any] = [TreeRival(name, tree, packages[name], *shared) for name, tree in trees.items()]
+        sides = [TreeRival(name, tree, packages[name], *shared) for name, tree in trees.items()]
         visits = len(sides) * (settings.rounds + 1)
         turns[str(busy)] = take_turns(sides, settings.rounds, counting(step, f"in turn, {busy} busy", visits), busy)
     return {"commit": commit, "this_code": ours, "context": context, "weights_bytes": sizes, "turns": turns}

@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from time import sleep
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from melt_runtime.bench.busy import BusyProcesses
@@ -17,6 +17,19 @@ from melt_runtime.machine import resident
 
 Sample = dict[str, float]
 _PAUSE = 0.1  # seconds between two turns, in which threads of the last one that wait awake go to sleep
+
+
+class TakesTurns(Protocol):
+    """A rival: what it measured so far, and one more turn."""
+
+    name: str
+    samples: list[Sample]
+
+    def visit(self, *, counts: bool) -> None:
+        """Take one turn. A sample that does not count is a warm-up. Raises RuntimeError, with the reason."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class Rival:
@@ -66,7 +79,7 @@ def _serve(pipe: Connection, function: Callable[..., Iterator[Sample]], *argumen
             return
 
 
-def take_turns(rivals: list[Rival], rounds: int, advance: Callable[[], None], busy: int = 0) -> dict[str, Any]:
+def take_turns(rivals: Sequence[TakesTurns], rounds: int, advance: Callable[[], None], busy: int = 0) -> dict[str, Any]:
     """Every rival's median and quartiles of every number, and its time against the first's, pair by pair, beside
     ``busy`` busy processes."""
     try:
