@@ -222,6 +222,22 @@ def test_both_numbers_of_threads_are_tried_in_turn_and_the_faster_one_is_kept() 
     assert choice.threads == 2
 
 
+def test_a_number_that_stays_the_faster_one_is_tried_more_and_more_rarely() -> None:
+    choice, pauses, looks = Choice(2), list[int](), 0
+    while len(pauses) < 7:
+        choice.update(1)
+        looks += 1
+        if not choice.settled and choice.threads == 1 and choice._turns_left:
+            pauses.append(looks)
+            looks = 0
+            for _ in range(12):
+                choice.ran({1: 1.0, 2: 2.0}[choice.threads])
+    assert pauses == [1, 10, 20, 40, 80, 160, 160]
+    choice.update(2)
+    choice.update(1)
+    assert choice._turns_left  # others came: both are tried at once
+
+
 def test_held_threads_change_no_value(runtime: Runtime, tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver, alone = runtime.driver(), Runtime.load(tiny_package, threads=1).driver()
     tokens = [[1, 2, 3, 4, 5]]

@@ -22,7 +22,7 @@ import numpy as np
 from ..package.specs import GraphSpec
 
 _INTERVAL = 0.2  # seconds between two looks at the other processes
-_AGAIN = 10  # looks after which both numbers of threads are tried again
+_AGAIN, _LONGEST = 10, 160  # looks after which both are tried again; doubled while the same one stays faster
 _TURNS, _TURN = 12, 0.025  # a trial: so many turns, of so many seconds at least
 _WORTH = 0.95  # of the time with fewer threads: what all must stay below to be worth other processes' cores
 _STALE = 1.0  # seconds after which what was seen says nothing of now: what ran meanwhile may have ended
@@ -128,7 +128,8 @@ class Choice:
     """
 
     def __init__(self, most: int):
-        self.most = self.threads = self.fitting = most
+        self.most = self.threads = self.fitting = self._before = most
+        self._again = _AGAIN
         self._means: dict[int, float] = {}  # by number of threads, the sum of its turns' seconds per loop step
         self._turns_left = self._looks = self._steps = 0
         self._seconds = 0.0
@@ -143,7 +144,10 @@ class Choice:
         self._looks += 1
         if fitting == self.most:
             self.threads, self._turns_left = self.most, 0
-        elif fitting != self.fitting or self._looks >= _AGAIN:
+        elif fitting != self.fitting or self._looks >= self._again:
+            if fitting != self.fitting:
+                self._again = _AGAIN
+            self._before = self.threads
             self._means = {fitting: 0.0, self.most: 0.0}
             self.threads, self._turns_left, self._looks = fitting, _TURNS, 0
             self._seconds, self._steps = 0.0, 0
@@ -163,6 +167,7 @@ class Choice:
             self.threads = next(count for count in self._means if count != self.threads)
         else:
             self.threads = self.most if self._means[self.most] < _WORTH * self._means[self.fitting] else self.fitting
+            self._again = min(2 * self._again, _LONGEST) if self.threads == self._before else _AGAIN
 
 
 class ThreadLimit:
