@@ -12,7 +12,6 @@ import onnx
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import LoopSettings, Runtime
-from melt_runtime.backends.bindings import lane_window
 from melt_runtime.cli.inspect import describe
 from melt_runtime.cli.main import app as run_app
 from melt_runtime.package.files import file_hash
@@ -28,7 +27,7 @@ from melt_export.export import building
 from melt_export.options import ExportOptions
 from melt_export.parity.distances import agreement, log_softmax
 from melt_export.parity.quality import held_out
-from melt_export.parity.staggered import package_runs
+from melt_export.parity.staggered import lanes_of, package_runs
 from melt_export.parity.verify import verify
 from melt_export.reference.float32_matmul import FLOAT64
 from melt_export.reference.pytorch import reference_of
@@ -139,7 +138,7 @@ def test_as_many_tokens_are_in_flight_as_the_chunk_holds(
     with building(checkpoint, package, ExportOptions(**options)) as directory:  # type: ignore[arg-type]
         report = verify(directory, checkpoint, tokens=2)
     assert report.failures() == []
-    assert lane_window(Package.open(package).manifest) == lanes
+    assert lanes_of(Package.open(package).manifest, 12) == lanes
     assert (report.staggered.lanes if report.staggered else 1) == lanes
 
 
@@ -186,3 +185,12 @@ def test_a_text_of_ones_own_is_for_what_decodes_staggered_or_is_quantized(
     result = CliRunner().invoke(export_app, ["--checkpoint", str(looplm), *target])
     assert "--eval-text needs quantization, or a MELT of several loops" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("loops", [2, 9])
+def test_another_depth_is_compared_too(tiny_checkpoint: Path, package_copy: Path, loops: int) -> None:
+    report = verify(package_copy, tiny_checkpoint, loops=loops, tokens=2)
+    assert report.failures() == []
+    assert report.staggered is not None
+    assert report.staggered.lanes == min(loops, 4)
+    assert max(state.loop for state in report.states if state.quantity == "staggered logits") == loops

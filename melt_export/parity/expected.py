@@ -88,10 +88,14 @@ def expected_of(
     manifest: Manifest,
     tokens: int,
     *,
+    lanes: int = 1,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Expected:
-    """Compute PyTorch's side of a comparison with any package of these sizes. ``tokens``: greedy tokens per prompt."""
+    """Compute PyTorch's side of a comparison with any package of these sizes.
+
+    ``tokens``: greedy tokens per prompt. ``lanes``: tokens in flight in staggered decoding; below 2 there is none.
+    """
     progress("PyTorch: loop by loop", 0, 0)
     rng = np.random.default_rng(seed)
     chunk, room = min(manifest.chunk, _TRACED_CHUNK), manifest.max_seq_len
@@ -103,7 +107,7 @@ def expected_of(
     # A float32 package is compared with float64; one in half precision, which loses more anyway, with float32.
     truth = FLOAT64 if manifest.precision == "fp32" else FLOAT32
     cases = [(case, case.traces(reference, manifest.loops, truth)) for case in drawn]
-    staggered = StaggeredCase.drawn(manifest, np.random.default_rng((seed, 1)), reference, truth)
+    staggered = StaggeredCase.drawn(manifest, lanes, np.random.default_rng((seed, 1)), reference, truth)
     own = OwnError()
     if truth is FLOAT64:
         progress("PyTorch: its own rounding", 0, 0)

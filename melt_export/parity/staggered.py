@@ -22,6 +22,11 @@ from .quality import HeldOut, text_logits
 COST_TOKENS = 256  # most tokens that the cost is measured on
 
 
+def lanes_of(manifest: Manifest, loops: int) -> int:
+    """Return the most tokens in flight of ``loops`` loops each; below 2, the package cannot decode staggered."""
+    return min(lane_window(manifest), loops) if manifest.staggers else 1
+
+
 @dataclass(frozen=True)
 class StaggeredCase:
     """A prompt, in chunks, and tokens that run staggered after it; ``runs``: PyTorch's."""
@@ -35,10 +40,10 @@ class StaggeredCase:
 
     @classmethod
     def drawn(
-        cls, manifest: Manifest, rng: np.random.Generator, reference: Reference, truth: Arithmetic
+        cls, manifest: Manifest, lanes: int, rng: np.random.Generator, reference: Reference, truth: Arithmetic
     ) -> StaggeredCase | None:
         """Draw a random case and run it in PyTorch. None if the package has no room for two tokens in flight."""
-        lanes, room = lane_window(manifest), manifest.max_seq_len
+        room = manifest.max_seq_len
         if lanes < 2 or room < 3:
             return None
         count = min(lanes + 3, room - 1)
@@ -61,31 +66,34 @@ class StaggeredCase:
                 errors.compare("staggered logits", loop, mine.logits[at], theirs.logits[at])
 
     def compare_package(self, runtime: Runtime, errors: Distances) -> None:
-        """Run the case in a package and add the distances."""
+        """Run the case in a package and add the distances; nothing if its backend cannot decode staggered."""
         driver = runtime.driver(1)
+        if driver.state.lanes_fit() is not None:
+            return
         driver.append([self.prompt], LoopSettings(self.loops, chunk=self.chunk))
         self.compare(package_runs(driver, self.tokens, self.loops, self.lanes), errors)
 
 
 def package_runs(driver: LoopDriver, tokens: Sequence[int], loops: int, lanes: int) -> Iterator[StaggeredRun]:
-    """Run given tokens in flight behind those of a driver's only sequence, and yield every run.
+    """Run given tokens staggered behind those of a driver's only sequence, and yield every run.
 
     The driver's lengths stay as they are.
     """
     flight, start = ChunkLanes(driver.state), int(driver.lengths[0])
     for final, before in schedule(len(tokens), loops, lanes):
-        standing = [Lane(tokens[final + at], ran) for at, ran in enumerate(before)]
-        [reads] = flight.run([standing], np.array([start + final]))
-        after = tuple(ran + 1 for ran in before)
-        yield StaggeredRun(after, flight.hidden(), np.stack([read.logits for read in reads]))
+        given = [Lane(tokens[final + at], ran) for at, ran in enumerate(before)]
+        [reads] = flight.run([given], np.array([start + final], np.int64))
+        logits, after = np.stack([read.logits for read in reads]), tuple(ran + 1 for ran in before)
+        yield StaggeredRun(after, flight.hidden(), logits)
         if after[0] == loops:
             flight.left(0)
 
 
-def staggered_cost(runtime: Runtime, held: HeldOut, loops: int, progress: Step) -> StaggeredCost:
-    """Run a package over text: staggered, plainly and in its chunks, each token given."""
-    lanes, chunk = lane_window(replace(runtime.manifest, loops=loops)), runtime.manifest.chunk
-    driver = runtime.driver(1)
+def staggered_cost(runtime: Runtime, held: HeldOut, loops: int, progress: Step) -> StaggeredCost | None:
+    """Run a package over text: staggered, plainly and in its chunks, each token given. None if its backend cannot."""
+    lanes, chunk, driver = lanes_of(runtime.manifest, loops), runtime.manifest.chunk, runtime.driver(1)
+    if lanes < 2 or driver.state.lanes_fit() is not None:
+        return None
     found: dict[str, list[tuple[float, bool]]] = {"staggered": [], "chunked": []}
     for ids in held.sequences:
         plain = log_softmax(text_logits(driver, ids, LoopSettings(loops, chunk=1)))

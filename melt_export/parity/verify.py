@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from melt_models.errors import shown
 from melt_runtime import LoopDriver, LoopSettings, Runtime
-from melt_runtime.backends.bindings import lane_window
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.reader import Package, manifest_hash
@@ -29,7 +28,7 @@ from .exact_match import read_problems
 from .expected import DECODE_STEPS, LARGE_BYTES, Case, Expected, Traces, expected_of, measure_ties
 from .quality import LARGE_TOKENS, TOKENS, QualityCheck, held_out, limits_of
 from .report import GenerationResult, Limits, ParityReport, StateError, tolerance_of
-from .staggered import COST_TOKENS, staggered_cost
+from .staggered import COST_TOKENS, lanes_of, staggered_cost
 from .target import CPU, target_of
 
 _SHAPE = (
@@ -94,7 +93,10 @@ def verify(
     table = source.weights.tensor(EMBEDDING)
     if manifest.weights:
         table = stored_embedding(package, table)  # before a linked copy keeps onnx_ir from reading the package
-    expected = expected_of(packaged_reference(source, opened), manifest, tokens, seed=seed, progress=progress)
+    lanes = lanes_of(opened.manifest, manifest.loops)
+    expected = expected_of(
+        packaged_reference(source, opened), manifest, tokens, lanes=lanes, seed=seed, progress=progress
+    )
     if check is not None:
         check.take_reference(reference_of(source.load()), opened, manifest, progress)
 
@@ -106,7 +108,7 @@ def verify(
         )
         progress("package: loop by loop", 0, 0)
         compare(runtime, expected, report, progress)
-        if lane_window(manifest) > 1:
+        if lanes > 1:
             text = held_out(package, manifest, eval_text, LARGE_TOKENS if large else COST_TOKENS)
             report.staggered = staggered_cost(runtime, text, manifest.loops, progress)
         _compare_embeddings(runtime, table, report)

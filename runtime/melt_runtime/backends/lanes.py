@@ -209,6 +209,7 @@ class ChunkLanes:
 
     def hidden(self) -> NDArray[np.floating]:
         """Return a copy of the hidden states after the last run (tokens, d)."""
+        self._place(self._current, 0)  # a captured graph that is played again places nothing
         self._lanes.current, self._lanes.width = self._current, self._control.active.shape[1]
         return self._lanes.read("hidden")[0]  # type: ignore[no-any-return]
 
