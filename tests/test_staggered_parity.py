@@ -194,3 +194,14 @@ def test_another_depth_is_compared_too(tiny_checkpoint: Path, package_copy: Path
     assert report.staggered is not None
     assert report.staggered.lanes == min(loops, 4)
     assert max(state.loop for state in report.states if state.quantity == "staggered logits") == loops
+
+
+def test_a_looplm_is_exact_and_has_no_cost(
+    make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(make_package(make_looplm(), chunk=8), package)
+    report = verify(package, make_looplm(), tokens=2)
+    assert report.failures() == []
+    assert report.staggered is None
+    assert lanes_of(Package.open(package).manifest, 4) == 1
