@@ -54,14 +54,14 @@ def test_it_answers_rightly_and_again_after_its_tokens_were_forgotten(library: P
     question = [words.index(word) for word in text.split()]
     running = LlamaContext(LlamaLibrary(library), weights, 2, 64, 32, poll=poll)
     answers = []
-    for _ in range(2):
-        with running.threads():
-            answer = [running.next(question)]
-            for _ in range(5):
-                answer.append(running.next(answer[-1:]))
+    for _ in range(3):
+        answer = [running.next(question)]
+        for _ in range(5):
+            answer.append(running.next(answer[-1:]))
         answers.append([words[token] for token in answer])
         running.cut(0)
-    assert answers == [["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis", "ĠParis"]] * 2
+        running.rest()
+    assert answers == [["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis", "ĠParis"]] * 3
 
 
 @pytest.mark.real

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import onnx
@@ -68,6 +70,18 @@ def test_every_number_of_threads_is_tried_and_the_fastest_kept(tiny_package: Pat
 def test_a_rival_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"melt: PackageError: package .* does not exist"):
         take_turns([Rival("melt", melt.run, tmp_path / "nowhere", 1, 1, 0, 1, 0)], 1, lambda: None)
+
+
+def _hang() -> Iterator[dict[str, float]]:
+    Event().wait()
+    yield {}
+
+
+def test_a_rival_that_hangs_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_LIMIT", 1)
+    monkeypatch.setattr(turns, "_PATIENCE", 0.1)
+    with pytest.raises(RuntimeError, match="stuck: a turn took over 1 seconds"):
+        take_turns([Rival("stuck", _hang)], 1, lambda: None)
 
 
 def test_stored_bits_are_told_of_layers_head_and_embedding(

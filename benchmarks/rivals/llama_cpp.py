@@ -102,9 +102,7 @@ def run(
     """Run a GGUF file in llama.cpp. ``poll``: waiting threads stay awake for a while, its default."""
     running = LlamaContext(LlamaLibrary(library), weights, threads, _ROWS, _BATCH, poll=poll)
     while True:
-        with running.threads():
-            sample = _turn(running, context, tokens, prompt)
-        yield sample
+        yield _turn(running, context, tokens, prompt)
 
 
 def _turn(running: LlamaContext, context: int, tokens: int, prompt: int) -> Sample:
@@ -120,5 +118,6 @@ def _turn(running: LlamaContext, context: int, tokens: int, prompt: int) -> Samp
         started = perf_counter()
         token = running.next([token])
         times.append(perf_counter() - started)
+    running.rest()
     seconds = float(np.median(times[1:]))
     return sample | {"token_s": seconds, "loop_s": seconds}

@@ -7,8 +7,6 @@ structure whose defaults are not where they are expected is refused, because the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -73,6 +71,12 @@ class _Batch(Structure):
     )
 
 
+class _Symbol(Structure):
+    """What dladdr tells of an address."""
+
+    _fields_ = (("file", c_char_p), ("base", c_void_p), ("name", c_char_p), ("address", c_void_p))
+
+
 _Log = CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _P = c_void_p
 _LLAMA: dict[str, tuple[Any, list[Any]]] = {
@@ -90,7 +94,6 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
     "llama_set_n_threads": (None, [_P, c_int32, c_int32]),
     "llama_n_threads": (c_int32, [_P]),
     "llama_attach_threadpool": (None, [_P, _P, _P]),
-    "llama_detach_threadpool": (None, [_P]),
     "llama_batch_get_one": (_Batch, [_P, c_int32]),
     "llama_decode": (c_int32, [_P, _Batch]),
     "llama_get_logits_ith": (POINTER(c_float), [_P, c_int32]),
@@ -106,6 +109,7 @@ _BASE = {
     "ggml_backend_dev_backend_reg": (_P, [_P]),
     "ggml_backend_reg_get_proc_address": (_P, [_P, c_char_p]),
 }
+_BACKEND = {"ggml_threadpool_new": (_P, [_P]), "ggml_threadpool_pause": (None, [_P])}
 
 
 class LlamaLibrary:
@@ -124,6 +128,7 @@ class LlamaLibrary:
             set_log(self._log, None)
         self._ggml.ggml_backend_load_all_from_path(str(directory).encode())
         self._device = self._need(self._ggml.ggml_backend_dev_by_type(_CPU), "no CPU backend loads")
+        self._backend = self._cpu_backend()
 
     @property
     def version(self) -> str:
@@ -148,17 +153,20 @@ class LlamaLibrary:
         params = self._base.ggml_threadpool_params_default(threads)
         self._check((params.n_threads, params.prio, params.poll) == (threads, 0, _POLL))
         params.poll = _POLL if poll else 0
-        make = CFUNCTYPE(c_void_p, c_void_p)(self._backend_function(b"ggml_threadpool_new"))
-        return int(self._need(make(ctypes.addressof(params)), "no thread pool"))
+        return int(self._need(self._backend.ggml_threadpool_new(byref(params)), "no thread pool"))
 
-    def free(self, pool: int) -> None:
-        """End a pool's threads."""
-        CFUNCTYPE(None, c_void_p)(self._backend_function(b"ggml_threadpool_free"))(pool)
+    def pause(self, pool: int) -> None:
+        """Let a pool's threads sleep until the next tokens; without it they stay awake for some tenths of a second."""
+        self._backend.ggml_threadpool_pause(pool)
 
-    def _backend_function(self, name: bytes) -> int:
+    def _cpu_backend(self) -> Any:
+        """Return the library of the CPU backend that was chosen."""
         reg = self._base.ggml_backend_dev_backend_reg(self._device)
-        address = self._base.ggml_backend_reg_get_proc_address(reg, name)
-        return int(self._need(address, f"the CPU backend has no {name.decode()}"))
+        address = self._base.ggml_backend_reg_get_proc_address(reg, b"ggml_threadpool_new")
+        found = _Symbol()
+        ctypes.CDLL(None).dladdr(c_void_p(self._need(address, "the CPU backend makes no thread pool")), byref(found))
+        file = Path(self._need(found.file, "the CPU backend is in no file").decode())
+        return self._open(file.parent, file.name, _BACKEND)
 
     def _open(self, directory: Path, pattern: str, functions: dict[str, tuple[Any, list[Any]]]) -> Any:
         found = sorted(directory.glob(pattern))
@@ -187,7 +195,7 @@ class LlamaLibrary:
 
 
 class LlamaContext:
-    """A model with a context for one sequence, which runs tokens and finds the likeliest next one, inside ``threads``.
+    """A model with a context for one sequence, which runs tokens and finds the likeliest next one.
 
     Raises RuntimeError, with llama.cpp's own words, when something fails.
     """
@@ -203,8 +211,9 @@ class LlamaContext:
         params.n_ctx, params.n_batch, params.n_ubatch = rows, batch, batch
         self._context = need(llama.llama_init_from_model(self._model, params), "no context")
         check(llama.llama_n_ctx(self._context) >= rows and llama.llama_n_ubatch(self._context) == batch)
-        self._threads, self._poll = threads, poll
+        self._pool = library.threadpool(threads, poll=poll)
         llama.llama_set_n_threads(self._context, threads, threads)
+        llama.llama_attach_threadpool(self._context, self._pool, self._pool)
         check(llama.llama_n_threads(self._context) == threads)
         self._memory = llama.llama_get_memory(self._context)
 
@@ -221,17 +230,9 @@ class LlamaContext:
         logits = self.llama.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
-    @contextmanager
-    def threads(self) -> Iterator[None]:
-        """Have threads while tokens run. Those that wait stay awake for some tenths of a second, beside whatever comes
-        next, so they end here."""
-        pool = self._library.threadpool(self._threads, poll=self._poll)
-        self.llama.llama_attach_threadpool(self._context, pool, pool)
-        try:
-            yield
-        finally:
-            self.llama.llama_detach_threadpool(self._context)
-            self._library.free(pool)
+    def rest(self) -> None:
+        """Let waiting threads sleep until the next tokens, so as not to disturb what runs in between."""
+        self._library.pause(self._pool)
 
     @property
     def llama(self) -> Any:

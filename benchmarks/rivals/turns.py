@@ -16,6 +16,8 @@ from melt_runtime.bench.busy import BusyProcesses
 from melt_runtime.machine import resident
 
 Sample = dict[str, float]
+_LIMIT = 600  # seconds that a turn may take, loading included
+_PATIENCE = 10  # seconds in which a process may end by itself
 _PAUSE = 0.1  # seconds between two turns, in which threads of the last one that wait awake go to sleep
 
 
@@ -50,7 +52,7 @@ class Rival:
         """Make one step. A sample that does not count is a warm-up."""
         try:
             self._ours.send(True)
-            sample = self._ours.recv()
+            sample = self._ours.recv() if self._ours.poll(_LIMIT) else f"a turn took over {_LIMIT} seconds"
         except (EOFError, OSError):
             sample = "its process ended"
         if isinstance(sample, str):
@@ -61,7 +63,10 @@ class Rival:
     def close(self) -> None:
         """End the process."""
         self._ours.close()
-        self._child.join()
+        self._child.join(_PATIENCE)
+        if self._child.is_alive():
+            self._child.kill()
+            self._child.join()
 
 
 def _serve(pipe: Connection, function: Callable[..., Iterator[Sample]], *arguments: Any) -> None:
