@@ -75,17 +75,28 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         (0, *settings.busy), zip(settings.eager_contexts, settings.prompts, strict=True)
     ):
         shared = (context, 5 * settings.tokens, prompt)
-        sides = []
-        for count in reversed(settings.thread_counts):
-            label = plural(count, "thread")
-            sides.append(Rival(f"melt, {label}", melt.run, ours, count, 1, *shared))
-            for awake in (True, False)[:count]:  # one thread never waits
-                how = "" if awake else ", not spinning"
-                sides.append(Rival(f"onnxruntime-genai, {label}{how}", genai.run, theirs, count, awake, *shared))
-                sides.append(Rival(f"llama.cpp, {label}{how}", llama_cpp.run, library, weights, count, awake, *shared))
-        sides.append(Rival("melt", melt.run, ours, None, 1, *shared))  # as many threads as it chooses
+        sides = [Rival(*way) for way in ways(ours, theirs, (library, weights), settings.thread_counts, shared)]
         visits = len(sides) * (settings.rounds + 1)
         name = f"SmolLM2 in turn, {context} tokens, {busy} busy beside"
         found = take_turns(sides, settings.rounds, counting(step, name, visits), busy)
         (report["beside"].setdefault(str(busy), {}) if busy else report["turns"])[str(context)] = found
     return report
+
+
+def ways(
+    ours: Path, theirs: Path, llama: tuple[Path, Path], counts: tuple[int, ...], shared: tuple[int, int, int]
+) -> list[tuple[Any, ...]]:
+    """List every way in which each rival runs: its name, the function that runs it, and this function's arguments.
+
+    ``ours``: the package; ``theirs``: onnxruntime-genai's export; ``llama``: llama.cpp's library and weights;
+    ``counts``: numbers of threads; ``shared``: tokens in the cache, tokens per turn, tokens of the prompt.
+    """
+    found: list[tuple[Any, ...]] = []
+    for count in reversed(counts):
+        label = plural(count, "thread")
+        found.append((f"melt, {label}", melt.run, ours, count, 1, *shared))
+        for awake in (True, False) if count > 1 else (True,):  # one thread never waits
+            how = "" if awake else ", not spinning"
+            found.append((f"onnxruntime-genai, {label}{how}", genai.run, theirs, count, awake, *shared))
+            found.append((f"llama.cpp, {label}{how}", llama_cpp.run, *llama, count, awake, *shared))
+    return [*found, ("melt", melt.run, ours, None, 1, *shared)]  # as many threads as it chooses
