@@ -1,6 +1,6 @@
-"""Makes a MELT checkpoint with random weights in a real model's shape, for measuring size, memory and speed.
+"""Makes a MELT or LoopLM checkpoint with random weights in a real model's shape, for measuring size, memory and speed.
 
-    python benchmarks/make_checkpoint.py OUTPUT [--shape ouro-1.4b] [--layers N]
+    python benchmarks/make_checkpoint.py OUTPUT [--shape ouro-1.4b] [--layers N] [--looplm]
 
 It is written shard by shard, in little memory.
 """
@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from melt_models import MeltConfig
 from melt_runtime.progress import shown_progress
-from random_checkpoint import SHAPES, make
+from random_checkpoint import LOOPLM_SHAPES, SHAPES, make
 
 
 def main(
     output: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "ouro-1.4b",
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the shape has.", min=1)] = None,
+    looplm: Annotated[bool, typer.Option("--looplm", help="Make a LoopLM, with caches for each loop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a directory that is not empty.")] = False,
 ) -> None:
-    """Make a random MELT checkpoint in a real model's shape."""
+    """Make a random checkpoint in a real model's shape."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"{shape} is not one of {', '.join(SHAPES)}")
-    config = SHAPES[shape]
+    config = (LOOPLM_SHAPES if looplm else SHAPES)[shape]
     if layers is not None:
-        config = MeltConfig(**{**config.to_dict(), "num_hidden_layers": layers})
+        config = type(config)(**{**config.to_dict(), "num_hidden_layers": layers})
     with shown_progress() as step:
         make(output, config, force=force, progress=step)
 

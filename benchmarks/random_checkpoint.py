@@ -1,4 +1,4 @@
-"""MELT checkpoints with random weights in the shape of a real model, for measurements.
+"""MELT and LoopLM checkpoints with random weights in the shape of a real model, for measurements.
 
 They are written shard by shard, in little memory.
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from melt_models import MeltConfig
+from melt_models import LoopLMConfig, MeltConfig
 from melt_models.atomic import new_directory
 from melt_models.checkpoint import expected_shapes, meta_model
 from melt_runtime.progress import Step, no_progress
@@ -18,6 +18,10 @@ from safetensors.torch import save_file
 SHAPES = {
     "ouro-1.4b": MeltConfig(num_hidden_layers=24, chunk_size=128),
     "ouro-2.6b": MeltConfig(num_hidden_layers=48, chunk_size=128),
+}
+LOOPLM_SHAPES = {
+    "ouro-1.4b": LoopLMConfig(num_hidden_layers=24),
+    "ouro-2.6b": LoopLMConfig(num_hidden_layers=48),
 }
 _SHARD_BYTES = 1 << 30
 _SCALE = 0.02
@@ -32,7 +36,14 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
     return (torch.randn(shape, generator=generator) * _SCALE).to(torch.bfloat16)
 
 
-def make(output: Path, config: MeltConfig, *, seed: int = 0, force: bool = False, progress: Step = no_progress) -> None:
+def make(
+    output: Path,
+    config: MeltConfig | LoopLMConfig,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: Step = no_progress,
+) -> None:
     """Write config.json and sharded safetensors. Raises TargetExistsError, OSError."""
     shapes = expected_shapes(meta_model(config))
     generator = torch.Generator().manual_seed(seed)

@@ -160,6 +160,10 @@ class Pipeline:
         one.drop(0)
         one.flights.append(_Flight(token))
 
+    def ran(self, slot: int) -> list[int]:
+        """Return how many loops each of a sequence's tokens in flight has run, oldest token first."""
+        return [flight.ran for flight in self._sequences[slot].flights]
+
     def run(self, advancing: Mapping[int, Advancing]) -> list[int]:
         """Run every token in flight for one loop. Return the sequences whose oldest token is now in the cache.
 
