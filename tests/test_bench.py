@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
+from melt_runtime.bench import pipelining
 from melt_runtime.bench import sweep as module
 from melt_runtime.bench.sweep import Stopwatch, Sweep, bench, loop_bytes, overhead, spread
 from melt_runtime.cli.main import app
@@ -16,6 +17,7 @@ from melt_runtime.machine import ReadBandwidth
 from melt_runtime.package.reader import Package
 from typer.testing import CliRunner
 
+ADDITION = Path(__file__).parent.parent / "examples" / "addition-melt"
 QUICK = {"prompt": 10, "tokens": 1, "rounds": 2, "threads": (1,)}
 
 
@@ -28,6 +30,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def looplm(make_looplm: MakeCheckpoint, make_package: MakePackage) -> Path:
     return make_package(make_looplm(), chunk=8)
+
+
+@pytest.fixture(scope="module")
+def addition(make_package: MakePackage) -> Runtime:
+    return Runtime.load(make_package(ADDITION, max_batch=32))
 
 
 def test_a_sweep_runs_every_combination_of_every_package(tiny_package: Path, looplm: Path, tmp_path: Path) -> None:
@@ -65,6 +72,45 @@ def test_packages_take_turns(tiny_package: Path, looplm: Path, monkeypatch: pyte
     first, rival = report["results"]
     assert first["time_against_first"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert rival["time_against_first"]["median"] > 0
+
+
+def test_pipelined_decoding_is_swept_from_a_real_prompt(looplm: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ["--pipeline", "off,on,auto", "--context", "0,20", "--tokens", "12", "--rounds", "1", "--threads", "1"]
+    result = CliRunner().invoke(app, ["bench", str(looplm), *options, "--prompt", "10", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    rows = {(row["context"], row["pipeline"]): row for row in json.loads(file.read_text(encoding="utf-8"))["results"]}
+    assert set(rows) == {(context, way) for context in (0, 20) for way in ("off", "on", "auto")}
+    for (context, way), row in rows.items():
+        assert row["time_against_plain"]["median"] > 0
+        if way == "off":
+            assert row["runs_per_token"]["median"] == 4
+            assert row["time_against_plain"]["median"] == 1
+        if way == "on":
+            runtime = Runtime.load(looplm)
+            prompt = pipelining.prompt_ids(runtime, context + 1)
+            assert len(prompt) == context + 1
+            use = runtime.generate(prompt, pipeline="on", max_tokens=14, ignore_eos=True).pipeline
+            assert use is not None
+            # generate drafts nothing after its last token and so ends with fewer tokens per run.
+            assert 1 <= row["runs_per_token"]["median"] <= use.runs / 12
+            assert row["runs_per_token"]["median"] < 4
+    assert "runs/token" in result.output
+    assert "against plain" in result.output
+
+
+def test_an_example_prompt_is_repeated_up_to_the_context(addition: Runtime) -> None:
+    ids = addition.encode(addition.example_prompt or "")
+    assert pipelining.prompt_ids(addition, 40) == (ids * 3)[:40]
+
+
+def test_without_the_option_tokens_are_plain(looplm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "peak_memory", lambda *_: {"loaded_bytes": None, "peak_bytes": None})
+    monkeypatch.setattr(module, "decode_from_prompt", None)
+    [row] = bench([looplm], Sweep(**QUICK))["results"]  # type: ignore[arg-type]
+    assert row["pipeline"] is None
+    assert row["time_against_plain"] is None
+    assert row["runs_per_token"]["median"] == row["loops"] == 4
 
 
 @pytest.mark.parametrize("context", [0, 100])
@@ -142,7 +188,7 @@ def test_without_a_length_the_prompt_is_as_long_as_every_package_allows(
     tiny_package: Path, make_package: MakePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "peak_memory", lambda *_: {"loaded_bytes": None, "peak_bytes": None})
-    demo = make_package(Path(__file__).parent.parent / "examples" / "addition-melt", max_batch=32)
+    demo = make_package(ADDITION, max_batch=32)
     report = bench([tiny_package, demo], Sweep(tokens=1, rounds=1))
     assert {row["prompt_tokens"] for row in report["results"]} == {64}
 
@@ -159,6 +205,9 @@ def test_without_a_length_the_prompt_is_as_long_as_every_package_allows(
         (["--loops", "0"], "loops is 0"),
         (["--context", "x"], "--context takes whole numbers"),
         (["--rounds", "0"], "rounds is 0"),
+        (["--pipeline", "off,yes"], "it must be one of auto, on, off"),
+        (["--pipeline", "on", "--batch", "2"], "with one sequence"),
+        (["--pipeline", "on", "--context", "230"], "the sweep needs 263"),
         (["--json", "nowhere/at/all.json"], "its directory does not exist"),
     ],
 )
@@ -172,3 +221,8 @@ def test_what_cannot_be_run_is_refused_in_one_line(tiny_package: Path, options: 
 def test_more_loops_than_a_rival_has_caches_for_are_refused(tiny_package: Path, looplm: Path) -> None:
     with pytest.raises(ArgumentError, match="caches for 4"):
         bench([tiny_package, looplm], Sweep(loops=(8,), prompt=8))
+
+
+def test_a_package_that_cannot_be_pipelined_says_why(tiny_package: Path) -> None:
+    with pytest.raises(ArgumentError, match="no cache for each of several loops"):
+        bench([tiny_package], Sweep(pipelines=("on",), **QUICK))  # type: ignore[arg-type]

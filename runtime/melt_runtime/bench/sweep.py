@@ -20,7 +20,7 @@ import numpy as np
 
 from ..backends.control import LoopControl
 from ..decoding.loop_driver import LoopDriver
-from ..decoding.settings import LoopSettings
+from ..decoding.settings import PIPELINE, LoopSettings
 from ..errors import ArgumentError, BackendError
 from ..machine import ReadBandwidth, physical_cores
 from ..package.manifest import Manifest
@@ -30,8 +30,10 @@ from ..package.specs import size_of
 from ..progress import Step, no_progress
 from ..runtime import Runtime
 from ..sampling.sampler import Sampler, SamplingParams
-from ..untrusted import whole_number
+from ..untrusted import shown, whole_number
 from .busy import BusyProcesses, check_count
+from .pipelining import decode as decode_from_prompt
+from .pipelining import prompt_ids
 
 _PROMPT = 128  # default tokens of the timed prompt
 _SETTLING = 1.0  # seconds: a runtime looks five times per second at what computes beside it, and tries two ways
@@ -42,7 +44,8 @@ class Sweep:
     """The combinations to measure. Raises ArgumentError.
 
     ``contexts``: tokens in the cache before the timed ones. ``loops``, ``chunks``: empty for each package's own.
-    ``busy``: numbers of busy processes beside which everything is measured. ``prompt``: tokens of the prompt whose
+    ``busy``: numbers of busy processes beside which everything is measured. ``pipelines``: ways to decode, as in
+    ``GenerationOptions``; the timed tokens then follow a prompt that was run. ``prompt``: tokens of the prompt whose
     prefill is timed (0: none; None: 128, or as many as every package holds). ``tokens``: decoded per visit. ``rounds``:
     visits to each combination.
     """
@@ -53,6 +56,7 @@ class Sweep:
     chunks: tuple[int, ...] = ()
     threads: tuple[int, ...] = ()
     busy: tuple[int, ...] = (0,)
+    pipelines: tuple[str, ...] = ()
     prompt: int | None = None
     tokens: int = 4
     rounds: int = 5
@@ -67,34 +71,42 @@ class Sweep:
             raise ArgumentError("context and prompt must be 0 or more tokens")
         for count in self.busy:
             check_count(count)
+        for way in self.pipelines:
+            if way not in PIPELINE:
+                raise ArgumentError(f"pipeline is {shown(way)}; it must be one of {', '.join(PIPELINE)}")
+        if self.pipelines and self.batches != (1,):
+            raise ArgumentError("pipelined decoding is measured with one sequence; leave out batch")
         if not self.contexts or not self.batches or not self.busy:
             raise ArgumentError("name at least one context, one batch and one number of busy processes")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One combination. ``loops``, ``chunk``: None for the package's own."""
+    """One combination. ``loops``, ``chunk``: None for the package's own. ``pipeline``: None to time plain tokens."""
 
     context: int
     loops: int | None
     batch: int
     chunk: int | None
     busy: int = 0
+    pipeline: str | None = None
 
 
 @dataclass
 class Samples:
     """Measurements, one per visit, in seconds: the median of its tokens and of their loops, prefill; bandwidth in
-    bytes/s."""
+    bytes/s; runs of the loop step per token."""
 
     token: list[float] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
+    runs: list[float] = field(default_factory=list)
 
-    def add(self, bandwidth: float, token: float, loop: float, prefill: float | None) -> None:
+    def add(self, bandwidth: float, token: float, loop: float, prefill: float | None, runs: float) -> None:
         """Add a visit; ``prefill`` is None where none was timed."""
         self.bandwidth.append(bandwidth)
+        self.runs.append(runs)
         self.token.append(token)
         self.loop.append(loop)
         self.prefill += [] if prefill is None else [prefill]
@@ -102,7 +114,8 @@ class Samples:
 
 def check(manifest: Manifest, name: str, sweep: Sweep) -> None:
     """Raise ArgumentError for a sweep that a package cannot run, before anything is loaded."""
-    longest = max(*(context + 1 for context in sweep.contexts), sweep.prompt or 0)
+    decoded = 1 + (sweep.tokens if sweep.pipelines else 0)
+    longest = max(*(context + decoded for context in sweep.contexts), sweep.prompt or 0)
     if longest > manifest.max_seq_len:
         raise ArgumentError(f"{name} holds {manifest.max_seq_len} tokens; the sweep needs {longest}")
     if max(sweep.batches) > manifest.max_batch:
@@ -153,7 +166,7 @@ class Stopwatch:
             started = perf_counter()
             new = self._next(new, settings)
             times.append(perf_counter() - started)
-        return float(np.median(times[1:])), self._loop(context, loops, tokens)
+        return float(np.median(times[1:])), self.loop(context, loops, tokens)
 
     def prefill(self, prompt: int, chunk: int, loops: int) -> float:
         """Return the seconds from a prompt of ``prompt`` tokens to the next token."""
@@ -166,7 +179,8 @@ class Stopwatch:
         logits = self.driver.advance(new, settings)
         return [[logits.sample(slot, self._greedy, ())] for slot in range(self.driver.batch)]
 
-    def _loop(self, context: int, loops: int, tokens: int) -> float:
+    def loop(self, context: int, loops: int, tokens: int) -> float:
+        """Return the median seconds per loop of ``tokens`` tokens after ``context`` others, without the head."""
         batch, state = self.driver.batch, self.driver.state
         one, each = np.ones((batch, 1), np.bool_), np.ones(batch, np.int64)
         control = LoopControl(one[:, 0], one, np.full(batch, context, np.int64), each)
@@ -299,7 +313,8 @@ def _with_threads(
         progress(f"loading, {label}", len(packages), 1)
         runtimes.append(Runtime.load(package.directory, threads=threads, check_hashes=False))
 
-    choices = product(sweep.contexts, sweep.loops or (None,), sweep.batches, sweep.chunks or (None,), sweep.busy)
+    depths, chunks, ways = sweep.loops or (None,), sweep.chunks or (None,), sweep.pipelines or (None,)
+    choices = product(sweep.contexts, depths, sweep.batches, chunks, sweep.busy, ways)
     points = [Point(*choice) for choice in choices]
     samples = {(at, point): Samples() for at in range(len(packages)) for point in points}
     for batch in sweep.batches:  # one batch's state at a time
@@ -311,7 +326,8 @@ def _with_threads(
                 for point in (point for point in points if (point.batch, point.busy) == (batch, busy)):
                     for at, watch in enumerate(watches):
                         rate = bandwidth.measure()
-                        found = _visit(watch, point, sweep, prefill=point.context == sweep.contexts[0])
+                        timed = point.context == sweep.contexts[0]
+                        found = _visit(runtimes[at], watch, point, sweep, prefill=timed)
                         if turn:
                             samples[at, point].add(rate, *found)
                     progress(f"in turn, {label}", len(points) * (sweep.rounds + 1), 1)
@@ -347,11 +363,20 @@ def _rates(samples: dict[tuple[int, Point], Samples], busy: int) -> list[float]:
     return [rate for (_, point), found in samples.items() if point.busy == busy for rate in found.bandwidth]
 
 
-def _visit(watch: Stopwatch, point: Point, sweep: Sweep, *, prefill: bool) -> tuple[float, float, float | None]:
+def _visit(
+    runtime: Runtime, watch: Stopwatch, point: Point, sweep: Sweep, *, prefill: bool
+) -> tuple[float, float, float | None, float]:
+    """Return the arguments of ``Samples.add`` after the bandwidth."""
     loops = point.loops or watch.driver.manifest.loops
     chunk = point.chunk or watch.driver.manifest.chunk
-    token, loop = watch.decode(point.context, loops, sweep.tokens)
-    return token, loop, watch.prefill(sweep.prompt, chunk, loops) if prefill and sweep.prompt else None
+    if point.pipeline is None:
+        token, loop = watch.decode(point.context, loops, sweep.tokens)
+        runs = float(loops)
+    else:
+        prompt = prompt_ids(runtime, point.context + 1)
+        token, runs = decode_from_prompt(watch.driver, prompt, loops, sweep.tokens, point.pipeline)
+        loop = watch.loop(point.context, loops, sweep.tokens)
+    return token, loop, watch.prefill(sweep.prompt, chunk, loops) if prefill and sweep.prompt else None, runs
 
 
 def _row(
@@ -367,6 +392,7 @@ def _row(
     own, first = samples[at, point], samples[0, point]
     prefill = samples[at, replace(point, context=sweep.contexts[0])].prefill
     quiet = samples.get((at, replace(point, busy=0)))
+    plain = samples.get((at, replace(point, pipeline="off")))
     loops = point.loops or package.manifest.loops
     moved = loop_bytes(package, point.context, point.batch, loops)
     total = sum(moved.values())
@@ -379,17 +405,20 @@ def _row(
         "chunk": point.chunk or package.manifest.chunk,
         "threads": threads,
         "busy": point.busy,
+        "pipeline": point.pipeline,
         "prompt_tokens": sweep.prompt,
         "first_token_s": spread(prefill),
         "prefill_tokens_s": spread([point.batch * (sweep.prompt or 0) / seconds for seconds in prefill]),
         "decode_tokens_s": spread(point.batch / token),
         "token_ms": spread(1e3 * token),
+        "runs_per_token": spread(own.runs),
         "loop_ms": spread(1e3 * loop),
         "bytes_a_loop": {**moved, "total": total},
         "effective_bytes_s": spread(total / loop),
         "bandwidth_share": spread(total / loop / rate),
         "time_against_first": spread(token / np.array(first.token)),
         "time_against_quiet": None if quiet is None else spread(token / np.array(quiet.token)),
+        "time_against_plain": None if plain is None else spread(token / np.array(plain.token)),
     }
 
 

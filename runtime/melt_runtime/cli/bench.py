@@ -38,13 +38,22 @@ def bench_command(
     busy: Annotated[
         str, typer.Option(help="Processes that compute beside and end with it, such as 0,1. Default: none.")
     ] = "0",
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            help="Ways to decode, such as off,on: greedily from the package's example prompt, as long as the context, "
+            "with several successive tokens at once or not. Default: plain tokens after a context that was not run."
+        ),
+    ] = "",
     prompt: Annotated[
         int | None,
         typer.Option(
             help="Tokens of the prompt whose prefill is timed; 0: none. Default: 128, or what all packages hold."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens decoded at each visit.")] = 4,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens decoded at each visit. Default: 4, or 32 with --pipeline.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Visits to each combination, packages in turn.")] = 5,
 ) -> None:
     """Measure speed, bytes and memory of a package, and of others in turn with it.
@@ -59,8 +68,9 @@ def bench_command(
         chunks=_numbers("chunk", chunk),
         threads=_numbers("threads", threads),
         busy=_numbers("busy", busy),
+        pipelines=_words(pipeline),
         prompt=prompt,
-        tokens=tokens,
+        tokens=(32 if pipeline else 4) if tokens is None else tokens,
         rounds=rounds,
     )
     if json_file is not None and not json_file.resolve().parent.is_dir():
@@ -79,11 +89,16 @@ def bench_command(
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     """Parse "0,512" as (0, 512). Raises ArgumentError."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = _words(text)
     wrong = next((word for word in words if not word.isascii() or not word.isdigit()), None)
     if wrong is not None:
         raise ArgumentError(f"--{name} takes whole numbers with commas between them, not {wrong!r}")
     return tuple(dict.fromkeys(map(int, words)))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Parse "off,on" as ("off", "on")."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _versions() -> dict[str, str]:
@@ -102,7 +117,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     rows = report["results"]
     swept = [name for name in _SWEPT if len({row[name] for row in rows}) > 1]
-    shown = [name for name in _SHOWN if name != _QUIET or "busy" in swept]
+    shown = [name for name in _SHOWN if _ONLY_WITH.get(name, "") in ("", *swept)]
     alike = rows[0]["busy"] if rows and "busy" not in swept else 0
     table = Table("package", *swept, *shown, title=f"measured{_beside(alike)}" if alike else None)
     for row in rows:
@@ -121,18 +136,21 @@ def _middle(values: dict[str, float] | None, unit: float, digits: int, sign: str
     return "-" if values is None else f"{values['median'] / unit:.{digits}f}{sign}"
 
 
-_SWEPT = ("context", "loops", "batch", "chunk", "threads", "busy")
-_QUIET = "against quiet"  # shown where busy processes are swept
+_SWEPT = ("context", "loops", "batch", "chunk", "threads", "busy", "pipeline")
+# Columns that are shown only where something is swept.
+_ONLY_WITH = {"against quiet": "busy", "runs/token": "pipeline", "against plain": "pipeline"}
 # Columns, and what each shows of a row.
 _SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "first token": lambda row: _middle(row["first_token_s"], 1, 3, " s"),
     "prefill/s": lambda row: _middle(row["prefill_tokens_s"], 1, 1),
     "decode/s": lambda row: _middle(row["decode_tokens_s"], 1, 2),
+    "runs/token": lambda row: _middle(row["runs_per_token"], 1, 2),
     "per loop": lambda row: _middle(row["loop_ms"], 1, 2, " ms"),
     "moves": lambda row: decimal(row["bytes_a_loop"]["total"]),
     "GB/s": lambda row: _middle(row["effective_bytes_s"], 1e9, 2),
     "of bandwidth": lambda row: _middle(row["bandwidth_share"], 0.01, 0, "%"),
     "against first": lambda row: _middle(row["time_against_first"], 1, 3, " x"),
-    _QUIET: lambda row: _middle(row["time_against_quiet"], 1, 3, " x"),
+    "against quiet": lambda row: _middle(row["time_against_quiet"], 1, 3, " x"),
+    "against plain": lambda row: _middle(row["time_against_plain"], 1, 3, " x"),
     "overhead": lambda row: _middle(row["overhead_share"], 0.01, 1, "%"),
 }
