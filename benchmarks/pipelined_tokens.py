@@ -234,11 +234,14 @@ def _used(answers: Sequence[Any], plain: Sequence[Any], loops: int) -> dict[str,
 
 
 def opinions(runtime: Runtime, prompt: str, count: int) -> list[tuple[bool, ...]]:
-    """Return, for each of ``count`` greedy tokens but the first, whether each loop but the last predicted it already."""
+    """Return, for each token of a greedy answer that may be drafted, whether each loop but the last predicted it already.
+
+    The answer has ``count`` tokens. The first comes from the prompt, and behind the last, its end, nothing is decoded.
+    """
     driver, settings = runtime.driver(), LoopSettings(runtime.manifest.loops)
     token = int(driver.append([runtime.encode(prompt)], settings)[0].argmax())
     column, found = np.zeros((1, 1), np.int64), []
-    for _ in range(count - 1):
+    for _ in range(count - 2):
         [chunk] = driver.chunks([[token]])
         said = [int(driver.state.logits(column)[0, 0].argmax()) for _ in driver.loops(chunk, settings)]
         token = said[-1]

@@ -5,8 +5,8 @@ benchmarks/templates/benchmarks.md.j2.
 
 Needs matplotlib: pip install 'melt-export[bench]'. The JSON file has the section "loop_step" (loop_step.py) and, if
 they were measured, "export" (one export of a real-size checkpoint), "engines" (engine_build.py), "batching"
-(batching.py), "comparison" (compare.py), "commit" (compare_commit.py), "quantization" (quantization.py) and
-"training_memory" (training_memory.py).
+(batching.py), "comparison" (compare.py), "commit" (compare_commit.py), "pipelined" (pipelined.py), "quantization"
+(quantization.py) and "training_memory" (training_memory.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import compare_docs
 import compare_plots
 import numpy as np
+import pipelined_docs
 import typer
 from common import DOCS, FAINT, STYLE, plural
 from templating import render
@@ -44,6 +45,7 @@ def markdown(content: Row) -> str:
         content=content,
         section=report,
         comparison=compare_docs.part(content["comparison"]) if "comparison" in content else "",
+        pipelined=pipelined_docs.part(content["pipelined"]) if "pipelined" in content else "",
         largest=largest,
         slope_us=slope(largest),
         settled=settled,
@@ -175,6 +177,8 @@ def main(
     plot(content["loop_step"], directory / "loop_step.png")
     if "comparison" in content:
         compare_plots.plots(content["comparison"], directory)
+    if "pipelined" in content:
+        pipelined_docs.plot(content["pipelined"], directory / "pipelined.png")
     (directory / "benchmarks.md").write_text(markdown(content), encoding="utf-8")
 
 
