@@ -1,4 +1,4 @@
-"""Measures pipelined decoding of a LoopLM: whether its tokens are those of plain decoding, runs per token, tokens/s.
+"""Measures pipelined decoding: whether its tokens are those of plain decoding, runs per token, tokens/s.
 
     python benchmarks/pipelined.py [SECTION ...] --teacher CHECKPOINT [--json FILE] [--packages DIR] [--quick]
 
@@ -8,6 +8,7 @@ Sections, all by default:
   those of plain decoding. Where they differ, the gap between both tokens' logits against the arithmetic's noise.
 - trained: held-out additions of a trained LoopLM, greedy and sampled: the same tokens, runs per token, which loops'
   drafts hold. The checkpoint is that of ``melt-train teacher --config examples/addition.yaml`` (10 minutes).
+- melt: the same with the MELT of examples/addition-melt, whose tokens are staggered and may differ.
 - speed: tokens/s at the 1.4B shape, plain and pipelined in turn in one process, with drafts as good as those of
   "trained"; and what a run of several tokens costs. With 8 layers it takes a quarter of an hour on two cores, after
   making its package, which ``--packages`` keeps.
@@ -30,7 +31,7 @@ import typer
 from common import command_line, loaded_machine, save, versions
 from melt_runtime.progress import Step, shown_progress
 from pipelined_speed import speed
-from pipelined_tokens import identity, trained
+from pipelined_tokens import identity, staggered, trained
 from rich.console import Console
 
 
@@ -80,7 +81,7 @@ QUICK: dict[str, Any] = {
     "tokens": 6,
 }
 Measure = Callable[[Path, Any, Step, dict[str, Any]], dict[str, Any]]
-SECTIONS: dict[str, Measure] = {"identity": identity, "trained": trained, "speed": speed}
+SECTIONS: dict[str, Measure] = {"identity": identity, "trained": trained, "melt": staggered, "speed": speed}
 
 
 def run(chosen: list[str], settings: Settings, directory: Path, step: Step, report: dict[str, Any]) -> None:

@@ -13,7 +13,14 @@ from templating import render
 
 Row = dict[str, Any]
 _PLAIN, _PIPED, _PUBLISHED = "#6e7781", "#0b6bcb", "#d1700f"
-_MODELS = {"trained": "A LoopLM", "melt": "A MELT, staggered"}  # sections of trained models
+# Sections of trained models: their names, and what they are.
+_MODELS = {
+    "trained": ("LoopLM", "A LoopLM, whose tokens pipelined decoding must not change"),
+    "melt": (
+        "MELT",
+        "The MELT of examples/addition-melt, whose loops share a cache, so that staggered tokens may differ",
+    ),
+}
 
 
 def part(report: Row) -> str:
@@ -22,7 +29,11 @@ def part(report: Row) -> str:
         "pipelined.md.j2",
         section=report,
         identity=_identity(report["identity"]["results"]) if "identity" in report else None,
-        trained=[_trained(name, report[key]) for key, name in _MODELS.items() if key in report],
+        trained={
+            key: {"name": name, "what": what, "opinions": _opinions(report[key].get("opinions", {}))}
+            for key, (name, what) in _MODELS.items()
+            if key in report
+        },
     )
 
 
@@ -47,12 +58,10 @@ def _sum(rows: list[Row]) -> Row:
     }
 
 
-def _trained(name: str, section: Row) -> Row:
-    return {**section, "name": name, "opinions": _opinions(section["opinions"])}
-
-
 def _opinions(counts: Row) -> str:
-    """Say how often each loop already predicted the final token."""
+    """Say how often each loop already predicted the final token, if that was counted."""
+    if not counts:
+        return ""
     total = sum(counts.values())
     shares = [
         f"loop {loop + 1} in {sum(count for said, count in counts.items() if said[loop] == '1') / total:.0%}"
@@ -72,9 +81,7 @@ def plot(report: Row, path: Path) -> None:
     with plt.rc_context(STYLE):
         ratios = (1, 1.4) if speed else (1,)
         size, columns = (12 if speed else 6, 4.4), len(ratios)
-        figure, axes = plt.subplots(
-            1, columns, figsize=size, width_ratios=ratios, layout="constrained", squeeze=False
-        )
+        figure, axes = plt.subplots(1, columns, figsize=size, width_ratios=ratios, layout="constrained", squeeze=False)
         _runs_panel(axes[0][0], report)
         if speed:
             _speed_panel(axes[0][1], speed)
@@ -88,13 +95,17 @@ def _runs_panel(axes: Any, report: Row) -> None:
         by_loops = defaultdict(list)
         for row in report["identity"]["results"]:
             by_loops[row["loops"]].append(row["runs_per_token"])
-        lines["random models"] = ({loops: float(np.mean(runs)) for loops, runs in by_loops.items()}, _PIPED, (0, (4, 2)))
-    for key, name in _MODELS.items():
+        lines["random models"] = (
+            {loops: float(np.mean(runs)) for loops, runs in by_loops.items()},
+            _PIPED,
+            (0, (4, 2)),
+        )
+    for key, (name, _) in _MODELS.items():
         greedy = [row for row in report.get(key, {"results": []})["results"] if row["temperature"] == 0]
         for mode, color in (("every loop", _PIPED), ("loop 1 alone", _PUBLISHED)):
             found = {row["loops"]: row["modes"][mode]["runs_per_token"] for row in greedy if mode in row["modes"]}
             if found:
-                lines[f"{name.partition(' ')[2]}, drafts from {mode}"] = (found, color, "-" if key == "trained" else ":")
+                lines[f"{name}, drafts from {mode}"] = (found, color, "-" if key == "trained" else ":")
     most = max((max(found) for found, _, _ in lines.values()), default=4)
     axes.plot((1, most), (1, most), color=_PLAIN, label="plain decoding")
     for label, (found, color, dashes) in lines.items():

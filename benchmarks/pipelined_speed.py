@@ -11,7 +11,7 @@ import numpy as np
 from common import melt_export
 from melt_models import LoopLMConfig
 from melt_runtime import LoopSettings, Runtime
-from melt_runtime.backends.lanes import Lanes
+from melt_runtime.backends.lanes import Lane, make_lanes
 from melt_runtime.bench.busy import BusyProcesses
 from melt_runtime.bench.sweep import Stopwatch, settle, spread
 from melt_runtime.decoding.loop_driver import LoopDriver
@@ -74,7 +74,7 @@ class Turns:
         """Return the seconds per token of pipelined decoding. Counts runs, and tokens that differ from plain ones."""
         driver, drafts = self.driver, ReplayedDrafts(self.driver, self.known, self.opinions, seed)
         assert driver.pipeline is not None
-        counts, pipelining = PipelineCounts(driver.pipeline.lanes.loops), Pipelining(drafts)
+        counts, pipelining = PipelineCounts(driver.pipeline.lanes.window), Pipelining(drafts)
         self._begin()
         driver.pipeline.begin(0, counts)
         found = []
@@ -84,7 +84,11 @@ class Turns:
             found.append(int(driver.advance([[token]], self.settings, pipelining=pipelining).row(0).argmax()))
         seconds = (perf_counter() - started) / len(found)
         self.differing += sum(one != other for one, other in zip(found, self.known[1:], strict=True))
-        self.runs, self.tokens, self.rows = self.runs + counts.runs, self.tokens + counts.tokens, self.rows + counts.rows
+        self.runs, self.tokens, self.rows = (
+            self.runs + counts.runs,
+            self.tokens + counts.tokens,
+            self.rows + counts.rows,
+        )
         return seconds
 
     def _plain_token(self, token: int, first: bool) -> int:
@@ -146,21 +150,21 @@ def run_costs(runtime: Runtime, context: int, rounds: int) -> list[dict[str, Any
     """Time a run of the loop step, with embedding and head, over 1 to all loops of one sequence, then of two."""
     loops, found = runtime.manifest.loops, list[tuple[int, list[float]]]()
     for slots in (1, 2):
-        lanes = Lanes(runtime.driver(slots).state)
-        each: dict[int, list[float]] = {rows: [] for rows in range(1, loops + 1)} if slots == 1 else {loops: []}
-        lengths, entering = np.full((loops, slots), context), np.zeros(slots, np.int64)
+        lanes, lengths = make_lanes(runtime.driver(slots).state), np.full(slots, context)
+        each: dict[int, list[float]] = {rows: [] for rows in (range(1, loops + 1) if slots == 1 else (loops,))}
         for turn in range(rounds + 1):
             for rows, times in each.items():
-                counts = np.zeros((loops, slots), np.int64)
-                counts[:rows] = 1
+                tokens = [[Lane(0, ran) for ran in reversed(range(rows))]] * slots
                 for _ in range(3):
                     started = perf_counter()
-                    lanes.run(0, rows - 1, entering, lengths, counts)
+                    lanes.run(tokens, lengths)
                     if turn:
                         times.append(perf_counter() - started)
         found += [(rows * slots, times) for rows, times in each.items()]
     alone = float(np.median(found[0][1]))
-    return [{"rows": rows, "seconds": spread(times), "times_one": float(np.median(times)) / alone} for rows, times in found]
+    return [
+        {"rows": rows, "seconds": spread(times), "times_one": float(np.median(times)) / alone} for rows, times in found
+    ]
 
 
 def _package(directory: Path, settings: Any, step: Step) -> Path:

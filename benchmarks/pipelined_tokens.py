@@ -1,4 +1,4 @@
-"""The sections "identity" and "trained" of pipelined.py: the tokens of pipelined decoding, and the runs that they take."""
+"""The sections "identity", "trained" and "melt" of pipelined.py: the tokens of pipelined decoding, and the runs that they take."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import melt_export
 from melt_models import LoopLMConfig
-from melt_models.training.tasks import Addition
+from melt_models.training.tasks import Addition, Example
 from melt_runtime import LoopSettings, Runtime
 from melt_runtime.decoding.generator import Generator, TokenSequence
 from melt_runtime.decoding.loop_driver import LoopDriver
@@ -26,6 +25,8 @@ from melt_export.options import ExportOptions
 from melt_export.quantization.options import CacheOptions, WeightOptions
 
 TRAINED_BY = "melt-train teacher --config examples/addition.yaml"
+MELT_BY = "melt-train all --config examples/addition.yaml"
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "addition-melt"
 _TINY = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 256}
 _SMALL = {"vocab_size": 499, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 256}
 SHAPES = {
@@ -147,41 +148,47 @@ def _difference(
 
 
 def trained(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
-    """Answer held-out additions with a trained LoopLM: greedy and sampled, plain and pipelined, at every depth."""
-    package = directory / "teacher"
-    if not package.is_dir():
-        melt_export(settings.teacher, package, 64, "--max-batch", "2")
-    runtime, task = Runtime.load(package), Addition()
+    """Answer held-out additions with a trained LoopLM, whose tokens pipelined decoding must not change."""
+    runtime, task = _runtime(settings.teacher, directory / "teacher"), Addition()
     problems = task.test_set(settings.problems)
-    most = runtime.manifest.loops
-    results = []
-    for loops, temperature in [*((loops, 0.0) for loops in range(2, most + 1)), (most, 1.0)]:
-        found: dict[str, Any] = {}
-        for mode in _MODES:
-            found[mode] = [
-                _answer(runtime, problem.prompt, mode, loops, temperature, seed) for seed, problem in enumerate(problems)
-            ]
-            step("held-out additions", len(_MODES) * most, 1)
-        plain = found["plain"]
-        right = sum(one.text == problem.answer for one, problem in zip(plain, problems, strict=True))
-        results.append(
-            {
-                "loops": loops,
-                "temperature": temperature,
-                "right": right,
-                "modes": {mode: _used(found[mode], plain, loops) for mode in _MODES},
-            }
-        )
     patterns = Counter(
         pattern for problem in problems for pattern in opinions(runtime, problem.prompt, task.answer_tokens)
     )
     return {
         "trained_by": TRAINED_BY,
-        "loops": most,
-        "problems": len(problems),
-        "results": results,
+        **_answers(runtime, problems, step),
         "opinions": {"".join("01"[right] for right in pattern): count for pattern, count in patterns.items()},
     }
+
+
+def staggered(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
+    """Answer held-out additions with the MELT that the repository ships, whose loops share a cache."""
+    runtime = _runtime(EXAMPLE, directory / "melt")
+    return {"trained_by": MELT_BY, **_answers(runtime, Addition().test_set(settings.problems), step)}
+
+
+def _runtime(checkpoint: Path, package: Path) -> Runtime:
+    """Load a checkpoint's package, exported unless it exists."""
+    if not package.is_dir():
+        with building(checkpoint, package, ExportOptions()):
+            pass
+    return Runtime.load(package)
+
+
+def _answers(runtime: Runtime, problems: Sequence[Example], step: Step) -> dict[str, Any]:
+    """Answer problems greedily and sampled, plain and pipelined, at every depth."""
+    most, results = runtime.manifest.loops, []
+    for loops, temperature in [*((loops, 0.0) for loops in range(2, most + 1)), (most, 1.0)]:
+        found: dict[str, Any] = {}
+        for mode in _MODES:
+            found[mode] = [
+                _answer(runtime, problem.prompt, mode, loops, temperature, seed)
+                for seed, problem in enumerate(problems)
+            ]
+            step("held-out additions", len(_MODES) * most, 1)
+        modes = {mode: _used(found[mode], found["plain"], problems, loops) for mode in _MODES}
+        results.append({"loops": loops, "temperature": temperature, "modes": modes})
+    return {"loops": most, "problems": len(problems), "results": results}
 
 
 def _answer(runtime: Runtime, prompt: str, mode: str, loops: int, temperature: float, seed: int) -> Any:
@@ -214,18 +221,21 @@ class FirstLoopDrafts:
         return self._said[before]
 
 
-def _used(answers: Sequence[Any], plain: Sequence[Any], loops: int) -> dict[str, Any]:
-    """Return how many answers equal plain decoding's, runs per token, and drafts held and dropped by loop."""
+def _used(answers: Sequence[Any], plain: Sequence[Any], problems: Sequence[Example], loops: int) -> dict[str, Any]:
+    """Return how many answers are right and equal plain decoding's, runs per token, drafts held and dropped by loop."""
     uses = [one.pipeline for one in answers]
-    same = sum(one.token_ids == other.token_ids for one, other in zip(answers, plain, strict=True))
+    found = {
+        "right": sum(one.text == problem.answer for one, problem in zip(answers, problems, strict=True)),
+        "same": sum(one.token_ids == other.token_ids for one, other in zip(answers, plain, strict=True)),
+    }
     if None in uses:
-        return {"same": same, "runs_per_token": float(loops), "rows_per_run": 1.0, "held": [], "dropped": []}
+        return {**found, "runs_per_token": float(loops), "rows_per_run": 1.0, "held": [], "dropped": []}
     runs, tokens, rows = (sum(getattr(use, name) for use in uses) for name in ("runs", "tokens", "rows"))
     held, dropped = (
         np.sum([getattr(use, name) for use in uses], axis=0)[: loops - 1].tolist() for name in ("held", "dropped")
     )
     return {
-        "same": same,
+        **found,
         "runs_per_token": runs / tokens,
         "rows_per_run": rows / runs,
         "held": held,
