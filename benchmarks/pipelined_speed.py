@@ -1,4 +1,4 @@
-"""The section "speed" of pipelined.py: tokens/s at the 1.4B shape, plain and pipelined in turn, and the cost of a run."""
+"""The section "speed" of pipelined.py: tokens/s at the 1.4B shape, plain and pipelined in turn, and a run's cost."""
 
 from __future__ import annotations
 

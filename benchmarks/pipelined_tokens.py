@@ -1,4 +1,4 @@
-"""The sections "identity", "trained" and "melt" of pipelined.py: the tokens of pipelined decoding, and the runs that they take."""
+"""The sections "identity", "trained" and "melt" of pipelined.py: the tokens of pipelined decoding, and their runs."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ _MODES = ("plain", "every loop", "loop 1 alone")
 class Difference(NamedTuple):
     """A place where plain and pipelined tokens differ.
 
-    ``gap``: by how much plain decoding preferred its token. ``noise``: the largest difference between the logits of both
-    ways so far.
+    ``gap``: by how much plain decoding preferred its token. ``noise``: the largest difference between the logits of
+    both ways so far.
     """
 
     place: int
@@ -244,7 +244,7 @@ def _used(answers: Sequence[Any], plain: Sequence[Any], problems: Sequence[Examp
 
 
 def opinions(runtime: Runtime, prompt: str, count: int) -> list[tuple[bool, ...]]:
-    """Return, for each token of a greedy answer that may be drafted, whether each loop but the last predicted it already.
+    """Return, for each token of a greedy answer that may be drafted, whether each loop but the last predicted it.
 
     The answer has ``count`` tokens. The first comes from the prompt, and behind the last, its end, nothing is decoded.
     """

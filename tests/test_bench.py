@@ -223,6 +223,7 @@ def test_more_loops_than_a_rival_has_caches_for_are_refused(tiny_package: Path, 
         bench([tiny_package, looplm], Sweep(loops=(8,), prompt=8))
 
 
-def test_a_package_that_cannot_be_pipelined_says_why(tiny_package: Path) -> None:
-    with pytest.raises(ArgumentError, match="no cache for each of several loops"):
-        bench([tiny_package], Sweep(pipelines=("on",), **QUICK))  # type: ignore[arg-type]
+def test_a_package_that_cannot_be_pipelined_says_why(make_looplm: MakeCheckpoint, make_package: MakePackage) -> None:
+    single = make_package(make_looplm(), chunk=8, dialect="standard", max_batch=1)
+    with pytest.raises(ArgumentError, match="--max-batch 1"):
+        bench([single], Sweep(pipelines=("on",), **QUICK))  # type: ignore[arg-type]

@@ -14,7 +14,8 @@ from ..runtime import Runtime
 
 
 class Decoded(NamedTuple):
-    """``token``: mean seconds per token. ``runs``: runs of the loop step per token; a plain token takes one per loop."""
+    """``token``: mean seconds per token. ``runs``: runs of the loop step per token, for a plain one as many as
+    loops."""
 
     token: float
     runs: float
