@@ -101,7 +101,11 @@ def _runs_panel(axes: Any, report: Row) -> None:
             (0, (4, 2)),
         )
     for key, (name, _) in _MODELS.items():
-        greedy = [row for row in report.get(key, {"results": []})["results"] if row["temperature"] == 0]
+        greedy = [
+            row
+            for row in report.get(key, {"results": []})["results"]
+            if (row["problems"], row["temperature"]) == ("hard", 0)
+        ]
         for mode, color in (("every loop", _PIPED), ("loop 1 alone", _PUBLISHED)):
             found = {row["loops"]: row["modes"][mode]["runs_per_token"] for row in greedy if mode in row["modes"]}
             if found:

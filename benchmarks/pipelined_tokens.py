@@ -51,6 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8 cache": {"cache": CacheOptions("int8")},
     "int4 cache": {"cache": CacheOptions("int4")},
 }
+# Whether a third of the columns pass a carry on, as in the 200 problems of examples/addition_problems.jsonl.
+KINDS_OF_PROBLEMS = {"hard": True, "even": False}
 _ANSWER = 28  # tokens per prompt of a random model
 _MODES = ("plain", "every loop", "loop 1 alone")
 
@@ -150,13 +152,15 @@ def _difference(
 def trained(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
     """Answer held-out additions with a trained LoopLM, whose tokens pipelined decoding must not change."""
     runtime, task = _runtime(settings.teacher, directory / "teacher"), Addition()
-    problems = task.test_set(settings.problems)
+    problems = [
+        problem for hard in KINDS_OF_PROBLEMS.values() for problem in task.test_set(settings.problems, hard=hard)
+    ]
     patterns = Counter(
         pattern for problem in problems for pattern in opinions(runtime, problem.prompt, task.answer_tokens)
     )
     return {
         "trained_by": TRAINED_BY,
-        **_answers(runtime, problems, step),
+        **_answers(runtime, settings.problems, step),
         "opinions": {"".join("01"[right] for right in pattern): count for pattern, count in patterns.items()},
     }
 
@@ -164,7 +168,7 @@ def trained(directory: Path, settings: Any, step: Step, report: dict[str, Any]) 
 def staggered(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
     """Answer held-out additions with the MELT that the repository ships, whose loops share a cache."""
     runtime = _runtime(EXAMPLE, directory / "melt")
-    return {"trained_by": MELT_BY, **_answers(runtime, Addition().test_set(settings.problems), step)}
+    return {"trained_by": MELT_BY, **_answers(runtime, settings.problems, step)}
 
 
 def _runtime(checkpoint: Path, package: Path) -> Runtime:
@@ -175,20 +179,21 @@ def _runtime(checkpoint: Path, package: Path) -> Runtime:
     return Runtime.load(package)
 
 
-def _answers(runtime: Runtime, problems: Sequence[Example], step: Step) -> dict[str, Any]:
-    """Answer problems greedily and sampled, plain and pipelined, at every depth."""
+def _answers(runtime: Runtime, count: int, step: Step) -> dict[str, Any]:
+    """Answer problems of every kind greedily, plain and pipelined; one kind also sampled, and at every depth."""
     most, results = runtime.manifest.loops, []
-    for loops, temperature in [*((loops, 0.0) for loops in range(2, most + 1)), (most, 1.0)]:
-        found: dict[str, Any] = {}
+    ways = [("hard", loops, 0.0) for loops in range(2, most + 1)]
+    for kind, loops, temperature in [*ways, ("hard", most, 1.0), ("even", most, 0.0)]:
+        problems, found = Addition().test_set(count, hard=KINDS_OF_PROBLEMS[kind]), dict[str, Any]()
         for mode in _MODES:
             found[mode] = [
                 _answer(runtime, problem.prompt, mode, loops, temperature, seed)
                 for seed, problem in enumerate(problems)
             ]
-            step("held-out additions", len(_MODES) * most, 1)
+            step("held-out additions", len(_MODES) * (most + 1), 1)
         modes = {mode: _used(found[mode], found["plain"], problems, loops) for mode in _MODES}
-        results.append({"loops": loops, "temperature": temperature, "modes": modes})
-    return {"loops": most, "problems": len(problems), "results": results}
+        results.append({"problems": kind, "loops": loops, "temperature": temperature, "modes": modes})
+    return {"loops": most, "problems": count, "results": results}
 
 
 def _answer(runtime: Runtime, prompt: str, mode: str, loops: int, temperature: float, seed: int) -> Any:

@@ -91,7 +91,8 @@ def test_wrong_pipelined_tokens_are_counted(package: Path, monkeypatch: pytest.M
 
 def test_the_trained_section_compares_drafts_of_every_loop_with_those_of_the_first(report: dict[str, Any]) -> None:
     section = report["trained"]
-    assert [(row["loops"], row["temperature"]) for row in section["results"]] == [(2, 0), (3, 0), (4, 0), (4, 1)]
+    ways = [(row["problems"], row["loops"], row["temperature"]) for row in section["results"]]
+    assert ways == [("hard", 2, 0), ("hard", 3, 0), ("hard", 4, 0), ("hard", 4, 1), ("even", 4, 0)]
     for row in section["results"]:
         assert all(found["same"] == 2 for found in row["modes"].values())
         assert row["modes"]["plain"]["runs_per_token"] == row["loops"]
@@ -100,7 +101,7 @@ def test_the_trained_section_compares_drafts_of_every_loop_with_those_of_the_fir
         assert not any(first["held"][1:])
         assert not any(first["dropped"][1:])
     assert all(len(pattern) == LOOPS - 1 for pattern in section["opinions"])
-    assert sum(section["opinions"].values()) == 2 * 6  # of 8 tokens, the first and the last are not drafted
+    assert sum(section["opinions"].values()) == 2 * 2 * 6  # of 8 tokens, the first and the last are not drafted
 
 
 @pytest.mark.parametrize(("opinion", "runs"), [("111", 1), ("011", 2), ("001", 3), ("000", 4)])
@@ -130,7 +131,7 @@ def test_the_document_and_the_picture_show_every_section(report: dict[str, Any],
     for title in ("The tokens are those of plain decoding", "Runs per token: LoopLM", "Tokens per second"):
         assert f"### {title}" in text
     assert "| int4 cache |" in text
-    assert "| 4 | 1 | loop 1 alone | 0 | 2 of 2 |" in text
+    assert "| hard | 4 | 1 | loop 1 alone | 0 | 2 of 2 |" in text
     pipelined_docs.plot(report, tmp_path / "pipelined.png")
     assert (tmp_path / "pipelined.png").stat().st_size > 10_000
     pipelined_docs.plot({"trained": report["trained"]}, tmp_path / "alone.png")
