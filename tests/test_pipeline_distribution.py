@@ -141,12 +141,17 @@ def test_drafts_that_are_sometimes_accepted_unseen_are_seen(drawn: list[Drawn], 
 def test_logits_of_the_loop_before_the_last_are_seen(
     runtime: Runtime, plain: Probabilities, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = Pipeline.row
+    count = Pipeline._count
 
-    def early(self: Pipeline, slot: int) -> NDArray[np.float32]:
-        found = row(self, slot)
-        last = self._final[slot] - 1 - self._first
-        return self._logits[last - 1, slot] if last else found
+    def stale(self: Pipeline, slot: int, *rest: Any) -> None:
+        before = [
+            (flight, None if flight.logits is None else flight.logits.copy())
+            for flight in self._sequences[slot].flights
+        ]
+        count(self, slot, *rest)
+        for flight, logits in before:
+            if flight.left and logits is not None:
+                flight.logits = logits
 
-    monkeypatch.setattr(Pipeline, "row", early)
+    monkeypatch.setattr(Pipeline, "_count", stale)
     assert deviation(draw(runtime, 4, ANSWERS // 10), plain) > 5
