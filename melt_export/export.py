@@ -11,11 +11,12 @@ from typing import Any
 from melt_models import MeltConfig
 from melt_models.atomic import new_directory
 from melt_models.checkpoint import Weights
+from melt_models.configuration import LoopedConfig
 from melt_runtime.backends.choose import too_old
 from melt_runtime.backends.devices import onnxruntime_version
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
 from melt_runtime.package.manifest import Manifest, version_for
-from melt_runtime.package.specs import PRECISIONS, GraphSpec, StateSpec
+from melt_runtime.package.specs import CODA, NOISE, PRECISIONS, GraphSpec, StateSpec
 from melt_runtime.progress import Step as Progress
 from melt_runtime.progress import no_progress
 
@@ -25,7 +26,15 @@ from .graph.dialects import DIALECTS
 from .graph.external_weights import attach_weights, external_bytes, write_weights
 from .graph.onnxruntime_optimizer import optimize
 from .graph.placeholder_weights import with_placeholder_weights
-from .graph.trace import TORCH_DTYPES, TracedGraph, embed_graph, lm_head_graph, loop_states, trace_loop_step
+from .graph.trace import (
+    TORCH_DTYPES,
+    TracedGraph,
+    coda_graph,
+    embed_graph,
+    lm_head_graph,
+    loop_states,
+    trace_loop_step,
+)
 from .options import ExportOptions
 from .package_files import check_graph, copy_companions, hash_files, plain, save_graph, write_manifest
 from .quantization.calibration import calibration_tokens, hessians
@@ -79,11 +88,12 @@ def build_package(
     statistics, cache_scales = _calibrate(opened, sizes, options, progress)
     graphs, states = _trace(opened, sizes, options, statistics.raised, progress)
     if cache_scales is not None:
-        graphs["loop_step"], states = quantize_caches(graphs["loop_step"], states, cache_scales)
+        graphs, states = quantize_caches(graphs, states, cache_scales)
     weights_record = _quantize_weights(graphs, options, statistics, opened.config.tie_word_embeddings)
     _write_weights(graphs, opened.weights, options, directory, progress)
     specs = {name: save_graph(name, graph, directory) for name, graph in graphs.items()}
-    _optimize(directory / specs["loop_step"].file, options, progress)
+    for name in ("loop_step", *(name for name in ("embed", CODA) if name in specs and len(specs[name].inputs) > 1)):
+        _optimize(directory / specs[name].file, options, progress)
     manifest = _manifest(opened, sizes, options, states, specs, weights_record, directory, progress)
     write_manifest(manifest, directory)
     return manifest
@@ -127,17 +137,21 @@ def _calibrate(
 def _trace(
     checkpoint: Checkpoint, sizes: Sizes, options: ExportOptions, apart: Container[str], progress: Progress
 ) -> tuple[dict[str, TracedGraph], list[StateSpec]]:
-    """Trace the three graphs, without weights, and list the loop step's states."""
-    dialect, dtype = DIALECTS[options.dialect], PRECISIONS[options.precision]
+    """Trace the graphs, without weights, and list the states of all stages."""
+    dialect, dtype, rows = DIALECTS[options.dialect], PRECISIONS[options.precision], sizes.cache_rows
+    config = checkpoint.config
     model = with_placeholder_weights(checkpoint.without_weights(), TORCH_DTYPES[dtype])
-    states = loop_states(checkpoint.config, dialect, dtype, sizes.cache_rows)
+    states = loop_states(config, dialect, dtype, rows)
+    prelude, coda = (dialect.stage_states(config, stage, dtype, rows) for stage in ("prelude", CODA))
     progress("tracing loop_step", 0, 0)
     graphs = {
-        "embed": embed_graph(model, dialect, dtype),
-        "loop_step": trace_loop_step(model, dialect, dtype, states, sizes.cache_rows, apart),
-        "lm_head": lm_head_graph(model, dialect, dtype),
+        "embed": embed_graph(model, dialect, dtype, prelude, rows, apart),
+        "loop_step": trace_loop_step(model, dialect, dtype, states, rows, apart),
     }
-    return graphs, states
+    if config.norm_after_coda:
+        graphs[CODA] = coda_graph(model, dialect, dtype, coda, rows, apart)
+    graphs["lm_head"] = lm_head_graph(model, dialect, dtype)
+    return graphs, [*states, *prelude, *coda]
 
 
 def _quantize_weights(
@@ -153,8 +167,9 @@ def _quantize_weights(
     elif options.precision == "fp32":
         halve_embedding(graphs["embed"].model)
     raised: list[str] = []
-    for name in ("loop_step", "lm_head"):
-        raised += quantize_matmuls(graphs[name].model, options.weights, statistics, operator, dtype)
+    for name, graph in graphs.items():
+        if name != "embed" or len(graph.inputs) > 1:
+            raised += quantize_matmuls(graph.model, options.weights, statistics, operator, dtype)
     return {**options.weights.record(), "raised": raised}
 
 
@@ -168,12 +183,12 @@ def _write_weights(
     write_weights(models, directory, lambda done: progress("writing weights", total, done))
 
 
-def _optimize(loop_step: Path, options: ExportOptions, progress: Progress) -> None:
-    """Have ONNX Runtime fuse the loop step's operators, in the dialect for ONNX Runtime."""
+def _optimize(graph: Path, options: ExportOptions, progress: Progress) -> None:
+    """Have ONNX Runtime fuse the operators of a graph with layers, in the dialect for ONNX Runtime."""
     if DIALECTS[options.dialect].fuses and options.precision == "fp32":
-        progress("optimising loop_step", 0, 0)
-        optimize(loop_step)
-        check_graph(loop_step)
+        progress(f"optimising {graph.stem}", 0, 0)
+        optimize(graph)
+        check_graph(graph)
 
 
 def _manifest(
@@ -204,7 +219,15 @@ def _manifest(
         files=hash_files(directory, progress),
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries=installed_versions(_LIBRARIES),
-        format_version=version_for(states),
+        format_version=version_for(states, graphs),
         weights=weights_record,
         cache={} if options.cache is None else options.cache.record(),
+        start=_start(config),
     )
+
+
+def _start(config: LoopedConfig) -> dict[str, Any]:
+    """Return the manifest's entry on where the loops start; empty for the embedding."""
+    if config.start_state == "embedding":
+        return {}
+    return {"state": config.start_state, "std": config.start_std, "generator": NOISE}

@@ -31,7 +31,7 @@ class GraphInputs:
 
     - ``lengths``: (batch,) int64, tokens already in the cache.
     - ``control``: the dialect's own input.
-    - ``keys``, ``values``: one cache per layer, (batch, kv_heads, cache_rows, head_dim).
+    - ``keys``, ``values``: one cache per layer of the stage, (batch, kv_heads, cache_rows, head_dim).
     - ``cos``, ``sin``: rotary tables, (cache_rows, head_dim / 2).
     """
 
@@ -70,8 +70,6 @@ class Dialect(ABC):
 
     def check(self, config: LoopedConfig) -> None:
         """Raise ExportError for a model that the dialect cannot express."""
-        if missing := _not_exported(config):
-            raise ExportError(f"{missing} cannot be exported yet; the model runs in PyTorch")
         if _caches_per_loop(config) and self.cache_kind != "in_place":
             raise ExportError(
                 f"a LoopLM writes its caches in every loop, the {self.name} dialect once after the last: "
@@ -92,32 +90,25 @@ class Dialect(ABC):
         kind = self.cache_kind
         if _caches_per_loop(config):
             shape, kind = (config.total_ut_steps, *shape), "per_loop"
+        return self._states(config.num_hidden_layers, shape, dtype, kind)
+
+    def stage_states(self, config: LoopedConfig, stage: str, dtype: str, cache_rows: int) -> list[StateSpec]:
+        """Return the caches of the "prelude" or the "coda", ordered as the loop step's. A chunk runs these once."""
+        layers = config.num_prelude_layers if stage == "prelude" else config.num_coda_layers
+        shape = ("batch", config.num_key_value_heads, cache_rows, config.head_dim)
+        return self._states(layers, shape, dtype, self.cache_kind, f"{stage}_")
+
+    def _states(
+        self, layers: int, shape: tuple[int | str, ...], dtype: str, kind: str, stage: str = ""
+    ) -> list[StateSpec]:
         return [
-            StateSpec(f"{part}_cache.{layer}", self.cache_output(part, layer), dtype, shape, kind)
-            for layer in range(config.num_hidden_layers)
+            StateSpec(f"{stage}{part}_cache.{layer}", self.cache_output(f"{stage}{part}", layer), dtype, shape, kind)
+            for layer in range(layers)
             for part in ("key", "value")
         ]
 
     def cache_output(self, part: str, layer: int) -> str:
         return f"next_{part}_cache.{layer}"
-
-
-def _not_exported(config: LoopedConfig) -> str | None:
-    """Name the first part of a model that no graph expresses, if there is one."""
-    parts = {
-        "a prelude": config.num_prelude_layers > 0,
-        "a coda": config.num_coda_layers > 0,
-        "an injection into the loops": config.injection != "none",
-        f"a start from {config.start_state}": config.start_state != "embedding",
-        "a model without a norm between its loops": config.norm_after_coda,
-        "a model without an exit gate": not config.exit_gate,
-        "a norm of queries and keys": config.qk_norm,
-        "a bias of queries and keys": config.qk_bias,
-        "RoPE in adjacent pairs": config.rotary_pairs != "halves",
-        "a scaled embedding": config.embedding_scale != 1,
-        f"the norm layout {config.norm_layout}": config.norm_layout not in ("sandwich", "pre"),
-    }
-    return next((name for name, there in parts.items() if there), None)
 
 
 def _caches_per_loop(config: LoopedConfig) -> bool:
@@ -146,6 +137,7 @@ class _GroupQueryAttention(GraphAttention):
             "kv_num_heads": config.num_key_value_heads,
             "do_rotary": 1,
             "scale": config.head_dim**-0.5,
+            **({"rotary_interleaved": 1} if config.rotary_pairs == "adjacent" else {}),
         }
         output, *caches = onnx_node(
             "GroupQueryAttention",
@@ -183,8 +175,10 @@ class _RotatedAttention(GraphAttention):
 
         Each result is (batch, heads, chunk, head_dim).
         """
-        query, key, value = (split_heads(x, self.inputs.config.head_dim) for x in (query, key, value))
-        return rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin), value
+        config = self.inputs.config
+        query, key, value = (split_heads(x, config.head_dim) for x in (query, key, value))
+        query, key = (rotate(x, self.cos, self.sin, config.rotary_pairs) for x in (query, key))
+        return query, key, value
 
 
 class _ScatterAttention(_RotatedAttention):

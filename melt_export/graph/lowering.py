@@ -273,6 +273,15 @@ def _chunk(to: _Translation, x: ir.Value, chunks: int, axis: int = 0) -> Sequenc
     return parts
 
 
+def _unbind(to: _Translation, x: ir.Value, axis: int = 0) -> Sequence[ir.Value]:
+    metas = to.node.meta["val"]
+    parts = []
+    for index, meta in enumerate(metas):
+        [part] = to.append("Gather", [x, to.constant(index)], 1, {"axis": axis})
+        parts.append(to._typed(part, meta))
+    return parts
+
+
 def _transpose(to: _Translation, x: ir.Value, first: int, second: int) -> ir.Value:
     order = list(range(to.node.meta["val"].dim()))
     order[first], order[second] = order[second], order[first]
@@ -362,6 +371,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     _aten.sym_size.int: _size,
     _aten.to.dtype: _cast,
     _aten.transpose.int: _transpose,
+    _aten.unbind.int: _unbind,
     _aten.unflatten.int: _unflatten,
     _aten.unsqueeze.default: lambda to, x, axis: to.emit("Unsqueeze", x, to.constant([axis])),
     _aten.where.self: _where,

@@ -1,7 +1,7 @@
-"""The three graphs of a package: embed, loop step and language-modelling head.
+"""The graphs of a package: embed, loop step, coda where the model has one, and language-modelling head.
 
-They map token ids to hidden states, hidden states to hidden states (once per loop), and hidden states to logits.
-PyTorch traces the loop step; the other two are written directly.
+They map token ids to hidden states, hidden states to hidden states (once per loop, then once more), and hidden states
+to logits. PyTorch traces all that has layers or a norm; the others are written directly.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.fx.experimental._config
 from melt_models import MeltConfig
 from melt_models.checkpoint import LoopedModel
 from melt_models.configuration import LoopedConfig
+from melt_models.core import LoopedCore
 from melt_models.layers import rotary_tables
 from melt_models.looplm import LoopLMModel
 from melt_models.melt import MeltModel
@@ -64,7 +65,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-M = TypeVar("M", MeltModel, LoopLMModel)
+M = TypeVar("M", MeltModel, LoopLMModel, LoopedCore)
 
 
 class _LoopStep(nn.Module, Generic[M]):
@@ -84,6 +85,14 @@ class _LoopStep(nn.Module, Generic[M]):
         inputs = GraphInputs(self.model.config, lengths, control, keys, values, self.rotary.cos, self.rotary.sin)
         return self.dialect.attention(inputs)
 
+    def split(self, states: tuple[Tensor, ...]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Return what is injected into the loops, which comes before the states, and these."""
+        return (None, states) if self.model.adapter is None else (states[0], states[1:])
+
+    def stage(self, given: tuple[Tensor, ...]) -> GraphAttention | _NoLayers:
+        """Return the attention of a stage that runs once per token."""
+        return self.attend(given[0], given[1], given[2:]) if given else _NoLayers()
+
 
 class _MeltStep(_LoopStep[MeltModel]):
     """Loop step of a MELT: takes and returns each layer's latent, and freezes tokens that left the loop."""
@@ -98,8 +107,9 @@ class _MeltStep(_LoopStep[MeltModel]):
         *states: Tensor,
     ) -> tuple[Tensor, ...]:
         layers = len(self.model.layers)
+        injected, states = self.split(states)
         attend = self.attend(lengths, control, states[layers:])
-        step = self.model.loop_step_by_layer(hidden, states[:layers], first_loop, active, attend)
+        step = self.model.loop_step_by_layer(hidden, states[:layers], first_loop, active, attend, injected)
         hidden, latents, exit_probability = step
         return _given(hidden, exit_probability, *latents, *attend.outputs)
 
@@ -108,16 +118,44 @@ class _LoopLMStep(_LoopStep[LoopLMModel]):
     """Loop step of a LoopLM: takes the caches of the loop that runs, and keeps nothing else between loops."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        injected, caches = self.split(caches)
         attend = self.attend(lengths, control, caches)
-        return _given(*self.model.loop_step(hidden, attend), *attend.outputs)
+        return _given(*self.model.loop_step(hidden, attend, injected), *attend.outputs)
 
 
 class _OnlyLoop(_LoopStep[MeltModel]):
     """Loop step of a MELT with one loop, which keeps nothing for a next one."""
 
     def forward(self, hidden: Tensor, lengths: Tensor, control: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        injected, caches = self.split(caches)
         attend = self.attend(lengths, control, caches)
-        return _given(*self.model.only_loop(hidden, attend), *attend.outputs)
+        return _given(*self.model.only_loop(hidden, attend, injected), *attend.outputs)
+
+
+class _Embed(_LoopStep[LoopedCore]):
+    """Embedding and prelude. ``given``: lengths, control and caches, where the prelude has layers."""
+
+    def forward(self, input_ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        attend = self.stage(given)
+        hidden = self.model.prelude(self.model.embed_tokens(input_ids), attend)
+        return (hidden, *attend.outputs)
+
+
+class _Coda(_LoopStep[LoopedCore]):
+    """What stands between the last loop and the head. ``given``: as for ``_Embed``."""
+
+    def forward(self, hidden: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        attend = self.stage(given)
+        return (self.model.coda(hidden, attend), *attend.outputs)
+
+
+class _NoLayers:
+    """The ``attend`` of a stage without layers."""
+
+    outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise AssertionError("a stage without layers attends to nothing")
 
 
 def _given(*values: Tensor | None) -> tuple[Tensor, ...]:
@@ -149,13 +187,63 @@ def loop_states(config: LoopedConfig, dialect: Dialect, dtype: str, cache_rows: 
     return [*states, *dialect.cache_states(config, dtype, cache_rows)]
 
 
-def embed_graph(model: LoopedModel, dialect: Dialect, dtype: str) -> TracedGraph:
-    """Make the graph from token ids (batch, chunk) to hidden (batch, chunk, d): one Gather."""
+def embed_graph(
+    model: LoopedModel,
+    dialect: Dialect,
+    dtype: str,
+    states: Sequence[StateSpec] = (),
+    cache_rows: int = 0,
+    apart: Container[str] = (),
+) -> TracedGraph:
+    """Make the graph from token ids (batch, chunk) to hidden, or what is injected into the loops, (batch, chunk, d):
+    one Gather, or with a prelude its layers too. ``states``: the prelude's caches."""
+    config = model.config
     ids = TensorSpec("input_ids", "int64", ("batch", "chunk"))
-    hidden = TensorSpec("hidden", dtype, ("batch", "chunk", model.config.hidden_size))
+    name = "hidden" if config.injection == "none" else "injected"
+    hidden = TensorSpec(name, dtype, ("batch", "chunk", config.hidden_size))
+    if states or config.embedding_scale != 1:
+        return _once(_Embed, model, dialect, dtype, ids, hidden, states, cache_rows, apart)
     weight, given = _embedding(model.config, dtype), _value(ids)
     gather = _node("Gather", [weight, given], hidden, "embed_tokens", axis=0)
     return _finished(_graph([given], [gather], weight, dialect), (ids,), (hidden,))
+
+
+def coda_graph(
+    model: LoopedModel,
+    dialect: Dialect,
+    dtype: str,
+    states: Sequence[StateSpec],
+    cache_rows: int,
+    apart: Container[str] = (),
+) -> TracedGraph:
+    """Make the graph from the last loop's hidden (batch, chunk, d) to what the head reads. ``states``: its caches."""
+    shape = ("batch", "chunk", model.config.hidden_size)
+    hidden, after = TensorSpec("hidden", dtype, shape), TensorSpec("next_hidden", dtype, shape)
+    return _once(_Coda, model, dialect, dtype, hidden, after, states, cache_rows, apart)
+
+
+def _once(
+    kind: type[_LoopStep],
+    model: LoopedModel,
+    dialect: Dialect,
+    dtype: str,
+    given: TensorSpec,
+    made: TensorSpec,
+    states: Sequence[StateSpec],
+    cache_rows: int,
+    apart: Container[str],
+) -> TracedGraph:
+    """Trace a stage that runs once per token."""
+    controls = (TensorSpec("lengths", "int64", ("batch",)), dialect.control) if states else ()
+    inputs = (given, *controls, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in states))
+    outputs = (made, *(TensorSpec(s.output, s.dtype, s.output_shape) for s in states))
+    module = kind(model.model, dialect, cache_rows, TORCH_DTYPES[dtype])
+    traced = _trace(module, dialect.opset, inputs, outputs, 1, cache_rows if states else None)
+    if dialect.fuses:
+        merge_matmuls(traced.model.graph, apart)
+        attend_merged(traced.model.graph)
+        fuse_norms(traced.model)
+    return traced
 
 
 def trace_loop_step(
@@ -168,7 +256,8 @@ def trace_loop_step(
 ) -> TracedGraph:
     """Trace one loop over a chunk. ``apart``: weights that are merged with none but each other.
 
-    The graph takes and returns every state tensor and the exit probability (batch, chunk).
+    The graph takes and returns every state tensor; it also returns the exit probability (batch, chunk) of a model with
+    an exit gate, and takes what is injected into the loops.
     """
     hidden, *others = states
     steered = others[0].kind == "swap"
@@ -179,10 +268,12 @@ def trace_loop_step(
         TensorSpec("lengths", "int64", ("batch",)),
         dialect.control,
     )
-    inputs = (*fixed, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in others))
+    injected = (TensorSpec("injected", hidden.dtype, hidden.shape),) if model.config.injection != "none" else ()
+    inputs = (*fixed, *injected, *(TensorSpec(s.input, s.dtype, s.bound_shape) for s in others))
+    exits = (TensorSpec("exit_probability", "float32", ("batch", "chunk")),) if model.config.exit_gate else ()
     outputs = (
         TensorSpec(hidden.output, hidden.dtype, hidden.shape),
-        TensorSpec("exit_probability", "float32", ("batch", "chunk")),
+        *exits,
         *(TensorSpec(s.output, s.dtype, s.output_shape) for s in others),
     )
     melt = isinstance(model.config, MeltConfig)

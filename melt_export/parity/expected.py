@@ -115,7 +115,7 @@ def expected_of(
     prompt = drawn[0].prompts[0]
     threshold: float | None = None
     depths: list[int | None] = []
-    if manifest.cache_loops is None:  # the tokens of a LoopLM never leave early
+    if manifest.cache_loops is None and manifest.has_exit_gate:  # the tokens of a LoopLM never leave early
         threshold = _splitting_threshold(cases[0][1][0])
         chunks = [prompt[at : at + chunk] for at in range(0, len(prompt), chunk)]
         traces, spent = reference.traces(chunks, manifest.loops, threshold, truth)
@@ -194,10 +194,10 @@ def _decided(chunks: list[list[LoopTrace]], threshold: float, slack: float) -> l
     """
     found: list[bool] = []
     for loops in filter(None, chunks):
-        remaining = np.ones_like(loops[0].exit_probability)
+        remaining = np.ones_like(_exits_of(loops[0]))
         clear = np.ones(remaining.shape, bool)
         for trace in loops:
-            remaining = remaining * (1 - trace.exit_probability)
+            remaining = remaining * (1 - _exits_of(trace))
             clear &= np.abs(1 - remaining - threshold) > slack
         found += clear.tolist()
     return found
@@ -208,11 +208,17 @@ def _splitting_threshold(chunks: list[list[LoopTrace]]) -> float:
     decides none."""
     reached = []
     for loops in chunks:
-        remaining = np.ones_like(loops[0].exit_probability)
+        remaining = np.ones_like(_exits_of(loops[0]))
         for trace in loops[:-1]:
-            remaining = remaining * (1 - trace.exit_probability)
+            remaining = remaining * (1 - _exits_of(trace))
             reached += (1 - remaining).tolist()
     values = np.unique(np.array([0.0, *reached, 1.0]))
     middle = values[len(values) // 4 : max(len(values) * 3 // 4, len(values) // 4 + 2)]
     gap = int(np.argmax(np.diff(middle)))
     return float((middle[gap] + middle[gap + 1]) / 2)
+
+
+def _exits_of(trace: LoopTrace) -> NDArray[Any]:
+    """Return the exit probability of a model with an exit gate."""
+    assert trace.exit_probability is not None
+    return trace.exit_probability

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import ParityError
-from ..quantization.kv_cache_scales import CacheScales
+from ..quantization.kv_cache_scales import CacheScales, cache_order
 from ..quantization.matmul_weights import EMBEDDING
 from ..quantization.stored_values import packaged_reference, stored_embedding
 from ..reference.depth import default_depth, default_threshold
@@ -191,7 +191,8 @@ def _compare_case(
     steps = [[[tokens[i]] if i < len(tokens) else [] for tokens in case.tokens] for i in range(DECODE_STEPS)]
     for tokens in (case.prompts, *steps):
         for chunk in driver.chunks(tokens, case.chunk):
-            for loop, _ in enumerate(driver.loops(chunk, settings)):
+            for loop, control in enumerate(driver.loops(chunk, settings)):
+                driver.state.coda(control)
                 for slot, count in enumerate(chunk.counts):
                     if count:
                         got = _trace(driver, slot, int(count), loop + 1, cache_scales)
@@ -206,10 +207,12 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, cache_scales: C
     latent = None
     if driver.manifest.has_latent:
         latent = state.read("latent", (slice(None), slot, slice(count)))
-    caches = [s for s in driver.manifest.states if s.kind != "swap"]
+    named = {state.input: state for state in driver.manifest.caches}
+    order, exits = cache_order(named), state.exit_probability()
 
     def rows(part: str) -> np.ndarray:
-        stored = np.stack([_open_rows(driver, s, loop - 1, slot, count) for s in caches if s.input.startswith(part)])
+        caches = [named[name.replace("key", part)] for name in order]
+        stored = np.stack([_open_rows(driver, cache, loop - 1, slot, count) for cache in caches])
         return stored if cache_scales is None else cache_scales.widened(part, stored)
 
     columns = np.zeros((driver.batch, min(count, LOGIT_COLUMNS)), np.int64)
@@ -218,7 +221,7 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, cache_scales: C
         loop,
         state.read("hidden", (slot, slice(count))),
         latent,
-        state.exit_probability()[slot, :count],
+        None if exits is None else exits[slot, :count],
         rows("key"),
         rows("value"),
         state.logits(columns)[slot],
@@ -228,6 +231,8 @@ def _trace(driver: LoopDriver, slot: int, count: int, loop: int, cache_scales: C
 def _compare_embeddings(runtime: Runtime, table: Tensor, report: ParityReport) -> None:
     """Look up every token of the vocabulary, of which the prompts hold few. Raises CheckpointError."""
     manifest = runtime.manifest
+    if len(manifest.graphs["embed"].inputs) > 1 or manifest.injects:
+        return  # the graph gives what the prelude makes of the rows
     state, worst = runtime.driver(1).state, 0.0
     for at in range(0, manifest.vocab_size, manifest.chunk):
         rows = table[at : at + manifest.chunk].float()

@@ -16,7 +16,16 @@ from torch import Tensor
 from ..graph.external_weights import COMPUTED
 from ..graph.trace import TracedGraph
 from ..reference.pytorch import Reference
-from .kv_cache_scales import KEY_AND_VALUE, SCALE_INPUT, CacheScales, attention_nodes, rounded, scale_name
+from .kv_cache_scales import (
+    CACHE_INPUT,
+    KEY_AND_VALUE,
+    SCALE_INPUT,
+    CacheScales,
+    attention_nodes,
+    cache_order,
+    rounded,
+    scale_name,
+)
 
 _ROWS = 2048  # most positions per layer on which scales are tried
 _SHARES = tuple(1 - step / 20 for step in range(13))  # factors on a channel's scale
@@ -60,7 +69,7 @@ def _turned(keys: Tensor, config: LoopedConfig, places: int) -> Tensor:
     """Rotate keys (layers, kv_heads, positions, head_dim) to ``places`` positions further on."""
     cos, sin = rotary_tables(config, torch.tensor([[places]]))
     length = (cos.square() + sin.square()).sqrt()  # some RoPE variants also scale
-    return rotate(keys, cos / length, sin / length)
+    return rotate(keys, cos / length, sin / length, config.rotary_pairs)
 
 
 def _best(most: Tensor, rows: Tensor, bits: int) -> Tensor:
@@ -79,34 +88,43 @@ def _best(most: Tensor, rows: Tensor, bits: int) -> Tensor:
 
 
 def quantize_caches(
-    graph: TracedGraph, states: list[StateSpec], cache_scales: CacheScales
-) -> tuple[TracedGraph, list[StateSpec]]:
-    """Return the loop step and its states with quantized caches. Changes the graph's model in place."""
+    graphs: dict[str, TracedGraph], states: list[StateSpec], cache_scales: CacheScales
+) -> tuple[dict[str, TracedGraph], list[StateSpec]]:
+    """Return all graphs and states with quantized caches. Changes the graphs' models in place."""
+    small = {state.input: _small(state, cache_scales.bits) for state in states if state.kind != "swap"}
+    order = cache_order(small)
+    changed = {name: _quantized(graph, small, cache_scales, order) for name, graph in graphs.items()}
+    return changed, [small.get(state.input, state) for state in states]
+
+
+def _quantized(
+    graph: TracedGraph, small: dict[str, StateSpec], cache_scales: CacheScales, order: list[str]
+) -> TracedGraph:
+    """Return a graph with quantized caches. ``order``: the key caches, as the scales are ordered."""
     for node in attention_nodes(graph.model):
-        layer = int(str(node.inputs[3].name).rsplit(".", 1)[1])  # type: ignore[union-attr]
         node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", cache_scales.bits)
         for part, at in SCALE_INPUT.items():
             name = f"{part[0]}_quant_type"
             node.attributes[name] = ir.AttrString(name, "PER_CHANNEL")
-            node.replace_input_with(at, _scale(graph.model.graph, part, layer, cache_scales))
-    small = {state.input: _small(state, cache_scales.bits) for state in states if state.kind != "swap"}
+            keys, cache = (str(node.inputs[index].name) for index in (CACHE_INPUT["key"], CACHE_INPUT[part]))  # type: ignore[union-attr]
+            scales = cache_scales.scales(part)[order.index(keys)]
+            node.replace_input_with(at, _scale(graph.model.graph, cache, scales))
     outputs = {state.output: state for state in small.values()}
     for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):
         state = small.get(str(value.name)) or outputs.get(str(value.name))
         if state is not None:
             value.shape = ir.Shape(state.bound_shape)
             value.type = ir.TensorType(ir.DataType[state.dtype.upper()])
-    changed = replace(
+    return replace(
         graph,
         inputs=tuple(_spec(spec, small.get(spec.name)) for spec in graph.inputs),
         outputs=tuple(_spec(spec, outputs.get(spec.name)) for spec in graph.outputs),
     )
-    return changed, [small.get(state.input, state) for state in states]
 
 
-def _scale(graph: ir.Graph, part: str, layer: int, cache_scales: CacheScales) -> ir.Value:
-    scales = cache_scales.scales(part)[layer].flatten().contiguous()
-    value = ir.Value(name=scale_name(part, layer), shape=ir.Shape(scales.shape), type=ir.TensorType(ir.DataType.FLOAT))
+def _scale(graph: ir.Graph, cache: str, of_layer: Tensor) -> ir.Value:
+    scales = of_layer.flatten().contiguous()
+    value = ir.Value(name=scale_name(cache), shape=ir.Shape(scales.shape), type=ir.TensorType(ir.DataType.FLOAT))
     value.meta[COMPUTED] = lambda weights: scales
     graph.initializers[str(value.name)] = value
     return value

@@ -6,6 +6,7 @@ half (GroupQueryAttention, ONNX Runtime's contrib operators).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from .blocks import unpack_nibbles
 from .options import BITS
 
 KEY_AND_VALUE = ("key", "value")
-SCALE_INPUT = {"key": 12, "value": 13}  # input index of GroupQueryAttention
+# Input indices of GroupQueryAttention.
+CACHE_INPUT = {"key": 3, "value": 4}
+SCALE_INPUT = {"key": 12, "value": 13}
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
@@ -28,14 +31,27 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
 
 
-def scale_name(part: str, layer: int) -> str:
-    """Name the scales of a layer's "key" or "value" cache in the loop step."""
-    return f"{part}_cache.{layer}.scales"
+def scale_name(cache: str) -> str:
+    """Name the scales of a cache in the graph that owns it."""
+    return f"{cache}.scales"
+
+
+def cache_order(caches: Iterable[str]) -> list[str]:
+    """Return the key caches among these in the order of a model's: those of prelude, coda and core, by layer."""
+
+    def place(name: str) -> tuple[int, int]:
+        stage = next((at for at, stage in enumerate(("prelude_", "coda_")) if name.startswith(stage)), 2)
+        return stage, int(name.rsplit(".", 1)[1])
+
+    return sorted((name for name in caches if "key_cache." in name), key=place)
 
 
 @dataclass(frozen=True)
 class CacheScales:
-    """Scales of quantized caches. ``keys``, ``values``: (layers, kv_heads, head_dim) float32."""
+    """Scales of quantized caches. ``keys``, ``values``: (layers, kv_heads, head_dim) float32.
+
+    Layers are those of prelude, coda and core, in the order of ``LoopedConfig.first_cache``.
+    """
 
     bits: int
     keys: Tensor
@@ -65,12 +81,13 @@ class CacheScales:
         if not package.manifest.cache:
             return None
         config, found = package.manifest.model, {}
-        for node in attention_nodes(ir.load(package.path("loop_step"))):
-            for at in SCALE_INPUT.values():
-                found[str(node.inputs[at].name)] = initializer(node.inputs[at])  # type: ignore[union-attr]
-        heads = int(config["num_key_value_heads"])
+        for graph in package.manifest.graphs:
+            for node in attention_nodes(ir.load(package.path(graph))):
+                for at in SCALE_INPUT.values():
+                    found[str(node.inputs[at].name)] = initializer(node.inputs[at])  # type: ignore[union-attr]
+        heads, order = int(config["num_key_value_heads"]), cache_order(s.input for s in package.manifest.caches)
         keys, values = (
-            torch.stack([found[scale_name(part, layer)] for layer in range(len(found) // 2)]).unflatten(1, (heads, -1))
+            torch.stack([found[scale_name(name.replace("key", part))] for name in order]).unflatten(1, (heads, -1))
             for part in KEY_AND_VALUE
         )
         return cls(BITS[package.manifest.cache["kind"]], keys, values)

@@ -300,10 +300,11 @@ def quantize_embedding(model: ir.Model, options: WeightOptions, seen: Statistics
 
 def _embedding_lookup(graph: ir.Graph) -> tuple[ir.Node, ir.Value]:
     """Return the node that looks token ids up, and the table that it reads."""
-    (lookup,) = (node for node in graph if node.op_type == "Gather")
-    table = lookup.inputs[0]
-    assert table is not None
-    return lookup, table
+    for node in graph:
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is not None and table.meta.get(CHECKPOINT_NAME) == EMBEDDING:
+            return node, table
+    raise AssertionError("the graph looks no token up")
 
 
 def _replace_lookup(graph: ir.Graph, lookup: ir.Node, made: list[ir.Node]) -> None:

@@ -35,8 +35,8 @@ def dequantized(model: nn.Module, package: Path) -> None:
     Raises ExportError for a weight of the package that the model lacks.
     """
     linear = linear_layers(model)
-    for graph in ("loop_step", "lm_head"):
-        for node in ir.load(package / f"{graph}.onnx").graph.all_nodes():
+    for graph in sorted(package.glob("*.onnx")):
+        for node in ir.load(graph).graph.all_nodes():
             if node.op_type not in _STORED_VALUES:
                 continue
             label, values = stored_values(node)

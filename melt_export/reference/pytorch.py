@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from melt_models import LoopLMForCausalLM
-from melt_models.cache import MeltCache, Stored
+from melt_models.cache import ChunkAttention, MeltCache, Stored
 from melt_models.checkpoint import LoopedModel
 from melt_models.looplm import causal_mask
 from numpy.typing import NDArray
@@ -29,15 +29,15 @@ class LoopTrace:
 
     - ``hidden``: (chunk, d).
     - ``latent``: (layers, chunk, latent_size); None for a LoopLM.
-    - ``exit_probability``: (chunk,).
-    - ``keys``, ``values``: (layers, kv_heads, chunk, head_dim).
+    - ``exit_probability``: (chunk,); None without an exit gate.
+    - ``keys``, ``values``: (layers, kv_heads, chunk, head_dim), of prelude, coda and this loop's core, in this order.
     - ``logits``: (up to LOGIT_COLUMNS, vocab), of the chunk's last tokens.
     """
 
     loop: int
     hidden: NDArray[Any]
     latent: NDArray[Any] | None
-    exit_probability: NDArray[Any]
+    exit_probability: NDArray[Any] | None
     keys: NDArray[Any]
     values: NDArray[Any]
     logits: NDArray[Any]
@@ -117,7 +117,7 @@ class MeltReference(Reference):
     """A MELT checkpoint computed by PyTorch."""
 
     def cache(self) -> MeltCache:
-        return MeltCache(self.config.num_hidden_layers, self.stored)
+        return MeltCache(self.config.first_cache("core", 1), self.stored)
 
     def traces(
         self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
@@ -128,35 +128,50 @@ class MeltReference(Reference):
         with computing(arithmetic):
             for ids in chunks:
                 valid = torch.ones(1, len(ids), dtype=torch.bool)
-                hidden = self.model.model.embed_tokens(torch.tensor([list(ids)]))
+                core = self.model.model
+                attend = ChunkAttention(self.config, cache, valid, self.config.first_cache("prelude"))
+                injected = core.prelude(core.embed_tokens(torch.tensor([list(ids)])), attend)
+                hidden = core.start(injected, attend.positions)
+                attend.first = self.config.first_cache("coda")
                 depth = torch.zeros(len(ids), dtype=torch.long)
                 chunk: list[LoopTrace] = []
-                for step, active in self.model.model.loops(hidden, valid, cache, loops, threshold):
+                for step, active in core.loops(hidden, valid, cache, loops, threshold, injected):
                     depth += active[0]
-                    logits = self.model.lm_head(step.hidden[0, -LOGIT_COLUMNS:])
-                    rows = [
-                        torch.stack([getattr(layer, part)[0, :, -len(ids) :] for layer in cache.layers])
-                        for part in ("keys", "values")
-                    ]
-                    tensors = (step.hidden[0], step.latent[:, 0], step.exit_probability[0], *rows, logits)
-                    chunk.append(LoopTrace(len(chunk) + 1, *(x.float().numpy().copy() for x in tensors)))
+                    logits = self.model.lm_head(core.coda(step.hidden, attend)[0, -LOGIT_COLUMNS:])
+                    rows = _last_rows(cache.layers, len(ids))
+                    exits = None if step.exit_probability is None else step.exit_probability[0]
+                    found = (step.hidden[0], step.latent[:, 0], exits, *rows, logits)
+                    chunk.append(LoopTrace(len(chunk) + 1, *map(_array, found)))  # type: ignore[arg-type]
                 cache.commit(valid)
                 traces.append(chunk)
                 depths += depth.tolist()
         return traces, depths
 
 
-class _StoringCache(DynamicCache):
-    """A cache that keeps ``stored(layer, key, value)`` instead of new keys and values, alike in every loop."""
+def _last_rows(layers: Sequence[Any], count: int) -> list[Tensor]:
+    """Return the keys and the values of the last ``count`` positions, (layers, kv_heads, count, head_dim) each."""
+    return [torch.stack([getattr(layer, part)[0, :, -count:] for layer in layers]) for part in ("keys", "values")]
 
-    def __init__(self, layers: int, stored: Stored):
+
+def _array(x: Tensor | None) -> NDArray[Any] | None:
+    return None if x is None else x.float().numpy().copy()
+
+
+class _StoringCache(DynamicCache):
+    """A cache that keeps ``stored(layer, key, value)`` instead of new keys and values, alike in every loop.
+
+    ``once``: the caches before those of the loops.
+    """
+
+    def __init__(self, once: int, layers: int, stored: Stored):
         super().__init__()
-        self.count, self.stored = layers, stored
+        self.once, self.count, self.stored = once, layers, stored
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        rows = self.stored(layer_idx % self.count, key_states, value_states)
+        in_loop = self.once + (layer_idx - self.once) % self.count
+        rows = self.stored(layer_idx if layer_idx < self.once else in_loop, key_states, value_states)
         return super().update(*rows, layer_idx, *args, **kwargs)
 
 
@@ -167,29 +182,36 @@ class LoopLMReference(Reference):
     """
 
     def cache(self) -> DynamicCache:
-        return DynamicCache() if self.stored is None else _StoringCache(self.config.num_hidden_layers, self.stored)
+        if self.stored is None:
+            return DynamicCache()
+        return _StoringCache(self.config.first_cache("core"), self.config.num_hidden_layers, self.stored)
 
     def traces(
         self, chunks: Sequence[Sequence[int]], loops: int, threshold: float = 1.0, arithmetic: Arithmetic = FLOAT32
     ) -> tuple[list[list[LoopTrace]], list[int]]:
-        cache, traces = self.cache(), []
-        layers = self.config.num_hidden_layers
+        cache: Any = self.cache()
+        traces: list[list[LoopTrace]] = []
+        core = self.model.model
+        first = self.config.first_cache
         with computing(arithmetic):
             for ids in chunks:
                 seen = cache.get_seq_length() + len(ids)
                 mask = causal_mask(torch.ones(1, seen, dtype=torch.bool), len(ids))
                 positions = torch.arange(seen - len(ids), seen)[None]
-                embedded = self.model.model.embed_tokens(torch.tensor([list(ids)]))
-                hidden, exits = self.model.model(embedded, mask, positions, cache, loops)
+                embedded = core.embed_tokens(torch.tensor([list(ids)]))
+                hidden, exits = core(embedded, mask, positions, cache, loops)
                 chunk: list[LoopTrace] = []
                 for loop in range(loops):
-                    own = cache.layers[loop * layers : (loop + 1) * layers]
-                    keys, values = (
-                        torch.stack([getattr(layer, part)[0, :, -len(ids) :] for layer in own])
-                        for part in ("keys", "values")
-                    )
-                    logits = self.model.lm_head(hidden[loop, 0, -LOGIT_COLUMNS:])
-                    found = [x.float().numpy().copy() for x in (hidden[loop, 0], exits[loop, 0], keys, values, logits)]
-                    chunk.append(LoopTrace(loop + 1, found[0], None, *found[1:]))
+                    for layer in cache.layers[first("coda") : first("core")]:
+                        if layer.is_initialized:  # drop what the loop before left
+                            layer.keys, layer.values = (
+                                x[..., : seen - len(ids), :] for x in (layer.keys, layer.values)
+                            )
+                    read = core.read(hidden[loop], mask, positions, cache)
+                    own = [*cache.layers[: first("core")], *cache.layers[first("core", loop) : first("core", loop + 1)]]
+                    logits = self.model.lm_head(read[0, -LOGIT_COLUMNS:])
+                    exit_probability = None if exits is None else exits[loop, 0]
+                    found = (hidden[loop, 0], None, exit_probability, *_last_rows(own, len(ids)), logits)
+                    chunk.append(LoopTrace(loop + 1, *map(_array, found)))  # type: ignore[arg-type]
                 traces.append(chunk)
         return traces, [loops] * sum(map(len, chunks))

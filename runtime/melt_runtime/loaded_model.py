@@ -126,6 +126,9 @@ class LoadedModel:
         chunk: int | None = None,
         min_loops: int = 1,
         exit_change: float = 0.0,
+        exit_at_step: int | None = None,
+        start_seed: int = 0,
+        start_state: str | None = None,
         stop: str | Iterable[str] | None = None,
         stop_ids: int | Iterable[int] | None = None,
         ignore_eos: bool = False,
@@ -135,16 +138,33 @@ class LoadedModel:
         if not isinstance(ignore_eos, bool):
             raise ArgumentError(f"ignore_eos is {ignore_eos!r}; it must be True or False")
         depth = LoopSettings(
-            self.manifest.loops if loops is None else loops,
+            _last_loop(self.manifest.loops if loops is None else loops, exit_at_step),
             self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
             chunk,
             min_loops,
             exit_change,
+            start_seed,
+            start_state,
         )
         depth.check(self.manifest)
         ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)
         said = depth_warnings(self.manifest, depth.loops)
         return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), ids, said, pipeline)
+
+
+def _last_loop(loops: int, exit_at_step: int | None) -> int:
+    """Return how many loops to run where the loop ``exit_at_step``, counted from 0, is the last one that is read.
+
+    Raises ArgumentError for a step beyond the loops.
+    """
+    if exit_at_step is None:
+        return loops
+    whole = isinstance(exit_at_step, int) and not isinstance(exit_at_step, bool)
+    if not whole or not isinstance(loops, int) or not 0 <= exit_at_step < loops:
+        raise ArgumentError(
+            f"exit_at_step is {exit_at_step!r}; counting {loops!r} loops from 0, it must be a whole number below that"
+        )
+    return exit_at_step + 1
 
 
 def _callers_level() -> int:

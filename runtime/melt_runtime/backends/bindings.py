@@ -57,7 +57,8 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     cache.
 
     ``first_loop/1`` and ``first_loop/0``: constants for a batch whose tokens are all in their first loop, or all
-    past it. ``first_loop``: for a mixed batch. ``head_hidden``: one column per sequence.
+    past it. ``first_loop``: for a mixed batch. ``head_hidden``: one column per sequence. ``injected``: what every loop
+    reads. ``start``: the hidden state before the first loop, where it is not the embedding.
     """
     hidden = manifest.states[0]
     shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
@@ -67,6 +68,10 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
         "head_hidden": (hidden.dtype, ("batch", hidden.shape[-1])),
         "logits": ("float32", ("batch", manifest.vocab_size)),
     }
+    if manifest.injects:
+        shapes["injected"] = (hidden.dtype, hidden.shape)
+    if manifest.start:
+        shapes["start"] = (hidden.dtype, hidden.shape)
     inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
     if "active" in inputs:
         tokens = ("bool", ("batch", "chunk"))
@@ -114,12 +119,14 @@ def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     return {LANES + name: size_of(shape, dtype) for name, (dtype, shape) in shapes.items()}
 
 
-def embed_bindings(manifest: Manifest, batch: int, chunk: int) -> Bindings:
-    """Bind the embedding: token ids -> the first hidden buffer."""
-    graph, named = manifest.graphs["embed"], {"batch": batch, "chunk": chunk}
-    hidden = buffer_name(manifest.states[0], 0)
-    inputs = tuple(_binding(spec, "input_ids", named) for spec in graph.inputs)
-    return inputs, tuple(_binding(spec, hidden, named) for spec in graph.outputs)
+def embed_bindings(manifest: Manifest, batch: int, chunk: int, context: int = 0) -> Bindings:
+    """Bind the embedding, with the prelude where there is one: token ids -> the first hidden buffer, or what is
+    injected into the loops."""
+    graph, named = manifest.graphs["embed"], {"batch": batch, "chunk": chunk, "context": context}
+    targets = {state.output: _output_buffer(state, 0, 0) for state in manifest.caches if state.stage == "prelude"}
+    targets["hidden"] = buffer_name(manifest.states[0], 0)
+    inputs = tuple(_binding(spec, spec.name, named) for spec in graph.inputs)
+    return inputs, tuple(_binding(spec, targets.get(spec.name, spec.name), named) for spec in graph.outputs)
 
 
 def loop_bindings(
@@ -130,15 +137,16 @@ def loop_bindings(
     current: int,
     first_loop: str = "first_loop",
     loop: int = 0,
+    step: str = "loop_step",
 ) -> Bindings:
-    """Bind the loop step.
+    """Bind the loop step, or another ``step`` from hidden to hidden: the coda.
 
     ``current``: the swap buffers that hold the newest states. ``loop``: whose caches to bind, if each loop has its own.
     Other inputs and outputs (masks, lengths, exit probability) are bound to buffers of their own name, or to
     ``first_loop``.
     """
     named = {"batch": batch, "chunk": chunk, "context": context}
-    graph = manifest.graphs["loop_step"]
+    graph = manifest.graphs[step]
     sources = {state.input: buffer_name(state, current, loop) for state in manifest.states} | {"first_loop": first_loop}
     targets = {state.output: _output_buffer(state, current, loop) for state in manifest.states}
     inputs = tuple(_binding(spec, sources.get(spec.name, spec.name), named) for spec in graph.inputs)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
-from ..package.specs import ITEM_BYTES, StateSpec, new_positions_shape
+from ..package.specs import CODA, ITEM_BYTES, StateSpec, new_positions_shape
 from ..sampling.top_candidates import Candidates
 from .bindings import (
     Binding,
@@ -59,6 +59,7 @@ class BufferState(CachedPositions):
         self._hidden_buffers = (buffer_name(self.hidden, 0), buffer_name(self.hidden, 1))
         inputs = {spec.name for spec in manifest.graphs["loop_step"].inputs}
         self.masked, self.steered = "attention_mask" in inputs, "active" in inputs
+        self.after_coda = False  # whether the coda has run on the newest hidden; the other hidden buffer has its result
         self.first = 0  # a part's first sequence within the whole
         self.pitch = batch  # sequences per loop, in caches with a part for each loop
         self.places = cache_places(manifest, batch, 0, self.alignment)  # caches by name: buffer, bytes from its start
@@ -121,6 +122,7 @@ class BufferState(CachedPositions):
             for name, step in slot_bytes(self.manifest).items()
         }
         made.batch, made.width, made.current, made.loops_run, made.headed = count, 1, 0, 0, False
+        made.after_coda = False
         made.bindings = OrderedDict()
         made.detach()
         return made
@@ -132,6 +134,8 @@ class BufferState(CachedPositions):
         """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""
         if lane_window(self.manifest) == 1:
             return "the package runs one loop, or was exported without a first_loop for each token"
+        if self.manifest.injects or self.manifest.has_prelude or self.manifest.has_coda:
+            return "the package has layers, or a norm, outside its loops"
         if self.manifest.cache_loops is None:
             return self._chunk_lanes_fit()
         if self.first or self.batch != self.pitch:
@@ -169,17 +173,46 @@ class BufferState(CachedPositions):
         made.detach()
         return made
 
-    def embed(self, token_ids: NDArray[np.int64]) -> None:
-        """Embed token_ids (batch, chunk) into the hidden buffer."""
-        self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
-        self.put("input_ids", token_ids)
-        self.run_embed()
+    def embed(
+        self,
+        token_ids: NDArray[np.int64],
+        control: LoopControl | None = None,
+        start: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Embed token_ids (batch, chunk) and set the hidden state before the first loop.
 
-    def loop(self, control: LoopControl) -> NDArray[np.float32]:
+        ``control``: of the first loop; needed where layers run before the loops. ``start``: the hidden state (batch,
+        chunk, d); None: what the embedding gives.
+        """
+        self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
+        self.after_coda, context = False, 0
+        self.put("input_ids", token_ids)
+        if self.manifest.has_prelude:
+            assert control is not None
+            _, context = self.begin_loops(control)
+        self.run_embed(context)
+        if self.manifest.injects:
+            self._begin_from(start)
+
+    def _begin_from(self, start: NDArray[np.float32] | None) -> None:
+        """Fill the hidden buffer of a package whose loops also read what is injected."""
+        if start is not None:
+            self.put("start", narrowed(start, self.hidden.dtype))
+        whole = self.batch * self.width * int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
+        source = "injected" if start is None else "start"
+        self.copy(StridedRegion(self._hidden_buffers[0], 0, whole), StridedRegion(source, 0, whole), whole, 1)
+
+    def loop(self, control: LoopControl) -> NDArray[np.float32] | None:
         """Run one loop step and swap hidden and latent. Return the exit probability (batch, chunk), valid until the
-        next call."""
+        next call; None without an exit gate."""
         self.run_loop(*self.prepare(control))
-        return self._exits()
+        return self._exits() if self.manifest.has_exit_gate else None
+
+    def coda(self, control: LoopControl) -> None:
+        """Run what stands between the last loop and the head, if anything does; ``control`` is that of a loop which
+        has run. The hidden state stays, so that loops may follow."""
+        if self.manifest.has_coda:
+            self.run_coda(control.active.shape[1], self.context(control))
 
     def run_chunk(
         self,
@@ -188,20 +221,23 @@ class BufferState(CachedPositions):
         loops: int,
         head: bool,
         between: Callable[[], None] | None = None,
+        start: NDArray[np.float32] | None = None,
     ) -> None:
-        """Run ``embed``, ``loops`` loop steps and ``commit`` without decisions in between. ``control`` is the first
-        loop's. ``between``: called between loops that are launched one by one; an exception in it ends the chunk, whose
-        positions then do not count.
+        """Run ``embed``, ``loops`` loop steps, the coda and ``commit`` without decisions in between. ``control`` is the
+        first loop's; ``start`` as in ``embed``. ``between``: called between loops that are launched one by one; an
+        exception in it ends the chunk, whose positions then do not count.
 
         ``head``: a hint that logits are needed next. For one token the head then runs at once: after each graph the
         processor's caches are full of weights, so any work between two graphs takes several times longer.
         """
-        self.embed(token_ids)
+        self.embed(token_ids, control, start)
         width, context = self.begin_loops(control)
         for loop in range(loops):
             if loop and between is not None:
                 between()
             self.run_loop(width, context, "first_loop/0" if loop else "first_loop/1")
+        if self.manifest.has_coda:
+            self.run_coda(width, context)
         if head and width == 1:
             self.run_head()
             self.headed = True
@@ -226,9 +262,9 @@ class BufferState(CachedPositions):
         to read."""
         return None
 
-    def exit_probability(self) -> NDArray[np.float32]:
-        """Return a copy of the last loop step's exit probability (batch, chunk)."""
-        return self._exits().copy()
+    def exit_probability(self) -> NDArray[np.float32] | None:
+        """Return a copy of the last loop step's exit probability (batch, chunk); None without an exit gate."""
+        return self._exits().copy() if self.manifest.has_exit_gate else None
 
     def read(self, name: str, index: Any = ...) -> NDArray[Any]:
         """Return a copy of a state, or of its part at ``index``, by its name in the manifest; bfloat16 is returned as
@@ -295,11 +331,22 @@ class BufferState(CachedPositions):
             self.put(self.prefix + "active", control.active)
         return width, context
 
-    def run_embed(self) -> None:
-        """Run the embedding on the token ids in their buffer."""
-        key = ("embed", self.width)
-        bound = self.bindings.get(key) or self._bind(key, embed_bindings(self.manifest, self.batch, self.width))
+    def run_embed(self, context: int = 0) -> None:
+        """Run the embedding on the token ids in their buffer. ``context``: the attention length of a prelude."""
+        key = ("embed", self.width, context)
+        bound = self.bindings.get(key)
+        if bound is None:
+            bound = self._bind(key, embed_bindings(self.manifest, self.batch, self.width, context))
         self.run("embed", bound)
+
+    def run_coda(self, width: int, context: int) -> None:
+        """Run the coda from the newest hidden buffer to the other one."""
+        key = (CODA, self.current, width, context)
+        bound = self.bindings.get(key)
+        if bound is None:
+            bound = self._bind(key, loop_bindings(self.manifest, self.batch, width, context, self.current, step=CODA))
+        self.run(CODA, bound)
+        self.after_coda, self.headed = True, False
 
     def run_loop(self, width: int, context: int, first_loop: str) -> None:
         """Run a loop step with what ``prepare`` wrote, and swap hidden and latent."""
@@ -311,7 +358,13 @@ class BufferState(CachedPositions):
             bound = self._bind(key, made)
         self.run("loop_step", bound)
         self.current = 1 - self.current
+        self.after_coda = False
         self.loops_run += 1
+
+    @property
+    def head_source(self) -> str:
+        """The buffer that the head reads: the newest hidden state, or what the coda made of it."""
+        return self._hidden_buffers[1 - self.current if self.after_coda else self.current]
 
     def gather(self, columns: NDArray[np.int64]) -> None:
         """Copy one column (batch,) of each sequence's hidden together for the head; not needed for a single column."""
@@ -319,12 +372,12 @@ class BufferState(CachedPositions):
             return
         step = int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
         for slot, column in enumerate(columns.tolist()):
-            source = StridedRegion(self._hidden_buffers[self.current], (slot * self.width + column) * step, step)
+            source = StridedRegion(self.head_source, (slot * self.width + column) * step, step)
             self.copy(StridedRegion("head_hidden", slot * step, step), source, step, 1)
 
     def run_head(self) -> None:
         """Run the head on the gathered columns."""
-        source = self._hidden_buffers[self.current] if self.width == 1 else "head_hidden"
+        source = self.head_source if self.width == 1 else "head_hidden"
         key = ("lm_head", source)
         bound = self.bindings.get(key) or self._bind(key, self.head_bindings(source))
         self.run("lm_head", bound)
@@ -378,6 +431,14 @@ def _joined(read: Callable[[int], NDArray[Any]], count: int, which: Any) -> NDAr
     chosen = np.arange(count)[which]
     parts = [read(int(part)) for part in np.atleast_1d(chosen)]
     return np.stack(parts) if np.ndim(chosen) else parts[0]
+
+
+def narrowed(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Round float32 values to a tensor type, to even; for bfloat16 return the bits."""
+    if dtype != "bfloat16":
+        return values.astype(dtype, copy=False)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -13,9 +13,9 @@ from ..errors import ArgumentError, BackendError, PackageError
 from ..machine import available_memory, physical_cores
 from ..package.contract import graph_difference
 from ..package.reader import Package
-from ..package.specs import GRAPHS, TensorSpec
+from ..package.specs import TensorSpec
 from ..untrusted import brief
-from .bindings import Binding, buffer_name, scratch_buffers
+from .bindings import Binding, scratch_buffers
 from .buffers import BufferState
 from .cpu_threads import ThreadLimit
 from .positions import StridedRegion
@@ -31,7 +31,7 @@ _ELEMENTS = {"float": "float32", "double": "float64"}
 
 
 class OnnxRuntimeBase:
-    """The three graphs as ONNX Runtime sessions: what the ONNX Runtime backends share.
+    """The graphs as ONNX Runtime sessions: what the ONNX Runtime backends share.
 
     A subclass chooses the providers and opens states.
     """
@@ -95,7 +95,7 @@ class OnnxRuntimeBackend(OnnxRuntimeBase):
         if threads is not None and not 1 <= threads <= most:
             raise ArgumentError(f"threads is {threads}; on this machine it must lie between 1 and {most}")
         count = physical_cores() if threads is None else threads
-        self.sessions = {name: self._session(name, count) for name in GRAPHS}
+        self.sessions = {name: self._session(name, count) for name in package.manifest.graphs}
         graphs = package.manifest.graphs
         self.thread_limit = ThreadLimit(self, count, self.sessions, graphs) if threads is None else None
 
@@ -217,7 +217,7 @@ class OnnxRuntimeState(BufferState):
     def logits_of_many(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the logits of several columns in one run, with its own buffers."""
         shape = (self.batch, self.width, int(self.hidden.shape[-1]))
-        hidden = self.view(buffer_name(self.hidden, self.current), np.dtype(self.hidden.dtype), shape)
+        hidden = self.view(self.head_source, np.dtype(self.hidden.dtype), shape)
         rows = np.take_along_axis(hidden, columns[..., None], axis=1)
         return cast(NDArray[np.float32], self.backend.sessions["lm_head"].run(["logits"], {"hidden": rows})[0])
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import BackendError
 from ..package.manifest import Manifest
 from ..package.reader import Package
-from ..package.specs import GRAPHS
+from ..package.specs import CODA
 from ..untrusted import brief
 from .bindings import Binding, state_buffers
 from .buffers import BufferState
@@ -40,7 +40,7 @@ class DeviceBackend(OnnxRuntimeBase, ABC):
         super().__init__(package)
         self.device_index = device
         self.device = self.open_device()
-        self.sessions = {name: self.session(name) for name in GRAPHS}
+        self.sessions = {name: self.session(name) for name in package.manifest.graphs}
         self.on_device = {name: self.reads_on_device(session) for name, session in self.sessions.items()}
         require_states_on_device(package.manifest, self.on_device)
 
@@ -232,7 +232,8 @@ def require_states_on_device(manifest: Manifest, on_device: dict[str, dict[str, 
 
     ``on_device``: by graph and input. Raises BackendError that names the state and the way out.
     """
-    host = [state.input for state in manifest.states if not on_device["loop_step"][state.input]]
+    owners = {"prelude": "embed", "core": "loop_step", CODA: CODA}
+    host = [state.input for state in manifest.states if not on_device[owners[state.stage]][state.input]]
     if host or not on_device["lm_head"]["hidden"]:
         what = host[0] if host else "hidden in the head"
         raise BackendError(

@@ -236,23 +236,32 @@ class TensorRTState(BufferState):
         """Return the engine's next attention length."""
         return bucket_for(self.spec.buckets, positions)
 
-    def embed(self, token_ids: NDArray[np.int64]) -> None:
+    def embed(
+        self,
+        token_ids: NDArray[np.int64],
+        control: LoopControl | None = None,
+        start: NDArray[np.float32] | None = None,
+    ) -> None:
         """Embed token_ids (batch, chunk)."""
         self._begin(token_ids.shape[1])
-        super().embed(token_ids)
+        super().embed(token_ids, control, start)
 
-    def loop(self, control: LoopControl) -> NDArray[np.float32]:
+    def loop(self, control: LoopControl) -> NDArray[np.float32] | None:
         """Run one loop step over the chunk; for one token from a captured graph, one for each side of the swap."""
         self.headed, before, ran = False, self.current, self.loops_run
         width, context, first_loop = self.prepare(control)
 
         def work() -> None:
             self.run_loop(width, context, first_loop)
-            self.buffers.queue_download("exit_probability", 4 * self.batch * width)
+            if self.manifest.has_exit_gate:
+                self.buffers.queue_download("exit_probability", 4 * self.batch * width)
 
         of_loop = ran if self.manifest.cache_loops else 0  # whose caches are bound
         self._perform(("loop", width, context, first_loop, before, of_loop), width, work)
-        self.current, self.loops_run, self._fresh = 1 - before, ran + 1, ("exit_probability",)
+        self.current, self.loops_run = 1 - before, ran + 1
+        if not self.manifest.has_exit_gate:
+            return None
+        self._fresh = ("exit_probability",)
         return self._exits()
 
     def run_chunk(
@@ -262,6 +271,7 @@ class TensorRTState(BufferState):
         loops: int,
         head: bool,
         between: Callable[[], None] | None = None,
+        start: NDArray[np.float32] | None = None,
     ) -> None:
         """Run a chunk. For one token, embedding, loops, head and top candidates are one captured graph."""
         self._begin(token_ids.shape[1])

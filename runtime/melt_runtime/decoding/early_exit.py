@@ -41,15 +41,16 @@ class Depth:
         self._change = np.array([[one.exit_change] for one in settings], np.float32)
         self._watched = bool((self._change > 0)[present.any(axis=1)].any())
 
-    def ran(self, exit_probability: NDArray[np.float32], hidden: Callable[[], NDArray[np.floating]]) -> None:
+    def ran(self, exit_probability: NDArray[np.float32] | None, hidden: Callable[[], NDArray[np.floating]]) -> None:
         """Update ``active`` after a loop.
 
-        ``exit_probability``: (batch, chunk). ``hidden``: returns (batch, chunk, d); called only if a change of the
-        hidden state can end a token.
+        ``exit_probability``: (batch, chunk); None without an exit gate. ``hidden``: returns (batch, chunk, d); called
+        only if a change of the hidden state can end a token.
         """
         self.loop += 1
         self.spent += self.active
-        self._remaining = self._remaining * (np.float32(1) - exit_probability)
+        if exit_probability is not None:
+            self._remaining = self._remaining * (np.float32(1) - exit_probability)
         leaves = self._gated & ((np.float32(1) - self._remaining) >= self._threshold)
         if self._watched:
             leaves |= self._settled(hidden().astype(np.float32, copy=False))

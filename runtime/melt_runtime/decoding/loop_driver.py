@@ -21,6 +21,7 @@ from .early_exit import Depth
 from .pipeline import Advancing, Draft, Pipeline, PipelineCounts, Pipelining, may_pipeline
 from .pipeline_choice import PipelineChoice
 from .settings import GenerationOptions, LoopSettings
+from .start import start_hidden
 
 Settings = LoopSettings | Sequence[LoopSettings]  # for all sequences, or one per sequence
 # Called between loops with the active sequences (batch,), None: all. May raise Interrupted to end the call.
@@ -67,6 +68,7 @@ class LoopDriver:
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings already checked, with a fixed number of loops
         self._drafted: LoopSettings | None = None  # settings already checked for pipelined decoding
+        self._injects = manifest.injects
 
     @cached_property
     def pipeline(self) -> Pipeline | None:
@@ -254,7 +256,8 @@ class LoopDriver:
             return False
         if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
             return False
-        self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between)
+        start = self._start(self._each_one, [fixed] * self.batch) if self._injects else None
+        self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between, start)
         self.moves += 1
         for slot, spent in enumerate(self.depth):
             spent.append(fixed.loops)
@@ -317,7 +320,8 @@ class LoopDriver:
         each = self.each(settings)
         self._check_depth(chunk, each)
         depth = Depth(each, chunk.present)
-        self.state.embed(chunk.ids)
+        control = LoopControl(self._all, depth.active, self.lengths, chunk.counts)
+        self.state.embed(chunk.ids, control, self._start(chunk, each))
         while True:
             control = LoopControl(np.full(self.batch, depth.loop == 0), depth.active, self.lengths, chunk.counts)
             exit_probability = self.state.loop(control)
@@ -327,8 +331,12 @@ class LoopDriver:
                 break
             if between is not None:
                 between(depth.active.any(axis=1))
+        self.state.coda(control)
         self.state.commit(control)
         self._count([row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)])  # type: ignore[call-overload]
+
+    def _start(self, chunk: Chunk, each: Sequence[LoopSettings]) -> NDArray[np.float32] | None:
+        return start_hidden(self.manifest, each, self.lengths, chunk.counts) if self._injects else None
 
     def _run(self, chunk: Chunk, each: Sequence[LoopSettings], between: Between | None) -> None:
         """Run a chunk's loops: in one call of the backend if no decision between loops is needed."""
@@ -344,7 +352,7 @@ class LoopDriver:
         if self.manifest.cache_loops is None:
             self._fixed = asked[0]
         control = LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
-        self.state.run_chunk(chunk.ids, control, loops, any(chunk.last.tolist()), between)
+        self.state.run_chunk(chunk.ids, control, loops, any(chunk.last.tolist()), between, self._start(chunk, each))
         self._count([[loops] * count for count in counts])
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:

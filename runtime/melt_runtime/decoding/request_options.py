@@ -20,6 +20,9 @@ class GenerateOptions(TypedDict, total=False):
     chunk: int | None  # None: the package's
     min_loops: int  # 1
     exit_change: float  # 0
+    exit_at_step: int | None  # None: the last of loops; counted from 0: end every token after this loop
+    start_seed: int  # 0; of the noise that some models' loops start from
+    start_state: str | None  # None: the model's own; "zeros" replaces its noise
     temperature: float  # 0
     top_k: int  # 0
     top_p: float  # 1
@@ -46,6 +49,9 @@ _ALIASES = {
     "num_steps": "loops",
     "depth": "loops",
     "early_exit_threshold": "exit_threshold",
+    "early_exit_step": "exit_at_step",
+    "exit_step": "exit_at_step",
+    "initial_state": "start_state",
     "chunk_size": "chunk",
     "do_sample": "temperature",
     "typical_p": "top_p",

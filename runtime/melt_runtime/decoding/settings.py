@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
-from ..package.specs import MAX_LOOPS
+from ..package.specs import MAX_LOOPS, START_STATES
 from ..sampling.sampler import SamplingParams
 from ..text.stop_strings import stop_strings, stop_tokens
 from ..untrusted import shown, whole_number
@@ -25,6 +25,9 @@ class LoopSettings:
 
     ``chunk``: how many prompt tokens run their loops together (None: the package's). It changes results, because a
     chunk's tokens attend to each other loop by loop.
+
+    ``start_seed``: of the noise that the loops of some models start from; ``start_state`` "zeros" replaces that noise,
+    None keeps what the model was trained with.
     """
 
     loops: int
@@ -32,6 +35,8 @@ class LoopSettings:
     chunk: int | None = None
     min_loops: int = 1
     exit_change: float = 0.0
+    start_seed: int = 0
+    start_state: str | None = None
 
     def __post_init__(self) -> None:
         whole_number("loops", self.loops)
@@ -46,6 +51,13 @@ class LoopSettings:
             raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
         if not _real(self.exit_change) or not 0.0 <= self.exit_change < math.inf:
             raise ArgumentError(f"exit_change is {self.exit_change!r}; it must be a finite number of at least 0")
+        seed = self.start_seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ArgumentError(f"start_seed is {shown(seed)}; it must be a whole number from 0 to 2^64 - 1")
+        if self.start_state is not None and self.start_state not in START_STATES:
+            raise ArgumentError(
+                f"start_state is {shown(self.start_state)}; it must be one of {', '.join(START_STATES)}"
+            )
 
     @property
     def adaptive(self) -> bool:
@@ -60,6 +72,14 @@ class LoopSettings:
                 f"exit_change is {self.exit_change}; a token of a LoopLM that left early would be missing from the "
                 "later loops' caches, so only 0 is possible"
             )
+        own = manifest.start.get("state", "embedding")
+        if self.start_state == "zeros" and own == "embedding":
+            raise ArgumentError(
+                "start_state is 'zeros', but this model's loops start from the embedding, without which no token would "
+                "be read"
+            )
+        if self.start_state not in (None, own, "zeros"):
+            raise ArgumentError(f"start_state is {self.start_state!r}; this model starts from {own!r} or 'zeros'")
         if self.chunk is not None and self.chunk > manifest.chunk:
             raise ArgumentError(f"chunk is {self.chunk}; this package was exported for at most {manifest.chunk}")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .manifest import Manifest
-from .specs import GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec, is_latent
+from .manifest import STAGES, Manifest
+from .specs import CODA, GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec, is_latent
 
 _QUANTIZED = ("int8", "uint8")  # stored types of a quantized cache
 _MASK: Shape = ("batch", 1, "chunk", "context")
@@ -17,7 +17,8 @@ _EXIT = TensorSpec("exit_probability", "float32", ("batch", "chunk"))
 
 def disagreement(manifest: Manifest) -> str | None:
     """Return why a manifest's parts contradict each other, or None."""
-    return _sizes(manifest) or _states(manifest) or _model(manifest) or _graphs(manifest) or _engines(manifest)
+    checks = (_sizes, _states, _start, _model, _graphs, _engines)
+    return next((problem for check in checks if (problem := check(manifest)) is not None), None)
 
 
 def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
@@ -30,13 +31,29 @@ def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ..
     lengths = TensorSpec("lengths", "int64", ("batch",))
     fused = manifest.dialect == "onnxruntime"
     control = TensorSpec("chunk_lengths", "int64", ("batch",)) if fused else TensorSpec("attention_mask", "bool", _MASK)
-    read = [TensorSpec(state.input, state.dtype, state.bound_shape) for state in states]
-    written = [TensorSpec(state.output, state.dtype, state.output_shape) for state in states]
-    return {
-        "embed": ((TensorSpec("input_ids", "int64", ("batch", "chunk")),), (hidden,)),
-        "loop_step": ((*read, *(steering if manifest.has_latent else ()), lengths, control), (*written, _EXIT)),
-        "lm_head": ((hidden,), (TensorSpec("logits", "float32", ("batch", "chunk", manifest.vocab_size)),)),
+    injected = [TensorSpec("injected", hidden.dtype, hidden.shape)] if manifest.injects else []
+    exits = [_EXIT] if manifest.has_exit_gate or manifest.format_version < STAGES else []
+
+    def stage(name: str) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """The states of a stage as its graph reads and writes them, with the control inputs that its layers need."""
+        own = [state for state in states if state.stage == name]
+        read = [TensorSpec(state.input, state.dtype, state.bound_shape) for state in own]
+        written = [TensorSpec(state.output, state.dtype, state.output_shape) for state in own]
+        return [*read, *([lengths, control] if own else [])], written
+
+    read, written = stage("core")
+    embed_read, embed_written = stage("prelude")
+    coda_read, coda_written = stage(CODA)
+    ids = TensorSpec("input_ids", "int64", tokens)
+    graphs = {
+        "embed": ((ids, *embed_read), (*(injected or [hidden]), *embed_written)),
+        "loop_step": ((*read, *(steering if manifest.has_latent else ()), *injected), (*written, *exits)),
+        "lm_head": ((hidden,), (TensorSpec("logits", "float32", (*tokens, manifest.vocab_size)),)),
     }
+    if manifest.has_coda:
+        after = TensorSpec(states[0].output, hidden.dtype, hidden.shape)
+        graphs[CODA] = ((hidden, *coda_read), (after, *coda_written))
+    return graphs
 
 
 def difference(wanted: Sequence[TensorSpec], found: Iterable[TensorSpec]) -> str | None:
@@ -79,11 +96,14 @@ def _states(manifest: Manifest) -> str | None:
     sizes of the manifest."""
     dtype, states = PRECISIONS[manifest.precision], manifest.states
     per_loop = any(state.kind == "per_loop" for state in states)
-    caches = [state for state in states if state.kind != "swap"]
+    caches = manifest.core_caches
     layers = len(caches) // 2
     latents = [] if per_loop else _latents(manifest, layers)
     names = ["hidden", *(state.input for state in latents)]
+    counted = {stage: sum(state.stage == stage for state in manifest.caches) // 2 for stage in ("prelude", CODA)}
     names += [f"{part}_cache.{layer}" for layer in range(layers) for part in ("key", "value")]
+    for stage, count in counted.items():
+        names += [f"{stage}_{part}_cache.{layer}" for layer in range(count) for part in ("key", "value")]
     if [state.input for state in states] != names or not layers:
         return f"states must be {', '.join(names[:2])} and so on: a key and a value cache for each layer"
     width = states[0].shape[-1]
@@ -96,8 +116,11 @@ def _states(manifest: Manifest) -> str | None:
     if len(first.shape) != rank:
         return f"state {first.input} has {len(first.shape)} dimensions; a cache of this kind has {rank}"
     loops, heads, size = first.shape[:1] if per_loop else (), first.shape[-3], first.shape[-1]
-    shape = (*loops, "batch", heads, manifest.cache_rows, size)
-    wanted += [StateSpec(name, _output(name, kind), stored, shape, kind) for name in names[len(wanted) :]]
+    shape: Shape = ("batch", heads, manifest.cache_rows, size)
+    once = "in_place" if per_loop else kind
+    for name in names[len(wanted) :]:
+        own, of_kind = ((*loops, *shape), kind) if name.startswith(("key_", "value_")) else (shape, once)
+        wanted.append(StateSpec(name, _output(name, of_kind), stored, own, of_kind))
     for state, right in zip(states, wanted, strict=True):
         if state != right:
             return f"state {state.input} is {_state(state)}; with the rest of the manifest it would be {_state(right)}"
@@ -105,6 +128,8 @@ def _states(manifest: Manifest) -> str | None:
             state.shape[-1], str
         ):
             return f"state {state.input} has the impossible shape {list(state.shape)}"
+    if counted[CODA] and not manifest.has_coda:
+        return f"there are caches of a {CODA}, but no graph {CODA}"
     if per_loop and (isinstance(loops[0], str) or manifest.loops > loops[0]):
         return f"loops is {manifest.loops}; the caches are for {loops[0]}"
     if manifest.most_loops == 1 and manifest.loops > 1:
@@ -127,12 +152,22 @@ def _output(name: str, kind: str) -> str:
     return name.replace("_cache.", "_rows.") if kind == "read_only" else f"next_{name}"
 
 
+def _start(manifest: Manifest) -> str | None:
+    """Check where the loops start, and that a token's embedding is read at all."""
+    state = manifest.start.get("state", "embedding")
+    if state != "embedding" and not manifest.injects:
+        return f"start.state is {state}, but nothing is injected into the loops: no token would be read"
+    return None
+
+
 def _model(manifest: Manifest) -> str | None:
     """Check that the model configuration has the sizes of the states."""
-    caches = [state for state in manifest.states if state.kind != "swap"]
+    caches = manifest.core_caches
     known = {
         "hidden_size": manifest.states[0].shape[-1],
         "num_hidden_layers": len(caches) // 2,
+        "num_prelude_layers": sum(state.stage == "prelude" for state in manifest.caches) // 2,
+        "num_coda_layers": sum(state.stage == CODA for state in manifest.caches) // 2,
         "num_key_value_heads": caches[0].bound_shape[1],
         "vocab_size": manifest.vocab_size,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from ..errors import ArgumentError
 from .engine_spec import EngineSpec
 from .files import FileSpec
-from .specs import GraphSpec, StateSpec, is_latent, size_of
+from .specs import CODA, GraphSpec, StateSpec, is_latent, size_of
 
-FORMAT_VERSION = 3  # the newest; packages that older runtimes can run keep the version that these read
+FORMAT_VERSION = 4  # the newest; packages that older runtimes can run keep the version that these read
 _ONE_LOOP = 2  # no latent; in packages of several loops, a latent per layer instead of one for all
 _BY_TOKEN = 3  # first_loop per token instead of per sequence
+STAGES = 4  # prelude, injection, coda, a start other than the embedding; no exit gate
 MANIFEST, PARITY = "manifest.json", "parity.json"
 COMPUTED_FROM = (".onnx", ".data")  # suffixes of the files that determine results
 
@@ -27,7 +28,10 @@ class Manifest:
     ``model``: the checkpoint's configuration. ``cache_rows``: positions of the caches, ``max_seq_len`` plus, if
     ``max_batch`` is above 1, padding of one chunk. ``chunk``: the prefill chunk, which affects results. ``untrained``:
     parts that were initialised but not trained. ``engines``: by name, built later and deletable; their files are not in
-    ``files``. ``weights``, ``cache``: how they were quantized; empty if they were not.
+    ``files``. ``weights``, ``cache``: how they were quantized; empty if they were not. ``start``: the hidden state
+    before the first loop, its ``state`` and the ``std`` of its noise; empty if it is what ``embed`` gives.
+    ``shared_caches``: what it costs that the loops share caches, where they were trained with caches of their own; empty
+    elsewhere.
     """
 
     dialect: str
@@ -49,6 +53,8 @@ class Manifest:
     engines: dict[str, EngineSpec] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    shared_caches: dict[str, Any] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
@@ -76,9 +82,49 @@ class Manifest:
 
     def cache_bytes(self, tokens: int, batch: int = 1) -> int:
         """Return the bytes of cached keys and values for ``tokens`` tokens of each sequence of a batch."""
-        caches = [s for s in self.states if s.kind != "swap"]
-        per_loop = sum(size_of((batch, s.bound_shape[1], tokens, s.bound_shape[3]), s.dtype) for s in caches)
-        return per_loop * (self.cache_loops or 1)
+        return self.cache_bytes_once(tokens, batch) + self.cache_bytes_per_loop(tokens, batch) * (self.cache_loops or 1)
+
+    def cache_bytes_once(self, tokens: int, batch: int = 1) -> int:
+        """Return the bytes of the layers before and after the loops, as ``cache_bytes``."""
+        return self._bytes_of((state for state in self.caches if state.stage != "core"), tokens, batch)
+
+    def cache_bytes_per_loop(self, tokens: int, batch: int = 1) -> int:
+        """Return the bytes of one cache per layer of the loop, as ``cache_bytes``."""
+        return self._bytes_of(self.core_caches, tokens, batch)
+
+    @staticmethod
+    def _bytes_of(caches: Iterable[StateSpec], tokens: int, batch: int) -> int:
+        return sum(size_of((batch, s.bound_shape[1], tokens, s.bound_shape[3]), s.dtype) for s in caches)
+
+    @cached_property
+    def caches(self) -> tuple[StateSpec, ...]:
+        """The caches of all stages."""
+        return tuple(state for state in self.states if state.kind != "swap")
+
+    @cached_property
+    def core_caches(self) -> tuple[StateSpec, ...]:
+        """The caches of the loop step."""
+        return tuple(state for state in self.caches if state.stage == "core")
+
+    @cached_property
+    def has_exit_gate(self) -> bool:
+        """Whether the loop step gives an exit probability."""
+        return any(spec.name == "exit_probability" for spec in self.graphs["loop_step"].outputs)
+
+    @cached_property
+    def has_prelude(self) -> bool:
+        """Whether the embedding's graph has layers, and so caches."""
+        return any(state.stage == "prelude" for state in self.states)
+
+    @cached_property
+    def injects(self) -> bool:
+        """Whether every loop also reads the embedding graph's output."""
+        return any(spec.name == "injected" for spec in self.graphs["loop_step"].inputs)
+
+    @cached_property
+    def has_coda(self) -> bool:
+        """Whether a graph stands between the last loop and the head."""
+        return CODA in self.graphs
 
     @cached_property
     def cache_loops(self) -> int | None:
@@ -104,7 +150,12 @@ class Manifest:
         return None if self.has_latent else self.cache_loops or 1
 
     def check_depth(self, loops: int, exit_threshold: float) -> None:
-        """Raise ArgumentError for a depth that a LoopLM's caches, or a package of one loop, do not allow."""
+        """Raise ArgumentError for a depth that a LoopLM's caches, or a package of one loop, do not allow, and for an
+        exit threshold without an exit gate."""
+        if exit_threshold < 1.0 and not self.has_exit_gate:
+            raise ArgumentError(
+                f"exit_threshold is {exit_threshold}, but the model has no exit gate and so no exit probability"
+            )
         if self.most_loops == 1 and loops > 1:
             raise ArgumentError(
                 f"loops is {loops}; this package runs one: its checkpoint has total_ut_steps 1, and nothing that a "
@@ -121,16 +172,20 @@ class Manifest:
             )
 
     def to_json(self) -> str:
-        """Return the text of ``manifest.json``. Empty engines, weights and cache are omitted."""
+        """Return the text of ``manifest.json``. Empty entries that older formats lack are omitted."""
         content = asdict(self)
-        for name in ("engines", "weights", "cache"):
+        for name in ("engines", "weights", "cache", "start", "shared_caches"):
             if not content[name]:
                 del content[name]
         return manifest_text(content)
 
 
-def version_for(states: Sequence[StateSpec]) -> int:
-    """Return the oldest format version of a package that is exported with these states."""
+def version_for(states: Sequence[StateSpec], graphs: Mapping[str, GraphSpec]) -> int:
+    """Return the oldest format version of a package that is exported with these states and graphs."""
+    outputs = {spec.name for spec in graphs["loop_step"].outputs}
+    inputs = {spec.name for spec in graphs["loop_step"].inputs}
+    if "exit_probability" not in outputs or "injected" in inputs or CODA in graphs or len(graphs["embed"].inputs) > 1:
+        return STAGES
     if any(state.kind == "per_loop" for state in states):
         return 1
     return _BY_TOKEN if any(is_latent(state) for state in states) else _ONE_LOOP

@@ -29,13 +29,16 @@ from .engine_spec import ENGINE, ENGINE_NAME
 from .files import FileSpec
 from .manifest import FORMAT_VERSION, MANIFEST, PARITY, Manifest
 from .specs import (
+    CODA,
     DIALECTS,
     GRAPHS,
     ITEM_BYTES,
     MAX_BATCH,
     MAX_LOOPS,
     NAMED_SIZES,
+    NOISE,
     PRECISIONS,
+    START_STATES,
     STATE_KINDS,
     GraphSpec,
     StateSpec,
@@ -91,7 +94,8 @@ def _graph_file(value: Any, where: str) -> str:
 
 
 def _graph_specs(value: Any, where: str) -> dict[str, GraphSpec]:
-    return fields_of(value, where, dict.fromkeys(GRAPHS, _GRAPH), {})
+    names = (*GRAPHS, *([CODA] if isinstance(value, dict) and CODA in value else []))
+    return fields_of(value, where, dict.fromkeys(names, _GRAPH), {})
 
 
 _NAME, _SIZE = text(), whole()
@@ -119,6 +123,8 @@ _MODEL = partly(
         "num_key_value_heads": _SIZE,
         "vocab_size": _SIZE,
         "eos_token_id": STOP_IDS,
+        "num_prelude_layers": whole(0),
+        "num_coda_layers": whole(0),
     }
 )
 _PATTERNS = listed(text(1024), most=1 << 14)
@@ -139,9 +145,22 @@ _WEIGHTS = partly(
     }
 )
 _CACHE = partly({"kind": _KIND, "calibration": optional(_NAME)})
+_START = partly({"state": one_of(*START_STATES), "std": number(0, 1e6), "generator": one_of(NOISE)})
+_LOSS = number(0, 1e308)
+_SHARED = partly(
+    {
+        "how": one_of("last"),
+        "text": _NAME,
+        "positions": _SIZE,
+        "kl": _LOSS,
+        "top1": number(0, 1),
+        "perplexity": optional(_LOSS),
+        "perplexity_per_loop": optional(_LOSS),
+    }
+)
 
 
-def _quantized(inner: Check, *required: str) -> Check:
+def _complete(inner: Check, *required: str) -> Check:
     """Accept an empty object, or one with the required fields."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -173,8 +192,10 @@ MANIFEST_FIELDS: dict[str, Check] = {
     "libraries": mapping(_NAME, most=256),
     "format_version": whole(),
     "engines": mapping(ENGINE, ENGINE_NAME, most=256),
-    "weights": _quantized(_WEIGHTS, "kind", "block", "head", "method"),
-    "cache": _quantized(_CACHE, "kind"),
+    "weights": _complete(_WEIGHTS, "kind", "block", "head", "method"),
+    "cache": _complete(_CACHE, "kind"),
+    "start": _complete(_START, "state", "std", "generator"),
+    "shared_caches": _complete(_SHARED, "how", "text", "positions", "kl", "top1"),
 }
 # Added after format 1; readers that do not know them run the graphs correctly.
-_LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}}
+_LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}, "start": {}, "shared_caches": {}}

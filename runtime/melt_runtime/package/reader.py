@@ -108,12 +108,12 @@ class Package:
             except OSError as error:
                 raise PackageError(f"{directory / name} cannot be read: {error.strerror}") from error
         package = cls(directory, manifest, found, _exported_hash(text))
-        for graph in GRAPHS:
+        for graph in manifest.graphs:
             package._require_weights(package.path(graph))
         return package
 
     def path(self, name: str) -> Path:
-        """Return the path of a graph ("embed", "loop_step", "lm_head")."""
+        """Return the path of a graph ("embed", "loop_step", "lm_head", and "coda" where there is one)."""
         return self.directory / self.manifest.graphs[name].file
 
     def file(self, name: str) -> Path | None:

@@ -10,7 +10,10 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4,
 MAX_BATCH = 1 << 16
 MAX_LOOPS = 1024  # per token, for every source: package, session file, request, program
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
-GRAPHS = ("embed", "loop_step", "lm_head")
+GRAPHS = ("embed", "loop_step", "lm_head")  # of every package
+CODA = "coda"  # the graph of packages with layers, or a norm, between the last loop and the head
+NOISE = "philox4x32-10"  # the generator of ``decoding/start_state.py``
+START_STATES = ("embedding", "noise", "zeros")
 NAMED_SIZES = ("batch", "chunk", "context")
 
 Shape = tuple[int | str, ...]
@@ -36,7 +39,8 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A state tensor of the loop step, allocated once and reused for every loop and token.
+    """A state tensor, allocated once and reused for every loop and token: the loop step's, or a cache of another stage,
+    whose name begins with the stage ("prelude_key_cache.0").
 
     ``kind``: "swap" (hidden and latent: two buffers that are swapped after each loop), "in_place" (caches: one buffer,
     bound as ``input`` and ``output``), "read_only" (caches of the portable dialect: ``output`` holds the chunk's new
@@ -59,6 +63,11 @@ class StateSpec:
     def output_shape(self) -> Shape:
         """The shape of the loop step's output."""
         return new_positions_shape(self.shape) if self.kind == "read_only" else self.bound_shape
+
+    @property
+    def stage(self) -> str:
+        """Which graph owns the state: "prelude" (the embedding's graph), "core" (the loop step) or "coda"."""
+        return next((stage for stage in ("prelude", CODA) if self.input.startswith(f"{stage}_")), "core")
 
     def bytes(self, batch: int, chunk: int) -> int:
         """Return the bytes that the runtime allocates, with both swap buffers or the new positions."""

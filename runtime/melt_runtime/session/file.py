@@ -80,7 +80,7 @@ def write(path: Path, saved: Saved) -> None:
                 "random": saved.random,
                 "drawn": saved.pending,
                 "length": len(saved.tokens),
-                "settings": [asdict(one) for one in saved.settings],
+                "settings": [_fields(one) for one in saved.settings],
                 **said,
             },
             default=_plain,
@@ -131,6 +131,12 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, MeltError) as error:
         raise SessionError(f"{path} holds a session that cannot be: {brief(error)}") from error
     return saved
+
+
+def _fields(settings: LoopSettings) -> dict[str, Any]:
+    """Return the settings' fields, without those of a start that older runtimes do not know and that is the default."""
+    usual = {"start_seed": 0, "start_state": None}
+    return {name: value for name, value in asdict(settings).items() if name not in usual or value != usual[name]}
 
 
 def _cannot_be(path: Path) -> bool:
