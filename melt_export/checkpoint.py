@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from melt_models import MeltConfig
 from melt_models.checkpoint import LoopedModel, load_weights, meta_model, open_checkpoint
 from melt_models.configuration import LoopedConfig
+from melt_models.convert import melt_config
+
+from .errors import ExportError
 
 
 class Checkpoint:
-    """A MELT or LoopLM checkpoint directory with checked configuration, tensor names and shapes.
+    """A looped model's checkpoint directory with checked configuration, tensor names and shapes.
 
     ``weights`` reads tensors from disk and checks each for NaN on its first read. Raises CheckpointError.
     """
@@ -18,11 +22,32 @@ class Checkpoint:
         self.directory = directory
         model, self.weights = open_checkpoint(directory)
         self.config: LoopedConfig = model.config
+        self.own: LoopedConfig = model.config  # as it was trained
 
     @classmethod
     def of(cls, checkpoint: Path | Checkpoint) -> Checkpoint:
         """Open a directory, or return a checkpoint that is already open."""
         return checkpoint if isinstance(checkpoint, Checkpoint) else cls(checkpoint)
+
+    def sharing(self, loops: int | None = None) -> Checkpoint:
+        """Return the checkpoint as a model whose loops rewrite one cache per layer, so that the last one counts.
+
+        ``loops``: run by default; None: as trained. Raises ExportError for a model whose loops share caches already.
+        """
+        if isinstance(self.config, MeltConfig):
+            if self.config is not self.own:
+                return self
+            raise ExportError("the checkpoint is a MELT: its loops share their caches already")
+        made = object.__new__(Checkpoint)
+        made.directory, made.weights, made.own = self.directory, self.weights, self.own
+        made.config = melt_config(self.own, loops=loops, aggregation="last")
+        return made
+
+    def as_trained(self) -> Checkpoint:
+        """Return the checkpoint with the caches that it was trained with."""
+        made = object.__new__(Checkpoint)
+        made.directory, made.weights, made.own, made.config = self.directory, self.weights, self.own, self.own
+        return made
 
     def without_weights(self) -> LoopedModel:
         """Return a new model on PyTorch's meta device."""

@@ -21,7 +21,7 @@ from melt_runtime.engines.build import EngineOptions, build_engine, check_option
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import ArgumentError, MeltError
 from melt_runtime.package.manifest import Manifest
-from melt_runtime.package.manifest_facts import arithmetic_of, unread_parts
+from melt_runtime.package.manifest_facts import arithmetic_of, sharing_of, unread_parts
 from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS, PRECISIONS
 from melt_runtime.progress import Step, shown_progress
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from .options import ExportOptions
+from .options import SHARED, ExportOptions
 from .quantization.options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, WeightOptions
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: i
 ActivationKind = StrEnum("ActivationKind", {name: name for name in ACTIVATIONS})  # type: ignore[misc]
 Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
 StoredWeights = StrEnum("StoredWeights", {name: name for name in BITS})  # type: ignore[misc]
+Sharing = StrEnum("Sharing", {name: name for name in SHARED})  # type: ignore[misc]
 DialectName = StrEnum("DialectName", {name: name for name in DIALECTS})  # type: ignore[misc]
 _EPILOG = "Errors are one line on stderr and exit code 2; set MELT_TRACEBACK=1 to see where one was raised."
 _REFUSED = (CheckpointError, TargetExistsError)
@@ -52,7 +53,11 @@ Version = Annotated[
     bool, typer.Option("--version", callback=version_shown("melt-export"), is_eager=True, help="Print the version.")
 ]
 CheckpointDirectory = Annotated[
-    Path, typer.Option(help="MELT or LoopLM (Ouro) checkpoint directory: config.json, safetensors.")
+    Path,
+    typer.Option(
+        help="Checkpoint directory of a looped model (MELT, Ouro, Nanbeige, Huginn and its kind): config.json, "
+        "safetensors."
+    ),
 ]
 Tokens = Annotated[
     int | None,
@@ -117,6 +122,14 @@ def export(
         StoredWeights | None,
         typer.Option(help="Quantize the key/value cache (dialect onnxruntime)."),
     ] = None,
+    share_caches: Annotated[
+        Sharing | None,
+        typer.Option(
+            help="Let the loops of a model that was trained with caches per loop share one cache per layer: last, the "
+            "last loop's keys and values count. Memory no longer grows with the loops; answers may get worse, and the "
+            "loss is measured on a text (--eval-text)."
+        ),
+    ] = None,
     block: Annotated[int, typer.Option(help=f"Inputs that share a scale: {', '.join(map(str, BLOCKS))}.")] = 32,
     method: Annotated[
         Method | None,
@@ -167,7 +180,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
     show_version: Version = False,
 ) -> None:
-    """Export a MELT or LoopLM (Ouro) checkpoint to a verified ONNX package.
+    """Export a looped model's checkpoint to a verified ONNX package.
 
     The package is built beside OUTPUT and gets that name only after everything has succeeded, the comparison with
     PyTorch at every loop included. An engine is built into it last; if that fails, the package stays.
@@ -198,7 +211,9 @@ def export(
             **how,  # type: ignore[arg-type]
         )
     caches = None if cache is None else CacheOptions(str(cache), calibration)
-    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, caches)
+    shared = None if share_caches is None else str(share_caches)
+    text = eval_text if shared else None
+    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, caches, shared, text)
     if weights is not None and engine_weights is not None:
         raise ArgumentError("--weights and --engine-weights quantize the same weights; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)
@@ -213,7 +228,7 @@ def export(
     report = None
     with shown_progress() as step:
         opened = Checkpoint(checkpoint)
-        if eval_text is not None and weights is None and cache is None and not staggers(opened.config):
+        if eval_text is not None and weights is None and cache is None and not (shared or staggers(opened.config)):
             raise ArgumentError(
                 "--eval-text needs quantization, or a MELT of several loops, whose staggered decoding is measured"
             )
@@ -353,6 +368,8 @@ def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> N
     )
     if "tokenizer.json" not in manifest.files:
         table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
+    if manifest.shared_caches:
+        table.add_row("shared caches", sharing_of(manifest))
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
     if manifest.untrained:
         unread = set(manifest.untrained) <= set(unread_parts(manifest.model, manifest.loops))

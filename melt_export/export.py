@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .graph.trace import (
 )
 from .options import ExportOptions
 from .package_files import check_graph, copy_companions, hash_files, plain, save_graph, write_manifest
+from .parity.shared_caches import sharing_loss
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
 from .quantization.kv_cache_scales import CacheScales
@@ -50,7 +52,7 @@ from .quantization.matmul_weights import (
 )
 from .quantization.options import BITS
 from .quantization.sensitivity import sensitivities
-from .reference.depth import default_threshold
+from .reference.depth import default_depth, default_threshold
 from .reference.pytorch import reference_of
 from .sizes import Sizes, package_sizes
 
@@ -82,6 +84,8 @@ def build_package(
 ) -> Manifest:
     """Write all files of a package into an empty directory. Raises the errors of ``building``."""
     opened = Checkpoint.of(checkpoint)
+    if options.share_caches is not None:
+        opened = opened.sharing(default_depth(opened.own))
     sizes = package_sizes(opened.config, options)
     _check(opened, options)
     copy_companions(opened, directory)
@@ -95,6 +99,9 @@ def build_package(
     for name in ("loop_step", *(name for name in ("embed", CODA) if name in specs and len(specs[name].inputs) > 1)):
         _optimize(directory / specs[name].file, options, progress)
     manifest = _manifest(opened, sizes, options, states, specs, weights_record, directory, progress)
+    if options.share_caches is not None:
+        loss = sharing_loss(opened, directory, manifest, options.eval_text, progress)
+        manifest = replace(manifest, shared_caches=loss)
     write_manifest(manifest, directory)
     return manifest
 

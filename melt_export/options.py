@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from melt_runtime.package.specs import DIALECTS, MAX_BATCH, PRECISIONS
 from melt_runtime.untrusted import MOST_SIZE
 
 from .errors import ExportError
 from .quantization.options import CacheOptions, WeightOptions
+
+SHARED = ("last",)
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class ExportOptions:
     - ``max_seq_len`` None: the checkpoint's positions, up to 4,096.
     - ``chunk`` None: the checkpoint's chunk size.
     - ``weights``, ``cache`` None: not quantized.
+    - ``share_caches`` "last": a model that was trained with caches per loop rewrites one cache per layer, so that the
+      last loop counts. ``eval_text``: what its loss is measured on (UTF-8); None: a built-in text.
     """
 
     precision: str = "fp32"
@@ -27,6 +32,8 @@ class ExportOptions:
     chunk: int | None = None
     weights: WeightOptions | None = None
     cache: CacheOptions | None = None
+    share_caches: str | None = None
+    eval_text: Path | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -47,6 +54,8 @@ class ExportOptions:
             raise ExportError("asymmetric blocks need the dialect onnxruntime: TensorRT reads no 4-bit zero points")
         if self.cache is not None and (self.dialect, self.precision) != ("onnxruntime", "fp32"):
             raise ExportError(f"--cache {self.cache.kind} needs the dialect onnxruntime at precision fp32")
+        if self.share_caches is not None and self.share_caches not in SHARED:
+            raise ExportError(f"share_caches {self.share_caches!r} is not one of {', '.join(SHARED)}")
         for name in ("max_seq_len", "max_batch", "chunk"):
             value = getattr(self, name)
             most = MAX_BATCH if name == "max_batch" else MOST_SIZE

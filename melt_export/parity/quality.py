@@ -116,6 +116,12 @@ def text_logits(driver: LoopDriver, ids: Sequence[int], settings: LoopSettings) 
     return np.concatenate(rows)
 
 
+def token_losses(logs: NDArray[np.float64], ids: list[int]) -> list[float]:
+    """Return the loss of every token after the first, in nats, from log-probabilities (tokens, vocab)."""
+    following = np.asarray(ids[1:])[:, None]
+    return (-np.take_along_axis(logs[:-1], following, -1)[:, 0]).tolist()  # type: ignore[no-any-return]
+
+
 def measure(
     runtime: Runtime,
     held: HeldOut,
@@ -134,9 +140,8 @@ def measure(
         rows_kl, same = agreement(got, want)
         divergence += rows_kl
         agree += same
-        following = np.asarray(ids[1:])[:, None]
         for loss, logs in zip(losses, (got, want), strict=True):
-            loss += (-np.take_along_axis(logs[:-1], following, -1)[:, 0]).tolist()
+            loss += token_losses(logs, ids)
         progress("package: held-out text", len(held.sequences), 1)
     mine, reference = (math.exp(float(np.mean(loss))) if held.real else None for loss in losses)
     kl, top1 = float(np.mean(divergence)), float(np.mean(agree))

@@ -79,6 +79,8 @@ def verify(
     """
     opened = Package.open(package, check_hashes=False)
     target, source = target_of(opened, backend, device), Checkpoint.of(checkpoint)
+    if opened.manifest.shared_caches:
+        source = source.sharing(opened.manifest.loops)
     _same_model(opened.manifest, source)
     manifest = replace(opened.manifest, max_batch=target.max_batch)
     manifest = manifest if loops is None else replace(manifest, loops=loops)

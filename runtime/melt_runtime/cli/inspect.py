@@ -13,7 +13,7 @@ from ..package.engine_spec import EngineSpec
 from ..package.example_prompt import example_prompt
 from ..package.files import within
 from ..package.manifest import PARITY
-from ..package.manifest_facts import arithmetic_of, untrained_warnings
+from ..package.manifest_facts import arithmetic_of, sharing_of, stages_of, untrained_warnings
 from ..package.reader import Package
 from ..package.staggered_cost import STAGGERED_COST, StaggeredCost
 from ..text.end_tokens import EndToken, end_tokens
@@ -101,7 +101,9 @@ class PackageFacts:
     """All that ``melt-run inspect`` shows. Model sizes missing in the configuration are None.
 
     ``parity``: None if never verified. ``warnings``: sentences for the user. ``backends``: which backends can run the
-    package here, best first, and why others cannot.
+    package here, best first, and why others cannot. ``shared_caches``: what sharing caches between loops costs a model
+    that was trained without; empty elsewhere. ``stages``: what runs once per token, before and after the loops; empty
+    where only embedding and head do.
     """
 
     directory: str
@@ -127,6 +129,8 @@ class PackageFacts:
     example_prompt: str | None
     untrained: tuple[str, ...]
     warnings: tuple[str, ...]
+    shared_caches: str
+    stages: str
     parity: ParityFacts | None
     graphs: tuple[GraphFacts, ...]
     files: tuple[FileFacts, ...]
@@ -179,6 +183,8 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         example_prompt=example_prompt(package),
         untrained=manifest.untrained,
         warnings=untrained_warnings(manifest),
+        shared_caches=sharing_of(manifest),
+        stages=stages_of(manifest),
         parity=_parity(package),
         graphs=tuple(
             GraphFacts(
@@ -214,14 +220,14 @@ def _files(package: Package) -> tuple[FileFacts, ...]:
 
 def _memory(package: Package, length: int, batch: int) -> MemoryFacts:
     manifest = package.manifest
-    cache = manifest.cache_bytes(length, batch)
+    once, per_loop = manifest.cache_bytes_once(length, batch), manifest.cache_bytes_per_loop(length, batch)
     return MemoryFacts(
         length=length,
         batch=batch,
         weights_bytes=sum(file.bytes for file in _files(package) if file.role == "weights"),
         state_bytes=manifest.state_bytes(batch),
-        cache_bytes=cache,
-        looplm_cache_bytes={loops: loops * cache // (manifest.cache_loops or 1) for loops in COMPARED_LOOPS},
+        cache_bytes=manifest.cache_bytes(length, batch),
+        looplm_cache_bytes={loops: once + loops * per_loop for loops in COMPARED_LOOPS},
         most_loops=manifest.most_loops,
     )
 

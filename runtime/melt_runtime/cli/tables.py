@@ -132,6 +132,8 @@ def _summary(facts: PackageFacts) -> Panel:
     rows = {
         "model": f"{shape}, {_known(facts.kv_heads)} key/value heads, vocabulary {facts.vocab_size:,}",
         "loops": f"{facts.loops} per token, exit threshold {facts.exit_threshold:g} ({early})",
+        **({"stages": facts.stages} if facts.stages else {}),
+        **({"shared caches": facts.shared_caches} if facts.shared_caches else {}),
         "graphs": f"{facts.dialect} dialect, {facts.precision}",
         "arithmetic": facts.arithmetic,
         "limits": f"{facts.max_seq_len:,} tokens, batch {facts.max_batch}, chunk {facts.chunk}",

@@ -30,8 +30,8 @@ class Manifest:
     parts that were initialised but not trained. ``engines``: by name, built later and deletable; their files are not in
     ``files``. ``weights``, ``cache``: how they were quantized; empty if they were not. ``start``: the hidden state
     before the first loop, its ``state`` and the ``std`` of its noise; empty if it is what ``embed`` gives.
-    ``shared_caches``: what it costs that the loops share caches, where they were trained with caches of their own; empty
-    elsewhere.
+    ``shared_caches``: what it costs that the loops share caches, where they were trained with caches of their own;
+    empty elsewhere.
     """
 
     dialect: str

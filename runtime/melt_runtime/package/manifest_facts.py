@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .manifest import Manifest
+from .specs import CODA
 
 _UNTRAINED = {
     "latent_gate": "the latent gate is untrained: answers will be poor until it is trained",
@@ -19,6 +20,32 @@ def arithmetic_of(manifest: Manifest) -> str:
         return manifest.precision
     matmuls = f"{manifest.precision}; {manifest.weights.get('kind')} weights are multiplied on the CPU with"
     return f"{matmuls} {'float' if activations_of(manifest) == 'float' else '8-bit'} activations"
+
+
+def stages_of(manifest: Manifest) -> str:
+    """Describe what runs once per token, before and after the loops, and where these start; empty where only embedding
+    and head do."""
+    before, after = (sum(s.stage == stage for s in manifest.caches) // 2 for stage in ("prelude", CODA))
+    found = [f"{before} layers before the loops"] if before else []
+    found += [f"{after} layers after them"] if after else ["a norm after them"] if manifest.has_coda else []
+    found += ["each loop also reads what precedes them"] if manifest.injects else []
+    found += [f"they start from {manifest.start['state']}"] if manifest.start else []
+    return ", ".join(found)
+
+
+def sharing_of(manifest: Manifest) -> str:
+    """Describe what it costs that loops share caches which were trained with caches of their own; empty elsewhere."""
+    loss = manifest.shared_caches
+    if not loss:
+        return ""
+    perplexity, before = loss.get("perplexity"), loss.get("perplexity_per_loop")
+    grown = ""
+    if perplexity is not None and before:
+        grown = f", perplexity {perplexity:.2f} instead of {before:.2f} ({100 * (perplexity / before - 1):+.1f}%)"
+    return (
+        f"the last loop's keys and values count; against a cache per loop: KL {loss['kl']:.1e}, "
+        f"top-1 {loss['top1']:.1%}{grown}, on {loss['positions']:,} positions of {loss['text']}"
+    )
 
 
 def activations_of(manifest: Manifest) -> str | None:
