@@ -18,10 +18,6 @@ from melt_models.convert import convert, melt_config, melt_state, save_state
 from melt_models.start_state import start_noise
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from melt_export.errors import ExportError
-from melt_export.export import building
-from melt_export.options import ExportOptions
-
 KINDS = list(CONFIGS)
 RAVENS = ["huginn", "llama", "olmo"]
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
@@ -364,13 +360,3 @@ def test_a_spoiled_config_is_refused_in_one_sentence_or_read(kind: str, tmp_path
                 sentences.append(str(refusal))
     assert len(sentences) > 100
     assert all("\n" not in sentence and "Error" not in sentence for sentence in sentences)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_family_that_cannot_be_exported_yet_is_refused_and_not_exported_wrongly(kind: str, tmp_path: Path) -> None:
-    source = family(kind).write(tmp_path / "source")
-    with (
-        pytest.raises(ExportError, match="cannot be exported yet"),
-        building(source, tmp_path / "out", ExportOptions()),
-    ):
-        pass

@@ -1,0 +1,346 @@
+"""Packages of the looped families that people can download: exact at every loop, in all that a request can do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakePackage
+from family_checkpoints import CONFIGS, Equations, Family, family
+from melt_models.checkpoint import load_model
+from melt_models.start_state import start_noise as models_noise
+from melt_runtime import ArgumentError, LoopSettings, PackageError, PrefixCache, Runtime
+from melt_runtime.decoding import start_state
+from melt_runtime.engines.build import EngineOptions, check_package
+from melt_runtime.package.manifest import STAGES
+from melt_runtime.package.manifest_schema import read_manifest
+from sharing import made_once
+
+from melt_export.errors import ExportError
+from melt_export.export import building
+from melt_export.options import ExportOptions
+from melt_export.parity.verify import verify
+from melt_export.quantization.options import CacheOptions, WeightOptions
+
+RAVENS = ["huginn", "llama", "olmo"]
+IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
+MOST_ERROR = 1e-4
+SIZES = {"chunk": 8, "max_seq_len": 64}
+MakeFamily = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_family(shared: Path) -> MakeFamily:
+    """A function that writes a family's random checkpoint in its published layout, once for equal arguments."""
+
+    def make(kind: str, **fields: Any) -> Path:
+        return made_once(shared, "family", repr((kind, sorted(fields.items()))), family(kind, **fields).write)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_runtime(make_family: MakeFamily, make_package: MakePackage) -> Callable[..., Runtime]:
+    """A function that exports a family's checkpoint and loads the package."""
+
+    def make(kind: str, **options: Any) -> Runtime:
+        return Runtime.load(make_package(make_family(kind), **SIZES, **options))
+
+    return make
+
+
+def loops_of(made: Family) -> int:
+    return made.config.get("num_loops") or made.config["mean_recurrence"]
+
+
+def noise_of(made: Family, seed: int, first: int, count: int) -> Any:
+    std = made.config["init_values"]["std"] * made.config["init_values"]["embed_scale"]
+    return models_noise(seed, np.arange(first, first + count), made.config["n_embd"], std).astype(np.float64)
+
+
+def error(found: Any, expected: Any) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# Parity
+
+
+@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_every_loop_agrees_with_pytorch(
+    kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage
+) -> None:
+    checkpoint = make_family(kind)
+    package = make_package(checkpoint, **SIZES, **({} if dialect == "onnxruntime" else {"dialect": dialect}))
+    report = verify(package, checkpoint, tokens=12)
+    assert report.failures() == []
+    assert "exit probability" not in {state.quantity for state in report.states}
+    assert all(run.same == run.tokens for run in report.generations)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialect"),
+    [("huginn", "onnxruntime"), ("huginn", "portable"), ("olmo", "standard"), ("nanbeige_skip", "portable")],
+)
+def test_every_loop_agrees_with_pytorch_where_loops_share_their_caches(
+    kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage
+) -> None:
+    checkpoint = make_family(kind)
+    package = make_package(checkpoint, **SIZES, dialect=dialect, share_caches="last")
+    for loops in (None, 7):  # more than it was trained for: shared caches hold any number
+        assert verify(package, checkpoint, tokens=12, loops=loops).failures() == []
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("kind", ["nanbeige", "nanbeige_skip", *RAVENS])
+def test_logits_after_every_loop_are_those_of_the_equations(
+    kind: str, shares: bool, chunk: int, make_runtime: Callable[..., Runtime]
+) -> None:
+    made, runtime = family(kind), make_runtime(kind, **({"share_caches": "last"} if shares else {}))
+    for loops in range(1, loops_of(made) + 1):
+        equations, seed = Equations(made, shared=shares), 7
+        expected = []
+        for at in range(0, len(IDS), chunk):
+            ids = IDS[at : at + chunk]
+            noise = noise_of(made, seed, at, len(ids)) if kind in RAVENS else None
+            expected.append(equations.loops(ids, loops, noise)[-1])
+        driver = runtime.driver()
+        settings = LoopSettings(loops, chunk=chunk, start_seed=seed)
+        logits = driver.append([IDS], settings)[0]
+        assert error(logits, np.concatenate(expected)[-1]) <= MOST_ERROR, f"{loops} loops"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": WeightOptions("int4", 32, method="rtn")},
+        {"weights": WeightOptions("int8", 32, embedding="int8")},
+        {"cache": CacheOptions("int8")},
+        {"precision": "fp16"},
+        {"share_caches": "last", "cache": CacheOptions("int8")},
+    ],
+)
+def test_a_quantized_huginn_agrees_with_pytorch_on_its_stored_values(
+    options: dict[str, Any], make_family: MakeFamily, make_package: MakePackage
+) -> None:
+    checkpoint = make_family("huginn")
+    report = verify(make_package(checkpoint, **SIZES, **options), checkpoint, tokens=4)
+    assert [failure for failure in report.failures() if not failure.startswith("quantization moved")] == []
+
+
+# What a request can do
+
+
+def test_noise_in_the_runtime_is_pytorchs_bit_for_bit() -> None:
+    source = Path(start_state.__file__).read_text(encoding="utf-8")
+    assert source == (Path(__file__).parents[1] / "models/melt_models/start_state.py").read_text(encoding="utf-8")
+
+
+def test_the_seed_decides_the_answer_and_zeros_need_none(
+    make_runtime: Callable[..., Runtime], make_family: MakeFamily
+) -> None:
+    runtime, model = make_runtime("huginn"), load_model(make_family("huginn"), dtype=torch.float32)
+    logits = {}
+    for name, options in (("0", {}), ("5", {"start_seed": 5}), ("zeros", {"start_state": "zeros"})):
+        settings = LoopSettings(3, **options)
+        logits[name] = runtime.driver().append([IDS], settings)[0]
+        with torch.no_grad():
+            expected = model(torch.tensor([IDS]), **options).logits[0, -1].numpy()
+        assert error(logits[name], expected) <= MOST_ERROR
+    assert error(logits["0"], logits["5"]) > 1e-3
+    assert error(logits["0"], logits["zeros"]) > 1e-3
+
+
+def test_tokens_of_one_seed_are_the_same_alone_in_a_batch_and_from_a_stream(
+    make_runtime: Callable[..., Runtime],
+) -> None:
+    for options in ({}, {"share_caches": "last"}, {"share_caches": "last", "dialect": "portable"}):
+        runtime = make_runtime("huginn", **options)
+        prompts = [IDS, IDS[:3], [7]]
+        request = {"max_tokens": 8, "ignore_eos": True, "start_seed": 3}
+        together = runtime.generate(prompts, **request)
+        alone = [runtime.generate(prompt, **request) for prompt in prompts]
+        assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+
+
+def test_sequences_of_a_batch_have_seeds_and_depths_of_their_own(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime("huginn", share_caches="last")
+    each = [LoopSettings(3, start_seed=1), LoopSettings(2, start_seed=2), LoopSettings(5, start_state="zeros")]
+    driver = runtime.driver(3)
+    for tokens in ([IDS, IDS, IDS[:4]], [[5], [6], [7]], [[8], [], [9]]):
+        together = driver.append(tokens, each)
+    for slot, tokens in ((0, [IDS, [5], [8]]), (2, [IDS[:4], [7], [9]])):
+        alone = runtime.driver()
+        for new in tokens:
+            logits = alone.append([new], each[slot])
+        assert error(together[slot], logits[0]) <= MOST_ERROR
+
+
+def test_sessions_fork_go_back_and_lie_in_a_file(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    for options in ({}, {"share_caches": "last", "dialect": "portable"}):
+        runtime = make_runtime("huginn", **options)
+        request: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "start_seed": 4}
+        expected = runtime.generate(IDS, **request).token_ids
+        session = runtime.session(**request)
+        session.append(IDS)
+        session.save(tmp_path / "session")
+        fork = session.fork()
+        assert session.generate().token_ids == expected
+        assert fork.generate().token_ids == expected
+        assert runtime.load_session(tmp_path / "session").generate().token_ids == expected
+        session.truncate(8)
+        session.append(IDS[8:])
+        assert session.generate().token_ids == expected
+
+
+def test_a_known_beginning_is_restored_only_for_its_own_start(make_runtime: Callable[..., Runtime]) -> None:
+    runtime, prefixes = make_runtime("llama", share_caches="last"), PrefixCache(1 << 24)
+    prompt = [*IDS, *IDS]
+    expected = {}
+    for seed in (0, 1, 0, 1):
+        driver = runtime.driver()
+        settings = LoopSettings(3, start_seed=seed)
+        known = prefixes.restore(driver, 0, prompt, settings)
+        logits = driver.append([prompt[known:]], settings)[0]
+        prefixes.keep(driver, 0, prompt, settings)
+        if seed in expected:
+            assert known == 16
+            assert error(logits, expected[seed]) <= MOST_ERROR
+        else:
+            assert known == 0
+            expected[seed] = logits
+    assert error(expected[0], expected[1]) > 1e-4
+
+
+def test_tokens_leave_once_their_hidden_state_stands_still(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime("huginn", share_caches="last")
+    answer = runtime.generate(IDS, max_tokens=8, ignore_eos=True, loops=12, exit_change=0.3)
+    assert min(answer.depth) < 12
+    assert min(answer.depth) >= 2
+    exact = runtime.generate(IDS, max_tokens=8, ignore_eos=True, loops=12, exit_change=1e-9)
+    assert set(exact.depth) == {12}
+
+
+def test_exit_at_step_counts_loops_from_0_as_pytorch_does(
+    make_runtime: Callable[..., Runtime], make_family: MakeFamily
+) -> None:
+    runtime, model = make_runtime("nanbeige"), load_model(make_family("nanbeige"), dtype=torch.float32)
+    for step in (0, 1):
+        answer = runtime.generate(IDS, max_tokens=1, exit_at_step=step, ignore_eos=True)
+        with torch.no_grad():
+            expected = model(torch.tensor([IDS]), exit_at_step=step).logits[0, -1]
+        assert answer.token_ids == (int(expected.argmax()),)
+        assert set(answer.depth) == {step + 1}
+    for wrong in (2, -1, True, 0.5):
+        with pytest.raises(ArgumentError, match="exit_at_step is"):
+            runtime.generate(IDS, exit_at_step=wrong)
+
+
+def test_shared_caches_have_one_size_at_any_number_of_loops(make_runtime: Callable[..., Runtime]) -> None:
+    shared, own = (make_runtime("huginn", **o).manifest for o in ({"share_caches": "last"}, {}))
+    once = own.cache_bytes_once(60)
+    assert once > 0
+    assert own.cache_bytes(60) == once + 3 * own.cache_bytes_per_loop(60)
+    assert shared.cache_bytes(60) == once + own.cache_bytes_per_loop(60)
+    assert shared.most_loops is None
+
+
+# What a package says, and what is refused
+
+
+def test_a_package_says_what_sharing_caches_costs(make_runtime: Callable[..., Runtime]) -> None:
+    loss = make_runtime("huginn", share_caches="last").manifest.shared_caches
+    assert loss["how"] == "last"
+    assert loss["kl"] > 0
+    assert 0 <= loss["top1"] <= 1
+    assert make_runtime("huginn").manifest.shared_caches == {}
+
+
+def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_runtime: Callable[..., Runtime]) -> None:
+    for options in ({}, {"share_caches": "last"}):
+        with pytest.raises(ArgumentError, match=r"exit_threshold is 0\.5, but the model has no exit gate"):
+            make_runtime("nanbeige", **options).generate(IDS, exit_threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("nanbeige", {"start_state": "zeros"}, "start from the embedding"),
+        ("huginn", {"start_state": "embedding"}, "this model starts from 'noise' or 'zeros'"),
+        ("huginn", {"start_state": "ones"}, "it must be one of"),
+        ("huginn", {"start_seed": -1}, "whole number from 0"),
+        ("huginn", {"start_seed": 2**64}, "whole number from 0"),
+        ("huginn", {"start_seed": True}, "whole number from 0"),
+        ("huginn", {"pipeline": "on"}, "outside its loops"),
+        ("huginn", {"loops": 4}, "caches for 3"),
+    ],
+)
+def test_what_a_package_cannot_do_is_refused(
+    kind: str, options: dict[str, Any], said: str, make_runtime: Callable[..., Runtime]
+) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        make_runtime(kind).generate(IDS, **options)
+
+
+def test_a_melt_checkpoint_shares_its_caches_already(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExportError, match="share their caches already"),
+        building(tiny_checkpoint, tmp_path / "out", ExportOptions(share_caches="last")),
+    ):
+        pass
+
+
+def test_caches_per_loop_are_refused_in_the_portable_dialect(make_family: MakeFamily, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExportError, match="--dialect onnxruntime or standard"),
+        building(make_family("huginn"), tmp_path / "out", ExportOptions(dialect="portable")),
+    ):
+        pass
+
+
+def test_no_engine_is_built_from_a_package_with_stages(make_runtime: Callable[..., Runtime]) -> None:
+    manifest = make_runtime("huginn", share_caches="last", dialect="portable").manifest
+    with pytest.raises(ArgumentError, match="outside its loops"):
+        check_package(manifest, EngineOptions(), None)  # type: ignore[arg-type]
+
+
+def change(manifest: dict[str, Any], how: str) -> None:
+    graphs = manifest["graphs"]
+    if how == "coda":
+        del graphs["coda"]
+    elif how == "cache":
+        manifest["states"] = [one for one in manifest["states"] if one["input"] != "coda_value_cache.0"]
+    elif how == "start":
+        manifest["start"]["std"] = "much"
+    elif how == "generator":
+        manifest["start"]["generator"] = "mt19937"
+    elif how == "injected":
+        graphs["loop_step"]["inputs"] = [one for one in graphs["loop_step"]["inputs"] if one["name"] != "injected"]
+    elif how == "version":
+        manifest["format_version"] = 3
+    elif how == "layers":
+        manifest["model"]["num_prelude_layers"] = 2
+
+
+@pytest.mark.parametrize("how", ["coda", "cache", "start", "generator", "injected", "version", "layers"])
+def test_a_manifest_whose_stages_contradict_each_other_is_refused(
+    how: str, make_runtime: Callable[..., Runtime]
+) -> None:
+    content = json.loads(make_runtime("huginn").manifest.to_json())
+    assert content["format_version"] == STAGES
+    read_manifest(json.dumps(content))
+    change(content, how)
+    with pytest.raises(PackageError):
+        read_manifest(json.dumps(content))
+
+
+def test_packages_without_stages_keep_their_format(tiny_package: Path) -> None:
+    content = json.loads((tiny_package / "manifest.json").read_text())
+    assert content["format_version"] < STAGES
+    assert not {"start", "shared_caches"} & content.keys()
