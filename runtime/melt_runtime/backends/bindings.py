@@ -87,6 +87,8 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
 
 def lane_window(manifest: Manifest) -> int:
     """Return the most tokens of a sequence that one run can hold in different loops: 1 if it cannot."""
+    if manifest.has_stages:
+        return 1
     if manifest.cache_loops is not None:
         return manifest.cache_loops
     return min(manifest.loops, manifest.chunk) if manifest.staggers else 1

@@ -132,10 +132,10 @@ class BufferState(CachedPositions):
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""
+        if self.manifest.has_stages:
+            return "the package has layers, or a norm, outside its loops"
         if lane_window(self.manifest) == 1:
             return "the package runs one loop, or was exported without a first_loop for each token"
-        if self.manifest.injects or self.manifest.has_prelude or self.manifest.has_coda:
-            return "the package has layers, or a norm, outside its loops"
         if self.manifest.cache_loops is None:
             return self._chunk_lanes_fit()
         if self.first or self.batch != self.pitch:
@@ -169,6 +169,7 @@ class BufferState(CachedPositions):
         made.batch = made.pitch = pitch
         made.places = cache_places(self.manifest, pitch, 0, self.alignment)
         made.width, made.current, made.loops_run, made.headed = 1, 0, 0, False
+        made.after_coda = False
         made.bindings = OrderedDict()
         made.detach()
         return made

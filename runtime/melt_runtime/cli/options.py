@@ -106,6 +106,13 @@ class RequestOptions:
             help="A token also leaves once a loop changes its hidden state by less than this share; 0: never."
         ),
     ] = 0.0
+    exit_at_step: Annotated[
+        int | None, typer.Option(help="Every token leaves after this loop, counted from 0; default: after the last.")
+    ] = None
+    start_seed: Annotated[int, typer.Option(help="Of the noise that the loops of some models start from.")] = 0
+    start_state: Annotated[str | None, typer.Option(help="What replaces that noise: zeros; default: nothing does.")] = (
+        None
+    )
     chunk: Annotated[
         int | None,
         typer.Option(
@@ -136,7 +143,8 @@ class RequestOptions:
         ArgumentError."""
         most = max(self.min_loops, 1) if self.loops is None else self.loops
         threshold = 1.0 if self.exit_threshold is None else self.exit_threshold
-        depth = LoopSettings(most, threshold, self.chunk, self.min_loops, self.exit_change)
+        start = (self.start_seed, self.start_state)
+        depth = LoopSettings(most, threshold, self.chunk, self.min_loops, self.exit_change, *start)
         sampling = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
         )

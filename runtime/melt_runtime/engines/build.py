@@ -109,7 +109,7 @@ def check_package(manifest: Manifest, options: EngineOptions, library: Library) 
     """Raise ArgumentError or BackendError if the package cannot be built with these options."""
     if manifest.cache_loops is not None:
         raise ArgumentError("this is a LoopLM package, with a cache per loop; engines are built from MELT packages")
-    if manifest.has_prelude or manifest.has_coda or manifest.injects:
+    if manifest.has_stages:
         raise ArgumentError("this package has layers, or a norm, outside its loops; no engine is built from such yet")
     if manifest.weights and options.weights is not None:
         raise ArgumentError(f"this package's weights are {manifest.weights['kind']} already; leave out --weights")

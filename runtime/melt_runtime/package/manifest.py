@@ -122,6 +122,11 @@ class Manifest:
         return any(spec.name == "injected" for spec in self.graphs["loop_step"].inputs)
 
     @cached_property
+    def has_stages(self) -> bool:
+        """Whether a token's run has more than embedding, loops and head."""
+        return self.has_prelude or self.injects or self.has_coda
+
+    @cached_property
     def has_coda(self) -> bool:
         """Whether a graph stands between the last loop and the head."""
         return CODA in self.graphs
