@@ -85,6 +85,15 @@ def test_an_embedded_runtime_says_in_one_line_what_is_wrong(tmp_path: Path) -> N
     assert error.startswith("embed.py: ")
 
 
+def test_a_logit_lens_shows_what_every_loop_would_say_and_draws_it(addition: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "lens.png"
+    lines = said(start("logit_lens.py", addition, PROBLEM, picture)).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["loop", str(loop)] for loop in range(1, 5)]
+    states = Runtime.load(addition).loops(PROBLEM)
+    assert lines[-1].split()[-1] == Runtime.load(addition).tokenizer.decode([int(states.logits[-1, -1].argmax())])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_official_client_streams_and_says_loops(addition: Path) -> None:
     with Server(addition, "--name", "addition") as server:
         lines = said(start("openai_client.py", f"{server.url}/v1", PROBLEM)).splitlines()

@@ -344,3 +344,46 @@ def test_packages_without_stages_keep_their_format(tiny_package: Path) -> None:
     content = json.loads((tiny_package / "manifest.json").read_text())
     assert content["format_version"] < STAGES
     assert not {"start", "shared_caches"} & content.keys()
+
+
+# States after every loop
+
+
+@pytest.mark.parametrize("options", [{}, {"share_caches": "last"}])
+@pytest.mark.parametrize("kind", ["nanbeige", "huginn"])
+def test_states_after_every_loop_are_pytorchs(
+    kind: str, options: dict[str, Any], make_runtime: Callable[..., Runtime]
+) -> None:
+    made, runtime = family(kind), make_runtime(kind, **options)
+    loops = loops_of(made)
+    states = runtime.loops(IDS, start_seed=2)
+    assert states.logits is not None
+    assert states.exit_probability is None
+    assert states.token_ids == tuple(IDS)
+    equations, expected = Equations(made, shared=bool(options)), []
+    for at in range(0, len(IDS), SIZES["chunk"]):
+        ids = IDS[at : at + SIZES["chunk"]]
+        noise = noise_of(made, 2, at, len(ids)) if kind in RAVENS else None
+        expected.append(equations.loops(ids, loops, noise))
+    for loop in range(loops):
+        assert error(states.logits[loop], np.concatenate([piece[loop] for piece in expected])) <= MOST_ERROR
+    assert states.hidden.shape == (loops, len(IDS), 64)
+    first = runtime.loops(IDS, start_seed=2, loops=1, logits=False)
+    assert first.logits is None
+    same = SIZES["chunk"]  # a later chunk reads what the last loop left in shared caches
+    assert error(first.hidden[0, :same], states.hidden[0, :same]) <= MOST_ERROR
+
+
+def test_a_melts_states_come_with_its_exit_probabilities(tiny_package: Path) -> None:
+    states = Runtime.load(tiny_package).loops(IDS)
+    assert states.exit_probability is not None
+    assert states.exit_probability.shape == (4, len(IDS))
+    assert ((states.exit_probability > 0) & (states.exit_probability < 1)).all()
+
+
+def test_states_that_no_memory_holds_are_refused(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("melt_runtime.decoding.loop_states.available_memory", lambda: 1000)
+    with pytest.raises(ArgumentError, match="are available; give fewer tokens or loops"):
+        make_runtime("nanbeige").loops(IDS)

@@ -264,7 +264,9 @@ def halve_embedding(model: ir.Model) -> None:
     model.graph.initializers[str(half.name)] = half
     rows = ir.Value(name="rows", shape=lookup.outputs[0].shape, type=ir.TensorType(ir.DataType.FLOAT16))
     gather = ir.Node("", "Gather", [half, lookup.inputs[1]], outputs=[rows], name=lookup.name)
-    wide = ir.Node("", "Cast", [rows], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], num_outputs=1, name="/Cast")
+    taken = any(node.name == "/Cast" for node in model.graph)  # in a graph with a prelude
+    name = f"{lookup.name}/Cast" if taken else "/Cast"
+    wide = ir.Node("", "Cast", [rows], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], num_outputs=1, name=name)
     _replace_lookup(model.graph, lookup, [gather, wide])
 
 

@@ -27,7 +27,7 @@ from .errors import (
 )
 from .package.manifest import Manifest
 from .package.reader import Package
-from .results import Generation, Logprobs, TextDelta
+from .results import Generation, Logprobs, LoopStates, TextDelta
 from .runtime import Runtime
 from .sampling.constraint import Constraint
 from .sampling.sampler import Sampler, SamplingParams
@@ -51,6 +51,7 @@ __all__ = [
     "Logprobs",
     "LoopDriver",
     "LoopSettings",
+    "LoopStates",
     "Manifest",
     "MeltError",
     "MeltWarning",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class PipelineUse:
@@ -25,6 +28,21 @@ class PipelineUse:
     def runs_per_token(self) -> float:
         """Runs of the loop step per token; plain decoding takes as many as the token has loops."""
         return self.runs / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class LoopStates:
+    """What a sequence's tokens are after every loop, in float32.
+
+    - ``hidden``: (loops, tokens, d), what the next loop reads.
+    - ``logits``: (loops, tokens, vocab), what the model would say if that loop were the last; None if not asked for.
+    - ``exit_probability``: (loops, tokens); None for a model without an exit gate.
+    """
+
+    token_ids: tuple[int, ...]
+    hidden: NDArray[np.float32]
+    logits: NDArray[np.float32] | None
+    exit_probability: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 from .backends.base import Backend
-from .decoding.generator import Generator, check_request
+from .decoding.generator import Generator, check_not_empty, check_request
 from .decoding.loop_driver import LoopDriver
+from .decoding.loop_states import loop_states
 from .decoding.prefix_cache import Prefixes
 from .decoding.request_options import GenerateOptions
 from .decoding.settings import GenerationOptions
@@ -19,7 +20,7 @@ from .decoding.state_pool import StatePool
 from .errors import ArgumentError
 from .loaded_model import LoadedModel
 from .package.reader import Package
-from .results import Generation
+from .results import Generation, LoopStates
 from .session.session import Session
 from .text.prompts import Array, Prompt, separate
 from .text.tokenizer import TextTokenizer
@@ -87,8 +88,9 @@ class Runtime(LoadedModel):
         prompts.
 
         Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
-        min_loops=1, exit_change=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=None, stop=None
-        (a string or several), stop_ids=None, ignore_eos=False. LoopSettings and SamplingParams explain them.
+        min_loops=1, exit_change=0, exit_at_step=None, start_seed=0, start_state=None, temperature=0, top_k=0, top_p=1,
+        min_p=0, repetition_penalty=1, seed=None, stop=None (a string or several), stop_ids=None, ignore_eos=False.
+        LoopSettings and SamplingParams explain them.
 
         Prompts of different lengths run together, at most the package's max_batch at a time, and each result is the
         same as if it ran alone. With a temperature, sampling depends on the seed and the prompt's place in the list, so
@@ -113,6 +115,29 @@ class Runtime(LoadedModel):
             for _ in generator:
                 pass
             return generator.results()
+
+    def loops(
+        self,
+        prompt: Prompt,
+        *,
+        loops: int | None = None,
+        chunk: int | None = None,
+        start_seed: int = 0,
+        start_state: str | None = None,
+        logits: bool = True,
+    ) -> LoopStates:
+        """Run a prompt, no token leaving early, and return hidden states and logits after every loop.
+
+        Options as in ``generate``; ``logits`` False leaves out the logits, which are as wide as the vocabulary. Raises
+        PromptError, ArgumentError, BackendError.
+        """
+        ids = self.encode(prompt)
+        depth = self.options(
+            loops=loops, chunk=chunk, exit_threshold=1.0, start_seed=start_seed, start_state=start_state
+        ).loops
+        check_not_empty(ids)
+        with self._generating, self._states.lease(1) as lease, lease.step() as driver:
+            return loop_states(driver, driver.check([ids])[0].tolist(), depth, logits=logits)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continue one prompt and yield text as it is generated: whole characters, never part of a stop string.
