@@ -13,8 +13,9 @@ import torch
 from conftest import MakePackage
 from family_checkpoints import CONFIGS, Equations, Family, family
 from melt_models.checkpoint import load_model
+from melt_models.convert import convert
 from melt_models.start_state import start_noise as models_noise
-from melt_runtime import ArgumentError, LoopSettings, PackageError, PrefixCache, Runtime
+from melt_runtime import ArgumentError, LoopSettings, PackageError, PrefixCache, Request, Runtime, Scheduler
 from melt_runtime.decoding import start_state
 from melt_runtime.engines.build import EngineOptions, check_package
 from melt_runtime.package.manifest import STAGES
@@ -94,6 +95,16 @@ def test_every_loop_agrees_with_pytorch_where_loops_share_their_caches(
     package = make_package(checkpoint, **SIZES, dialect=dialect, share_caches="last")
     for loops in (None, 7):  # more than it was trained for: shared caches hold any number
         assert verify(package, checkpoint, tokens=12, loops=loops).failures() == []
+
+
+@pytest.mark.parametrize(("kind", "dialect"), [("huginn", "onnxruntime"), ("llama", "portable"), ("olmo", "standard")])
+def test_a_family_with_melts_gate_in_its_loops_agrees_with_pytorch(
+    kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage, tmp_path: Path
+) -> None:
+    convert(make_family(kind), tmp_path / "melt", chunk_size=8)
+    report = verify(make_package(tmp_path / "melt", **SIZES, dialect=dialect), tmp_path / "melt", tokens=12)
+    assert report.failures() == []
+    assert "latent" in {state.quantity for state in report.states}
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 8])
@@ -225,6 +236,23 @@ def test_tokens_leave_once_their_hidden_state_stands_still(make_runtime: Callabl
     assert min(answer.depth) >= 2
     exact = runtime.generate(IDS, max_tokens=8, ignore_eos=True, loops=12, exit_change=1e-9)
     assert set(exact.depth) == {12}
+
+
+def test_a_scheduler_answers_each_request_as_alone(make_runtime: Callable[..., Runtime]) -> None:
+    for options in ({}, {"share_caches": "last"}):
+        runtime = make_runtime("huginn", **options)
+        asked = [
+            (
+                IDS[: 2 + which],
+                {"max_tokens": 4 + which, "start_seed": which, "loops": 1 + which % 3, "ignore_eos": True},
+            )
+            for which in range(5)
+        ]
+        with Scheduler(runtime, slots=3, prefixes=PrefixCache(1 << 24)) as scheduler:
+            handles = [scheduler.submit(Request(tuple(ids), runtime.options(**how))) for ids, how in asked]
+            answers = [handle.result() for handle in handles]
+        for (ids, how), answer in zip(asked, answers, strict=True):
+            assert answer.token_ids == runtime.generate(ids, **how).token_ids
 
 
 def test_exit_at_step_counts_loops_from_0_as_pytorch_does(
