@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,54 @@ def test_tokens_leave_once_their_hidden_state_stands_still(make_runtime: Callabl
     assert set(exact.depth) == {12}
 
 
+def entropies(logits: Any) -> Any:
+    wide = logits.astype(np.float64)
+    return (
+        wide - np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wide.max(-1, keepdims=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["huginn", "nanbeige"])
+def test_a_token_leaves_once_what_the_head_says_of_it_stands_still(
+    kind: str, make_runtime: Callable[..., Runtime]
+) -> None:
+    runtime, most = make_runtime(kind, share_caches="last"), 10
+    driver = runtime.driver()
+    driver.append([IDS], LoopSettings(most))
+    [chunk] = driver.chunks([[5]])
+    said = []
+    for control in driver.loops(chunk, LoopSettings(most)):
+        driver.state.coda(control)
+        said.append(entropies(driver.state.logits(np.zeros((1, 1), np.int64))[0, 0].copy()))
+    kl = [float((np.exp(b) * (b - a)).sum()) for a, b in pairwise(said)]
+    best = [int(one.argmax()) for one in said]
+
+    def depth(**how: Any) -> int:
+        driver = runtime.driver()
+        driver.append([IDS], LoopSettings(most, **how))
+        assert set(driver.depth[0]) == {most}  # a prompt's chunk runs all loops
+        driver.append([[5]], LoopSettings(most, **how))
+        return driver.depth[0][-1]
+
+    limit = sorted(kl)[len(kl) // 2] * 1.01
+    assert depth(exit_kl=limit) == 2 + next(at for at, one in enumerate(kl) if one < limit) < most
+    for same in (1, 2):
+        stays = (at + 1 for at in range(same, most) if len(set(best[at - same : at + 1])) == 1)
+        assert depth(exit_same=same) == next(stays, most)
+    assert depth(exit_kl=limit, min_loops=9) >= 9
+
+
+def test_what_the_head_says_ends_a_token_alike_alone_and_beside_others(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime("huginn", share_caches="last")
+    prompts = [IDS, IDS[:3], [7], IDS[:5]]
+    request: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "loops": 8, "exit_kl": 0.1, "exit_same": 3}
+    together = runtime.generate(prompts, **request)
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = runtime.generate(prompt, **request)
+        assert (alone.token_ids, alone.depth) == (answer.token_ids, answer.depth)
+    assert min(together[0].depth) < 8
+
+
 def test_a_scheduler_answers_each_request_as_alone(make_runtime: Callable[..., Runtime]) -> None:
     for options in ({}, {"share_caches": "last"}):
         runtime = make_runtime("huginn", **options)
@@ -307,6 +356,10 @@ def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_ru
         ("huginn", {"start_seed": True}, "whole number from 0"),
         ("huginn", {"pipeline": "on"}, "outside its loops"),
         ("huginn", {"loops": 4}, "caches for 3"),
+        ("huginn", {"exit_kl": 1e-3}, "exit_kl is 0.001; a token of a LoopLM that left early"),
+        ("huginn", {"exit_same": 2}, "exit_same is 2; a token of a LoopLM that left early"),
+        ("huginn", {"exit_kl": -1.0}, "finite number of at least 0"),
+        ("huginn", {"exit_same": 1.5}, "whole number from 0"),
     ],
 )
 def test_what_a_package_cannot_do_is_refused(

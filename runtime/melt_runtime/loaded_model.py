@@ -126,6 +126,8 @@ class LoadedModel:
         chunk: int | None = None,
         min_loops: int = 1,
         exit_change: float = 0.0,
+        exit_kl: float = 0.0,
+        exit_same: int = 0,
         exit_at_step: int | None = None,
         start_seed: int = 0,
         start_state: str | None = None,
@@ -145,6 +147,8 @@ class LoadedModel:
             exit_change,
             start_seed,
             start_state,
+            exit_kl,
+            exit_same,
         )
         depth.check(self.manifest)
         ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)

@@ -107,7 +107,19 @@ class HuginnConfig(PublishedConfig):
             "exit_gate": False,
         }
 
+    def published_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        shapes = self._parts(expected)[1]
+        return {name: shape for name, shape in shapes.items() if name != HEAD or not self.tie_word_embeddings}
+
     def rename(self, weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> Weights:
+        parts, shapes = self._parts(expected)
+        check_names(weights, shapes, {HEAD} if self.tie_word_embeddings else ())
+        if self.tie_word_embeddings and HEAD in weights:
+            parts[HEAD] = Part(HEAD, 0, self.vocab_size, weights[HEAD].shape)
+        return weights.renamed(parts)
+
+    def _parts(self, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Part], dict[str, tuple[int, ...]]]:
+        """Return where each of the model's tensors is stored, and the shapes of the stored tensors."""
         parts: dict[str, Part] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for stored, names, lead in self._layout():
@@ -120,10 +132,7 @@ class HuginnConfig(PublishedConfig):
                 parts[name] = Part(stored, first, first + rows, expected[name])
                 first += rows
             shapes[stored] = (first, *rest)
-        check_names(weights, shapes, {HEAD} if self.tie_word_embeddings else ())
-        if self.tie_word_embeddings and HEAD in weights:
-            parts[HEAD] = Part(HEAD, 0, self.vocab_size, weights[HEAD].shape)
-        return weights.renamed(parts)
+        return parts, shapes
 
     def _layout(self) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...] | None]]:
         """Yield each stored tensor, the model's tensors that follow each other in its rows, and for a tensor that holds

@@ -69,6 +69,10 @@ class PublishedConfig(LoopLMConfig):
         """Whether the tensors have the names of this package's models."""
         return EMBEDDING in weights
 
+    def published_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of the published layout. ``expected``: those of this package's model."""
+        return dict(expected)
+
     def rename(self, weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> Weights:
         """Check a published layout and return its tensors under the names ``expected``. Raises CheckpointError."""
         return weights

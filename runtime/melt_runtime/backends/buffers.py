@@ -212,7 +212,7 @@ class BufferState(CachedPositions):
     def coda(self, control: LoopControl) -> None:
         """Run what stands between the last loop and the head, if anything does; ``control`` is that of a loop which
         has run. The hidden state stays, so that loops may follow."""
-        if self.manifest.has_coda:
+        if self.manifest.has_coda and not self.after_coda:
             self.run_coda(control.active.shape[1], self.context(control))
 
     def run_chunk(

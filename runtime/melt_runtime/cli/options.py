@@ -106,6 +106,17 @@ class RequestOptions:
             help="A token also leaves once a loop changes its hidden state by less than this share; 0: never."
         ),
     ] = 0.0
+    exit_kl: Annotated[
+        float,
+        typer.Option(
+            help="A generated token also leaves once the head's words of successive loops differ by a KL divergence "
+            "below this, in nats; 0: never."
+        ),
+    ] = 0.0
+    exit_same: Annotated[
+        int,
+        typer.Option(help="Or once the likeliest token has been the same in so many loops more; 0: never."),
+    ] = 0
     exit_at_step: Annotated[
         int | None, typer.Option(help="Every token leaves after this loop, counted from 0; default: after the last.")
     ] = None
@@ -143,7 +154,7 @@ class RequestOptions:
         ArgumentError."""
         most = max(self.min_loops, 1) if self.loops is None else self.loops
         threshold = 1.0 if self.exit_threshold is None else self.exit_threshold
-        start = (self.start_seed, self.start_state)
+        start = (self.start_seed, self.start_state, self.exit_kl, self.exit_same)
         depth = LoopSettings(most, threshold, self.chunk, self.min_loops, self.exit_change, *start)
         sampling = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed

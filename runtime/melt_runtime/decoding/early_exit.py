@@ -40,12 +40,23 @@ class Depth:
         self._gated = np.array([[one.exit_threshold < 1.0] for one in settings])
         self._change = np.array([[one.exit_change] for one in settings], np.float32)
         self._watched = bool((self._change > 0)[present.any(axis=1)].any())
+        self._kl = np.array([one.exit_kl for one in settings])
+        self._same = np.array([one.exit_same for one in settings])
+        self._heard = ((self._kl > 0) | (self._same > 0)) & (present.sum(axis=1) == 1)  # sequences, by the head
+        self._said: NDArray[np.float64] | None = None  # log-probabilities after the preceding loop
+        self._still = np.zeros(len(settings), np.int64)  # loops in which the likeliest token stayed the same
 
-    def ran(self, exit_probability: NDArray[np.float32] | None, hidden: Callable[[], NDArray[np.floating]]) -> None:
+    def ran(
+        self,
+        exit_probability: NDArray[np.float32] | None,
+        hidden: Callable[[], NDArray[np.floating]],
+        logits: Callable[[], NDArray[np.float32]],
+    ) -> None:
         """Update ``active`` after a loop.
 
         ``exit_probability``: (batch, chunk); None without an exit gate. ``hidden``: returns (batch, chunk, d); called
-        only if a change of the hidden state can end a token.
+        only if a change of the hidden state can end a token. ``logits``: returns those of the first column (batch,
+        vocab); called only if they can.
         """
         self.loop += 1
         self.spent += self.active
@@ -54,6 +65,8 @@ class Depth:
         leaves = self._gated & ((np.float32(1) - self._remaining) >= self._threshold)
         if self._watched:
             leaves |= self._settled(hidden().astype(np.float32, copy=False))
+        if (self._heard & self.active.any(axis=1)).any():
+            leaves[:, 0] |= self._heard & self._agreed(logits())
         leaves &= self.loop >= self._least
         self.active = self.active & ~leaves & (self.loop < self._loops)
 
@@ -65,3 +78,19 @@ class Depth:
         with np.errstate(invalid="ignore", over="ignore"):  # padding may hold anything
             change, length = (np.sqrt(np.square(values).sum(axis=-1)) for values in (hidden - before, hidden))
             return np.asarray(change < self._change * length)
+
+    def _agreed(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Return the sequences (batch,) of whose token the head says what it said a loop before."""
+        before, self._said = self._said, _log_softmax(logits)
+        if before is None:
+            return np.zeros(len(logits), np.bool_)
+        with np.errstate(invalid="ignore"):  # an impossible token has a probability of 0
+            change = np.nansum(np.exp(self._said) * (self._said - before), axis=-1)
+        self._still = np.where(self._said.argmax(axis=-1) == before.argmax(axis=-1), self._still + 1, 0)
+        return np.asarray((change < self._kl) | ((self._same > 0) & (self._still >= self._same)))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", over="ignore"):  # a sequence without a token here may hold anything
+        wide = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+        return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -325,7 +325,7 @@ class LoopDriver:
         while True:
             control = LoopControl(np.full(self.batch, depth.loop == 0), depth.active, self.lengths, chunk.counts)
             exit_probability = self.state.loop(control)
-            depth.ran(exit_probability, lambda: self.state.read("hidden"))
+            depth.ran(exit_probability, lambda: self.state.read("hidden"), partial(self._first_logits, control))
             yield control
             if not depth.active.any():
                 break
@@ -334,6 +334,11 @@ class LoopDriver:
         self.state.coda(control)
         self.state.commit(control)
         self._count([row[:count] for row, count in zip(depth.spent.tolist(), chunk.counts.tolist(), strict=True)])  # type: ignore[call-overload]
+
+    def _first_logits(self, control: LoopControl) -> NDArray[np.float32]:
+        """Return what the head says of the first column after a loop, (batch, vocab)."""
+        self.state.coda(control)
+        return self.state.logits(self._zeros)[:, 0]
 
     def _start(self, chunk: Chunk, each: Sequence[LoopSettings]) -> NDArray[np.float32] | None:
         return start_hidden(self.manifest, each, self.lengths, chunk.counts) if self._injects else None

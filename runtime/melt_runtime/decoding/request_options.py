@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The options of a request. LoopSettings explains loops to exit_change, SamplingParams temperature to seed."""
+    """The options of a request. LoopSettings explains loops to exit_same, SamplingParams temperature to seed."""
 
     max_tokens: int  # 256
     loops: int | None  # None: the package's
@@ -20,6 +20,8 @@ class GenerateOptions(TypedDict, total=False):
     chunk: int | None  # None: the package's
     min_loops: int  # 1
     exit_change: float  # 0
+    exit_kl: float  # 0
+    exit_same: int  # 0
     exit_at_step: int | None  # None: the last of loops; counted from 0: end every token after this loop
     start_seed: int  # 0; of the noise that some models' loops start from
     start_state: str | None  # None: the model's own; "zeros" replaces its noise

@@ -23,6 +23,10 @@ class LoopSettings:
     hidden state changes between loops by less than ``exit_change`` times its norm: ||h_t - h_{t-1}|| < exit_change *
     ||h_t|| (0.0: never). ``exit_change`` needs no trained exit gate, but reads hidden back after every loop.
 
+    A token that runs by itself, as generated ones do, also leaves once what the head says of it stands still: once
+    KL(p_t || p_{t-1}) of successive loops is below ``exit_kl``, in nats (0.0: never), or once the likeliest token has
+    been the same in ``exit_same`` loops more (0: never). Both run the head, and what precedes it, after every loop.
+
     ``chunk``: how many prompt tokens run their loops together (None: the package's). It changes results, because a
     chunk's tokens attend to each other loop by loop.
 
@@ -37,6 +41,8 @@ class LoopSettings:
     exit_change: float = 0.0
     start_seed: int = 0
     start_state: str | None = None
+    exit_kl: float = 0.0
+    exit_same: int = 0
 
     def __post_init__(self) -> None:
         whole_number("loops", self.loops)
@@ -51,6 +57,10 @@ class LoopSettings:
             raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
         if not _real(self.exit_change) or not 0.0 <= self.exit_change < math.inf:
             raise ArgumentError(f"exit_change is {self.exit_change!r}; it must be a finite number of at least 0")
+        if not _real(self.exit_kl) or not 0.0 <= self.exit_kl < math.inf:
+            raise ArgumentError(f"exit_kl is {self.exit_kl!r}; it must be a finite number of at least 0")
+        if isinstance(self.exit_same, bool) or not isinstance(self.exit_same, int) or self.exit_same < 0:
+            raise ArgumentError(f"exit_same is {self.exit_same!r}; it must be a whole number from 0")
         seed = self.start_seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ArgumentError(f"start_seed is {shown(seed)}; it must be a whole number from 0 to 2^64 - 1")
@@ -62,16 +72,23 @@ class LoopSettings:
     @property
     def adaptive(self) -> bool:
         """Whether a token may leave before its last loop."""
-        return self.min_loops < self.loops and (self.exit_threshold < 1.0 or self.exit_change > 0.0)
+        gated = self.exit_threshold < 1.0 or self.exit_change > 0.0
+        return self.min_loops < self.loops and (gated or self.hears_head)
+
+    @property
+    def hears_head(self) -> bool:
+        """Whether a token may leave by what the head says after a loop."""
+        return self.exit_kl > 0.0 or self.exit_same > 0
 
     def check(self, manifest: Manifest) -> None:
         """Raise ArgumentError for a depth or chunk that the package does not allow."""
         manifest.check_depth(self.loops, self.exit_threshold)
-        if manifest.cache_loops is not None and self.exit_change > 0.0:
-            raise ArgumentError(
-                f"exit_change is {self.exit_change}; a token of a LoopLM that left early would be missing from the "
-                "later loops' caches, so only 0 is possible"
-            )
+        for name in ("exit_change", "exit_kl", "exit_same"):
+            if manifest.cache_loops is not None and getattr(self, name) > 0:
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)}; a token of a LoopLM that left early would be missing from the "
+                    "later loops' caches, so only 0 is possible"
+                )
         own = manifest.start.get("state", "embedding")
         if self.start_state == "zeros" and own == "embedding":
             raise ArgumentError(

@@ -62,8 +62,9 @@ def _no_bias(value: Any) -> None:
 class RequestBody(Strict):
     """The common fields of completions and chats.
 
-    ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``, ``exit_at_step``, ``start_seed``, ``start_state``,
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos`` and ``max_seconds`` are extensions of OpenAI's API.
+    ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``, ``exit_kl``, ``exit_same``, ``exit_at_step``,
+    ``start_seed``, ``start_state``, ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos`` and ``max_seconds``
+    are extensions of OpenAI's API.
     """
 
     model: Name
@@ -85,6 +86,8 @@ class RequestBody(Strict):
     exit_threshold: Share | None = None
     min_loops: Count | None = None
     exit_change: Number | None = None
+    exit_kl: Number | None = None
+    exit_same: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     exit_at_step: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     start_seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
     start_state: Annotated[str, Field(max_length=32)] | None = None

@@ -22,7 +22,17 @@ from .schema import ChatBody, CompletionBody, RequestBody
 from .streaming import Backlog
 
 COMPLETION_TOKENS = 16  # a completion's default; a chat's is the maximum
-_DEPTH = ("loops", "exit_threshold", "min_loops", "exit_change", "exit_at_step", "start_seed", "start_state")
+_DEPTH = (
+    "loops",
+    "exit_threshold",
+    "min_loops",
+    "exit_change",
+    "exit_kl",
+    "exit_same",
+    "exit_at_step",
+    "start_seed",
+    "start_state",
+)
 _PASSED = (*_DEPTH, "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 
 
