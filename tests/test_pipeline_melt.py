@@ -121,5 +121,6 @@ def test_a_scheduler_of_one_slot_gives_the_same_tokens(runtime: Runtime) -> None
 
 
 def test_what_it_does_not_know_is_refused(runtime: Runtime) -> None:
-    with pytest.raises(ArgumentError, match="exit_change"):
-        runtime.generate(PROMPTS[0], pipeline="on", exit_change=0.1)
+    for name in ("exit_change", "exit_kl", "exit_same"):
+        with pytest.raises(ArgumentError, match=name):
+            runtime.generate(PROMPTS[0], pipeline="on", **{name: 1})

@@ -249,6 +249,7 @@ def may_pipeline(manifest: Manifest, options: GenerationOptions) -> bool:
         return False
     if options.pipeline == "auto":
         return manifest.cache_loops is not None
-    if options.loops.exit_change > 0:
-        raise ArgumentError("pipeline is 'on', where tokens leave by exit_threshold only, not by exit_change")
+    for name in ("exit_change", "exit_kl", "exit_same"):
+        if getattr(options.loops, name) > 0:
+            raise ArgumentError(f"pipeline is 'on', where tokens leave by exit_threshold only, not by {name}")
     return True
