@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 import torch
 from conftest import MakePackage
 from family_checkpoints import CONFIGS, Equations, Family, family
-from melt_models.checkpoint import load_model
+from melt_models.checkpoint import CONFIGS as CONFIG_CLASSES
+from melt_models.checkpoint import expected_shapes, load_model, meta_model
 from melt_models.convert import convert
 from melt_models.start_state import start_noise as models_noise
 from melt_runtime import ArgumentError, LoopSettings, PackageError, PrefixCache, Request, Runtime, Scheduler
@@ -29,7 +32,13 @@ from melt_export.options import ExportOptions
 from melt_export.parity.verify import verify
 from melt_export.quantization.options import CacheOptions, WeightOptions
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import random_checkpoint
+import state_bytes
+
 RAVENS = ["huginn", "llama", "olmo"]
+SMALL = {"nanbeige4.2-3b": "nanbeige", "huginn-0125": "huginn"}
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
 MOST_ERROR = 1e-4
 SIZES = {"chunk": 8, "max_seq_len": 64}
@@ -468,3 +477,32 @@ def test_states_that_no_memory_holds_are_refused(
     monkeypatch.setattr("melt_runtime.decoding.loop_states.available_memory", lambda: 1000)
     with pytest.raises(ArgumentError, match="are available; give fewer tokens or loops"):
         make_runtime("nanbeige").loops(IDS)
+
+
+# Full-size shapes
+
+
+def test_the_published_shapes_have_the_published_numbers_of_weights() -> None:
+    counts = {}
+    for name, content in random_checkpoint.PUBLISHED.items():
+        config = CONFIG_CLASSES[content["model_type"]].from_dict(content)
+        shapes = config.published_shapes(expected_shapes(meta_model(config)))
+        counts[name] = (len(shapes), sum(math.prod(shape) for shape in shapes.values()))
+    assert counts["nanbeige4.2-3b"] == (201, 4_169_800_704)
+    assert counts["huginn-0125"][1] == pytest.approx(3.56e9, rel=0.02)
+
+
+def test_a_random_checkpoint_in_a_published_layout_is_read_and_exported(tmp_path: Path) -> None:
+    for name, content in random_checkpoint.PUBLISHED.items():
+        small = {**content, **{key: value for key, value in CONFIGS[SMALL[name]].items() if key in content}}
+        random_checkpoint.make_published(tmp_path / name, small)
+        with building(tmp_path / name, tmp_path / f"{name}-package", ExportOptions(**SIZES)):
+            pass
+        assert Runtime.load(tmp_path / f"{name}-package").generate(IDS, max_tokens=2, ignore_eos=True).text == ""
+
+
+def test_state_of_shared_caches_stays_the_same_at_any_number_of_loops() -> None:
+    for own, shared in state_bytes.rows(4096, "fp16").values():
+        assert own[-1] > 6 * own[1]
+        assert len(set(shared[1:])) == 1
+        assert shared[-1] < own[0] * 1.1
