@@ -22,7 +22,7 @@ def main(
     looplm: Annotated[bool, typer.Option("--looplm", help="Make a LoopLM, with caches for each loop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a directory that is not empty.")] = False,
 ) -> None:
-    """Make a random checkpoint: MELT's or a LoopLM's in a real model's shape, or another family's in its published layout."""
+    """Make a random checkpoint in a real model's shape: MELT's, a LoopLM's, or a published layout."""
     if shape in PUBLISHED:
         content = PUBLISHED[shape]
         if layers is not None:
