@@ -26,11 +26,15 @@ def stages_of(manifest: Manifest) -> str:
     """Describe what runs once per token, before and after the loops, and where these start; empty where only embedding
     and head do."""
     before, after = (sum(s.stage == stage for s in manifest.caches) // 2 for stage in ("prelude", CODA))
-    found = [f"{before} layers before the loops"] if before else []
-    found += [f"{after} layers after them"] if after else ["a norm after them"] if manifest.has_coda else []
+    found = [f"{_layers(before)} before the loops"] if before else []
+    found += [f"{_layers(after)} after them"] if after else ["a norm after the loops"] if manifest.has_coda else []
     found += ["each loop also reads what precedes them"] if manifest.injects else []
     found += [f"they start from {manifest.start['state']}"] if manifest.start else []
     return ", ".join(found)
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def sharing_of(manifest: Manifest) -> str:
