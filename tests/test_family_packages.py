@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from melt_runtime.decoding import start_state
 from melt_runtime.engines.build import EngineOptions, check_package
 from melt_runtime.package.manifest import STAGES
 from melt_runtime.package.manifest_schema import read_manifest
+from serving import WAIT, Server
 from sharing import made_once
 
 from melt_export.errors import ExportError
@@ -311,6 +313,29 @@ def test_a_scheduler_answers_each_request_as_alone(make_runtime: Callable[..., R
             answers = [handle.result() for handle in handles]
         for (ids, how), answer in zip(asked, answers, strict=True):
             assert answer.token_ids == runtime.generate(ids, **how).token_ids
+
+
+def test_the_server_takes_seed_start_and_exits(make_family: MakeFamily, make_package: MakePackage) -> None:
+    package = make_package(make_family("huginn"), **SIZES, share_caches="last")
+    runtime = Runtime.load(package)
+    asked: tuple[dict[str, Any], ...] = (
+        {"start_seed": 5},
+        {"start_seed": 2**64 - 1, "exit_at_step": 0},
+        {"start_state": "zeros"},
+        {"exit_kl": 0.1, "exit_same": 2, "loops": 6},
+    )
+    with Server(package, "--name", "huginn") as server:
+        url = f"{server.url}/v1/completions"
+        body = {"model": "huginn", "prompt": IDS, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        for more in asked:
+            [choice] = httpx.post(url, json=body | more, timeout=WAIT).json()["choices"]
+            expected = runtime.generate(IDS, max_tokens=4, ignore_eos=True, **more)
+            assert choice["token_ids"] == list(expected.token_ids), more
+            assert choice["depth"] == list(expected.depth[len(IDS) - 1 :]), more
+        for wrong in ({"start_seed": -1}, {"start_state": "ones"}, {"exit_at_step": 3}, {"exit_threshold": 0.5}):
+            reply = httpx.post(url, json=body | wrong, timeout=WAIT)
+            assert reply.status_code == 400
+            assert next(iter(wrong)) in reply.json()["error"]["message"]
 
 
 def test_exit_at_step_counts_loops_from_0_as_pytorch_does(
