@@ -368,9 +368,29 @@ def test_shared_caches_have_one_size_at_any_number_of_loops(make_runtime: Callab
 def test_a_package_says_what_sharing_caches_costs(make_runtime: Callable[..., Runtime]) -> None:
     loss = make_runtime("huginn", share_caches="last").manifest.shared_caches
     assert loss["how"] == "last"
+    assert loss["chunk"] == 1
     assert loss["kl"] > 0
     assert 0 <= loss["top1"] <= 1
     assert make_runtime("huginn").manifest.shared_caches == {}
+
+
+def test_what_sharing_costs_is_measured_as_answers_are_written(make_family: MakeFamily, tmp_path: Path) -> None:
+    losses = []
+    for chunk in (8, 64):  # within a chunk nothing is lost
+        options = ExportOptions(chunk=chunk, max_seq_len=64, share_caches="last")
+        with building(make_family("nanbeige"), tmp_path / str(chunk), options):
+            pass
+        losses.append(Runtime.load(tmp_path / str(chunk)).manifest.shared_caches)
+    assert losses[0] == losses[1]
+    made = family("nanbeige")
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 50, 256).tolist()[:64]
+    own, shared = Equations(made).loops(ids, 2)[-1], []
+    equations = Equations(made, shared=True)
+    for one in ids:
+        shared.append(equations.loops([one], 2)[-1][0])
+    want, got = entropies(own), entropies(np.stack(shared))
+    assert losses[0]["kl"] == pytest.approx(float((np.exp(want) * (want - got)).sum(-1).mean()), rel=0.5)
 
 
 def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_runtime: Callable[..., Runtime]) -> None:

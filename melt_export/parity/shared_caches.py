@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from ..checkpoint import Checkpoint
 from ..reference.pytorch import reference_of
 from .distances import agreement, log_softmax
 from .expected import LARGE_BYTES
-from .quality import LARGE_TOKENS, TOKENS, held_out, reference_logits, token_losses
+from .quality import LARGE_TOKENS, held_out, reference_logits, token_losses
+
+_TOKENS = 256
+_LARGE_CHUNK = 8  # PyTorch widens a large model's weights for every chunk and loop
 
 
 def sharing_loss(
@@ -24,12 +28,17 @@ def sharing_loss(
 
     ``checkpoint``: with shared caches. ``directory``: holds the tokenizer. ``text``: UTF-8; None: a built-in one, or
     random tokens where the vocabulary is too small for it, which have no perplexity. Raises ArgumentError.
+
+    Within a chunk nothing is lost, because its tokens see each other's keys and values of the same loop. So the text is
+    read token by token, as answers are written, or a large model's in narrow chunks.
     """
-    held = held_out(directory, manifest, text, LARGE_TOKENS if manifest.weights_bytes > LARGE_BYTES else TOKENS)
+    large = manifest.weights_bytes > LARGE_BYTES
+    held = held_out(directory, manifest, text, LARGE_TOKENS if large else _TOKENS)
+    read = replace(manifest, chunk=min(_LARGE_CHUNK, manifest.chunk) if large else 1)
     progress("PyTorch: a cache per loop", 0, 0)
     expected = reference_logits(reference_of(checkpoint.as_trained().load()), held, manifest)
     progress("PyTorch: shared caches", 0, 0)
-    found = reference_logits(reference_of(checkpoint.load()), held, manifest)
+    found = reference_logits(reference_of(checkpoint.load()), held, read)
     kl, agree, losses = list[float](), list[bool](), (list[float](), list[float]())
     for ids, mine, theirs in zip(held.sequences, found, expected, strict=True):
         got, want = log_softmax(mine), log_softmax(theirs)
@@ -42,6 +51,7 @@ def sharing_loss(
     return {
         "how": "last",
         "text": held.text,
+        "chunk": read.chunk,
         "positions": len(kl),
         "kl": max(float(np.mean(kl)), 0.0),
         "top1": float(np.mean(agree)),

@@ -46,9 +46,10 @@ def sharing_of(manifest: Manifest) -> str:
     grown = ""
     if perplexity is not None and before:
         grown = f", perplexity {perplexity:.2f} instead of {before:.2f} ({100 * (perplexity / before - 1):+.1f}%)"
+    how = "token by token" if loss["chunk"] == 1 else f"in chunks of {loss['chunk']}"
     return (
         f"the last loop's keys and values count; against a cache per loop: KL {loss['kl']:.1e}, "
-        f"top-1 {loss['top1']:.1%}{grown}, on {loss['positions']:,} positions of {loss['text']}"
+        f"top-1 {loss['top1']:.1%}{grown}, on {loss['positions']:,} positions of {loss['text']} read {how}"
     )
 
 

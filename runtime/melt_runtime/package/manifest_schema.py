@@ -151,6 +151,7 @@ _SHARED = partly(
     {
         "how": one_of("last"),
         "text": _NAME,
+        "chunk": _SIZE,
         "positions": _SIZE,
         "kl": _LOSS,
         "top1": number(0, 1),
@@ -195,7 +196,7 @@ MANIFEST_FIELDS: dict[str, Check] = {
     "weights": _complete(_WEIGHTS, "kind", "block", "head", "method"),
     "cache": _complete(_CACHE, "kind"),
     "start": _complete(_START, "state", "std", "generator"),
-    "shared_caches": _complete(_SHARED, "how", "text", "positions", "kl", "top1"),
+    "shared_caches": _complete(_SHARED, "how", "text", "chunk", "positions", "kl", "top1"),
 }
 # Added after format 1; readers that do not know them run the graphs correctly.
 _LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}, "start": {}, "shared_caches": {}}
