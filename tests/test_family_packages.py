@@ -393,6 +393,16 @@ def test_what_sharing_costs_is_measured_as_answers_are_written(make_family: Make
     assert losses[0]["kl"] == pytest.approx(float((np.exp(want) * (want - got)).sum(-1).mean()), rel=0.5)
 
 
+def test_nanbeige_is_pipelined_with_the_tokens_of_plain_decoding(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime("nanbeige")
+    for options in ({}, {"temperature": 0.9, "seed": 4}):
+        asked: dict[str, Any] = {"max_tokens": 16, "ignore_eos": True, **options}
+        found = runtime.generate(IDS, pipeline="on", **asked)
+        assert found == runtime.generate(IDS, pipeline="off", **asked)
+        assert found.pipeline is not None
+        assert found.pipeline.tokens == 15
+
+
 def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_runtime: Callable[..., Runtime]) -> None:
     for options in ({}, {"share_caches": "last"}):
         with pytest.raises(ArgumentError, match=r"exit_threshold is 0\.5, but the model has no exit gate"):
