@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..decoding.loop_driver import LoopDriver
+from ..decoding.pipeline import Pipelining
 from ..decoding.settings import GenerationOptions, LoopSettings
 from ..runtime import Runtime
 
@@ -36,9 +37,8 @@ def decode(driver: LoopDriver, prompt: list[int], loops: int, tokens: int, pipel
     ``pipeline``: as in ``GenerationOptions``. Raises ArgumentError if it is "on" and cannot be.
     """
     settings = LoopSettings(loops)
-    pipelining = driver.pipelining(
-        GenerationOptions(settings, pipeline=pipeline), lambda logits, ahead: int(logits.argmax())
-    )
+    counts = driver.begin_pipeline(GenerationOptions(settings, pipeline=pipeline))
+    pipelining = None if counts is None else Pipelining(lambda logits, _: int(logits.argmax()), pipeline == "on")
     driver.reset()
     if len(prompt) > 1:
         driver.append([prompt[:-1]], settings)
@@ -46,7 +46,6 @@ def decode(driver: LoopDriver, prompt: list[int], loops: int, tokens: int, pipel
     def decode_next(token: int) -> int:
         return int(driver.advance([[token]], settings, pipelining=pipelining).row(0).argmax())
 
-    counts = None if pipelining is None else pipelining.counts
     token = decode_next(prompt[-1])
     runs, piped = (0, 0) if counts is None else (counts.runs, counts.tokens)
     started = perf_counter()

@@ -20,7 +20,7 @@ from ..text.stream_decoder import StreamDecoder
 from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
 from .loop_driver import LoopDriver, NextLogits
-from .pipeline import Pipelining
+from .pipeline import PipelineCounts, Pipelining
 from .settings import GenerationOptions
 
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ class TokenSequence:
         )
         self.text: list[str] = []
         self.finish_reason: str | None = None
-        self.pipelining: Pipelining | None = None
+        self.counts: PipelineCounts | None = None  # of pipelined decoding, where the tokens may be pipelined
         self._streamed = streamed or bool(options.stop)  # stop strings are searched in every token's text
         self._unread: list[int] = []  # tokens whose text has not been decoded
         self._masked_at = -1  # the length of the history that the constraint was asked about
@@ -89,6 +89,11 @@ class TokenSequence:
         if allowed is None:
             return logits.sample(row, self.sampler, self.history)
         return self.sampler.sample(masked(logits.row(row), allowed), self.history)
+
+    def pipelining(self) -> Pipelining | None:
+        """Return how the tokens are pipelined; None: they are not."""
+        # Made at every call: an object that is kept and refers to this one would be a cycle, and keep a grammar alive.
+        return None if self.counts is None else Pipelining(self.draft, self.options.pipeline == "on")
 
     def draft(self, logits: NDArray[np.float32], ahead: Sequence[int]) -> int | None:
         """Predict the token after this sequence and ``ahead`` from an early loop's logits (vocab,).
@@ -175,7 +180,7 @@ class TokenSequence:
             loops,
             cached_tokens,
             self.options.warnings,
-            None if self.pipelining is None or self.pipelining.counts is None else self.pipelining.counts.use(),
+            None if self.counts is None else self.counts.use(),
         )
 
 
@@ -220,14 +225,14 @@ class Generator:
         ]
         self._depth: list[tuple[int, ...]] = [()] * driver.batch  # of ended sequences
         if self.sequences:
-            self.sequences[0].pipelining = driver.pipelining(options, self.sequences[0].draft)
+            self.sequences[0].counts = driver.begin_pipeline(options)
 
     def __iter__(self) -> Iterator[TextDelta]:
         driver, moves, pipelining = self.driver, self.driver.moves, None
         while any(self.pending):
             self._require(moves)
             logits = driver.advance(self.pending, self.options.loops, pipelining=pipelining)
-            pipelining = self.sequences[0].pipelining  # not for a prompt, even of one token
+            pipelining = self.sequences[0].pipelining()  # not for a prompt, even of one token
             moves = driver.moves
             for slot, sequence in enumerate(self.sequences):
                 if not self.pending[slot]:

@@ -18,7 +18,7 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .pipeline import Advancing, Draft, Pipeline, PipelineCounts, Pipelining, may_pipeline
+from .pipeline import Advancing, Pipeline, PipelineCounts, Pipelining, may_pipeline
 from .pipeline_choice import PipelineChoice
 from .settings import GenerationOptions, LoopSettings
 from .start import start_hidden
@@ -75,8 +75,8 @@ class LoopDriver:
         """Pipelined decoding of these sequences; None where ``state.lanes_fit`` says why not."""
         return Pipeline(self) if self.state.lanes_fit() is None else None
 
-    def pipelining(self, options: GenerationOptions, draft: Draft) -> Pipelining | None:
-        """Begin a request of the only sequence. Return how its tokens are pipelined; None: they are not.
+    def begin_pipeline(self, options: GenerationOptions) -> PipelineCounts | None:
+        """Begin a request of the only sequence. Return the counts of its pipelined tokens; None: none is pipelined.
 
         Raises ArgumentError if they must be and cannot.
         """
@@ -89,7 +89,7 @@ class LoopDriver:
             return None
         counts = PipelineCounts(self.pipeline.lanes.window)
         self.pipeline.begin(0, counts)
-        return Pipelining(draft, options.pipeline == "on", counts)
+        return counts
 
     def reset(self) -> None:
         """Drop all tokens; the buffers stay allocated."""
@@ -188,7 +188,7 @@ class LoopDriver:
     ) -> NextLogits:
         """Run tokens as ``append`` does, but read logits only when they are needed.
 
-        ``pipelining``: how a single token of the only sequence may be run, as ``pipelining`` returned it.
+        ``pipelining``: how a single token of the only sequence may be run, after ``begin_pipeline``.
         Raises Interrupted if ``between`` does; then nothing was appended.
         """
         logits = NextLogits(self.state, self.manifest.vocab_size)

@@ -65,7 +65,6 @@ class Pipelining(NamedTuple):
 
     draft: Draft
     always: bool = True
-    counts: PipelineCounts | None = None
 
 
 class Advancing(NamedTuple):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..backends.bindings import lane_window
 from ..decoding.generator import TokenSequence
 from ..decoding.loop_driver import Interrupted, LoopDriver, NextLogits
-from ..decoding.pipeline import Advancing, PipelineCounts, Pipelining, may_pipeline
+from ..decoding.pipeline import Advancing, PipelineCounts, may_pipeline
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
@@ -110,7 +110,7 @@ class Slots:
             constraint=request.constraint,
         )
         counts = PipelineCounts(lane_window(self.driver.manifest))
-        sequence.pipelining = Pipelining(sequence.draft, request.options.pipeline == "on", counts)
+        sequence.counts = counts
         made = self.running[slot] = RunningRequest(handle, sequence, slot, counts)
         self._prefilling.append(made)
         return made

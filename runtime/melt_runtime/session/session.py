@@ -277,7 +277,7 @@ class Session:
         self._require_tokens()
         self.driver.check([self._pending_ids()])
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
-        sequence.pipelining = self.driver.pipelining(request, sequence.draft)
+        sequence.counts = self.driver.begin_pipeline(request)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
             sequence.sampler = self.sampler
         self._stream = object()
@@ -288,7 +288,7 @@ class Session:
             with self._lock:
                 if self._stream is not stream:
                     raise OvertakenError("the session moved on while this stream was open; begin another")
-                logits = self._ready(sequence.options.loops, sequence.pipelining)
+                logits = self._ready(sequence.options.loops, sequence.pipelining())
                 delta = sequence.sample(logits, self.driver.room(0), self.driver.depth[0][-1])
                 self._pending, self._logits = delta.token_id, None
             yield delta
