@@ -204,8 +204,8 @@ def _answer(runtime: Runtime, prompt: str, mode: str, loops: int, temperature: f
     generator = Generator(runtime.driver(), [runtime.encode(prompt)], options, runtime.tokenizer)
     sequence = generator.sequences[0]
     if mode == "loop 1 alone":
-        assert sequence.pipelining is not None
-        sequence.pipelining = sequence.pipelining._replace(draft=FirstLoopDrafts(generator.driver, sequence))
+        drafts = Pipelining(FirstLoopDrafts(generator.driver, sequence))
+        sequence.pipelining = lambda: drafts  # type: ignore[method-assign]
     for _ in generator:
         pass
     return generator.results()[0]
