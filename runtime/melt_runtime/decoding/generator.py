@@ -108,7 +108,7 @@ class TokenSequence:
         try:
             if self.constraint is not None:
                 look_ahead: Any = getattr(self.constraint, "mask_ahead", lambda ahead: None)
-                allowed = _asked(look_ahead, ahead) if ahead else self._mask(self.constraint)
+                allowed = _asked_mask(look_ahead, ahead) if ahead else self._mask(self.constraint)
                 if ahead and allowed is None:
                     return None
                 logits = logits if allowed is None else masked(logits, allowed)
@@ -122,7 +122,7 @@ class TokenSequence:
     def _mask(self, constraint: Constraint) -> NDArray[np.bool_] | None:
         """Return the tokens that the constraint allows next, asked for once per token."""
         if self._masked_at != len(self.history):
-            self._allowed_next = _asked(constraint.mask, self.history[self.prompt_tokens :])
+            self._allowed_next = _asked_mask(constraint.mask, self.history[self.prompt_tokens :])
             self._masked_at = len(self.history)
         return self._allowed_next
 
@@ -190,6 +190,16 @@ def _asked(method: Callable[[Any], Result], argument: Any) -> Result:
         return method(argument)
     except Exception as error:
         raise ArgumentError(f"the request's constraint failed: {error!r}") from error
+
+
+def _asked_mask(method: Callable[[Any], Any], argument: Any) -> NDArray[np.bool_] | None:
+    """Return a copy of the mask that a constraint gives: it may fill one array again and again."""
+
+    def copied(argument: Any) -> NDArray[np.bool_] | None:
+        mask = method(argument)
+        return None if mask is None else np.array(mask, np.bool_)
+
+    return _asked(copied, argument)
 
 
 class Generator:

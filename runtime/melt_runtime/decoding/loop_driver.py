@@ -67,7 +67,7 @@ class LoopDriver:
         self._each_one = Chunk(self._ids, self._one, self._all, self._column)
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings already checked, with a fixed number of loops
-        self._drafted: LoopSettings | None = None  # settings already checked for pipelined decoding
+        self._drafted: LoopSettings | None = None  # settings already checked for pipelined decoding after these tokens
         self._injects = manifest.injects
 
     @cached_property
@@ -129,7 +129,7 @@ class LoopDriver:
             raise ArgumentError(f"{len(depth)} tokens do not fit behind {start} in a cache of {self.capacity}")
         if depth:
             self.state.write_positions(slot, start, positions)
-        self.moves += 1
+        self.moves, self._drafted = self.moves + 1, None
         self._versions[slot] += 1
         self.lengths[slot] = start + len(depth)
         self.depth[slot].extend(depth)
@@ -231,7 +231,7 @@ class LoopDriver:
     ) -> None:
         """Run tokens in chunks; ``single``: the only one, if known."""
         each = self.each(settings)
-        before = self.lengths.tolist()
+        before, self._drafted = self.lengths.tolist(), None
         try:
             for chunk in self.chunks(tokens, [one.chunk for one in each]) if single is None else (single,):
                 for group in self._groups(chunk, each):
