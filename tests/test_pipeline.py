@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import ArgumentError, LoopSettings, Request, Runtime, Scheduler
+from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.decoding.loop_driver import Interrupted, LoopDriver
 from melt_runtime.decoding.pipeline import Advancing, PipelineCounts, Pipelining
 
@@ -322,43 +322,19 @@ def test_packed_sequences_keep_what_they_hold(runtime: Runtime) -> None:
                 np.testing.assert_array_equal(values, before[slot][name])
 
 
-def test_tokens_of_fewer_loops_are_not_deepened(runtime: Runtime) -> None:
-    """Settings that were checked once are checked again behind other tokens."""
-    driver, settings = runtime.driver(), LoopSettings(LOOPS)
-    token = int(driver.append([PROMPT], settings)[0].argmax())
-    driver.advance([[token]], settings, pipelining=Pipelining(greedy))
-    driver.truncate(0, 0)
+def test_depth_is_checked_again_after_the_tokens_before_have_changed(runtime: Runtime) -> None:
+    driver, deep = runtime.driver(), LoopSettings(LOOPS)
+    driver.append([PROMPT], deep)
+    driver.advance([[4]], deep, pipelining=Pipelining(greedy))
+    driver.clear(0)
     driver.append([PROMPT], LoopSettings(2))
-    with pytest.raises(ArgumentError, match="cannot deepen"):
-        driver.advance([[token]], settings, pipelining=Pipelining(greedy))
-
-
-class EveryOther:
-    """Allows even tokens, then odd ones, and so on, in one array that is filled again and again."""
-
-    def __init__(self, vocab: int):
-        self.allowed, self.accepted = np.zeros(vocab, np.bool_), 0
-
-    def mask(self, history: Sequence[int]) -> np.ndarray:
-        return self._filled(len(history))
-
-    def mask_ahead(self, ahead: Sequence[int]) -> np.ndarray:
-        return self._filled(self.accepted + len(ahead))
-
-    def accept(self, token: int) -> None:
-        self.accepted += 1
-
-    def _filled(self, place: int) -> np.ndarray:
-        self.allowed[:] = np.arange(len(self.allowed)) % 2 == place % 2
-        return self.allowed
-
-
-def test_a_constraint_may_fill_one_array_again_and_again(runtime: Runtime) -> None:
-    answers = []
-    with Scheduler(runtime, slots=1) as scheduler:
-        for pipeline in ("on", "off"):
-            options = runtime.options(max_tokens=20, ignore_eos=True, pipeline=pipeline)
-            constraint = EveryOther(runtime.manifest.vocab_size)
-            answers.append(scheduler.submit(Request(tuple(PROMPT), options, constraint=constraint)).result())
-    assert answers[0] == answers[1]
-    assert [token % 2 for token in answers[0].token_ids] == [0, 1] * 10
+    positions, depth = driver.state.read_positions(0, 0, len(PROMPT)), list(driver.depth[0])
+    with pytest.raises(ArgumentError, match="tokens in the cache ran 2"):
+        driver.advance([[4]], deep, pipelining=Pipelining(greedy))
+    driver.clear(0)
+    driver.append([PROMPT], deep)
+    driver.advance([[4]], deep, pipelining=Pipelining(greedy))
+    driver.clear(0)
+    driver.restore(0, positions, depth)
+    with pytest.raises(ArgumentError, match="tokens in the cache ran 2"):
+        driver.advance([[4]], deep, pipelining=Pipelining(greedy))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, PrefixCache, Request, Runtime, Scheduler
@@ -87,3 +89,40 @@ def test_a_request_that_cannot_be_pipelined_is_refused(
         with pytest.raises(ArgumentError, match="--max-batch 1"):
             handle.result()
         assert scheduler.submit(Request((1, 2), runtime.options(max_tokens=3))).result().pipeline is None
+
+
+class Walk:
+    """A constraint whose allowed tokens change with every token. It fills one array again and again."""
+
+    def __init__(self, vocab: int):
+        self.accepted: list[int] = []
+        self._mask = np.zeros(vocab, np.bool_)
+
+    def mask(self, history: Sequence[int]) -> np.ndarray:
+        return self._after(history)
+
+    def mask_ahead(self, ahead: Sequence[int]) -> np.ndarray | None:
+        tokens = [*self.accepted, *ahead]
+        if not all(self._after(tokens[:at])[tokens[at]] for at in range(len(self.accepted), len(tokens))):
+            return None
+        return self._after(tokens)
+
+    def accept(self, token: int) -> None:
+        assert self._after(self.accepted)[token]
+        self.accepted.append(token)
+
+    def _after(self, tokens: Sequence[int]) -> np.ndarray:
+        shift = len(tokens) ** 2 + 3 * (tokens[-1] if tokens else 0)
+        self._mask[:] = (np.arange(len(self._mask)) + shift) % 3 == 0
+        return self._mask
+
+
+def test_a_constraint_may_fill_one_array_again_and_again(runtime: Runtime) -> None:
+    def answer(pipeline: str) -> Any:
+        options = runtime.options(max_tokens=30, ignore_eos=True, pipeline=pipeline)
+        return scheduler.submit(Request((1, 2, 3), options, constraint=Walk(runtime.manifest.vocab_size))).result()
+
+    with Scheduler(runtime, slots=1) as scheduler:
+        plain, piped = answer("off"), answer("on")
+    assert piped == plain
+    assert sum(piped.pipeline.held) > 0

@@ -138,14 +138,16 @@ def test_a_listener_that_raises_at_the_end_changes_nothing(runtime: Runtime) -> 
 
 
 class Bad:
-    """A constraint that allows nothing, raises, or has another vocabulary."""
+    """A constraint that allows nothing, raises, has another vocabulary, or returns what is no array."""
 
     def __init__(self, how: str):
         self.how = how
 
-    def mask(self, history: Sequence[int]) -> np.ndarray | None:
+    def mask(self, history: Sequence[int]) -> Any:
         if self.how == "raises":
             raise ZeroDivisionError("grammar")
+        if self.how == "ragged":
+            return [[True], [True, False]]
         return np.zeros(50, bool) if self.how == "nothing" else np.ones(49, bool)
 
     def accept(self, token: int) -> None:
@@ -158,6 +160,7 @@ class Bad:
         ("nothing", ArgumentError, "allows no token"),
         ("shape", ArgumentError, r"shape \(49,\)"),
         ("raises", ArgumentError, "constraint failed: ZeroDivisionError"),
+        ("ragged", ArgumentError, "constraint failed: ValueError"),
     ],
 )
 def test_a_constraint_that_fails_ends_its_own_request_alone(
