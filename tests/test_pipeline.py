@@ -311,12 +311,12 @@ def test_packed_sequences_keep_what_they_hold(runtime: Runtime) -> None:
     lengths = driver.lengths.tolist()
     before = [driver.state.read_positions(slot, 0, lengths[slot]) for slot in (0, 1)]
     for count in (2, 1):
-        driver.state.repack(3, count, lengths[:count])
         packed = driver.state.packed(count)
+        driver.state.repack(packed, lengths[:count])
         for slot in range(count):
             for name, values in packed.read_positions(slot, 0, lengths[slot]).items():
                 np.testing.assert_array_equal(values, before[slot][name])
-        driver.state.repack(count, 3, lengths[:count])
+        packed.repack(driver.state, lengths[:count])
         for slot in range(count):
             for name, values in driver.state.read_positions(slot, 0, lengths[slot]).items():
                 np.testing.assert_array_equal(values, before[slot][name])

@@ -115,15 +115,19 @@ class BufferState(CachedPositions):
         """
         if first < 0 or count < 1 or first + count > self.batch:
             raise ArgumentError(f"slots {first} to {first + count - 1} are not among the {self.batch} of this state")
-        made = copy.copy(self)
-        made.first = self.first + first
-        made.places = {
+        places = {
             name: (self.places[name][0], self.places[name][1] + first * step)
             for name, step in slot_bytes(self.manifest).items()
         }
-        made.batch, made.width, made.current, made.loops_run, made.headed = count, 1, 0, 0, False
-        made.after_coda = False
-        made.bindings = OrderedDict()
+        made = self.over_same_memory(count, places)
+        made.first = self.first + first
+        return made
+
+    def over_same_memory(self, batch: int, places: dict[str, tuple[str, int]]) -> Self:
+        """Return a state of ``batch`` sequences over this one's buffers. ``places``: where its own lie, by name."""
+        made = copy.copy(self)
+        made.batch, made.places, made.bindings = batch, places, OrderedDict()
+        made.width, made.current, made.loops_run, made.headed, made.after_coda = 1, 0, 0, False, False
         made.detach()
         return made
 
@@ -165,13 +169,8 @@ class BufferState(CachedPositions):
 
     def packed(self, pitch: int) -> Self:
         """Return the first ``pitch`` sequences as a state over the same memory, laid out side by side per loop."""
-        made = copy.copy(self)
-        made.batch = made.pitch = pitch
-        made.places = cache_places(self.manifest, pitch, 0, self.alignment)
-        made.width, made.current, made.loops_run, made.headed = 1, 0, 0, False
-        made.after_coda = False
-        made.bindings = OrderedDict()
-        made.detach()
+        made = self.over_same_memory(pitch, cache_places(self.manifest, pitch, 0, self.alignment))
+        made.pitch = pitch
         return made
 
     def embed(
@@ -416,9 +415,9 @@ class BufferState(CachedPositions):
         values = self.view(block, host_dtype(dtype), dims, offset)[index]
         return widened(values) if dtype == "bfloat16" else values.copy()
 
-    def run_bound(self, graph: str, key: tuple[Any, ...], bindings: Bindings) -> None:
-        """Run a graph on these bindings, kept under a key that begins with the graph's name."""
-        self.run(graph, self.bindings.get(key) or self._bind(key, bindings))
+    def run_bound(self, key: tuple[Any, ...], bindings: Callable[[], Bindings]) -> None:
+        """Run the graph that a key begins with, on the bindings that ``bindings`` makes at the key's first use."""
+        self.run(key[0], self.bindings.get(key) or self._bind(key, bindings()))
 
     def _bind(self, key: tuple[Any, ...], bindings: Bindings) -> Any:
         self.bindings[key] = bound = self.bind(key[0], *placed(bindings, self.places))

@@ -9,8 +9,6 @@ with its own ``first_loop``.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -19,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..package.specs import ITEM_BYTES
-from .bindings import LANES, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
+from .bindings import LANES, Bindings, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
 from .buffers import FLOAT32, BufferState
 from .control import LoopControl
 from .positions import StridedRegion
@@ -66,11 +64,10 @@ def make_lanes(state: BufferState) -> Lanes:
 
 def _lane_state(state: BufferState) -> BufferState:
     """Return a state over the same memory, whose control inputs, hidden states and outputs are those of lanes."""
-    made = copy.copy(state)
-    made.prefix, made.bindings = LANES, OrderedDict()
     names = (*lane_buffers(state.manifest, state.batch), *(LANES + more for more in state.lane_outputs()))
-    made.places = state.places | {name.removeprefix(LANES): (name, 0) for name in names}
-    made.detach()
+    places = state.places | {name.removeprefix(LANES): (name, 0) for name in names}
+    made = state.over_same_memory(state.batch, places)
+    made.prefix = LANES
     return made
 
 
@@ -134,7 +131,7 @@ class LoopLanes:
         def work() -> None:
             rows.current, rows.loops_run = 0, first
             if entering is not None:
-                rows.run_bound("embed", ("embed", self.slots), embed_bindings(rows.manifest, self.slots, 1))
+                rows.run_bound(("embed", self.slots), lambda: embed_bindings(rows.manifest, self.slots, 1))
             rows.run_loop(width, context, "first_loop/0")
             rows.run_head()
 
@@ -209,29 +206,37 @@ class ChunkLanes:
 
     def hidden(self) -> NDArray[np.floating]:
         """Return a copy of the hidden states after the last run (tokens, d)."""
-        self._place(self._current, 0)  # a captured graph that is played again places nothing
+        self._place(self._current, 0)
         self._lanes.current, self._lanes.width = self._current, self._control.active.shape[1]
         return self._lanes.read("hidden")[0]  # type: ignore[no-any-return]
 
     def _embed(self, current: int, column: int) -> None:
         """Embed the new token into a column of the hidden states that the next run reads."""
-        inputs, outputs = embed_bindings(self.state.manifest, 1, 1)
-        named = tuple(replace(one, buffer=buffer_name(self.state.hidden, current)) for one in outputs)
-        self._place(current, column)
-        self._lanes.run_bound("embed", ("embed", current, column), (inputs, named))
+
+        def bindings() -> Bindings:
+            self._place(current, column)
+            inputs, outputs = embed_bindings(self.state.manifest, 1, 1)
+            return inputs, tuple(replace(one, buffer=buffer_name(self.state.hidden, current)) for one in outputs)
+
+        self._lanes.run_bound(("embed", current, column), bindings)
 
     def _loop(self, width: int, context: int, current: int, first: int) -> None:
-        self._place(current, first)
-        bindings = loop_bindings(self.state.manifest, 1, width, context, current)
-        self._lanes.run_bound("loop_step", ("loop_step", width, context, current, first), bindings)
+        def bindings() -> Bindings:
+            self._place(current, first)
+            return loop_bindings(self.state.manifest, 1, width, context, current)
+
+        self._lanes.run_bound(("loop_step", width, context, current, first), bindings)
 
     def _head(self, current: int, width: int) -> None:
         """Run the head on all tokens, as a batch."""
-        self._place(current, 0)
+
+        def bindings() -> Bindings:
+            self._place(current, 0)
+            return self._lanes.head_bindings(buffer_name(self.state.hidden, current))
+
         self._lanes.batch = width
         try:
-            bindings = self._lanes.head_bindings(buffer_name(self.state.hidden, current))
-            self._lanes.run_bound("lm_head", ("lm_head", width, current), bindings)
+            self._lanes.run_bound(("lm_head", width, current), bindings)
         finally:
             self._lanes.batch = 1
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..package.specs import ITEM_BYTES, StateSpec
-from .bindings import buffer_name, cache_buffers, cache_places
+from .bindings import cache_buffers
 from .control import LoopControl
 
 
@@ -111,33 +111,27 @@ class CachedPositions(ABC):
     def move(self, slot: int, to: int, length: int) -> None:
         """Copy the first ``length`` cached positions of a sequence to another's place."""
         for name, state in cache_buffers(self.manifest).items():
-            if length:
-                source, heads, size = self._region_of(name, state, slot, 0, length)
-                target, _, _ = self._region_of(name, state, to, 0, length)
-                self.copy(target, source, length * size * ITEM_BYTES[state.dtype], heads)
+            self._move(name, state, slot, self, to, length)
 
-    def repack(self, old: int, new: int, lengths: Sequence[int]) -> None:
-        """Move the cached positions of the first sequences from a layout with ``old`` of them per loop to one with
-        ``new``.
+    def repack(self, target: CachedPositions, lengths: Sequence[int]) -> None:
+        """Move the cached positions of the first sequences to where another state over the same memory has them.
 
         ``lengths``: positions per sequence to keep; all others are lost.
         """
-        layouts = [cache_places(self.manifest, pitch, 0, self.alignment) for pitch in (old, new)]
-        for state in self.manifest.states:
-            if state.kind != "per_loop":
-                continue
-            heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
-            item = size * ITEM_BYTES[state.dtype]
-            moves = [(loop, slot) for loop in range(int(state.shape[0])) for slot in range(len(lengths))]
-            # In this order no position is written over before it was moved.
-            for loop, slot in moves if new < old else reversed(moves):
-                begins = [layout[buffer_name(state, 0, loop)] for layout in layouts]
-                source, target = (
-                    StridedRegion(block, offset + slot * heads * positions * item, positions * item)
-                    for block, offset in begins
-                )
-                if lengths[slot] and source != target:
-                    self.copy(target, source, lengths[slot] * item, heads)
+        caches = cache_buffers(self.manifest).items()
+        moves = [(name, state, slot) for name, state in caches for slot in range(len(lengths))]
+        # In this order no position is written over before it was moved: the caches of a LoopLM's loops lie in one
+        # buffer, in ascending order, nearer to each other where there are fewer sequences.
+        for name, state, slot in moves if target.batch < self.batch else reversed(moves):
+            self._move(name, state, slot, target, slot, lengths[slot])
+
+    def _move(self, name: str, state: StateSpec, slot: int, target: CachedPositions, to: int, length: int) -> None:
+        """Copy the first ``length`` positions of a sequence in one cache to a place in another state's."""
+        if length:
+            source, heads, size = self._region_of(name, state, slot, 0, length)
+            region, _, _ = target._region_of(name, state, to, 0, length)
+            if region != source:
+                self.copy(region, source, length * size * ITEM_BYTES[state.dtype], heads)
 
 
 def host_dtype(dtype: str) -> np.dtype[Any]:

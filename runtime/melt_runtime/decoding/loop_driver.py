@@ -18,7 +18,7 @@ from ..sampling.sampler import Sampler
 from ..sampling.top_candidates import Candidates, sample_candidates
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
-from .pipeline import Advancing, Pipeline, PipelineCounts, Pipelining, may_pipeline
+from .pipeline import Advancing, Pipeline, PipelineCounts, Pipelining, cannot_pipeline, may_pipeline
 from .pipeline_choice import PipelineChoice
 from .settings import GenerationOptions, LoopSettings
 from .start import start_hidden
@@ -85,7 +85,7 @@ class LoopDriver:
         if self.batch > 1 or self.pipeline is None:
             if options.pipeline == "on":
                 why = "several prompts run at once" if self.batch > 1 else self.state.lanes_fit()
-                raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
+                raise cannot_pipeline(str(why))
             return None
         counts = PipelineCounts(self.pipeline.lanes.window)
         self.pipeline.begin(0, counts)
@@ -146,19 +146,18 @@ class LoopDriver:
         return LoopDriver(state, self.manifest, self, first)
 
     def packed(self, count: int) -> LoopDriver:
-        """Return a driver of the first ``count`` sequences, whose caches lie side by side per loop (see ``repack``).
+        """Return a driver of the first ``count`` sequences, whose caches lie side by side per loop (see ``move_to``).
 
         It shares memory, lengths and depths with this one, and only one of the two may be used: the other's caches lie
         elsewhere.
         """
         return LoopDriver(self.state.packed(count), self.manifest, self)
 
-    def repack(self, old: int, new: int, kept: int) -> None:
-        """Move the first ``kept`` sequences from the caches of a driver of ``old`` sequences to those of one of
-        ``new``."""
-        self.state.repack(old, new, self.lengths[:kept].tolist())
-        for slot in range(self.batch):
-            self._versions[slot] += 1
+    def move_to(self, other: LoopDriver) -> None:
+        """Move the sequences that both drivers have to the caches of the other, which shares memory with this one."""
+        kept = min(self.batch, other.batch)
+        self.state.repack(other.state, self.lengths[:kept].tolist())
+        self.versions += 1
 
     def move(self, slot: int, to: int) -> None:
         """Move a sequence to another place in the batch, whose sequence is dropped."""

@@ -133,8 +133,9 @@ class Pipeline:
         self._logits: dict[int, NDArray[np.float32]] = {}  # by sequence, after its token that arrived
 
     def begin(self, slot: int, counts: PipelineCounts) -> None:
-        """Forget a sequence's tokens in flight, and count into ``counts`` from now on."""
-        self._sequences[slot] = _Sequence(counts)
+        """Count a sequence into ``counts`` from now on; if it is another than before, forget its tokens in flight."""
+        if self._sequences[slot].counts is not counts:
+            self._sequences[slot] = _Sequence(counts)
 
     def decode(self, token: int, how: Advancing, between: Callable[[], None] | None = None) -> NDArray[np.float32]:
         """Bring the token of a driver's only sequence into the cache. Return the logits (vocab,) after it.
@@ -236,6 +237,11 @@ class Pipeline:
             if guess is not None:
                 one.flights.append(_Flight(guess, flight.ran))
             return
+
+
+def cannot_pipeline(why: str) -> ArgumentError:
+    """Return the refusal of a request whose tokens must be pipelined and cannot be."""
+    return ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
 
 
 def may_pipeline(manifest: Manifest, options: GenerationOptions) -> bool:

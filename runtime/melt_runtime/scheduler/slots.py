@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..backends.bindings import lane_window
 from ..decoding.generator import TokenSequence
 from ..decoding.loop_driver import Interrupted, LoopDriver, NextLogits
-from ..decoding.pipeline import Advancing, PipelineCounts, may_pipeline
+from ..decoding.pipeline import Advancing, PipelineCounts, cannot_pipeline, may_pipeline
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.settings import LoopSettings
 from ..errors import ArgumentError, MeltError
@@ -31,14 +31,12 @@ class RunningRequest:
 
     ``fed``: prompt tokens in the cache, of which the first ``cached`` were restored. ``token``: the next token to run;
     None during prefill. ``over``: it ended during a step, after which its slot is freed. Times are those of
-    ``monotonic``. ``in_flight``: ``token`` has been given to pipelined decoding, which counts
-    into ``counts`` once ``counted`` is set.
+    ``monotonic``. ``in_flight``: ``token`` has been given to pipelined decoding.
     """
 
     handle: RequestHandle
     sequence: TokenSequence
     slot: int
-    counts: PipelineCounts
     fed: int = 0
     cached: int = 0
     token: int | None = None
@@ -46,7 +44,6 @@ class RunningRequest:
     last: float | None = None  # time of its last token
     over: bool = False
     in_flight: bool = False
-    counted: bool = False
 
 
 StepResult = tuple[RunningRequest, TextDelta | MeltError]
@@ -94,10 +91,9 @@ class Slots:
         slot = next(slot for slot in range(self.driver.batch) if slot not in self.running)
         request = handle.request
         if request.options.pipeline == "on" and may_pipeline(self.driver.manifest, request.options):
-            by_loop = self.driver.manifest.cache_loops is not None
-            why = (self._layout(1) if by_loop else self.driver).state.lanes_fit()
+            why = self._pipelined(1).state.lanes_fit()
             if why is not None:
-                raise ArgumentError(f"pipeline is 'on', but tokens cannot be pipelined: {why}")
+                raise cannot_pipeline(why)
         self._lay_out(self.driver.batch)
         self.driver.clear(slot)
         sequence = TokenSequence(
@@ -109,9 +105,8 @@ class Slots:
             logprobs=request.logprobs,
             constraint=request.constraint,
         )
-        counts = PipelineCounts(lane_window(self.driver.manifest))
-        sequence.counts = counts
-        made = self.running[slot] = RunningRequest(handle, sequence, slot, counts)
+        sequence.counts = PipelineCounts(lane_window(self.driver.manifest))
+        made = self.running[slot] = RunningRequest(handle, sequence, slot)
         self._prefilling.append(made)
         return made
 
@@ -167,40 +162,39 @@ class Slots:
         ready = [one for _, one in sorted(self.running.items()) if one.token is not None]
         if not ready:
             return []
+        if not self._may_pipeline(ready):
+            return self._decode_plain(ready)
+        if all(one.sequence.options.pipeline == "on" for one in ready):
+            return self._decode_pipelined(ready)
         count, choice, started = len(ready), self.driver.choice, perf_counter()
-        piped, free = self._may_pipeline(ready)
-        if piped and (not free or choice.pipelined(count)):
-            results = self._decode_pipelined(ready)
-            if free:
-                choice.ran(count, True, perf_counter() - started, len(results))
-            return results
-        results = self._decode_plain(ready)
-        if piped:
-            choice.ran(count, False, perf_counter() - started, count)
+        faster = choice.pipelined(count)
+        results = self._decode_pipelined(ready) if faster else self._decode_plain(ready)
+        choice.ran(count, faster, perf_counter() - started, len(results) if faster else count)
         return results
 
-    def _may_pipeline(self, ready: Sequence[RunningRequest]) -> tuple[bool, bool]:
-        """Return whether these requests may be pipelined, and whether that is to be decided by what is faster."""
-        manifest, asked = self.driver.manifest, [one.sequence.options for one in ready]
-        if len(ready) < len(self.running) or not all(may_pipeline(manifest, options) for options in asked):
-            return False, True
-        alone = manifest.cache_loops is None and self.driver.batch > 1
-        if alone or self._layout(len(ready)).state.lanes_fit() is not None:
-            return False, True
-        return True, any(options.pipeline == "auto" for options in asked)
+    def _may_pipeline(self, ready: Sequence[RunningRequest]) -> bool:
+        """Return whether these requests may be pipelined: all that run, by what they ask and where their caches lie."""
+        return (
+            len(ready) == len(self.running)
+            and all(may_pipeline(self.driver.manifest, one.sequence.options) for one in ready)
+            and self._pipelined(len(ready)).pipeline is not None
+        )
+
+    def _pipelined(self, count: int) -> LoopDriver:
+        """Return the driver on which ``count`` requests would be pipelined: a MELT has only one layout."""
+        return self.driver if self.driver.manifest.cache_loops is None else self._layout(count)
 
     def _decode_pipelined(self, ready: Sequence[RunningRequest]) -> list[StepResult]:
         """Run every token in flight for one loop. Sample after those that are then in the cache."""
-        self._lay_out(len(ready))
+        self._lay_out(self._pipelined(len(ready)).batch)
         pipeline = self._home.pipeline
         assert pipeline is not None
         advancing = {}
         for one in ready:
             assert one.token is not None
-            if not one.counted:
-                pipeline.begin(one.slot, one.counts)
-                one.counted = True
+            assert one.sequence.counts is not None
             if not one.in_flight:
+                pipeline.begin(one.slot, one.sequence.counts)
                 pipeline.feed(one.slot, one.token)
                 one.in_flight = True
             advancing[one.slot] = Advancing(one.sequence.options.loops, one.sequence.draft)
@@ -232,9 +226,9 @@ class Slots:
                 running.slot = running.sequence.slot = to
         before, self._home = self._home, self._layout(count)
         self.running = {one.slot: one for one in self.running.values()}
-        self.driver.repack(before.batch, count, min(before.batch, count))
+        before.move_to(self._home)
         for one in self.running.values():
-            one.in_flight = one.counted = False
+            one.in_flight = False
 
     def _decode_plain(self, ready: Sequence[RunningRequest]) -> list[StepResult]:
         """Run one token of every sequence."""
