@@ -11,7 +11,8 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import LoopSettings, Runtime
 from melt_runtime.decoding.generator import TokenSequence
-from melt_runtime.decoding.loop_driver import LoopDriver, NextLogits
+from melt_runtime.decoding.loop_driver import LoopDriver
+from melt_runtime.decoding.next_logits import NextLogits
 from melt_runtime.decoding.pipeline import Pipeline, Pipelining
 from numpy.typing import NDArray
 

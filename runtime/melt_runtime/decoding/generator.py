@@ -19,7 +19,8 @@ from ..text.stop_strings import StopMatcher
 from ..text.stream_decoder import StreamDecoder
 from ..text.tokenizer import TextTokenizer
 from .chunking import checked_ids
-from .loop_driver import LoopDriver, NextLogits
+from .loop_driver import LoopDriver
+from .next_logits import NextLogits
 from .pipeline import PipelineCounts, Pipelining
 from .settings import GenerationOptions
 

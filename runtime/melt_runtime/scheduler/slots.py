@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..backends.bindings import lane_window
 from ..decoding.generator import TokenSequence
-from ..decoding.loop_driver import Interrupted, LoopDriver, NextLogits
+from ..decoding.loop_driver import Interrupted, LoopDriver
+from ..decoding.next_logits import NextLogits
 from ..decoding.pipeline import Advancing, PipelineCounts, cannot_pipeline, may_pipeline
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.settings import LoopSettings

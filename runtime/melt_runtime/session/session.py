@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.generator import TokenSequence, check_not_empty, check_stop
-from ..decoding.loop_driver import NextLogits
+from ..decoding.next_logits import NextLogits
 from ..decoding.pipeline import Pipelining
 from ..decoding.prefix_cache import Prefixes
 from ..decoding.request_options import GenerateOptions, plain_options
