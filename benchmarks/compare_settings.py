@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from common import melt_export
-from make_checkpoint import SHAPES, make
 from melt_models import LoopLMConfig, MeltConfig
 from melt_runtime.progress import Step
+from random_checkpoint import SHAPES, make, resized
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ def checkpoint(directory: Path, settings: Settings, kind: str) -> Path:
     """Make a random checkpoint in the shape, "melt" or "looplm", unless it exists."""
     path = directory / f"{kind}-checkpoint"
     if not path.is_dir():
-        shape = {**SHAPES["ouro-1.4b"].to_dict(), "num_hidden_layers": settings.layers}
-        shape |= {"vocab_size": settings.vocabulary, "total_ut_steps": settings.loops}
-        if settings.hidden != shape["hidden_size"]:
-            heads = settings.hidden // shape["head_dim"]
-            shape |= {"hidden_size": settings.hidden, "intermediate_size": 2 * settings.hidden}
-            shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        shape = resized(
+            SHAPES["ouro-1.4b"],
+            layers=settings.layers,
+            hidden=settings.hidden,
+            vocabulary=settings.vocabulary,
+            loops=settings.loops,
+        )
         for name in ("chunk_size", "latent_init", "aggregation", "ema_weight", "untrained", "model_type"):
             if kind == "looplm" or name == "model_type":
                 shape.pop(name, None)

@@ -18,7 +18,7 @@ from melt_runtime.decoding.loop_driver import LoopDriver
 from melt_runtime.decoding.pipeline import PipelineCounts, Pipelining
 from melt_runtime.progress import Step
 from numpy.typing import NDArray
-from random_checkpoint import LOOPLM_SHAPES, make
+from random_checkpoint import LOOPLM_SHAPES, make, resized
 
 _EXPORT = ("--weights", "int4", "--method", "rtn")
 
@@ -172,12 +172,13 @@ def _package(directory: Path, settings: Any, step: Step) -> Path:
     package = directory / f"looplm-{settings.layers}-{settings.hidden}-int4"
     if not package.is_dir():
         step("making the package", 0, 0)
-        shape = {**LOOPLM_SHAPES["ouro-1.4b"].to_dict(), "num_hidden_layers": settings.layers}
-        shape |= {"vocab_size": settings.vocabulary, "total_ut_steps": settings.loops}
-        if settings.hidden != shape["hidden_size"]:
-            heads = settings.hidden // shape["head_dim"]
-            shape |= {"hidden_size": settings.hidden, "intermediate_size": 2 * settings.hidden}
-            shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        shape = resized(
+            LOOPLM_SHAPES["ouro-1.4b"],
+            layers=settings.layers,
+            hidden=settings.hidden,
+            vocabulary=settings.vocabulary,
+            loops=settings.loops,
+        )
         checkpoint = directory / f"{package.name}-checkpoint"
         if not checkpoint.is_dir():
             make(checkpoint, LoopLMConfig(**shape))

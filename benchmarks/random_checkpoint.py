@@ -14,6 +14,7 @@ import torch
 from melt_models import LoopLMConfig, MeltConfig
 from melt_models.atomic import new_directory
 from melt_models.checkpoint import CONFIGS, expected_shapes, meta_model
+from melt_models.configuration import LoopedConfig
 from melt_runtime.progress import Step, no_progress
 from safetensors.torch import save_file
 
@@ -64,6 +65,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 _SHARD_BYTES = 1 << 30
 _SCALE = 0.02
+
+
+def resized(config: LoopedConfig, *, layers: int, hidden: int, vocabulary: int, loops: int) -> dict[str, Any]:
+    """Return a configuration's fields in other sizes; at another ``hidden`` with fewer heads of the same size."""
+    shape = {**config.to_dict(), "num_hidden_layers": layers, "vocab_size": vocabulary, "total_ut_steps": loops}
+    if hidden != shape["hidden_size"]:
+        heads = hidden // shape["head_dim"]
+        shape |= {"hidden_size": hidden, "intermediate_size": 2 * hidden}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    return shape
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

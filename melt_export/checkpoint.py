@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 from melt_models import MeltConfig
@@ -38,15 +39,16 @@ class Checkpoint:
             if self.config is not self.own:
                 return self
             raise ExportError("the checkpoint is a MELT: its loops share their caches already")
-        made = object.__new__(Checkpoint)
-        made.directory, made.weights, made.own = self.directory, self.weights, self.own
-        made.config = melt_config(self.own, loops=loops, aggregation="last")
-        return made
+        return self._configured(melt_config(self.own, loops=loops, aggregation="last"))
 
     def as_trained(self) -> Checkpoint:
         """Return the checkpoint with the caches that it was trained with."""
-        made = object.__new__(Checkpoint)
-        made.directory, made.weights, made.own, made.config = self.directory, self.weights, self.own, self.own
+        return self._configured(self.own)
+
+    def _configured(self, config: LoopedConfig) -> Checkpoint:
+        """Return the checkpoint, which stays open, with another configuration."""
+        made = copy(self)
+        made.config = config
         return made
 
     def without_weights(self) -> LoopedModel:

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
+from melt_runtime.backends import tensorrt
 from melt_runtime.backends.cuda import host_array
+from melt_runtime.engines import library
 from melt_runtime.engines.library import Library
 from melt_runtime.engines.profiles import length_buckets, make_profiles
 from melt_runtime.engines.store import keep_engine, new_engine
@@ -300,6 +303,15 @@ class HostTensorRT:
 
         def __init__(self) -> None:
             """Do nothing."""
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """Return a device that every TensorRT backend of the test opens, with the stand-in for the library."""
+    made = HostDevice()
+    monkeypatch.setattr(tensorrt, "open_device", lambda index: made)
+    for module in (tensorrt, library):
+        monkeypatch.setattr(module, "open_library", host_library)
+    return made
 
 
 def host_library(flavour: str) -> Library:

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from device_double import HostDevice, add_plans, host_library
+from device_double import HostDevice, add_plans, stand_in
 from melt_runtime import ArgumentError, Package, Request, Runtime, Scheduler
-from melt_runtime.backends import tensorrt
 from melt_runtime.backends.tensorrt import TensorRTBackend
-from melt_runtime.engines import library
 from test_device_state import ControlsOnTheHost, OnStandIn
 
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9], [5, 6], [40, 2, 7, 7]]
@@ -28,11 +26,7 @@ def checkpoints(make_checkpoint: MakeCheckpoint, make_looplm: MakeCheckpoint) ->
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """The stand-in, which every TensorRT backend of the test opens."""
-    made = HostDevice()
-    monkeypatch.setattr(tensorrt, "open_device", lambda index: made)
-    for module in (tensorrt, library):
-        monkeypatch.setattr(module, "open_library", host_library)
-    return made
+    return stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("graphs", [True, False])

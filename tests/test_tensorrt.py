@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, host_library
+from device_double import HostContext, HostDevice, HostEngine, HostTensorRT, add_plans, stand_in
 from melt_runtime import ArgumentError, BackendError, LoopDriver, LoopSettings, Package, PackageError, Runtime
-from melt_runtime.backends import tensorrt
 from melt_runtime.backends.buffers import widened
 from melt_runtime.backends.choose import Environment, choices
 from melt_runtime.backends.control import LoopControl
@@ -26,7 +25,6 @@ from melt_runtime.backends.device_memory import layout
 from melt_runtime.backends.execution import Recordings
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.bench import sweep as bench
-from melt_runtime.engines import library
 from melt_runtime.package.reader import source_hash
 
 Load = Callable[..., Runtime]
@@ -56,11 +54,7 @@ def spoilt(directory: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """The stand-in, which every backend of the test opens."""
-    made = HostDevice()
-    monkeypatch.setattr(tensorrt, "open_device", lambda index: made)
-    for module in (tensorrt, library):
-        monkeypatch.setattr(module, "open_library", host_library)
-    return made
+    return stand_in(monkeypatch)
 
 
 def load(directory: Path, **options: Any) -> Runtime:

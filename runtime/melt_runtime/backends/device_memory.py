@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError
+from .bindings import rounded_up
 from .cuda import Device
 from .positions import StridedRegion
 
@@ -121,5 +122,5 @@ def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     offsets, total = {}, 0
     for name, count in sizes.items():
         offsets[name] = total
-        total += -(-count // ALIGNMENT) * ALIGNMENT
+        total += rounded_up(count, ALIGNMENT)
     return offsets, total

@@ -15,7 +15,7 @@ from ..package.contract import graph_difference
 from ..package.reader import Package
 from ..package.specs import TensorSpec
 from ..untrusted import brief
-from .bindings import Binding, scratch_buffers
+from .bindings import Binding, rounded_up, scratch_buffers
 from .buffers import BufferState
 from .cpu_threads import ThreadLimit
 from .positions import StridedRegion
@@ -239,4 +239,4 @@ def run_bound(session: Any, graph: str, binding: Any) -> None:
 
 def rounded(positions: int, most: int) -> int:
     """Round positions up to an attention length."""
-    return min(-(-positions // CONTEXT_BUCKET) * CONTEXT_BUCKET, most)
+    return min(rounded_up(positions, CONTEXT_BUCKET), most)

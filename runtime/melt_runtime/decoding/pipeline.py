@@ -25,6 +25,7 @@ from ..backends.lanes import Lane, Read, make_lanes
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..results import PipelineUse
+from .early_exit import has_left, stays
 from .settings import GenerationOptions, LoopSettings
 
 
@@ -202,8 +203,8 @@ class Pipeline:
             if flight.left:
                 continue
             flight.ran += 1
-            flight.remaining *= _WHOLE - read.exit_probability
-            early = settings.exit_threshold < 1 and _WHOLE - flight.remaining >= np.float32(settings.exit_threshold)
+            flight.remaining = stays(flight.remaining, read.exit_probability)
+            early = settings.exit_threshold < 1 and has_left(flight.remaining, np.float32(settings.exit_threshold))
             flight.left = flight.ran >= settings.loops or bool(early and flight.ran >= settings.min_loops)
         one.version = int(self.driver.versions[slot])
 
