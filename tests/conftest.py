@@ -6,10 +6,11 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from family_checkpoints import family
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_runtime import Runtime
 from processes import let_ctrl_c_through
@@ -49,6 +50,8 @@ CHAT_TEMPLATE = (
 
 MakeCheckpoint = Callable[..., Path]
 MakePackage = Callable[..., Path]
+MakeFamily = Callable[..., Path]
+FAMILY_SIZES = {"chunk": 8, "max_seq_len": 64}
 
 
 def write_tokenizer(directory: Path, alphabet: str = ALPHABET) -> None:
@@ -160,3 +163,23 @@ def server(served_package: Path) -> Iterator[Server]:
 def package_copy(tiny_package: Path, tmp_path: Path) -> Path:
     """A copy of the default package that a test may change."""
     return Path(shutil.copytree(tiny_package, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def make_family(shared: Path) -> MakeFamily:
+    """A function that writes a family's random checkpoint in its published layout, once for equal arguments."""
+
+    def make(kind: str, **fields: Any) -> Path:
+        return made_once(shared, "family", repr((kind, sorted(fields.items()))), family(kind, **fields).write)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_runtime(make_family: MakeFamily, make_package: MakePackage) -> Callable[..., Runtime]:
+    """A function that exports a family's checkpoint and loads the package."""
+
+    def make(kind: str, **options: Any) -> Runtime:
+        return Runtime.load(make_package(make_family(kind), **FAMILY_SIZES, **options))
+
+    return make

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,21 +12,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import MakePackage
+from conftest import FAMILY_SIZES, MakeFamily, MakePackage
 from family_checkpoints import CONFIGS, Equations, Family, family
-from melt_models.checkpoint import CONFIGS as CONFIG_CLASSES
-from melt_models.checkpoint import expected_shapes, load_model, meta_model
+from melt_models.checkpoint import load_model
 from melt_models.convert import convert
 from melt_models.start_state import start_noise as models_noise
-from melt_runtime import ArgumentError, LoopSettings, PackageError, PrefixCache, Request, Runtime, Scheduler
+from melt_runtime import ArgumentError, LoopSettings, PrefixCache, Request, Runtime, Scheduler
 from melt_runtime.decoding import start_state
-from melt_runtime.engines.build import EngineOptions, check_package
-from melt_runtime.package.manifest import STAGES
-from melt_runtime.package.manifest_schema import read_manifest
 from serving import WAIT, Server
-from sharing import made_once
 
-from melt_export.errors import ExportError
 from melt_export.export import building
 from melt_export.options import ExportOptions
 from melt_export.parity.verify import verify
@@ -36,35 +28,11 @@ from melt_export.quantization.options import CacheOptions, WeightOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import random_checkpoint
-import state_bytes
 
 RAVENS = ["huginn", "llama", "olmo"]
 SMALL = {"nanbeige4.2-3b": "nanbeige", "huginn-0125": "huginn"}
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
 MOST_ERROR = 1e-4
-SIZES = {"chunk": 8, "max_seq_len": 64}
-MakeFamily = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def make_family(shared: Path) -> MakeFamily:
-    """A function that writes a family's random checkpoint in its published layout, once for equal arguments."""
-
-    def make(kind: str, **fields: Any) -> Path:
-        return made_once(shared, "family", repr((kind, sorted(fields.items()))), family(kind, **fields).write)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_runtime(make_family: MakeFamily, make_package: MakePackage) -> Callable[..., Runtime]:
-    """A function that exports a family's checkpoint and loads the package."""
-
-    def make(kind: str, **options: Any) -> Runtime:
-        return Runtime.load(make_package(make_family(kind), **SIZES, **options))
-
-    return make
 
 
 def loops_of(made: Family) -> int:
@@ -89,7 +57,7 @@ def test_every_loop_agrees_with_pytorch(
     kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage
 ) -> None:
     checkpoint = make_family(kind)
-    package = make_package(checkpoint, **SIZES, **({} if dialect == "onnxruntime" else {"dialect": dialect}))
+    package = make_package(checkpoint, **FAMILY_SIZES, **({} if dialect == "onnxruntime" else {"dialect": dialect}))
     report = verify(package, checkpoint, tokens=12)
     assert report.failures() == []
     assert "exit probability" not in {state.quantity for state in report.states}
@@ -104,7 +72,7 @@ def test_every_loop_agrees_with_pytorch_where_loops_share_their_caches(
     kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage
 ) -> None:
     checkpoint = make_family(kind)
-    package = make_package(checkpoint, **SIZES, dialect=dialect, share_caches="last")
+    package = make_package(checkpoint, **FAMILY_SIZES, dialect=dialect, share_caches="last")
     for loops in (None, 7):  # more than it was trained for: shared caches hold any number
         assert verify(package, checkpoint, tokens=12, loops=loops).failures() == []
 
@@ -114,7 +82,7 @@ def test_a_family_with_melts_gate_in_its_loops_agrees_with_pytorch(
     kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage, tmp_path: Path
 ) -> None:
     convert(make_family(kind), tmp_path / "melt", chunk_size=8)
-    report = verify(make_package(tmp_path / "melt", **SIZES, dialect=dialect), tmp_path / "melt", tokens=12)
+    report = verify(make_package(tmp_path / "melt", **FAMILY_SIZES, dialect=dialect), tmp_path / "melt", tokens=12)
     assert report.failures() == []
     assert "latent" in {state.quantity for state in report.states}
 
@@ -153,7 +121,7 @@ def test_a_quantized_huginn_agrees_with_pytorch_on_its_stored_values(
     options: dict[str, Any], make_family: MakeFamily, make_package: MakePackage
 ) -> None:
     checkpoint = make_family("huginn")
-    report = verify(make_package(checkpoint, **SIZES, **options), checkpoint, tokens=4)
+    report = verify(make_package(checkpoint, **FAMILY_SIZES, **options), checkpoint, tokens=4)
     assert [failure for failure in report.failures() if not failure.startswith("quantization moved")] == []
 
 
@@ -316,7 +284,7 @@ def test_a_scheduler_answers_each_request_as_alone(make_runtime: Callable[..., R
 
 
 def test_the_server_takes_seed_start_and_exits(make_family: MakeFamily, make_package: MakePackage) -> None:
-    package = make_package(make_family("huginn"), **SIZES, share_caches="last")
+    package = make_package(make_family("huginn"), **FAMILY_SIZES, share_caches="last")
     runtime = Runtime.load(package)
     asked: tuple[dict[str, Any], ...] = (
         {"start_seed": 5},
@@ -403,97 +371,6 @@ def test_nanbeige_is_pipelined_with_the_tokens_of_plain_decoding(make_runtime: C
         assert found.pipeline.tokens == 15
 
 
-def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_runtime: Callable[..., Runtime]) -> None:
-    for options in ({}, {"share_caches": "last"}):
-        with pytest.raises(ArgumentError, match=r"exit_threshold is 0\.5, but the model has no exit gate"):
-            make_runtime("nanbeige", **options).generate(IDS, exit_threshold=0.5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "said"),
-    [
-        ("nanbeige", {"start_state": "zeros"}, "start from the embedding"),
-        ("huginn", {"start_state": "embedding"}, "this model starts from 'noise' or 'zeros'"),
-        ("huginn", {"start_state": "ones"}, "it must be one of"),
-        ("huginn", {"start_seed": -1}, "whole number from 0"),
-        ("huginn", {"start_seed": 2**64}, "whole number from 0"),
-        ("huginn", {"start_seed": True}, "whole number from 0"),
-        ("huginn", {"pipeline": "on"}, "outside its loops"),
-        ("huginn", {"loops": 4}, "caches for 3"),
-        ("huginn", {"exit_kl": 1e-3}, "exit_kl is 0.001; a token of a LoopLM that left early"),
-        ("huginn", {"exit_same": 2}, "exit_same is 2; a token of a LoopLM that left early"),
-        ("huginn", {"exit_kl": -1.0}, "finite number of at least 0"),
-        ("huginn", {"exit_same": 1.5}, "whole number from 0"),
-    ],
-)
-def test_what_a_package_cannot_do_is_refused(
-    kind: str, options: dict[str, Any], said: str, make_runtime: Callable[..., Runtime]
-) -> None:
-    with pytest.raises(ArgumentError, match=said):
-        make_runtime(kind).generate(IDS, **options)
-
-
-def test_a_melt_checkpoint_shares_its_caches_already(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ExportError, match="share their caches already"),
-        building(tiny_checkpoint, tmp_path / "out", ExportOptions(share_caches="last")),
-    ):
-        pass
-
-
-def test_caches_per_loop_are_refused_in_the_portable_dialect(make_family: MakeFamily, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ExportError, match="--dialect onnxruntime or standard"),
-        building(make_family("huginn"), tmp_path / "out", ExportOptions(dialect="portable")),
-    ):
-        pass
-
-
-def test_no_engine_is_built_from_a_package_with_stages(make_runtime: Callable[..., Runtime]) -> None:
-    manifest = make_runtime("huginn", share_caches="last", dialect="portable").manifest
-    with pytest.raises(ArgumentError, match="outside its loops"):
-        check_package(manifest, EngineOptions(), None)  # type: ignore[arg-type]
-
-
-def change(manifest: dict[str, Any], how: str) -> None:
-    graphs = manifest["graphs"]
-    if how == "coda":
-        del graphs["coda"]
-    elif how == "cache":
-        manifest["states"] = [one for one in manifest["states"] if one["input"] != "coda_value_cache.0"]
-    elif how == "start":
-        manifest["start"]["std"] = "much"
-    elif how == "generator":
-        manifest["start"]["generator"] = "mt19937"
-    elif how == "injected":
-        graphs["loop_step"]["inputs"] = [one for one in graphs["loop_step"]["inputs"] if one["name"] != "injected"]
-    elif how == "version":
-        manifest["format_version"] = 3
-    elif how == "layers":
-        manifest["model"]["num_prelude_layers"] = 2
-
-
-@pytest.mark.parametrize("how", ["coda", "cache", "start", "generator", "injected", "version", "layers"])
-def test_a_manifest_whose_stages_contradict_each_other_is_refused(
-    how: str, make_runtime: Callable[..., Runtime]
-) -> None:
-    content = json.loads(make_runtime("huginn").manifest.to_json())
-    assert content["format_version"] == STAGES
-    read_manifest(json.dumps(content))
-    change(content, how)
-    with pytest.raises(PackageError):
-        read_manifest(json.dumps(content))
-
-
-def test_packages_without_stages_keep_their_format(tiny_package: Path) -> None:
-    content = json.loads((tiny_package / "manifest.json").read_text())
-    assert content["format_version"] < STAGES
-    assert not {"start", "shared_caches"} & content.keys()
-
-
-# States after every loop
-
-
 @pytest.mark.parametrize("options", [{}, {"share_caches": "last"}])
 @pytest.mark.parametrize("kind", ["nanbeige", "huginn"])
 def test_states_after_every_loop_are_pytorchs(
@@ -506,8 +383,8 @@ def test_states_after_every_loop_are_pytorchs(
     assert states.exit_probability is None
     assert states.token_ids == tuple(IDS)
     equations, expected = Equations(made, shared=bool(options)), []
-    for at in range(0, len(IDS), SIZES["chunk"]):
-        ids = IDS[at : at + SIZES["chunk"]]
+    for at in range(0, len(IDS), FAMILY_SIZES["chunk"]):
+        ids = IDS[at : at + FAMILY_SIZES["chunk"]]
         noise = noise_of(made, 2, at, len(ids)) if kind in RAVENS else None
         expected.append(equations.loops(ids, loops, noise))
     for loop in range(loops):
@@ -515,7 +392,7 @@ def test_states_after_every_loop_are_pytorchs(
     assert states.hidden.shape == (loops, len(IDS), 64)
     first = runtime.loops(IDS, start_seed=2, loops=1, logits=False)
     assert first.logits is None
-    same = SIZES["chunk"]  # a later chunk reads what the last loop left in shared caches
+    same = FAMILY_SIZES["chunk"]  # a later chunk reads what the last loop left in shared caches
     assert error(first.hidden[0, :same], states.hidden[0, :same]) <= MOST_ERROR
 
 
@@ -535,29 +412,3 @@ def test_states_that_no_memory_holds_are_refused(
 
 
 # Full-size shapes
-
-
-def test_the_published_shapes_have_the_published_numbers_of_weights() -> None:
-    counts = {}
-    for name, content in random_checkpoint.PUBLISHED.items():
-        config = CONFIG_CLASSES[content["model_type"]].from_dict(content)
-        shapes = config.published_shapes(expected_shapes(meta_model(config)))
-        counts[name] = (len(shapes), sum(math.prod(shape) for shape in shapes.values()))
-    assert counts["nanbeige4.2-3b"] == (201, 4_169_800_704)
-    assert counts["huginn-0125"][1] == pytest.approx(3.56e9, rel=0.02)
-
-
-def test_a_random_checkpoint_in_a_published_layout_is_read_and_exported(tmp_path: Path) -> None:
-    for name, content in random_checkpoint.PUBLISHED.items():
-        small = {**content, **{key: value for key, value in CONFIGS[SMALL[name]].items() if key in content}}
-        random_checkpoint.make_published(tmp_path / name, small)
-        with building(tmp_path / name, tmp_path / f"{name}-package", ExportOptions(**SIZES)):
-            pass
-        assert Runtime.load(tmp_path / f"{name}-package").generate(IDS, max_tokens=2, ignore_eos=True).text == ""
-
-
-def test_state_of_shared_caches_stays_the_same_at_any_number_of_loops() -> None:
-    for own, shared in state_bytes.rows(4096, "fp16").values():
-        assert own[-1] > 6 * own[1]
-        assert len(set(shared[1:])) == 1
-        assert shared[-1] < own[0] * 1.1
