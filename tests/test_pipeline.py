@@ -298,8 +298,10 @@ def test_what_cannot_be_pipelined_says_why(
         Runtime.load(single).generate(PROMPT, pipeline="on")
     with pytest.raises(ArgumentError, match="several prompts"):
         runtime.generate([PROMPT, PROMPT], pipeline="on")
-    with pytest.raises(ArgumentError, match="auto, on, off"):
-        runtime.generate(PROMPT, pipeline="yes")
+    wrong: list[Any] = ["yes", True, None, ["on"], np.array(["on"]), np.array(["on", "off"])]
+    for value in wrong:
+        with pytest.raises(ArgumentError, match="auto, on, off"):
+            runtime.generate(PROMPT, pipeline=value)
     assert runtime.generate([PROMPT, PROMPT], max_tokens=2)[0].pipeline is None
     assert Runtime.load(single).generate(PROMPT, max_tokens=2).pipeline is None
 

@@ -119,7 +119,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         whole_number("max_tokens", self.max_tokens)
-        if self.pipeline not in PIPELINE:
+        if not isinstance(self.pipeline, str) or self.pipeline not in PIPELINE:
             raise ArgumentError(f"pipeline is {shown(self.pipeline)}; it must be one of {', '.join(PIPELINE)}")
         object.__setattr__(self, "stop", stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", stop_tokens(self.stop_ids))

@@ -12,7 +12,8 @@ from ..errors import ArgumentError
 
 
 class Constraint(Protocol):
-    """The protocol of a constraint, such as a grammar. One object serves one sequence.
+    """The protocol of a constraint, such as a grammar. One object serves one sequence. Masks are copied, so that it may
+    return one array again and again.
 
     It may also have ``mask_ahead(ahead)``: the tokens (vocab,) that may come after those accepted and the tokens of
     ``ahead``, which are not accepted by it; None if ``ahead`` is not allowed. Without it pipelined decoding drafts one
