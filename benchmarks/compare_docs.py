@@ -82,7 +82,10 @@ def _smollm2(section: Row) -> Row:
         "turns": turns,
         "names": names,
         "best": best,
-        "rivals": {named(name)["rival"]: about for name, about in section.get("rivals", {}).items()},
+        "rivals": {
+            named(name)["rival"]: about | {"loss": section.get("losses", {}).get(name)}
+            for name, about in section.get("rivals", {}).items()
+        },
         "bench": section["bench"],
     }
 

@@ -24,6 +24,7 @@ class Settings:
     - ``long_rows``: tokens of ``long``.
     - ``prompts``: tokens of SmolLM2's timed prompt, for each of ``eager_contexts``.
     - ``busy``: numbers of busy processes beside SmolLM2, in turn.
+    - ``loss_tokens``: tokens of text on which the loss of SmolLM2's 4 bits is measured.
     - ``smollm2``: a SmolLM2 checkpoint, made if None.
     - ``export``: options of melt-export.
     """
@@ -42,6 +43,7 @@ class Settings:
     prompt: int = 128
     prompts: tuple[int, ...] = (128, 512)
     busy: tuple[int, ...] = (1,)
+    loss_tokens: int = 4096
     smollm2: Path | None = None
     export: tuple[str, ...] = ("--weights", "int4", "--method", "rtn")
 
@@ -70,6 +72,7 @@ QUICK: dict[str, Any] = {
     "tokens": 1,
     "prompt": 16,
     "prompts": (16,),
+    "loss_tokens": 64,
 }
 
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from common import plural
 from compare_settings import Settings, counting, export
+from melt_runtime import LoopSettings, Runtime
 from melt_runtime.bench.sweep import Sweep, bench
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step
+from quantization import descriptions
 from rivals import genai, llama_cpp, melt
 from rivals.turns import Rival, take_turns
 from rivals.weights import onnx_weights
 
-_EVERYWHERE = ("--head", "int4", "--embedding", "int4")  # as the rivals'
+from melt_export.checkpoint import Checkpoint
+from melt_export.parity.quality import compare, held_out, reference_logits, text_logits
+from melt_export.parity.report import Limits
+from melt_export.reference.pytorch import reference_of
+
+# 4.5 bits per weight, as the rivals' have: blocks of 64 with float32 scales are llama.cpp's blocks of 32 with float16.
+_EVERYWHERE = ("--head", "int4", "--embedding", "int4", "--block", "64", "--int8-share", "0", "--method", "gptq")
 
 
 def missing(directory: Path) -> str | None:
@@ -52,10 +61,11 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
     shutil.rmtree(ours, ignore_errors=True)
     export(source, ours, 1024, settings, *everywhere)
     step("onnxruntime-genai exports SmolLM2", 0, 0)
-    theirs = genai.build(llama, directory / "smollm2-genai")
+    theirs = genai.build(llama, directory / "smollm2-genai-64")
     step("fetching llama.cpp", 0, 0)
     library = llama_cpp.install(directory / "llama.cpp")
     weights = llama_cpp.quantize(library, maker.weights_file(), directory / "smollm2-q4_0.gguf")
+    losses = _losses(source, ours, theirs, (library, weights), settings.loss_tokens, step)
 
     report: dict[str, Any] = {
         "rivals": {
@@ -67,6 +77,7 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
             "onnxruntime-genai": genai.about(theirs),
             "llama.cpp": llama_cpp.about(library, weights),
         },
+        "losses": losses,
         "prompts": {str(c): p for c, p in zip(settings.eager_contexts, settings.prompts, strict=True)},
     }
     sweep = Sweep(contexts=settings.eager_contexts, threads=(settings.threads,), prompt=settings.prompt, rounds=3)
@@ -81,6 +92,31 @@ def smollm2(directory: Path, settings: Settings, step: Step) -> dict[str, Any]:
         found = take_turns(sides, settings.rounds, counting(step, name, visits), busy)
         (report["beside"].setdefault(str(busy), {}) if busy else report["turns"])[str(context)] = found
     return report
+
+
+def _losses(
+    source: Path, ours: Path, theirs: Path, llama: tuple[Path, Path], tokens: int, step: Step
+) -> dict[str, dict[str, float | None]]:
+    """Measure what 4 bits cost each rival: its logits against the checkpoint's in float32, on the same text."""
+    package = Package.open(ours, check_hashes=False)
+    with tempfile.TemporaryDirectory() as name:
+        text = Path(name) / "descriptions"
+        text.write_text(descriptions(), encoding="utf-8")
+        held = held_out(ours, package.manifest, text, tokens)
+    step("SmolLM2 in float32: held-out text", 0, 0)
+    expected = reference_logits(reference_of(Checkpoint(source).load()), held, package.manifest)
+    driver, loops = Runtime.load(ours, check_hashes=False).driver(), LoopSettings(package.manifest.loops)
+    runs = {
+        "melt": lambda ids: text_logits(driver, ids, loops),
+        "onnxruntime-genai": genai.logits(theirs),
+        "llama.cpp": llama_cpp.logits(*llama),
+    }
+    found = {}
+    for rival, logits in runs.items():
+        step(f"{rival}: held-out text", 0, 0)
+        quality = compare(logits, held, expected, Limits())
+        found[rival] = {"kl": quality.kl, "top1": quality.top1, "perplexity": quality.perplexity}
+    return found
 
 
 def ways(

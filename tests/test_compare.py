@@ -130,9 +130,10 @@ def test_the_document_shows_every_way_and_each_rivals_best(report: dict[str, Any
 def test_the_document_tells_each_rivals_bits_version_and_options(
     report: dict[str, Any], smollm2: dict[str, Any]
 ) -> None:
-    lines = compare_docs.part({**report, "smollm2": smollm2}).splitlines()
-    assert "| llama.cpp 0.5 | Q4_0 | int4 | int4 | 84.0 MB | batches of 512 |" in lines
-    assert "| MELT, one loop | int4 | int4 | int4 | 84.0 MB | --weights int4 |" in lines
+    losses = {"llama.cpp": {"kl": 0.5294, "top1": 0.6113, "perplexity": 56.3012}}
+    lines = compare_docs.part({**report, "smollm2": {**smollm2, "losses": losses}}).splitlines()
+    assert "| llama.cpp 0.5 | Q4_0 | int4 | int4 | 84.0 MB | 0.529 | 61.1% | 56.3 | batches of 512 |" in lines
+    assert "| MELT, one loop | int4 | int4 | int4 | 84.0 MB | - | - | - | --weights int4 |" in lines
 
 
 def test_every_rival_runs_with_every_number_of_threads_awake_and_asleep(tmp_path: Path) -> None:

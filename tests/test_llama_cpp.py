@@ -45,6 +45,16 @@ def test_layers_embedding_and_head_have_four_bits(library: Path, weights: Path) 
 
 
 @pytest.mark.real
+def test_all_logits_of_a_sequence_are_those_of_its_tokens_one_by_one(library: Path, weights: Path) -> None:
+    ids = [504, 3575, 282, 4649, 314]
+    whole = llama_cpp.logits(library, weights)(ids)
+    one = LlamaContext(LlamaLibrary(library), weights, 1, 64, 32, poll=False)
+    assert whole.shape[0] == len(ids)
+    for place, token in enumerate(ids):
+        assert one.next([token]) == whole[place].argmax()
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("poll", [True, False])
 def test_it_answers_rightly_and_again_after_its_tokens_were_forgotten(library: Path, weights: Path, poll: bool) -> None:
     from gguf import GGUFReader

@@ -7,18 +7,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rivals.turns import Sample
 from rivals.weights import onnx_weights
 
-BUILDER = "-p int4 -e cpu"  # its defaults for a CPU: activations in 8 bits, a head in 4, blocks of 32
+# Activations in 8 bits and a head in 4 are its defaults for a CPU. With float32 scales, blocks of 64 are the 4.5 bits
+# per weight of llama.cpp's Q4_0, which has blocks of 32 with float16 scales.
+BUILDER = ("-p", "int4", "-e", "cpu")
+BLOCKS = "block_size=64"
 
 
 def missing() -> str | None:
@@ -33,9 +37,9 @@ def build(llama: Path, output: Path) -> Path:
     if output.is_dir():
         return output
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "smol", "-i", str(llama)]
-    command += ["-o", str(output), *BUILDER.split()]
+    command += ["-o", str(output), *BUILDER]
     ran = subprocess.run(
-        [*command, "--extra_options", "hf_token=false", "hf_remote=false"],
+        [*command, "--extra_options", BLOCKS, "hf_token=false", "hf_remote=false"],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -51,10 +55,26 @@ def about(directory: Path) -> dict[str, Any]:
     """Return the version, options, and the bits of the weights."""
     return {
         "version": version("onnxruntime-genai"),
-        "options": f"exported with {BUILDER}; intra_op_num_threads and intra_op.allow_spinning as in the table, "
-        "fp32 cache, greedy",
+        "options": f"exported with {' '.join(BUILDER)} and {BLOCKS}; intra_op_num_threads and "
+        "intra_op.allow_spinning as in the table, fp32 cache, greedy",
         "weights": onnx_weights(directory),
     }
+
+
+def logits(directory: Path) -> Callable[[list[int]], NDArray[np.float32]]:
+    """Return a function that computes the logits (tokens, vocab) of a sequence of ids."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(directory))
+
+    def run_sequence(ids: list[int]) -> NDArray[np.float32]:
+        options = og.GeneratorParams(model)
+        options.set_search_options(max_length=len(ids) + 1)
+        running = og.Generator(model, options)
+        running.append_tokens(np.asarray(ids, np.int32))
+        return np.array(running.get_output("logits")[0], np.float32)
+
+    return run_sequence
 
 
 def run(directory: Path, threads: int, spin: bool, context: int, tokens: int, prompt: int) -> Iterator[Sample]:

@@ -10,12 +10,13 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rivals.llama_library import Q4_0, LlamaContext, LlamaLibrary
 from rivals.turns import Sample
@@ -103,6 +104,17 @@ def run(
     running = LlamaContext(LlamaLibrary(library), weights, threads, _ROWS, _BATCH, poll=poll)
     while True:
         yield _turn(running, context, tokens, prompt)
+
+
+def logits(library: Path, weights: Path) -> Callable[[list[int]], NDArray[np.float32]]:
+    """Return a function that computes the logits (tokens, vocab) of a sequence of at most 512 ids."""
+    running = LlamaContext(LlamaLibrary(library), weights, 1, _ROWS, _BATCH, poll=False)
+
+    def run_sequence(ids: list[int]) -> NDArray[np.float32]:
+        running.cut(0)
+        return running.logits(ids)
+
+    return run_sequence
 
 
 def _turn(running: LlamaContext, context: int, tokens: int, prompt: int) -> Sample:

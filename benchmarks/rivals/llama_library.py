@@ -7,11 +7,25 @@ structure whose defaults are not where they are expected is refused, because the
 from __future__ import annotations
 
 import ctypes
-from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_uint32, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_uint32,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 Q4_0 = 2  # llama_ftype: 4 bits, blocks of 32, one float16 scale per block
 _POLL = 50  # llama.cpp's default, of 0 (waiting threads sleep) to 100
@@ -229,6 +243,15 @@ class LlamaContext:
         self._library._need(not failed, f"{len(tokens)} tokens failed")
         logits = self.llama.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        """Run tokens after those that ran before, at most a batch, and return all their logits (tokens, vocab)."""
+        given, wanted = (c_int32 * len(tokens))(*tokens), (c_int8 * len(tokens))(*[1] * len(tokens))
+        batch = self.llama.llama_batch_get_one(ctypes.addressof(given), len(tokens))
+        batch.logits = ctypes.addressof(wanted)
+        self._library._need(not self.llama.llama_decode(self._context, batch), f"{len(tokens)} tokens failed")
+        rows = [self.llama.llama_get_logits_ith(self._context, at) for at in range(len(tokens))]
+        return np.stack([np.ctypeslib.as_array(row, (self._vocabulary,)) for row in rows])
 
     def rest(self) -> None:
         """Let waiting threads sleep until the next tokens, so as not to disturb what runs in between."""

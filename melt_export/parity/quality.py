@@ -7,7 +7,7 @@ model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -132,11 +132,22 @@ def measure(
 ) -> Quality:
     """Run the package over the sequences and compare its logits."""
     driver, settings = runtime.driver(), LoopSettings(loops)
+    return compare(lambda ids: text_logits(driver, ids, settings), held, expected, limits, progress)
+
+
+def compare(
+    logits: Callable[[list[int]], NDArray[np.float32]],
+    held: HeldOut,
+    expected: list[NDArray[np.float32]],
+    limits: Limits,
+    progress: Step = no_progress,
+) -> Quality:
+    """Compare logits, which are computed from the ids of each sequence as (tokens, vocab), with the checkpoint's."""
     divergence: list[float] = []
     agree: list[bool] = []
     losses: tuple[list[float], list[float]] = ([], [])
     for ids, theirs in zip(held.sequences, expected, strict=True):
-        got, want = log_softmax(text_logits(driver, ids, settings)), log_softmax(theirs)
+        got, want = log_softmax(logits(ids)), log_softmax(theirs)
         rows_kl, same = agreement(got, want)
         divergence += rows_kl
         agree += same
