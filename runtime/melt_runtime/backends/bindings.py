@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..package.manifest import Manifest
-from ..package.specs import StateSpec, TensorSpec, new_positions_shape, size_of
+from ..package.specs import CODA, PRELUDE, Shape, StateSpec, TensorSpec, new_positions_shape, size_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Binding:
     offset: int = 0
 
 
+Shapes = dict[str, tuple[str, Shape]]  # of buffers: type and shape by name
 Bindings = tuple[tuple[Binding, ...], tuple[Binding, ...]]  # inputs, outputs
 LANES = "lanes/"  # prefix of the scratch buffers of a state whose batch is loops
 
@@ -61,7 +62,7 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     reads. ``start``: the hidden state before the first loop, where it is not the embedding.
     """
     hidden = manifest.states[0]
-    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+    shapes: Shapes = {
         "input_ids": ("int64", ("batch", "chunk")),
         "lengths": ("int64", ("batch",)),
         "exit_probability": ("float32", ("batch", "chunk")),
@@ -87,11 +88,10 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
 
 def lane_window(manifest: Manifest) -> int:
     """Return the most tokens of a sequence that one run can hold in different loops: 1 if it cannot."""
-    if manifest.has_stages:
-        return 1
     if manifest.cache_loops is not None:
-        return manifest.cache_loops
-    return min(manifest.loops, manifest.chunk) if manifest.staggers else 1
+        # The tokens in flight are one chunk of the coda.
+        return min(manifest.cache_loops, manifest.chunk) if manifest.has_coda else manifest.cache_loops
+    return min(manifest.loops, manifest.chunk) if manifest.staggers and not manifest.has_stages else 1
 
 
 def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
@@ -100,8 +100,8 @@ def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     if window == 1:
         return {}
     by_loop = manifest.cache_loops is not None
-    rows = batch * window if by_loop else window
-    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+    rows = batch * (manifest.cache_loops or 1) if by_loop else window
+    shapes: Shapes = {
         "input_ids": ("int64", (batch if by_loop else 1,)),
         "lengths": ("int64", (rows if by_loop else 1,)),
         "exit_probability": ("float32", (rows,)),
@@ -114,11 +114,32 @@ def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
             shapes |= {buffer_name(state, which): (state.dtype, shape) for which in (0, 1)}
     if not by_loop:
         shapes |= {"first_loop": ("bool", (rows,)), "active": ("bool", (rows,))}
-    if manifest.dialect == "onnxruntime":
-        shapes["chunk_lengths"] = ("int64", (rows,))
-    else:
-        shapes["attention_mask"] = ("bool", (rows, manifest.cache_rows))
+    shapes |= _control_shape(manifest, "", rows, 1)
+    if by_loop and manifest.has_stages:
+        shapes |= _stage_shapes(manifest, batch, rows, window)
     return {LANES + name: size_of(shape, dtype) for name, (dtype, shape) in shapes.items()}
+
+
+def _control_shape(manifest: Manifest, prefix: str, batch: int, chunk: int) -> Shapes:
+    """Return type and shape of the dialect's control input for lanes, or for a stage around them."""
+    if manifest.dialect == "onnxruntime":
+        return {prefix + "chunk_lengths": ("int64", (batch,))}
+    return {prefix + "attention_mask": ("bool", (batch, chunk, manifest.cache_rows))}
+
+
+def _stage_shapes(manifest: Manifest, batch: int, rows: int, window: int) -> Shapes:
+    """Return type and shape of what the stages around a LoopLM's lanes need (see ``lane_stages.py``)."""
+    hidden = manifest.states[0]
+    shapes: Shapes = {}
+    if manifest.injects:
+        shapes |= dict.fromkeys(("injected", "injected/moved"), (hidden.dtype, (rows, hidden.shape[-1])))
+        shapes["start"] = (hidden.dtype, (batch, hidden.shape[-1]))
+    for stage, chunk in ((PRELUDE, 1), (CODA, window)):
+        shapes[f"{stage}/lengths"] = ("int64", (batch,))
+        shapes |= _control_shape(manifest, f"{stage}/", batch, chunk)
+    for which in (0, 1):
+        shapes[f"{CODA}/{buffer_name(hidden, which)}"] = (hidden.dtype, (batch * window, hidden.shape[-1]))
+    return shapes
 
 
 def embed_bindings(manifest: Manifest, batch: int, chunk: int, context: int = 0) -> Bindings:

@@ -136,10 +136,8 @@ class BufferState(CachedPositions):
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""
-        if self.manifest.has_stages:
-            return "the package has layers, or a norm, outside its loops"
         if lane_window(self.manifest) == 1:
-            return "the package runs one loop, or was exported without a first_loop for each token"
+            return self._why_no_lanes()
         if self.manifest.cache_loops is None:
             return self._chunk_lanes_fit()
         if self.first or self.batch != self.pitch:
@@ -149,6 +147,15 @@ class BufferState(CachedPositions):
         if self.masked and self.manifest.cache_rows == self.manifest.max_seq_len:
             return "a package exported with --max-batch 1 has no spare position for loops without a token"
         return None
+
+    def _why_no_lanes(self) -> str:
+        """Return why the package's tokens never run in different loops."""
+        manifest = self.manifest
+        if manifest.cache_loops is not None:
+            return "the package's chunk is 1, and its coda reads the tokens in flight as one chunk: export a larger one"
+        if manifest.staggers and manifest.has_stages:
+            return "its loops share their caches, and it has layers, or a norm, outside its loops"
+        return "the package runs one loop, or was exported without a first_loop for each token"
 
     def _chunk_lanes_fit(self) -> str | None:
         """Return why a MELT's tokens cannot share a chunk in different loops, or None if they can."""

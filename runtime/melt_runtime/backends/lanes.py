@@ -1,7 +1,8 @@
 """Lanes: runs of the loop step in which every token stands in a loop of its own.
 
 Of a LoopLM the lanes are the batch (``LoopLanes``). A loop reads and writes only its own caches, and these lie in one
-buffer, loop after loop. Bound as one batch, row ``loop * slots + slot`` of a run is that loop of that sequence.
+buffer, loop after loop. Bound as one batch, row ``loop * slots + slot`` of a run is that loop of that sequence. What
+runs before the loops and after them is in ``lane_stages.py``.
 
 Of a MELT, whose loops share a cache, the lanes are the chunk (``ChunkLanes``): successive tokens, oldest first, each
 with its own ``first_loop``.
@@ -20,15 +21,8 @@ from ..package.specs import ITEM_BYTES
 from .bindings import LANES, Bindings, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
 from .buffers import FLOAT32, BufferState
 from .control import LoopControl
+from .lane_stages import Entrance, Lane, Reading, lane_state, new_tokens
 from .positions import StridedRegion
-
-
-class Lane(NamedTuple):
-    """A token in flight: its id, the loops that it has run, and whether the next run changes it."""
-
-    token: int
-    ran: int
-    active: bool = True
 
 
 class Read(NamedTuple):
@@ -62,43 +56,54 @@ def make_lanes(state: BufferState) -> Lanes:
     return LoopLanes(state) if state.manifest.cache_loops else ChunkLanes(state)
 
 
-def _lane_state(state: BufferState) -> BufferState:
-    """Return a state over the same memory, whose control inputs, hidden states and outputs are those of lanes."""
-    names = (*lane_buffers(state.manifest, state.batch), *(LANES + more for more in state.lane_outputs()))
-    places = state.places | {name.removeprefix(LANES): (name, 0) for name in names}
-    made = state.over_same_memory(state.batch, places)
-    made.prefix = LANES
-    return made
+def lane_names(state: BufferState) -> tuple[str, ...]:
+    """Return the names of a state's buffers for lanes."""
+    return (*lane_buffers(state.manifest, state.batch), *(LANES + more for more in state.lane_outputs()))
 
 
 class LoopLanes:
     """The lanes of a LoopLM's sequences, one per loop. Their hidden states have buffers of their own."""
 
     def __init__(self, state: BufferState):
+        manifest = state.manifest
+        assert manifest.cache_loops is not None
         self.state, self.slots = state, state.batch
-        self.window = lane_window(state.manifest)
+        self.window, self.loops = lane_window(manifest), manifest.cache_loops
+        self._names = lane_names(state)
+        # The stages around the loops, where the package has them.
+        self._entrance = Entrance(state, self._names) if manifest.has_prelude or manifest.injects else None
+        self._reading = Reading(state, self._names) if manifest.has_coda else None
         self._step = self.slots * int(state.hidden.shape[-1]) * ITEM_BYTES[state.hidden.dtype]  # bytes per loop
         self._rows: dict[tuple[int, int], BufferState] = {}
         self._source, self._target = (LANES + buffer_name(state.hidden, which) for which in (1, 0))
 
     def run(self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64]) -> list[list[Read]]:
         """Run the next loop of every token (see ``Lanes.run``)."""
-        loops = self.window
-        at = np.repeat(lengths[None], loops, axis=0)  # positions in each loop's cache
-        counts = np.zeros((loops, self.slots), np.int64)
-        entering: NDArray[np.int64] | None = None
+        at = np.repeat(lengths[None], self.loops, axis=0)  # positions in each loop's cache
+        counts = np.zeros((self.loops, self.slots), np.int64)
         for slot, tokens in enumerate(lanes):
-            for token, ran, _ in tokens:
-                counts[ran, slot] = 1
-                at[:ran, slot] += 1
-                if not ran:
-                    entering = np.zeros(self.slots, np.int64) if entering is None else entering
-                    entering[slot] = token
+            for lane in tokens:
+                counts[lane.ran, slot] = 1
+                at[: lane.ran, slot] += 1
         standing = [lane.ran for tokens in lanes for lane in tokens]
-        first, last = (min(standing), max(standing)) if self.state.narrow_lanes else (0, loops - 1)
-        logits, exits = self._run(first, last, entering, at, counts)
+        first, last = (min(standing), max(standing)) if self.state.narrow_lanes else (0, self.loops - 1)
+        entering = None if all(standing) else new_tokens(lanes)
+        if entering is not None and self._entrance is not None:
+            self._entrance.begin(lanes, lengths)
+        if self._reading is not None:
+            self._reading.begin(lanes, lengths)
+        rows = self._run(first, last, entering, at, counts)
+        if self._reading is None:
+            shape = (last + 1 - first, self.slots, rows.manifest.vocab_size)
+            by_loop = rows.view(LANES + "logits", FLOAT32, shape)
+            logits = [[by_loop[lane.ran - first, slot] for lane in tokens] for slot, tokens in enumerate(lanes)]
+        else:
+            by_token = self._reading.run(self._source)
+            logits = [list(by_token[slot, : len(tokens)]) for slot, tokens in enumerate(lanes)]
+        exits = rows.view(LANES + "exit_probability", FLOAT32, (last + 1 - first, self.slots))
+        self._move(first, last)
         return [
-            [Read(logits[lane.ran - first, slot], exits[lane.ran - first, slot]) for lane in tokens]
+            [Read(row, exits[lane.ran - first, slot]) for lane, row in zip(tokens, logits[slot], strict=True)]
             for slot, tokens in enumerate(lanes)
         ]
 
@@ -112,46 +117,58 @@ class LoopLanes:
         entering: NDArray[np.int64] | None,
         lengths: NDArray[np.int64],
         counts: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run loops ``first`` to ``last``, counted from 0, and move the hidden states on by a loop.
+    ) -> BufferState:
+        """Run loops ``first`` to ``last``, counted from 0, and the head where no coda stands before it. Return the
+        state that ran them.
 
         ``entering``: token ids (slots,) that begin with the first loop; None: no token enters. ``lengths``, ``counts``
-        (loops, slots): positions before this run in each loop's cache, and 1 where a token stands, else 0. Returns the
-        logits (loops, slots, vocab) and exit probabilities (loops, slots) of these loops.
+        (loops, slots): positions before this run in each loop's cache, and 1 where a token stands, else 0.
         """
         rows = self._rows.get((first, last)) or self._make(first, last)
-        taken, count = slice(first, last + 1), last + 1 - first
+        taken = slice(first, last + 1)
         present = counts[taken].reshape(-1, 1).astype(np.bool_)
         rows.current, rows.loops_run, rows.width = 0, first, 1
-        if entering is not None:
+        embeds = entering is not None and self._entrance is None
+        if entering is not None and self._entrance is None:
             rows.put(LANES + "input_ids", entering)
         control = LoopControl(present[:, 0], present, lengths[taken].reshape(-1), counts[taken].reshape(-1))
         width, context = rows.begin_loops(control)
+        if entering is not None and self._entrance is not None:
+            self._entrance.run()
 
         def work() -> None:
             rows.current, rows.loops_run = 0, first
-            if entering is not None:
+            if embeds:
                 rows.run_bound(("embed", self.slots), lambda: embed_bindings(rows.manifest, self.slots, 1))
             rows.run_loop(width, context, "first_loop/0")
-            rows.run_head()
+            if self._reading is None:
+                rows.run_head()
 
-        rows.perform(("lanes", first, last, context, entering is not None), work)
-        logits = rows.view(LANES + "logits", FLOAT32, (count, self.slots, rows.manifest.vocab_size))
-        exits = rows.view(LANES + "exit_probability", FLOAT32, (count, self.slots))
-        moving = min(last + 1, self.window - 1) - first
-        if moving:
-            source = StridedRegion(self._source, first * self._step, moving * self._step)
-            target = StridedRegion(self._target, (first + 1) * self._step, moving * self._step)
-            rows.copy(target, source, moving * self._step, 1)
-        return logits, exits
+        rows.perform(("lanes", first, last, context, embeds), work)
+        return rows
+
+    def _move(self, first: int, last: int) -> None:
+        """Move hidden states, and what is injected, on by a loop."""
+        moving = min(last + 1, self.loops - 1) - first
+        if not moving:
+            return
+        moves = [(self._source, first, self._target, first + 1)]
+        if self.state.manifest.injects:
+            # Not in place: no backend copies between overlapping regions.
+            injected, moved = LANES + "injected", LANES + "injected/moved"
+            moves += [(injected, first, moved, first), (moved, first, injected, first + 1)]
+        count = moving * self._step
+        for source, of, target, to in moves:
+            begin, end = (StridedRegion(name, at * self._step, count) for name, at in ((source, of), (target, to)))
+            self.state.copy(end, begin, count, 1)
 
     def _make(self, first: int, last: int) -> BufferState:
         """Make the state whose batch is loops ``first`` to ``last`` of all sequences."""
-        made = _lane_state(self.state)
+        made = lane_state(self.state, self._names)
         made.batch = (last + 1 - first) * self.slots
-        for which in (0, 1):
-            hidden = buffer_name(self.state.hidden, which)
-            made.places[hidden] = (LANES + hidden, first * self._step)
+        moved = [buffer_name(self.state.hidden, which) for which in (0, 1)]
+        for name in (*moved, "injected") if self.state.manifest.injects else moved:
+            made.places[name] = (LANES + name, first * self._step)
         self._rows[first, last] = made
         return made
 
@@ -167,7 +184,7 @@ class ChunkLanes:
 
     def __init__(self, state: BufferState):
         self.state, self.window = state, lane_window(state.manifest)
-        self._lanes = _lane_state(state)
+        self._lanes = lane_state(state, lane_names(state))
         self._around = self._lanes.places  # where everything but hidden states and latents lies
         self._swapped = [one for one in state.manifest.states if one.kind == "swap"]
         self._current = self._first = 0  # the swap buffer of the last run's results, and the oldest token's column

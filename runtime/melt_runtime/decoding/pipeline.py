@@ -21,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.buffers import BufferState
-from ..backends.lanes import Lane, Read, make_lanes
+from ..backends.lane_stages import Lane
+from ..backends.lanes import Read, make_lanes
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..results import PipelineUse
 from .early_exit import has_left, stays
 from .settings import GenerationOptions, LoopSettings
+from .start import start_hidden
 
 
 class Draft(Protocol):
@@ -185,7 +187,7 @@ class Pipeline:
             one.counts.rows += len(one.flights)
             one.version = _UNKNOWN  # until this run is counted: an exception must not leave tokens in flight
         self.lanes.state.lane_owner[0] = self
-        lanes = [[Lane(f.token, f.ran, not f.left) for f in one.flights] for one in self._sequences]
+        lanes = [self._lanes_of(slot, advancing.get(slot)) for slot in range(len(self._sequences))]
         reads = self.lanes.run(lanes, self.driver.lengths[: self.lanes.slots])
         for slot, how in advancing.items():
             self._count(slot, how.settings, reads[slot])
@@ -194,6 +196,16 @@ class Pipeline:
     def row(self, slot: int) -> NDArray[np.float32]:
         """Return the logits (vocab,) after a sequence's token that is now in the cache; valid until the next run."""
         return self._logits[slot]
+
+    def _lanes_of(self, slot: int, how: Advancing | None) -> list[Lane]:
+        """Return a sequence's tokens in flight as the backend runs them."""
+        flights, manifest = self._sequences[slot].flights, self.lanes.state.manifest
+        made = [Lane(one.token, one.ran, not one.left) for one in flights]
+        if manifest.injects and how is not None and not made[-1].ran:
+            at = self.driver.lengths[slot : slot + 1] + len(made) - 1
+            start = start_hidden(manifest, [how.settings], at, np.ones(1, np.int64))
+            made[-1] = made[-1]._replace(start=None if start is None else start[0, 0])
+        return made
 
     def _count(self, slot: int, settings: LoopSettings, reads: Sequence[Read]) -> None:
         """Note what a run did to a sequence's tokens, and which have left the loops."""

@@ -11,6 +11,7 @@ MAX_BATCH = 1 << 16
 MAX_LOOPS = 1024  # per token, for every source: package, session file, request, program
 STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
 GRAPHS = ("embed", "loop_step", "lm_head")  # of every package
+PRELUDE = "prelude"  # the layers between embedding and loops, in the embedding's graph
 CODA = "coda"  # the graph of packages with layers, or a norm, between the last loop and the head
 NOISE = "philox4x32-10"  # the generator of ``decoding/start_state.py``
 START_STATES = ("embedding", "noise", "zeros")
@@ -67,7 +68,7 @@ class StateSpec:
     @property
     def stage(self) -> str:
         """Which graph owns the state: "prelude" (the embedding's graph), "core" (the loop step) or "coda"."""
-        return next((stage for stage in ("prelude", CODA) if self.input.startswith(f"{stage}_")), "core")
+        return next((stage for stage in (PRELUDE, CODA) if self.input.startswith(f"{stage}_")), "core")
 
     def bytes(self, batch: int, chunk: int) -> int:
         """Return the bytes that the runtime allocates, with both swap buffers or the new positions."""
