@@ -29,7 +29,6 @@ from melt_runtime.errors import BackendError
 from melt_runtime.package.engine_spec import EngineSpec
 from melt_runtime.package.files import FileSpec, file_hash
 from melt_runtime.package.reader import Package, source_hash
-from melt_runtime.package.specs import GRAPHS
 
 TYPES = {
     "tensor(float)": np.float32,
@@ -327,7 +326,7 @@ def add_plans(directory: Path, name: str = "double", candidates: int = CANDIDATE
     manifest, buckets = package.manifest, length_buckets(package.manifest.cache_rows)
     with new_engine(directory, name) as build:
         files = {}
-        for graph in GRAPHS:
+        for graph in manifest.graphs:
             plan = build / f"{graph}.plan"
             few = candidates if graph == "lm_head" else 0
             content = {"path": str(package.path(graph)), "candidates": few, "scratch": 4096}

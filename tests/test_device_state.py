@@ -21,7 +21,7 @@ from melt_runtime.errors import BackendError
 from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS
 
-STATES = ("hidden", "latent", "key_cache", "value_cache")
+STATES = ("hidden", "latent", "injected", "key_cache", "value_cache", "prelude_", "coda_")
 
 
 class CountedBuffers(DeviceBuffers):

@@ -146,7 +146,7 @@ def embed_bindings(manifest: Manifest, batch: int, chunk: int, context: int = 0)
     """Bind the embedding, with the prelude where there is one: token ids -> the first hidden buffer, or what is
     injected into the loops."""
     graph, named = manifest.graphs["embed"], {"batch": batch, "chunk": chunk, "context": context}
-    targets = {state.output: _output_buffer(state, 0, 0) for state in manifest.caches if state.stage == "prelude"}
+    targets = {state.output: _output_buffer(state, 0, 0) for state in manifest.caches if state.stage == PRELUDE}
     targets["hidden"] = buffer_name(manifest.states[0], 0)
     inputs = tuple(_binding(spec, spec.name, named) for spec in graph.inputs)
     return inputs, tuple(_binding(spec, targets.get(spec.name, spec.name), named) for spec in graph.outputs)

@@ -194,20 +194,27 @@ class BufferState(CachedPositions):
         self.width, self.current, self.loops_run, self.headed = token_ids.shape[1], 0, 0, False
         self.after_coda, context = False, 0
         self.put("input_ids", token_ids)
+        self.put_start(start)
         if self.manifest.has_prelude:
             assert control is not None
             _, context = self.begin_loops(control)
         self.run_embed(context)
-        if self.manifest.injects:
-            self._begin_from(start)
+        self.begin_hidden(start is not None)
 
-    def _begin_from(self, start: NDArray[np.float32] | None) -> None:
-        """Fill the hidden buffer of a package whose loops also read what is injected."""
+    def put_start(self, start: NDArray[np.float32] | None) -> None:
+        """Write a start state (batch, chunk, d), if there is one, before the embedding runs."""
         if start is not None:
             self.put("start", narrowed(start, self.hidden.dtype))
-        whole = self.batch * self.width * int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
-        source = "injected" if start is None else "start"
-        self.copy(StridedRegion(self._hidden_buffers[0], 0, whole), StridedRegion(source, 0, whole), whole, 1)
+
+    def begin_hidden(self, started: bool) -> None:
+        """Fill the hidden buffer of a package whose loops also read what is injected, after the embedding.
+
+        ``started``: from what ``put_start`` wrote; else from what is injected.
+        """
+        if self.manifest.injects:
+            whole = self.batch * self.width * int(self.hidden.shape[-1]) * ITEM_BYTES[self.hidden.dtype]
+            source = StridedRegion("start" if started else "injected", 0, whole)
+            self.copy(StridedRegion(self._hidden_buffers[0], 0, whole), source, whole, 1)
 
     def loop(self, control: LoopControl) -> NDArray[np.float32] | None:
         """Run one loop step and swap hidden and latent. Return the exit probability (batch, chunk), valid until the

@@ -76,6 +76,9 @@ class DeviceBuffers:
     def queue_copy(self, target: StridedRegion, source: StridedRegion, count: int, blocks: int) -> None:
         """Queue a copy of blocks on the device."""
         to, of = (self.address(region.buffer) + region.offset for region in (target, source))
+        if blocks == 1:
+            self.stream.copy(to, of, count)
+            return
         self.stream.copy_blocks(to, target.pitch, of, source.pitch, count, blocks)
 
     def upload(self, buffer: str, count: int) -> None:

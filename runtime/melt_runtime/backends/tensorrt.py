@@ -155,8 +155,10 @@ class TensorRTState(BufferState):
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None."""
-        window = lane_window(self.manifest)
-        sizes = [(self.batch * window, 1)] if self.manifest.cache_loops else [(1, window), (window, 1)]
+        window, loops = lane_window(self.manifest), self.manifest.cache_loops
+        sizes = [(1, window), (window, 1)] if loops is None else [(self.batch * loops, 1)]
+        if loops is not None and self.manifest.has_coda:
+            sizes.append((self.batch, window))
         try:
             for batch, chunk in sizes:
                 profile_for(self.spec.profiles, batch, chunk, self.spec.buckets[-1])
@@ -248,7 +250,7 @@ class TensorRTState(BufferState):
 
     def loop(self, control: LoopControl) -> NDArray[np.float32] | None:
         """Run one loop step over the chunk; for one token from a captured graph, one for each side of the swap."""
-        self.headed, before, ran = False, self.current, self.loops_run
+        self.headed, self.after_coda, before, ran = False, False, self.current, self.loops_run
         width, context, first_loop = self.prepare(control)
 
         def work() -> None:
@@ -273,18 +275,22 @@ class TensorRTState(BufferState):
         between: Callable[[], None] | None = None,
         start: NDArray[np.float32] | None = None,
     ) -> None:
-        """Run a chunk. For one token, embedding, loops, head and top candidates are one captured graph."""
+        """Run a chunk. For one token, all graphs and the top candidates are one captured graph."""
         self._begin(token_ids.shape[1])
         self.width = token_ids.shape[1]
         self.put("input_ids", token_ids)
+        self.put_start(start)
         width, context, first_loop = self.prepare(control)
-        head = head and width == 1
+        head, started = head and width == 1, start is not None
 
         def work() -> None:
             self.current = self.loops_run = 0
-            self.run_embed()
+            self.run_embed(context if self.manifest.has_prelude else 0)
+            self.begin_hidden(started)
             for loop in range(loops):
                 self.run_loop(width, context, first_loop if loop == 0 else "first_loop/0")
+            if self.manifest.has_coda:
+                self.run_coda(width, context)
             if head:
                 self.run_head()
                 for name in self._top_outputs():
@@ -293,7 +299,7 @@ class TensorRTState(BufferState):
                     )
 
         self._perform(("chunk", width, context, loops, head), width, work)
-        self.current, self.loops_run = loops % 2, loops
+        self.current, self.loops_run, self.after_coda = loops % 2, loops, self.manifest.has_coda
         self.headed, self._fresh = head, self._top_outputs() if head else ()
         self.commit(control)
 

@@ -1,4 +1,4 @@
-"""Build an engine from a package. All three graphs become plans, so that decoding stays on the device.
+"""Build an engine from a package. All its graphs become plans, so that decoding stays on the device.
 
 With embedding and head as plans too, hidden states stay in device memory, and one CUDA graph can hold a whole token.
 """
@@ -16,7 +16,6 @@ from ..package.engine_spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
 from ..package.files import FileSpec, file_hash, new_file
 from ..package.manifest import Manifest
 from ..package.reader import Package, source_hash
-from ..package.specs import GRAPHS
 from ..progress import Step, no_progress
 from .library import Library, current_capability, open_library
 from .monitor import make_monitor, signals_deferred
@@ -83,7 +82,7 @@ def build_engine(package: Package, options: EngineOptions, progress: Step = no_p
     builder = library.builder()
     with new_engine(package.directory, name) as directory:
         files = {}
-        for graph in GRAPHS:
+        for graph in manifest.graphs:
             plan = directory / plan_path(package.directory, name, graph).name
             _build_plan(package, graph, options, library, builder, profiles, plan, progress)
             progress(f"hashing {graph}", plan.stat().st_size, 0)
@@ -107,10 +106,6 @@ def build_engine(package: Package, options: EngineOptions, progress: Step = no_p
 
 def check_package(manifest: Manifest, options: EngineOptions, library: Library) -> None:
     """Raise ArgumentError or BackendError if the package cannot be built with these options."""
-    if manifest.cache_loops is not None:
-        raise ArgumentError("this is a LoopLM package, with a cache per loop; engines are built from MELT packages")
-    if manifest.has_stages:
-        raise ArgumentError("this package has layers, or a norm, outside its loops; no engine is built from such yet")
     if manifest.weights and options.weights is not None:
         raise ArgumentError(f"this package's weights are {manifest.weights['kind']} already; leave out --weights")
     check_options(manifest.dialect, manifest.precision, manifest.max_batch, options, library)
@@ -188,7 +183,7 @@ def _build_plan(
     inspect_operators(file)
     network = parse(library, builder, file)
     savings = None
-    if graph == "loop_step":
+    if manifest.caches_of(graph):
         if manifest.precision == "fp32":
             allow_decomposition(network)
         if options.weights is not None:

@@ -3,13 +3,14 @@ silently."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError
 from ..package.manifest import Manifest
 from ..package.onnx_file import read_operators
-from ..package.specs import GraphSpec, TensorSpec
+from ..package.specs import GraphSpec, StateSpec, TensorSpec
 from .network import Network
 from .quantize import worth_it
 
@@ -31,21 +32,22 @@ _KERNEL_BYTES = 16 << 20
 def inspect_network(network: Network, name: str, manifest: Manifest, weights: str | None = None) -> None:
     """Check a package's graph after parsing. Raises BackendError that says what is wrong.
 
-    Every input and output exists with its type and shape, and every input is used. In a loop step of the standard
-    dialect, each cache is written by a KV_CACHE_UPDATE whose output is a network output, and each attention is the
-    fused operator over an updated cache, masked, as long as the mask is wide.
+    Every input and output exists with its type and shape, and every input is used. In a graph with layers of the
+    standard dialect, each cache is written by a KV_CACHE_UPDATE whose output is a network output, and each attention is
+    the fused operator over an updated cache, masked, as long as the mask is wide.
     """
     graph = manifest.graphs[name]
     _check_tensors(name, graph.inputs, network.inputs())
     _check_tensors(name, graph.outputs, network.outputs())
     _check_inputs_used(network, name, graph)
-    if name != "loop_step":
+    caches = manifest.caches_of(name)
+    if not caches:
         return
     if manifest.dialect == "standard":
-        _check_caches_updated(network, manifest)
-        _check_attention_fused(network, manifest)
+        _check_caches_updated(network, name, caches)
+        _check_attention_fused(network, name, len(caches) // 2, decomposable=manifest.precision == "fp32")
     if weights is not None:
-        _check_matmuls_quantized(network, weights)
+        _check_matmuls_quantized(network, name, weights)
 
 
 def inspect_operators(file: Path) -> None:
@@ -109,55 +111,52 @@ def _check_inputs_used(network: Network, name: str, graph: GraphSpec) -> None:
         raise BackendError(f"{name}: no output depends on the input {unused}; the parser dropped it")
 
 
-def _check_caches_updated(network: Network, manifest: Manifest) -> None:
+def _check_caches_updated(network: Network, name: str, caches: Sequence[StateSpec]) -> None:
     """Check each cache: network input -> KV_CACHE_UPDATE at ``lengths`` -> network output, so that both share a
     buffer."""
     updates = {layer.get_output(0).name: layer for layer in network.layers("KV_CACHE_UPDATE")}
-    for state in manifest.states:
-        if state.kind != "in_place":
-            continue
+    for state in caches:
         layer = updates.pop(state.output, None)
         if layer is None:
-            raise BackendError(f"loop_step: {state.output} is not the output of a KV_CACHE_UPDATE")
+            raise BackendError(f"{name}: {state.output} is not the output of a KV_CACHE_UPDATE")
         cache, index = layer.get_input(0), layer.get_input(2)
         if cache.name != state.input:
-            raise BackendError(f"loop_step: {state.output} updates {cache.name}, not {state.input}: no shared buffer")
+            raise BackendError(f"{name}: {state.output} updates {cache.name}, not {state.input}: no shared buffer")
         if not _reads(network, index, "lengths"):
-            raise BackendError(f"loop_step: {state.output} is written at {index.name}, not at lengths")
+            raise BackendError(f"{name}: {state.output} is written at {index.name}, not at lengths")
     if updates:
-        raise BackendError(f"loop_step: a KV_CACHE_UPDATE writes {next(iter(updates))}, which is no cache")
+        raise BackendError(f"{name}: a KV_CACHE_UPDATE writes {next(iter(updates))}, which is no cache")
 
 
-def _check_attention_fused(network: Network, manifest: Manifest) -> None:
-    layers = sum(state.kind == "in_place" for state in manifest.states) // 2
+def _check_attention_fused(network: Network, name: str, layers: int, *, decomposable: bool) -> None:
     attentions = list(network.layers("ATTENTION_INPUT"))
     if len(attentions) != layers:
-        raise BackendError(f"loop_step: {len(attentions)} fused attentions for {layers} layers; the rest fell apart")
+        raise BackendError(f"{name}: {len(attentions)} fused attentions for {layers} layers; the rest fell apart")
     written = {layer.get_output(0).name for layer in network.layers("KV_CACHE_UPDATE")}
     for layer in attentions:
         attention = layer.attention
         if attention.mask is None or attention.mask.name != "attention_mask" or attention.causal:
-            raise BackendError(f"loop_step: {layer.name} ignores attention_mask: it would see stale positions")
+            raise BackendError(f"{name}: {layer.name} ignores attention_mask: it would see stale positions")
         for part, index in (("keys", 1), ("values", 2)):
             tensor = layer.get_input(index)
             origin = network.origin(tensor)
             if origin is None or origin.get_output(0).name not in written:
-                raise BackendError(f"loop_step: the {part} of {layer.name} are not an updated cache")
+                raise BackendError(f"{name}: the {part} of {layer.name} are not an updated cache")
             if tuple(tensor.shape)[2] != -1:
-                raise BackendError(f"loop_step: {layer.name} attends to the whole buffer, whatever the mask's width")
-        if attention.decomposable != (manifest.precision == "fp32"):
-            raise BackendError(f"loop_step: {layer.name} is {'' if attention.decomposable else 'not '}decomposable")
+                raise BackendError(f"{name}: {layer.name} attends to the whole buffer, whatever the mask's width")
+        if attention.decomposable != decomposable:
+            raise BackendError(f"{name}: {layer.name} is {'' if attention.decomposable else 'not '}decomposable")
 
 
-def _check_matmuls_quantized(network: Network, weights: str) -> None:
+def _check_matmuls_quantized(network: Network, name: str, weights: str) -> None:
     for layer, source in network.matmuls():
         shape = tuple(source.get_output(0).shape)
         if network.kind(source) == "DEQUANTIZE":
             kind = str(source.get_input(0).dtype).rpartition(".")[2].lower()
             if kind != weights:
-                raise BackendError(f"loop_step: {layer.name} multiplies with {kind} weights, not {weights}")
+                raise BackendError(f"{name}: {layer.name} multiplies with {kind} weights, not {weights}")
         elif worth_it(shape, weights):
-            raise BackendError(f"loop_step: the weights of {layer.name} are not {weights}")
+            raise BackendError(f"{name}: the weights of {layer.name} are not {weights}")
 
 
 def _reads(network: Network, tensor: Any, name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from .manifest import STAGES, Manifest
-from .specs import CODA, GRAPHS, PRECISIONS, GraphSpec, Shape, StateSpec, TensorSpec, is_latent
+from .specs import CODA, PRECISIONS, PRELUDE, GraphSpec, Shape, StateSpec, TensorSpec, is_latent
 
 _QUANTIZED = ("int8", "uint8")  # stored types of a quantized cache
 _MASK: Shape = ("batch", 1, "chunk", "context")
@@ -42,7 +42,7 @@ def required_tensors(manifest: Manifest) -> dict[str, tuple[tuple[TensorSpec, ..
         return [*read, *([lengths, control] if own else [])], written
 
     read, written = stage("core")
-    embed_read, embed_written = stage("prelude")
+    embed_read, embed_written = stage(PRELUDE)
     coda_read, coda_written = stage(CODA)
     ids = TensorSpec("input_ids", "int64", tokens)
     graphs = {
@@ -100,7 +100,7 @@ def _states(manifest: Manifest) -> str | None:
     layers = len(caches) // 2
     latents = [] if per_loop else _latents(manifest, layers)
     names = ["hidden", *(state.input for state in latents)]
-    counted = {stage: sum(state.stage == stage for state in manifest.caches) // 2 for stage in ("prelude", CODA)}
+    counted = {stage: sum(state.stage == stage for state in manifest.caches) // 2 for stage in (PRELUDE, CODA)}
     names += [f"{part}_cache.{layer}" for layer in range(layers) for part in ("key", "value")]
     for stage, count in counted.items():
         names += [f"{stage}_{part}_cache.{layer}" for layer in range(count) for part in ("key", "value")]
@@ -166,7 +166,7 @@ def _model(manifest: Manifest) -> str | None:
     known = {
         "hidden_size": manifest.states[0].shape[-1],
         "num_hidden_layers": len(caches) // 2,
-        "num_prelude_layers": sum(state.stage == "prelude" for state in manifest.caches) // 2,
+        "num_prelude_layers": sum(state.stage == PRELUDE for state in manifest.caches) // 2,
         "num_coda_layers": sum(state.stage == CODA for state in manifest.caches) // 2,
         "num_key_value_heads": caches[0].bound_shape[1],
         "vocab_size": manifest.vocab_size,
@@ -200,8 +200,9 @@ def _engines(manifest: Manifest) -> str | None:
     for name, spec in manifest.engines.items():
         if list(spec.buckets) != sorted(set(spec.buckets)) or spec.buckets[-1] != manifest.cache_rows:
             return f"engine {name}: its attention lengths must rise to the {manifest.cache_rows} positions of the cache"
-        if set(spec.files) != set(GRAPHS):
-            return f"engine {name} has plans for {', '.join(sorted(spec.files))}, not for {', '.join(GRAPHS)}"
+        if set(spec.files) != set(manifest.graphs):
+            there, wanted = (", ".join(sorted(graphs)) for graphs in (spec.files, manifest.graphs))
+            return f"engine {name} has plans for {there}, not for {wanted}"
         for profile in spec.profiles:
             for size, limit in most.items():
                 if getattr(profile, size)[2] > limit:

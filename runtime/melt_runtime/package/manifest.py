@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ArgumentError
 from .engine_spec import EngineSpec
 from .files import FileSpec
-from .specs import CODA, GraphSpec, StateSpec, is_latent, size_of
+from .specs import CODA, PRELUDE, GraphSpec, StateSpec, is_latent, size_of
 
 FORMAT_VERSION = 4  # the newest; packages that older runtimes can run keep the version that these read
 _ONE_LOOP = 2  # no latent; in packages of several loops, a latent per layer instead of one for all
@@ -106,6 +106,11 @@ class Manifest:
         """The caches of the loop step."""
         return tuple(state for state in self.caches if state.stage == "core")
 
+    def caches_of(self, graph: str) -> tuple[StateSpec, ...]:
+        """Return the caches that a graph reads and writes."""
+        named = {spec.name for spec in self.graphs[graph].inputs}
+        return tuple(state for state in self.caches if state.input in named)
+
     @cached_property
     def has_exit_gate(self) -> bool:
         """Whether the loop step gives an exit probability."""
@@ -114,7 +119,7 @@ class Manifest:
     @cached_property
     def has_prelude(self) -> bool:
         """Whether the embedding's graph has layers, and so caches."""
-        return any(state.stage == "prelude" for state in self.states)
+        return any(state.stage == PRELUDE for state in self.states)
 
     @cached_property
     def injects(self) -> bool:

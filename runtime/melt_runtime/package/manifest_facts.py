@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .manifest import Manifest
-from .specs import CODA
+from .specs import CODA, PRELUDE
 
 _UNTRAINED = {
     "latent_gate": "the latent gate is untrained: answers will be poor until it is trained",
@@ -25,7 +25,7 @@ def arithmetic_of(manifest: Manifest) -> str:
 def stages_of(manifest: Manifest) -> str:
     """Describe what runs once per token, before and after the loops, and where these start; empty where only embedding
     and head do."""
-    before, after = (sum(s.stage == stage for s in manifest.caches) // 2 for stage in ("prelude", CODA))
+    before, after = (sum(s.stage == stage for s in manifest.caches) // 2 for stage in (PRELUDE, CODA))
     found = [f"{_layers(before)} before the loops"] if before else []
     found += [f"{_layers(after)} after them"] if after else ["a norm after the loops"] if manifest.has_coda else []
     found += ["each loop also reads what precedes them"] if manifest.injects else []
