@@ -18,7 +18,20 @@ from .expected import LARGE_BYTES
 from .quality import LARGE_TOKENS, held_out, reference_logits, token_losses
 
 _TOKENS = 256
-_LARGE_CHUNK = 8  # PyTorch widens a large model's weights for every chunk and loop
+# A large model's weights are read once per chunk and loop: fewer tokens where there are many loops, and narrow chunks.
+_LARGE_LOOPS, _LEAST_TOKENS, _CHUNKS = 16, 48, 12
+
+
+def _reading(manifest: Manifest) -> tuple[int, int]:
+    """Return how many tokens are read, at most, and how many at a time.
+
+    Within a chunk nothing is lost, so the text is read token by token, as answers are written. A large model's is
+    shorter, and read in 12 chunks.
+    """
+    if manifest.weights_bytes <= LARGE_BYTES:
+        return _TOKENS, 1
+    tokens = max(_LEAST_TOKENS, min(LARGE_TOKENS, LARGE_TOKENS * _LARGE_LOOPS // manifest.loops))
+    return tokens, min(tokens // _CHUNKS, manifest.chunk)
 
 
 def sharing_loss(
@@ -29,12 +42,11 @@ def sharing_loss(
     ``checkpoint``: with shared caches. ``directory``: holds the tokenizer. ``text``: UTF-8; None: a built-in one, or
     random tokens where the vocabulary is too small for it, which have no perplexity. Raises ArgumentError.
 
-    Within a chunk nothing is lost, because its tokens see each other's keys and values of the same loop. So the text is
-    read token by token, as answers are written, or a large model's in narrow chunks.
+    Within a chunk nothing is lost, because its tokens see each other's keys and values of the same loop. The entry says
+    how many positions were read, and in which chunks (see ``_reading``).
     """
-    large = manifest.weights_bytes > LARGE_BYTES
-    held = held_out(directory, manifest, text, LARGE_TOKENS if large else _TOKENS)
-    read = replace(manifest, chunk=min(_LARGE_CHUNK, manifest.chunk) if large else 1)
+    tokens, chunk = _reading(manifest)
+    held, read = held_out(directory, manifest, text, tokens), replace(manifest, chunk=chunk)
     progress("PyTorch: a cache per loop", 0, 0)
     expected = reference_logits(reference_of(checkpoint.as_trained().load()), held, manifest)
     progress("PyTorch: shared caches", 0, 0)

@@ -3,6 +3,7 @@ copied."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+_BLOCK_BYTES = 4 << 20  # of a widened weight: what a processor's caches hold
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,39 @@ class Arithmetic:
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x (..., inputs) by weight (outputs, inputs)."""
-        x, weight = x.to(self.dtype), weight.to(self.dtype)
+        x = x.to(self.dtype)
+        if weight.dtype == self.dtype or _rows(weight, self.dtype) >= len(weight):
+            return self._product(x, weight.to(self.dtype))
+        product = x.new_empty(*x.shape[:-1], len(weight))
+        for rows, wide in widened_blocks(weight, self.dtype):
+            product[..., rows] = self._product(x, wide)
+        return product
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.order == "reversed":
             return F.linear(x.flip(-1), weight.flip(-1))
         if self.order == "halves":
             half = weight.shape[1] // 2
             return F.linear(x[..., :half], weight[:, :half]) + F.linear(x[..., half:], weight[:, half:])
         return F.linear(x, weight)
+
+
+def _rows(weight: Tensor, dtype: torch.dtype) -> int:
+    """Return how many rows of a weight make a block."""
+    return max(1, _BLOCK_BYTES // max(1, weight[0].numel() * dtype.itemsize))
+
+
+def widened_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a weight (outputs, inputs) in ``dtype``, block by block; each block is overwritten by the next.
+
+    A block stays in the processor's caches. A whole weight widened at once takes several times as long: new memory is
+    cleared, filled and read again.
+    """
+    count = min(_rows(weight, dtype), len(weight))
+    block = torch.empty(count, weight.shape[1], dtype=dtype, device=weight.device)
+    for at in range(0, len(weight), count):
+        part = weight[at : at + count]
+        yield slice(at, at + len(part)), block[: len(part)].copy_(part)
 
 
 FLOAT32, FLOAT64 = Arithmetic(), Arithmetic(torch.float64)
@@ -38,7 +67,7 @@ ORDERS = (FLOAT32, Arithmetic(order="reversed"), Arithmetic(order="halves"))
 class Float32Matmul(TorchFunctionMode):
     """Mode in which matmuls and embeddings have an arithmetic's type.
 
-    Weights are widened one at a time, when they are read, in forward and backward. Only a matmul's input gets a
+    Weights are widened block by block, when they are read, in forward and backward. Only a matmul's input gets a
     gradient.
     """
 
@@ -72,4 +101,10 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return None, gradients[0] @ weight.to(gradients[0].dtype), None, None
+        given = gradients[0]
+        if weight.dtype == given.dtype:
+            return None, given @ weight, None, None
+        found = given.new_zeros(*given.shape[:-1], weight.shape[1])
+        for rows, wide in widened_blocks(weight, given.dtype):
+            found += given[..., rows] @ wide
+        return None, found, None, None
