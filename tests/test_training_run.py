@@ -74,8 +74,8 @@ def losses(output: Path, stage: str = "teacher") -> list[float]:
     return [line["loss"] for line in lines(output, stage)]
 
 
-def interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Runs the teacher's stage and breaks it off in the middle of a step."""
+def interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch, at: int, stage: str = "teacher") -> None:
+    """Runs a stage and breaks it off in the middle of a step."""
     from melt_models.training import trainer
 
     original = trainer._Loop.step
@@ -88,7 +88,7 @@ def interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch, at: int) -> 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Loop, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            run(config, ["teacher"])
+            run(config, [stage])
 
 
 @pytest.fixture(scope="module")

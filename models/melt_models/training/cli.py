@@ -27,6 +27,7 @@ class StageName(StrEnum):
     teacher = "teacher"
     phase1 = "phase1"
     phase2 = "phase2"
+    gate = "gate"
     all = "all"
 
 
@@ -42,7 +43,10 @@ def train(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Write here instead of the file's `output`.")] = None,
 ) -> None:
-    """Train a LoopLM teacher, and from it a MELT in two phases. Prefix with `accelerate launch` for several devices."""
+    """Train a LoopLM teacher, from it a MELT in two phases, and an exit gate.
+
+    Prefix with `accelerate launch` for several devices.
+    """
     try:
         read_sections(config)
         settings, stages = _train(stage, config, output, resume)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ..checkpoint import CONFIG_ERRORS, innermost
 from ..configuration import LoopedConfig, LoopLMConfig, MeltConfig
 from .errors import ConfigError
+from .gate import GateOptions
 from .objectives import PHASE1, PHASE2, DistillOptions, TeacherOptions
 from .sections import STAGES, check_keys, read_sections
 
@@ -76,10 +77,14 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: its hyperparameters and the options of its objective."""
+    """One stage of a run: its hyperparameters and the options of its objective.
+
+    ``checkpoint``: the model whose exit gate is trained; None: the run's own, of the stage before.
+    """
 
     training: StageConfig
-    options: TeacherOptions | DistillOptions
+    options: TeacherOptions | DistillOptions | GateOptions
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class RunConfig:
 
     ``model`` holds fields of LoopLMConfig for a new teacher, ``embedding_std`` the standard deviation of its initial
     embeddings. ``melt`` holds the fields of MeltConfig that a student does not take from its teacher. ``teacher`` is a
-    stage, or the directory of an existing LoopLM.
+    stage, or the directory of an existing LoopLM; None if only the gate of an existing checkpoint is trained.
     """
 
     file: Path
@@ -103,6 +108,7 @@ class RunConfig:
     teacher: Stage | Path | None = None
     phase1: Stage | None = None
     phase2: Stage | None = None
+    gate: Stage | None = None
 
     def stages(self) -> list[str]:
         """Return the names of the stages that this run trains, in order."""
@@ -116,6 +122,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "teacher": dataclasses.asdict(TeacherOptions()),
     "phase1": _PHASE_RATES | dataclasses.asdict(PHASE1),
     "phase2": _PHASE_RATES | dataclasses.asdict(PHASE2),
+    "gate": dataclasses.asdict(GateOptions()),
+}
+_OPTIONS: dict[str, type[TeacherOptions | DistillOptions | GateOptions]] = {
+    "teacher": TeacherOptions,
+    "phase1": DistillOptions,
+    "phase2": DistillOptions,
+    "gate": GateOptions,
 }
 _MODEL_FIELDS = {*LoopedConfig.__annotations__, *LoopLMConfig.__annotations__, "rope_theta", "embedding_std"} - {
     "keys_to_ignore_at_inference",
@@ -158,7 +171,7 @@ def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
     made: dict[str, Any] = {
         name: _stage(name, content[name], top.get("seed", 0), file) for name in STAGES if name in content
     }
-    if not model and isinstance(made["teacher"], Stage):
+    if not model and isinstance(made.get("teacher"), Stage):
         raise ConfigError(f"{file}: section model is missing; it says what teacher to train, in LoopLMConfig's fields")
     return RunConfig(file=file, data=dict(content["data"]), model=model, embedding_std=std, melt=melt, **top, **made)
 
@@ -172,7 +185,8 @@ def _check_sections(content: Mapping[str, Any], file: Path) -> None:
         raise ConfigError(f"{file} has no stage; it needs at least one of the sections {', '.join(STAGES)}")
     if "data" not in content:
         raise ConfigError(f"{file}: section data is missing; it says what to train on")
-    if "teacher" not in content:
+    alone = stages == ["gate"] and "checkpoint" in content["gate"]
+    if "teacher" not in content and not alone:
         raise ConfigError(
             f"{file}: section teacher is missing; it must say how to train one, or name a LoopLM: `checkpoint: DIR`"
         )
@@ -180,15 +194,18 @@ def _check_sections(content: Mapping[str, Any], file: Path) -> None:
 
 def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stage | Path:
     where = f"{file}: section {name}"
-    if name == "teacher" and "checkpoint" in section:
-        if len(section) > 1:
+    checkpoint: Path | None = None
+    if name in ("teacher", "gate") and "checkpoint" in section:
+        if name == "teacher" and len(section) > 1:
             others = ", ".join(key for key in map(str, section) if key != "checkpoint")
             raise ConfigError(f"{where}: checkpoint is a finished teacher, so {others} would have no effect")
-        path = _convert(section["checkpoint"], Path, f"{where}: checkpoint")
-        if not path.is_dir():
-            raise ConfigError(f"{where}: checkpoint {path} is not a directory")
-        return path
-    options: type[TeacherOptions | DistillOptions] = TeacherOptions if name == "teacher" else DistillOptions
+        checkpoint = _convert(section["checkpoint"], Path, f"{where}: checkpoint")
+        if not checkpoint.is_dir():
+            raise ConfigError(f"{where}: checkpoint {checkpoint} is not a directory")
+        if name == "teacher":
+            return checkpoint
+        section = {key: value for key, value in section.items() if key != "checkpoint"}
+    options = _OPTIONS[name]
     names = [{f.name for f in dataclasses.fields(kind)} for kind in (StageConfig, options)]
     check_keys(section, names[0] | names[1], where)
     if "steps" not in section:
@@ -197,7 +214,7 @@ def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stag
         raise ConfigError(f"{where}: steps is 0; a teacher must be trained, or be named: `checkpoint: DIR`")
     values = {"seed": seed, **_DEFAULTS[name], **section}
     training, told = ({key: value for key, value in values.items() if key in known} for known in names)
-    return Stage(build(StageConfig, training, where), build(options, told, where))
+    return Stage(build(StageConfig, training, where), build(options, told, where), checkpoint)
 
 
 def build(kind: type[T], section: Mapping[str, Any], where: str) -> T:

@@ -28,7 +28,7 @@ DISTILLED_LOOPS = ("all", "last")
 TEACHER_LOOPS = ("same", "last")
 
 
-def _at_least(options: object, least: float, *names: str) -> None:
+def at_least(options: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
@@ -75,7 +75,7 @@ class TeacherOptions:
     entropy_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        _at_least(self, 0.0, "entropy_weight")
+        at_least(self, 0.0, "entropy_weight")
 
 
 class TeacherObjective(Objective):
@@ -98,7 +98,7 @@ class TeacherObjective(Objective):
         output = self.model(input_ids, num_loops=loops, exit_threshold=1.0, logits_to_keep=1, use_cache=False)
         labelled = targets != IGNORE
         logits = widen(self.model.lm_head(output.loop_hidden[:, labelled]))
-        losses = _cross_entropy(logits, targets[labelled])
+        losses = token_losses(logits, targets[labelled])
         p = output.exit_distribution[:, labelled]
         expected = (p * losses).sum()
         entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
@@ -149,7 +149,7 @@ class DistillOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
-        _at_least(self, 0.0, "attention_weight", "exit_weight", "truncate", "random_depth", "interpolation_share")
+        at_least(self, 0.0, "attention_weight", "exit_weight", "truncate", "random_depth", "interpolation_share")
         if self.random_depth > 1 or self.interpolation_share > 1:
             raise ValueError("random_depth and interpolation_share are shares of the steps; they must be at most 1")
         if self.random_depth and self.interpolation != "none":
@@ -205,7 +205,7 @@ class DistillObjective(Objective):
         alpha = self.alpha(step, steps)
         if start == 0 or self._carry is None:
             model, teacher = self.model.model, self._on(input_ids.device)
-            begin = self._begin(step, len(input_ids))
+            begin = draw_start(self.seed, step, len(input_ids))
             student = ChunkedForward(model, loops, alpha=alpha, checkpointing=self.options.checkpointing, start=begin)
             self._carry = student, TeacherForward(teacher, loops, begin)
         student, reference = self._carry
@@ -255,24 +255,11 @@ class DistillObjective(Objective):
             parts["exit"] = loss.sum()
         return parts
 
-    def _begin(self, step: int, batch: int) -> Start:
-        """Return the noise that student and teacher both start from in a step, other in every sequence."""
-        seeds = np.random.default_rng([self.seed, step]).integers(2**63, size=batch)
-        return Start(torch.from_numpy(seeds))
-
     def _chunks(self, step: int, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return (start, end, loops) of every chunk of a span. Random choices are equal in all processes."""
-        rng = np.random.default_rng([self.seed, step, start])
-        sizes = list(self.options.chunk_sizes or [self.model.config.chunk_size])
+        sizes = (self.options.chunk_sizes or [self.model.config.chunk_size]) if self.options.chunk_wise else ()
         loops = self.model.config.total_ut_steps
-        random_depth = np.random.default_rng([self.seed, step]).random() < self.options.random_depth
-        chunks, at = [], start
-        while at < end:
-            size = int(rng.choice(sizes)) if self.options.chunk_wise else end - start
-            depth = int(rng.integers(1, loops + 1)) if random_depth else loops
-            chunks.append((at, min(at + size, end), depth))
-            at += size
-        return chunks
+        return draw_chunks(self.seed, step, start, end, sizes, loops, self.options.random_depth)
 
     def _on(self, device: torch.device) -> LoopLMForCausalLM:
         """Return the teacher, moved to the batch's device."""
@@ -282,7 +269,31 @@ class DistillObjective(Objective):
         return teacher
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def draw_start(seed: int, step: int, batch: int) -> Start:
+    """Return the noise that all models of a step start from, other in every sequence."""
+    seeds = np.random.default_rng([seed, step]).integers(2**63, size=batch)
+    return Start(torch.from_numpy(seeds))
+
+
+def draw_chunks(
+    seed: int, step: int, start: int, end: int, sizes: Sequence[int], loops: int, random_depth: float
+) -> list[tuple[int, int, int]]:
+    """Cut a span into chunks of drawn ``sizes`` (none: one chunk). Returns (start, end, loops) of each.
+
+    In the share ``random_depth`` of the steps each chunk's number of loops is drawn too.
+    """
+    rng = np.random.default_rng([seed, step, start])
+    drawn = np.random.default_rng([seed, step]).random() < random_depth
+    chunks, at = [], start
+    while at < end:
+        size = int(rng.choice(list(sizes))) if sizes else end - start
+        depth = int(rng.integers(1, loops + 1)) if drawn else loops
+        chunks.append((at, min(at + size, end), depth))
+        at += size
+    return chunks
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each loop and token, (loops, tokens). logits: (loops, tokens, vocab); targets: (tokens,)."""
     loops = len(logits)
     flat = F.cross_entropy(logits.flatten(0, 1), targets.repeat(loops), reduction="none")

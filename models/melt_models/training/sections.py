@@ -10,7 +10,7 @@ import yaml
 
 from .errors import ConfigError
 
-STAGES = ("teacher", "phase1", "phase2")
+STAGES = ("teacher", "phase1", "phase2", "gate")
 _SECTIONS = ("output", "seed", "precision", "threads", "data", "model", "melt", *STAGES)
 
 

@@ -1,4 +1,5 @@
-"""The stages of a run in order: a LoopLM teacher, phase 1, phase 2. Each writes an ordinary checkpoint directory."""
+"""The stages of a run in order: a LoopLM teacher, phase 1, phase 2, the exit gate. Each writes an ordinary checkpoint
+directory."""
 
 from __future__ import annotations
 
@@ -17,18 +18,23 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..atomic import new_directory
-from ..checkpoint import Weights, load_model, meta_model, open_weights, read_config
+from ..checkpoint import Weights, check_looped, load_model, meta_model, open_weights, read_config
 from ..configuration import LoopLMConfig, MeltConfig
 from ..convert import COMPANIONS, melt_config, melt_state, save_state
 from ..errors import CheckpointError
 from ..looplm import LoopLMForCausalLM
 from ..melt import MeltForCausalLM
-from .config import FREE_TO_CHANGE, STAGES, RunConfig, Stage
+from .config import FREE_TO_CHANGE, RunConfig, Stage
 from .data import Batches, make_batches
 from .errors import ConfigError, SnapshotError
+from .gate import GateObjective, GateOptions
 from .objectives import DistillObjective, Objective, TeacherObjective, TeacherOptions
 from .snapshots import Snapshots
 from .trainer import make_accelerator, train
+
+# Numbers of the data streams, which must never change: a run could no longer be repeated.
+_STREAMS = ("teacher", "phase1", "phase2")
+_GATE = 1 << 40
 
 
 def run(config: RunConfig, stages: Sequence[str], *, resume: bool = False) -> None:
@@ -81,8 +87,9 @@ def _run_stage(config: RunConfig, name: str, accelerator: Accelerator, *, resume
 
 def _batches(config: RunConfig, name: str, seed: int) -> Batches:
     """Return a stage's data. No two stages see the same sequences in the same order."""
+    number = _GATE + seed if name == "gate" else seed * len(_STREAMS) + _STREAMS.index(name)
     try:
-        return make_batches(config.data, seed * len(STAGES) + STAGES.index(name))
+        return make_batches(config.data, number)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{config.file}: section data: {error}") from error
 
@@ -103,6 +110,8 @@ class _Start:
             ids = {"pad_token_id": batches.pad_token_id, "eos_token_id": batches.eos_token_id}
             fields = {"vocab_size": batches.vocab_size, **ids, **run.model}
             start = cls(LoopLMConfig(**fields), run.embedding_std)
+        elif name == "gate":
+            start = cls._of_gate(run)
         else:
             start = cls._of_phase(run, name)
         if start.config.vocab_size < batches.vocab_size:
@@ -129,12 +138,24 @@ class _Start:
         if not source.exists():
             raise ConfigError(f"phase2 starts from {source}, which is not there; run the stage phase1 first")
         melt = cast(MeltConfig, read_config(source))
-        for key, value in run.melt.items():
-            if getattr(melt, key) != value:
-                raise ConfigError(
-                    f"{run.file}: section melt: {key} is {value!r}, but {source} has {getattr(melt, key)!r}"
-                )
+        _check_melt(run, melt, source)
         return cls(melt, source=source, teacher=teacher)
+
+    @classmethod
+    def _of_gate(cls, run: RunConfig) -> _Start:
+        """Return the finished model whose exit gate is trained: the one named, or that of the stage before."""
+        assert run.gate is not None
+        trained = [name for name in run.stages() if name != "gate"]
+        source = run.gate.checkpoint
+        if source is None:
+            source = run.output / trained[-1] if trained else cast(Path, run.teacher)
+            if not source.exists():
+                raise ConfigError(f"gate starts from {source}, which is not there; run the stage {trained[-1]} first")
+        config = read_config(source)
+        check_looped(config)
+        if isinstance(config, MeltConfig):
+            _check_melt(run, config, source)
+        return cls(cast("LoopLMConfig | MeltConfig", config), source=source)
 
     def settings(self, run: RunConfig, stage: Stage) -> dict[str, Any]:
         """Return everything that the stage's result depends on, as a flat mapping."""
@@ -157,31 +178,40 @@ class _Start:
                 torch.nn.init.normal_(model.model.embed_tokens.weight, std=self.embedding_std)
             return TeacherObjective(model.train(), stage.options)
         assert self.source is not None
+        if isinstance(stage.options, GateOptions):
+            return GateObjective(self._model().train(), stage.options, stage.training.seed)
         assert self.teacher is not None
         teacher = load_model(self.teacher, dtype=torch.float32)
-        if read_config(self.source).model_type == "melt":
-            state: dict[str, Tensor] = dict(load_model(self.source, dtype=torch.float32).state_dict())
-        else:
-            state = melt_state(cast(MeltConfig, self.config), open_weights(self.source, read_config(self.source)))
-        student = meta_model(self.config)
-        # Copied, because weights may be mapped from a file, and because training must not change the teacher's.
-        state = {key: value.float().clone() for key, value in state.items()}
-        if self.config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        student.load_state_dict(state, strict=True, assign=True)
-        student.tie_weights()
         return DistillObjective(
-            cast(MeltForCausalLM, student.train()),
+            cast(MeltForCausalLM, self._model().train()),
             cast(LoopLMForCausalLM, teacher),
             stage.options,
             stage.training.seed,
         )
 
+    def _model(self) -> Any:
+        """Load the model that the stage begins with, in float32."""
+        assert self.source is not None
+        found = read_config(self.source)
+        if found.model_type == self.config.model_type:
+            state: dict[str, Tensor] = dict(load_model(self.source, dtype=torch.float32).state_dict())
+        else:
+            state = melt_state(cast(MeltConfig, self.config), open_weights(self.source, found))
+        model = meta_model(self.config)
+        # Copied, because weights may be mapped from a file, and because training must not change the teacher's.
+        state = {key: value.float().clone() for key, value in state.items()}
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state, strict=True, assign=True)
+        model.tie_weights()
+        return model
+
     def write(self, weights: dict[str, Tensor], batches: Batches, output: Path) -> None:
         """Write the trained checkpoint as an ordinary directory."""
         config: Any = self.config
         if isinstance(config, MeltConfig):
-            config.untrained = [part for part in config.untrained if part != "latent_gate"]
+            trained = "early_exit_gate" if output.name == "gate" else "latent_gate"
+            config.untrained = [part for part in config.untrained if part != trained]
         weights = {name: value.detach().cpu() for name, value in weights.items()}
         with new_directory(output) as build:
             save_state(config, weights, build)
@@ -190,9 +220,17 @@ class _Start:
             ids = {"eos_token_id": config.eos_token_id, "pad_token_id": pad}
             GenerationConfig(do_sample=False, **ids).save_pretrained(build)
             batches.save_tokenizer(build)
+            origin = self.teacher or self.source
             for name in COMPANIONS:
-                if self.teacher is not None and (self.teacher / name).is_file() and not (build / name).exists():
-                    shutil.copyfile(self.teacher / name, build / name)
+                if origin is not None and (origin / name).is_file() and not (build / name).exists():
+                    shutil.copyfile(origin / name, build / name)
+
+
+def _check_melt(run: RunConfig, melt: MeltConfig, source: Path) -> None:
+    """Raise ConfigError if the section melt asks for another model than ``source`` holds."""
+    for key, value in run.melt.items():
+        if getattr(melt, key) != value:
+            raise ConfigError(f"{run.file}: section melt: {key} is {value!r}, but {source} has {getattr(melt, key)!r}")
 
 
 def _digest(directory: Path) -> str:
