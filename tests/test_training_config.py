@@ -91,6 +91,13 @@ def test_a_teacher_that_exists_is_named_by_its_directory(tmp_path: Path) -> None
         ("steps: 10", "steps: 0", "section teacher: steps is 0"),
         ("learning_rate: 3e-3", "learning_rate: .nan", "section teacher: learning_rate is nan"),
         ("learning_rate: 3e-3", "learning_rate: -1", "section teacher: learning_rate is -1.0; it must be above 0"),
+        (
+            "learning_rate: 3e-3",
+            "learning_rate: 1e38",
+            "section teacher: learning_rate is 1e+38; it must be at most 1e+30",
+        ),
+        ("batch_size: 8", "eval_sequences: 0", "section teacher: eval_sequences is 0; it must be 1 or more"),
+        ("batch_size: 8", "eval_every: -1", "section teacher: eval_every is -1; it must be 0 or more"),
         ("batch_size: 8", "batch_size: 0", "section teacher: batch_size is 0; it must be 1 or more"),
         ("batch_size: 8", "optimizer: sgd", "section teacher: optimizer is 'sgd'; it must be one of adamw, muon"),
         ("betas: [0.9, 0.95]", "betas: [0.9]", "section phase2: betas is [0.9]; it must be a list of 2"),

@@ -211,6 +211,9 @@ def test_two_processes_match_one_at_equal_batch(tmp_path: Path, whole: Path) -> 
     for stage in ("teacher", "phase1", "phase2"):
         assert losses(tmp_path / "out", stage) == pytest.approx(losses(whole, stage), rel=1e-3, abs=1e-4)
         assert lines(tmp_path / "out", stage)[-1]["tokens"] == lines(whole, stage)[-1]["tokens"]
+        ended, expected = (lines(output, stage)[-1] for output in (tmp_path / "out", whole))
+        assert ended["eval_loss_1"] == pytest.approx(expected["eval_loss_1"], rel=1e-3)
+        assert ended["eval_exact"] == pytest.approx(expected["eval_exact"], abs=0.02)
     assert losses(tmp_path / "out") != losses(whole)  # it was not one process after all
 
 

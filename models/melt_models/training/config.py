@@ -22,7 +22,8 @@ PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "flat-cosine")
 # Fields that do not change what is computed, so that a resumed run may change them.
-FREE_TO_CHANGE = ("micro_batch", "save_every", "log_every")
+FREE_TO_CHANGE = ("micro_batch", "save_every", "log_every", "eval_every", "eval_sequences", "eval_problems")
+_LARGEST_RATE = 1e30  # optimisers compute multiples of the rate as float32
 T = TypeVar("T")
 
 
@@ -37,6 +38,8 @@ class StageConfig:
     - ``schedule`` after ``warmup_steps``: "constant", "cosine" down to the share ``final_rate``, or "flat-cosine":
       constant in the first half of the steps, cosine in the second.
     - ``clip``: largest norm of the gradient. ``save_every``, ``log_every``: in steps.
+    - ``eval_every``: steps between evaluations on held-out data (0: only after the last step), on ``eval_sequences``
+      sequences, and of a task also on ``eval_problems`` problems.
     """
 
     steps: int
@@ -54,18 +57,24 @@ class StageConfig:
     clip: float = 1.0
     save_every: int = 200
     log_every: int = 1
+    eval_every: int = 0
+    eval_sequences: int = 64
+    eval_problems: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch", "save_every", "log_every"):
+        for name in ("batch_size", "micro_batch", "save_every", "log_every", "eval_sequences", "eval_problems"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("steps", "warmup_steps", "seed", "weight_decay", "final_rate"):
+        for name in ("steps", "warmup_steps", "eval_every", "seed", "weight_decay", "final_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("learning_rate", "gate_learning_rate", "matrix_learning_rate", "clip"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("learning_rate", "gate_learning_rate", "matrix_learning_rate"):
+            if (getattr(self, name) or 0) > _LARGEST_RATE:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be at most {_LARGEST_RATE:g}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")

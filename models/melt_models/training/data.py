@@ -40,6 +40,12 @@ class Batches(Protocol):
     vocab_size: int
     pad_token_id: int | None
     eos_token_id: int | None
+    sequence_length: int  # n of a batch
+
+    @property
+    def epoch(self) -> int:
+        """Number of times that the data have begun anew."""
+        ...
 
     def take(self, size: int, progress: float) -> Batch:
         """Return the next ``size`` sequences. ``progress`` (0 to 1) is the run's, for curricula."""
@@ -69,6 +75,8 @@ class TaskBatches:
         self.vocab_size = len(self.ids)
         self.pad_token_id: int | None = self.ids[PAD]
         self.eos_token_id: int | None = self.ids[END]
+        self.sequence_length = task.prompt_tokens + task.answer_tokens - 1
+        self.epoch = 0  # examples are drawn, not repeated
 
     def take(self, size: int, progress: float) -> Batch:
         rng = np.random.default_rng([self.seed, self.taken])
@@ -133,6 +141,7 @@ class FileBatches:
 
         if type(sequence_length) is not int or sequence_length < 1:
             raise ValueError(f"sequence_length is {sequence_length!r}; it must be a whole number from 1")
+        self.sequence_length = sequence_length
         self.tokenizer = read_tokenizer(tokenizer)
         self.vocab_size = len(self.tokenizer)
         self.pad_token_id: int | None = self.tokenizer.pad_token_id
@@ -142,6 +151,10 @@ class FileBatches:
             self.stream = TokenStream(files, sequence_length, seed, held_out, **options)
         else:
             self.stream = DocumentStream(kind, files, self._encode, sequence_length, seed, held_out, **options)
+
+    @property
+    def epoch(self) -> int:
+        return max(0, self.stream.epoch)
 
     def take(self, size: int, progress: float) -> Batch:
         rows = np.stack([self.stream.next() for _ in range(size)])

@@ -85,21 +85,32 @@ def perplexity(
 
     The stream is reset afterwards, so that the next call measures the same sequences.
     """
-    settings = _settings(model, num_loops, 1.0, chunk_size)
     before, total, labelled = batches.state_dict(), 0.0, 0
     try:
         for at in range(0, sequences, batch):
-            input_ids, targets = (x.to(model.device) for x in batches.take(min(batch, sequences - at), 1.0))
-            logits = model(input_ids, use_cache=False, **settings).logits.float()
-            total += F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-            ).item()
-            labelled += int((targets != IGNORE).sum())
+            input_ids, targets = batches.take(min(batch, sequences - at), 1.0)
+            loss, count = cross_entropy(model, input_ids, targets, num_loops, chunk_size)
+            total, labelled = total + loss, labelled + count
     finally:
         batches.load_state_dict(before)
     if not labelled:
         raise ValueError(f"perplexity of {sequences} sequences is not defined; ask for 1 or more")
     return float(torch.tensor(total / labelled, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def cross_entropy(
+    model: Model, input_ids: Tensor, targets: Tensor, num_loops: int | None = None, chunk_size: int | None = None
+) -> tuple[float, int]:
+    """Return the sum of the cross-entropies over the targets other than IGNORE, and the number of those.
+
+    input_ids, targets: (batch, n), on any device.
+    """
+    input_ids, targets = input_ids.to(model.device), targets.to(model.device)
+    logits = model(input_ids, use_cache=False, **_settings(model, num_loops, 1.0, chunk_size)).logits
+    labelled = targets != IGNORE
+    loss = F.cross_entropy(logits[labelled].float(), targets[labelled], reduction="none")
+    return loss.sum(dtype=torch.float64).item(), int(labelled.sum())
 
 
 def _settings(model: Model, num_loops: int | None, exit_threshold: float, chunk_size: int | None) -> dict[str, Any]:

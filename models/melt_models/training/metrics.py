@@ -1,4 +1,4 @@
-"""Records of a training run: JSON lines, TensorBoard where it is installed, and a progress bar."""
+"""Records of a training run: JSON lines, TensorBoard and Weights & Biases, and a progress bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..atomic import write_text
+from .held_out import Evaluation
+from .trackers import Tracker, trackers
 
 _QUIET_SECONDS = 30.0  # between progress lines without a terminal
 
@@ -29,7 +30,8 @@ class Recorder:
         kept = _lines_up_to(self.path, step) if step else []
         write_text(self.path, "".join(line + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = _board(directory / "tensorboard" / stage, step)
+        self.trackers: list[Tracker] = trackers(directory, stage, step)
+        self.quality = ""
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -39,20 +41,22 @@ class Recorder:
             self.task = self.bar.add_task(stage, total=steps, completed=step, loss="-")
         self.begun, self.first, self.spoken = time.monotonic(), step, time.monotonic()
 
-    def step(self, done: int, figures: dict[str, Any], *, log: bool) -> None:
-        """Record a finished step (counted from 1), as a line of the file if ``log``."""
-        if log:
+    def step(self, done: int, figures: dict[str, Any], evaluation: Evaluation | None = None, *, log: bool) -> None:
+        """Record a finished step (counted from 1), as a line of the file if ``log`` or if the model was evaluated."""
+        if evaluation is not None:
+            figures, self.quality = figures | evaluation.figures(), _quality(evaluation)
+        if log or evaluation is not None:
             self.file.write(json.dumps({"step": done, **figures}) + "\n")
             self.file.flush()
-            if self.board is not None:
-                for name, value in figures.items():
-                    self.board.add_scalar(name, value, done)
+            for tracker in self.trackers:
+                tracker.log(done, figures)
+        loss = f"{figures['loss']:.4f}{self.quality}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, loss=f"{figures['loss']:.4f}")
+            self.bar.update(self.task, completed=done, loss=loss)
         elif done == self.steps or time.monotonic() - self.spoken > _QUIET_SECONDS:
             now = time.monotonic()
             left = (now - self.begun) / (done - self.first) * (self.steps - done)
-            line = f"{self.stage}: step {done}/{self.steps}, loss {figures['loss']:.4f}, {left:.0f} s left"
+            line = f"{self.stage}: step {done}/{self.steps}, loss {loss}, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
             self.spoken = now
 
@@ -62,8 +66,8 @@ class Recorder:
 
     def close(self) -> None:
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
         if self.bar is not None:
             self.bar.stop()
 
@@ -80,10 +84,8 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _board(directory: Path, step: int) -> Any:
-    """Return a TensorBoard writer, or None where TensorBoard is not installed."""
-    if find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+def _quality(evaluation: Evaluation) -> str:
+    """Return the quality at full depth in words: ", held-out 3.2100 (perplexity 24.8), 81.5% exact"."""
+    full = evaluation.depths[-1]
+    exact = "" if full.exact is None else f", {full.exact:.1%} exact"
+    return f", held-out {full.loss:.4f} (perplexity {full.perplexity:.4g}){exact}"

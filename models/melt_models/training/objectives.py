@@ -179,6 +179,10 @@ class DistillObjective(Objective):
         self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple keeps it from becoming a submodule
         self._carry: tuple[ChunkedForward, TeacherForward] | None = None
 
+    @property
+    def teacher(self) -> LoopLMForCausalLM:
+        return self._teacher[0]
+
     def alpha(self, step: int, steps: int) -> float:
         """Return MELT's share of keys and values in a step: 0 in the first, 1 from the end of the interpolation on."""
         if self.options.interpolation == "none":
@@ -263,7 +267,7 @@ class DistillObjective(Objective):
 
     def _on(self, device: torch.device) -> LoopLMForCausalLM:
         """Return the teacher, moved to the batch's device."""
-        (teacher,) = self._teacher
+        teacher = self.teacher
         if teacher.lm_head.weight.device != device:
             teacher.to(device)  # type: ignore[arg-type]
         return teacher

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,24 +15,29 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..atomic import new_directory
+from ..atomic import new_directory, write_text
 from ..checkpoint import Weights, check_looped, load_model, meta_model, open_weights, read_config
 from ..configuration import LoopLMConfig, MeltConfig
 from ..convert import COMPANIONS, melt_config, melt_state, save_state
 from ..errors import CheckpointError
 from ..looplm import LoopLMForCausalLM
 from ..melt import MeltForCausalLM
+from .chunk_advice import chunk_warnings
 from .config import FREE_TO_CHANGE, RunConfig, Stage
 from .data import Batches, make_batches
 from .errors import ConfigError, SnapshotError
 from .gate import GateObjective, GateOptions
+from .held_out import HeldOut
 from .objectives import DistillObjective, Objective, TeacherObjective, TeacherOptions
+from .report import print_evaluations
 from .snapshots import Snapshots
 from .trainer import make_accelerator, train
 
+RUN_FILE = "run.yaml"  # in the output: the run's file as it was when a stage ended
 # Numbers of the data streams, which must never change: a run could no longer be repeated.
 _STREAMS = ("teacher", "phase1", "phase2")
 _GATE = 1 << 40
@@ -67,9 +73,17 @@ def _run_stage(config: RunConfig, name: str, accelerator: Accelerator, *, resume
     if finished:
         Snapshots(state, settings, accelerator).open(resume=True)
         return
+    held_out, reason = _held_out(config, stage)
+    warnings = chunk_warnings(stage.options, start.config, batches.sequence_length)
+    if held_out is None or accelerator.distributed_type == DistributedType.FSDP:
+        reason = reason or "FSDP shards the weights; use melt-train eval"
+        warnings.append(f"the model is not evaluated during training: {reason}")
+    for sentence in warnings if accelerator.is_main_process else ():
+        print(f"melt-train: {name}: {sentence}", file=sys.stderr)
     torch.manual_seed(stage.training.seed)
-    weights = train(
-        start.objective(stage),
+    objective = start.objective(stage)
+    weights, evaluation = train(
+        objective,
         batches,
         stage.training,
         accelerator=accelerator,
@@ -77,12 +91,42 @@ def _run_stage(config: RunConfig, name: str, accelerator: Accelerator, *, resume
         state=state,
         metrics=config.output / "metrics",
         settings=settings,
+        held_out=held_out,
         resume=resume,
     )
     if accelerator.is_main_process:
         start.write(weights, batches, output)
+        _keep(config)
     accelerator.wait_for_everyone()
     Snapshots(state, settings, accelerator).clear()
+    if evaluation is None or held_out is None:
+        return
+    models = {name: evaluation}
+    if isinstance(objective, DistillObjective):
+        depths = [depth.loops for depth in evaluation.depths]
+        teacher: Any = objective.teacher.to(accelerator.device)  # type: ignore[arg-type]
+        models["teacher"] = held_out.evaluate(teacher, depths, accelerator=accelerator)
+    if accelerator.is_main_process:
+        print_evaluations(models, sys.stderr)
+
+
+def _held_out(config: RunConfig, stage: Stage) -> tuple[HeldOut | None, str]:
+    """Return what a stage is evaluated on, or None and the reason if there is nothing. Raises ConfigError if the file
+    asks for evaluations."""
+    training = stage.training
+    try:
+        return HeldOut.draw(config.data, training.eval_sequences, training.eval_problems), ""
+    except (ValueError, TypeError) as error:
+        if training.eval_every:
+            raise ConfigError(f"{config.file}: section data: eval_every is set, but {error}") from error
+        return None, str(error)
+
+
+def _keep(config: RunConfig) -> None:
+    """Keep the run's file in its output, for later evaluations."""
+    kept = config.output / RUN_FILE
+    if not (kept.exists() and kept.samefile(config.file)):
+        write_text(kept, config.file.read_text(encoding="utf-8"))
 
 
 def _batches(config: RunConfig, name: str, seed: int) -> Batches:

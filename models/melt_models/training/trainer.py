@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from .config import StageConfig
 from .data import IGNORE, Batch, Batches
 from .errors import ConfigError, TrainingDivergedError
+from .held_out import Evaluation, HeldOut
 from .metrics import Recorder
 from .objectives import DistillOptions, Objective, StepSize
 from .snapshots import Position, Snapshots, Trained
 
 _GATE = ".latent_gate."
+
+
+class Finished(NamedTuple):
+    """Weights at the end of a stage, whole, on the main process; and their quality, if there are held-out data."""
+
+    weights: dict[str, Tensor]
+    evaluation: Evaluation | None
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:
@@ -80,9 +88,10 @@ def train(
     state: Path,
     metrics: Path,
     settings: Mapping[str, Any],
+    held_out: HeldOut | None = None,
     resume: bool = False,
-) -> dict[str, Tensor]:
-    """Train ``objective.model`` and return its weights, whole, on the main process.
+) -> Finished:
+    """Train ``objective.model``, and evaluate it on ``held_out`` every ``eval_every`` steps and at the end.
 
     ``state`` is the directory of snapshots; ``metrics`` that of the file ``<stage>.jsonl``. ``settings`` are everything
     that the result depends on: ``resume`` refuses a snapshot with other settings. Raises TrainingDivergedError,
@@ -102,6 +111,8 @@ def train(
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
     prepared, *optimizers = accelerator.prepare(objective, *make_optimizers(objective, config))
     trained = Trained(prepared, optimizers, accelerator)
+    held_out = None if trained.sharded else held_out
+    evaluation: Evaluation | None = None
     loop = _Loop(objective, trained, config)
     at = Position()
     if resume:
@@ -117,14 +128,22 @@ def train(
             tokens += batch.input_ids.numel()
             figures = loop.step(step, batch.input_ids, batch.targets)
             done, seconds = step + 1, time.monotonic() - begun
+            figures |= {"tokens": tokens, "seconds": round(seconds, 3)}
+            last = done == config.steps
+            save = last or done % config.save_every == 0
+            due = last or (config.eval_every and done % config.eval_every == 0)
+            if save:
+                loop.check_weights(done)
+            evaluation = loop.evaluate(done, held_out) if held_out is not None and due else None
             if recorder is not None:
-                log = done % config.log_every == 0 or done == config.steps
-                recorder.step(done, {**figures, "tokens": tokens, "seconds": round(seconds, 3)}, log=log)
-            if done % config.save_every == 0 or done == config.steps:
+                recorder.step(done, figures, evaluation, log=last or done % config.log_every == 0)
+            if save:
                 if recorder is not None:
                     recorder.sync()
                 snapshots.save(trained, Position(done, tokens, seconds, batches.state_dict()))
-        return trained.model_state()
+        if evaluation is None and held_out is not None:  # resumed after the last step
+            evaluation = loop.evaluate(config.steps, held_out)
+        return Finished(trained.model_state(), evaluation)
     finally:
         if recorder is not None:
             recorder.close()
@@ -155,7 +174,7 @@ class _Loop:
                 group["lr"] = rate * factor
             optimizer.zero_grad()
         parts = self._gradients(step, input_ids, targets)
-        largest = self._largest_gradients()
+        largest = self._largest([p.grad for p in self.trained.objective.parameters()])
         norm = accelerator.clip_grad_norm_(self.trained.objective.parameters(), config.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         figures = {**parts, **self._learning_rates(), "gradient_norm": norm}
@@ -164,6 +183,28 @@ class _Loop:
         for optimizer in self.trained.optimizers:
             optimizer.step()
         return figures
+
+    def evaluate(self, done: int, held_out: HeldOut) -> Evaluation:
+        """Evaluate the model after ``done`` steps at each of its depths. Raises TrainingDivergedError."""
+        model, accelerator = self.objective.model, self.accelerator
+        batch = self.config.micro_batch or max(1, self.config.batch_size // accelerator.num_processes)
+        depths = range(1, model.config.total_ut_steps + 1)
+        evaluation = held_out.evaluate(model, depths, batch=batch, accelerator=accelerator)
+        if not evaluation.finite:
+            losses = ", ".join(f"{depth.loss:g}" for depth in evaluation.depths)
+            raise TrainingDivergedError(
+                f"training diverged in step {done}: the held-out losses after it are {losses}; "
+                "the last good snapshot is kept"
+            )
+        return evaluation
+
+    def check_weights(self, done: int) -> None:
+        """Raise TrainingDivergedError if a weight is not finite after ``done`` steps."""
+        name, worst = self._worst(self._largest([p.detach() for p in self.trained.objective.parameters()]))
+        if not math.isfinite(worst):
+            raise TrainingDivergedError(
+                f"training diverged in step {done}: after it {name} holds {worst:g}; the last good snapshot is kept"
+            )
 
     def _gradients(self, step: int, input_ids: Tensor, targets: Tensor) -> dict[str, float]:
         """Add up the gradients of this process's sequences. Returns the loss and its parts, averaged over all
@@ -196,25 +237,29 @@ class _Loop:
             named.setdefault(f"matrix_{name}" if "ns_steps" in group else name, group["lr"])
         return named
 
-    def _largest_gradients(self) -> Tensor:
-        """Return the largest magnitude in each parameter's gradient, (parameters,); 0 without a gradient."""
-        gradients = [p.grad for p in self.trained.objective.parameters()]
-        local = [None if g is None else g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    def _largest(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the largest magnitude in each tensor, (tensors,), of this process's shards; 0 where there is none."""
+        local = [None if g is None else g.to_local() if hasattr(g, "to_local") else g for g in tensors]
         present = [g for g in local if g is not None and g.numel()]
         norms = iter(torch._foreach_norm(present, math.inf) if present else [])
         zero = torch.zeros((), device=self.accelerator.device)
         return torch.stack([zero if g is None or not g.numel() else next(norms).to(zero) for g in local])
 
-    def _what_diverged(self, step: int, parts: Mapping[str, float], norm: float, largest: Tensor) -> str:
+    def _worst(self, largest: Tensor) -> tuple[str, float]:
+        """Return the name and value of the largest magnitude of all processes. largest: (parameters,). Every process
+        must call this."""
         names = [name.removeprefix("module.") for name, _ in self.trained.objective.named_parameters()]
         values = self.accelerator.gather(largest[None]).cpu()
         order = values.nan_to_num(nan=math.inf).amax(0)
-        # Among gradients that are not finite, a NaN is named before an Inf.
+        # Among values that are not finite, a NaN is named before an Inf.
         order = torch.where(values.isnan().any(0), math.inf, order.clamp(max=torch.finfo(order.dtype).max))
         at = int(order.argmax())
-        worst = math.nan if values[:, at].isnan().any() else float(values[:, at].max())
+        return names[at], math.nan if values[:, at].isnan().any() else float(values[:, at].max())
+
+    def _what_diverged(self, step: int, parts: Mapping[str, float], norm: float, largest: Tensor) -> str:
+        name, worst = self._worst(largest)
         shown = ", ".join(f"{name} {value:g}" for name, value in parts.items())
         return (
             f"training diverged in step {step}: {shown}, gradient norm {norm:g}; "
-            f"the largest gradient is {names[at]}'s, {worst:g}; the last good snapshot is kept"
+            f"the largest gradient is {name}'s, {worst:g}; the last good snapshot is kept"
         )

@@ -1,0 +1,34 @@
+"""Warnings about chunk sizes with which a MELT does not learn to decode."""
+
+from __future__ import annotations
+
+from ..configuration import LoopedConfig, MeltConfig
+from .gate import GateOptions
+from .objectives import DistillOptions, TeacherOptions
+
+
+def chunk_warnings(
+    options: TeacherOptions | DistillOptions | GateOptions, config: LoopedConfig, tokens: int
+) -> list[str]:
+    """Return what a phase's chunk sizes leave unlearned, in sentences. ``tokens``: those of a training sequence."""
+    if isinstance(options, TeacherOptions) or not isinstance(config, MeltConfig):
+        return []
+    sizes = list(options.chunk_sizes) or [config.chunk_size]
+    source = f"chunk_sizes {sizes}" if options.chunk_sizes else f"melt.chunk_size {config.chunk_size}"
+    if isinstance(options, DistillOptions) and not options.chunk_wise:
+        return [
+            "chunk_wise is false, so no token is trained on the keys and values that earlier chunks leave, which "
+            "decoding reads"
+        ]
+    found = []
+    if min(sizes) >= tokens:
+        found.append(
+            f"a sequence has {tokens} tokens and {source} puts them all into one chunk, so no token is trained on the "
+            "keys and values that earlier chunks leave, which decoding reads; choose smaller chunks or longer sequences"
+        )
+    elif 1 not in sizes:
+        found.append(
+            f"{source} never draws chunks of one token, in which the model decodes; `chunk_sizes: [1, "
+            f"{', '.join(map(str, sizes))}]` does"
+        )
+    return found
