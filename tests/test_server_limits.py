@@ -214,6 +214,16 @@ def test_tokens_leave_once_they_settle(hurried: Server, served_runtime: Runtime)
     assert min(depth) < 6
 
 
+def test_the_criteria_by_which_tokens_leave_are_one_field(hurried: Server, served_runtime: Runtime) -> None:
+    asked = {**GO_ON, "exit": "entropy:3.7,same:2", "loops": 6}
+    reply = hurried.client().completions.create(prompt="abc", **GREEDY, extra_body=asked)
+    expected = served_runtime.generate("abc", max_tokens=12, ignore_eos=True, exit="entropy:3.7,same:2", loops=6).depth
+    assert reply.choices[0].model_extra["depth"] == list(expected[2:])  # type: ignore[index]
+    for wrong, says in (("mood:1", "NAME:VALUE"), ("auto", "without a calibrated exit")):
+        with pytest.raises(BadRequestError, match=says):
+            hurried.client().completions.create(prompt="abc", **GREEDY, extra_body={**GO_ON, "exit": wrong})
+
+
 # Clients that do not read
 
 

@@ -14,8 +14,8 @@ transformers knows. Any looped model becomes a MELT by its core's latent gates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ from .aggregation import GATE_BIAS_INIT, LatentGate
 from .cache import ChunkAttention, MeltCache
 from .configuration import MeltConfig
 from .core import DEFAULT_START, LoopedCore, Start, check_exit
-from .layers import Attend, leave_early
+from .exits import ExitCriteria, Exits
+from .layers import Attend
 
 
 class LoopStep(NamedTuple):
@@ -113,27 +114,29 @@ class MeltModel(LoopedCore):
         active: Tensor,
         cache: MeltCache,
         num_loops: int,
-        exit_threshold: float,
+        exits: ExitCriteria | float,
         injected: Tensor | None = None,
+        logits: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[LoopStep, Tensor]]:
         """Run a chunk's loops in order. Yields each loop's result and the tokens that were active, (batch, chunk) bool.
 
-        hidden: (batch, chunk, d), the start state. Stops once no token is active. The chunk stays open in the cache
-        until ``cache.commit``.
+        hidden: (batch, chunk, d), the start state. ``exits``: what ends a token's loops; a number is the exit gate's
+        threshold. ``logits``: the head, where a criterion reads it (see ``Exits``). Stops once no token is active. The
+        chunk stays open in the cache until ``cache.commit``.
         """
+        criteria = exits if isinstance(exits, ExitCriteria) else ExitCriteria(gate=exits)
+        leaving = Exits(criteria, active, logits)
         attend = ChunkAttention(self.config, cache, active, self.config.first_cache("core"))
         latent = hidden.new_zeros(len(self.layers), *hidden.shape[:-1], self.config.latent_size)
-        remaining = torch.ones_like(active, dtype=torch.float32)
         for loop in range(num_loops):
             first_loop = torch.full((hidden.shape[0],), loop == 0, device=hidden.device)
             step = self.loop_step(hidden, latent, first_loop, active, attend, injected)
             yield step, active
             hidden, latent = step.hidden, step.latent
-            if step.exit_probability is None:
+            if not criteria.adaptive or loop == num_loops - 1:
                 continue
-            remaining, leaves = leave_early(remaining, step.exit_probability, exit_threshold)
-            active = active & ~leaves
-            if exit_threshold < 1.0 and not active.any():
+            active = active & ~leaving.leaves(hidden, step.exit_probability)
+            if not active.any():
                 return
 
     def run_chunk(
@@ -142,28 +145,35 @@ class MeltModel(LoopedCore):
         valid: Tensor,
         cache: MeltCache,
         num_loops: int,
-        exit_threshold: float,
+        exits: ExitCriteria | float,
         start: Start = DEFAULT_START,
+        head: Callable[[Tensor], Tensor] | None = None,
     ) -> ChunkOutput:
         """Run prelude, all loops and coda of a chunk and commit it to the cache.
 
-        embeddings: (batch, chunk, d); valid: (batch, chunk) bool.
+        embeddings: (batch, chunk, d); valid: (batch, chunk) bool. ``exits``: see ``loops``. ``head``: gives the logits
+        of what the coda returns, where a criterion reads them.
         """
         attend = ChunkAttention(self.config, cache, valid, self.config.first_cache("prelude"))
         injected = self.prelude(embeddings, attend)
         hidden = self.start(injected, attend.positions, *start)
         depth = torch.zeros_like(valid, dtype=torch.long)
         hiddens: list[Tensor] = []
-        exits: list[Tensor] = []
-        for step, active in self.loops(hidden, valid, cache, num_loops, exit_threshold, injected):
+        probabilities: list[Tensor] = []
+        attend.first = self.config.first_cache("coda")
+
+        def logits(hidden: Tensor) -> Tensor:
+            assert head is not None
+            return head(self.coda(hidden, attend))
+
+        for step, active in self.loops(hidden, valid, cache, num_loops, exits, injected, head and logits):
             depth = depth + active
             hiddens.append(step.hidden)
             if step.exit_probability is not None:
-                exits.append(step.exit_probability)
-        attend.first = self.config.first_cache("coda")
+                probabilities.append(step.exit_probability)
         read = self.coda(hiddens[-1], attend)
         cache.commit(valid)
-        return ChunkOutput(read, depth, torch.stack(hiddens), torch.stack(exits) if exits else None)
+        return ChunkOutput(read, depth, torch.stack(hiddens), torch.stack(probabilities) if probabilities else None)
 
 
 @dataclass
@@ -215,6 +225,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         num_loops: int | None = None,
         chunk_size: int | None = None,
         exit_threshold: float | None = None,
+        exits: ExitCriteria | None = None,
         start_seed: int | Tensor = 0,
         start_state: str | None = None,
         **kwargs: Any,
@@ -222,6 +233,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         """Run new tokens (batch, tokens), in chunks, after those in the cache.
 
         ``num_loops`` may differ from the trained number; ``chunk_size`` and ``exit_threshold`` default to the config.
+        ``exits`` are further criteria by which tokens leave the loops, beside ``exit_threshold``.
         ``attention_mask`` (batch, tokens, or all columns so far) marks padding on the left or on the right; a padded
         sequence gives the same result as the sequence alone. For a model that starts from noise, ``start_seed`` is its
         seed, for all sequences or (batch,), and ``start_state="zeros"`` replaces it. Raises ValueError for arguments
@@ -237,7 +249,9 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         if num_loops < 1 or chunk_size < 1:
             raise ValueError(f"num_loops is {num_loops} and chunk_size {chunk_size}; both must be 1 or more")
         start_with = Start.checked(self.config, start_seed, start_state)
-        check_exit(self.config, threshold)
+        criteria = ExitCriteria() if exits is None else exits
+        criteria = replace(criteria, gate=min(criteria.gate, threshold))
+        check_exit(self.config, criteria.gate)
         cache = MeltCache(self.config.first_cache("core", 1)) if past_key_values is None else past_key_values
         if not isinstance(cache, MeltCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; MELT needs a MeltCache")
@@ -249,7 +263,9 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
         valid = column < counts[:, None]
         width = int(counts.max())
         chunks = [
-            self.model.run_chunk(hidden[:, at:end], valid[:, at:end], cache, num_loops, threshold, start_with)
+            self.model.run_chunk(
+                hidden[:, at:end], valid[:, at:end], cache, num_loops, criteria, start_with, self.lm_head
+            )
             for at in range(0, width, chunk_size)
             for end in (min(at + chunk_size, width),)
         ]
@@ -257,18 +273,18 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
 
         output = torch.cat([chunk.hidden for chunk in chunks], dim=1)
         depth = torch.cat([chunk.depth for chunk in chunks], dim=1)
-        loop_hidden = exits = None
+        loop_hidden = probabilities = None
         if len({chunk.loop_hidden.shape[0] for chunk in chunks}) == 1:
             loop_hidden = torch.cat([chunk.loop_hidden for chunk in chunks], dim=2)
             found = [chunk.exit_probability for chunk in chunks if chunk.exit_probability is not None]
-            exits = torch.cat(found, dim=2) if found else None
+            probabilities = torch.cat(found, dim=2) if found else None
         if start is not None:  # shift back to the caller's columns
             back = (column - start[:, None]).clamp(0, width - 1)
             output, depth = _take(output, back), depth.gather(1, back)
             if loop_hidden is not None:
                 loop_hidden = torch.stack([_take(x, back) for x in loop_hidden])
-            if exits is not None:
-                exits = torch.stack([x.gather(1, back) for x in exits])
+            if probabilities is not None:
+                probabilities = torch.stack([x.gather(1, back) for x in probabilities])
 
         logits = self.lm_head(output[:, -logits_to_keep:] if logits_to_keep else output)
         loss = None
@@ -280,7 +296,7 @@ class MeltForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=cache if use_cache is not False else None,
             depth=depth,
             loop_hidden=loop_hidden,
-            exit_probability=exits,
+            exit_probability=probabilities,
         )
 
     def _prepare_cache_for_generation(

@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 from .backends.base import Backend
 from .backends.open import open_backend
 from .decoding.early_exit import depth_warnings
+from .decoding.exit_options import exit_options
 from .decoding.loop_driver import LoopDriver
 from .decoding.pipeline_choice import PipelineChoice
 from .decoding.request_options import GenerateOptions, plain_options
@@ -128,6 +129,9 @@ class LoadedModel:
         exit_change: float = 0.0,
         exit_kl: float = 0.0,
         exit_same: int = 0,
+        exit_entropy: float = 0.0,
+        exit_margin: float = 0.0,
+        exit: str | None = None,
         exit_at_step: int | None = None,
         start_seed: int = 0,
         start_state: str | None = None,
@@ -139,16 +143,21 @@ class LoadedModel:
     ) -> GenerationOptions:
         if not isinstance(ignore_eos, bool):
             raise ArgumentError(f"ignore_eos is {ignore_eos!r}; it must be True or False")
+        given = {
+            "exit_threshold": exit_threshold,
+            "exit_change": exit_change,
+            "exit_kl": exit_kl,
+            "exit_same": exit_same,
+            "exit_entropy": exit_entropy,
+            "exit_margin": exit_margin,
+        }
         depth = LoopSettings(
             _last_loop(self.manifest.loops if loops is None else loops, exit_at_step),
-            self.manifest.exit_threshold if exit_threshold is None else exit_threshold,
-            chunk,
-            min_loops,
-            exit_change,
-            start_seed,
-            start_state,
-            exit_kl,
-            exit_same,
+            chunk=chunk,
+            min_loops=min_loops,
+            start_seed=start_seed,
+            start_state=start_state,
+            **exit_options(self.manifest, exit, given),
         )
         depth.check(self.manifest)
         ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)

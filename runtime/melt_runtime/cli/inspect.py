@@ -13,7 +13,7 @@ from ..package.engine_spec import EngineSpec
 from ..package.example_prompt import example_prompt
 from ..package.files import within
 from ..package.manifest import PARITY
-from ..package.manifest_facts import arithmetic_of, sharing_of, stages_of, untrained_warnings
+from ..package.manifest_facts import arithmetic_of, exit_of, sharing_of, stages_of, untrained_warnings
 from ..package.reader import Package
 from ..package.staggered_cost import STAGGERED_COST, StaggeredCost
 from ..text.end_tokens import EndToken, end_tokens
@@ -102,7 +102,8 @@ class PackageFacts:
 
     ``parity``: None if never verified. ``warnings``: sentences for the user. ``backends``: which backends can run the
     package here, best first, and why others cannot. ``shared_caches``: what sharing caches between loops costs a model
-    that was trained without; empty elsewhere. ``stages``: what runs once per token, before and after the loops; empty
+    that was trained without; empty elsewhere. ``exit``: the calibrated criteria by which tokens leave early; empty
+    without. ``stages``: what runs once per token, before and after the loops; empty
     where only embedding and head do.
     """
 
@@ -130,6 +131,7 @@ class PackageFacts:
     untrained: tuple[str, ...]
     warnings: tuple[str, ...]
     shared_caches: str
+    exit: str
     stages: str
     parity: ParityFacts | None
     graphs: tuple[GraphFacts, ...]
@@ -184,6 +186,7 @@ def describe(package: Package, *, length: int | None = None, batch: int = 1, dev
         untrained=manifest.untrained,
         warnings=untrained_warnings(manifest),
         shared_caches=sharing_of(manifest),
+        exit=exit_of(manifest),
         stages=stages_of(manifest),
         parity=_parity(package),
         graphs=tuple(

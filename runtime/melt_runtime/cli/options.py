@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..backends.choose import NAMES
+from ..decoding.exit_criteria import AUTO, CRITERIA, parse_exit
 from ..decoding.settings import GenerationOptions, LoopSettings
 from ..runtime import Runtime
 from ..sampling.sampler import SamplingParams
@@ -117,6 +118,21 @@ class RequestOptions:
         int,
         typer.Option(help="Or once the likeliest token has been the same in so many loops more; 0: never."),
     ] = 0
+    exit_entropy: Annotated[
+        float,
+        typer.Option(help="Or once the entropy of the head's words is below this, in nats; 0: never."),
+    ] = 0.0
+    exit_margin: Annotated[
+        float,
+        typer.Option(help="Or once the likeliest token leads the second by at least this probability; 0: never."),
+    ] = 0.0
+    exit: Annotated[
+        str | None,
+        typer.Option(
+            help=f"When tokens leave the loops, in one option: NAME:VALUE with {', '.join(CRITERIA)}, several with "
+            "commas; never; or auto: as calibrated when the package was exported."
+        ),
+    ] = None
     exit_at_step: Annotated[
         int | None, typer.Option(help="Every token leaves after this loop, counted from 0; default: after the last.")
     ] = None
@@ -154,8 +170,10 @@ class RequestOptions:
         ArgumentError."""
         most = max(self.min_loops, 1) if self.loops is None else self.loops
         threshold = 1.0 if self.exit_threshold is None else self.exit_threshold
-        start = (self.start_seed, self.start_state, self.exit_kl, self.exit_same)
+        start = (self.start_seed, self.start_state, self.exit_kl, self.exit_same, self.exit_entropy, self.exit_margin)
         depth = LoopSettings(most, threshold, self.chunk, self.min_loops, self.exit_change, *start)
+        if self.exit not in (None, AUTO):
+            parse_exit(self.exit)
         sampling = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
         )

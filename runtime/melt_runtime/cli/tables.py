@@ -133,6 +133,7 @@ def _summary(facts: PackageFacts) -> Panel:
         "model": f"{shape}, {_known(facts.kv_heads)} key/value heads, vocabulary {facts.vocab_size:,}",
         "loops": f"{facts.loops} per token, exit threshold {facts.exit_threshold:g} ({early})",
         **({"stages": facts.stages} if facts.stages else {}),
+        **({"exit auto": facts.exit} if facts.exit else {}),
         **({"shared caches": facts.shared_caches} if facts.shared_caches else {}),
         "graphs": f"{facts.dialect} dialect, {facts.precision}",
         "arithmetic": facts.arithmetic,

@@ -53,7 +53,9 @@ class Depth:
         self._watched = bool((self._change > 0)[present.any(axis=1)].any())
         self._kl = np.array([one.exit_kl for one in settings])
         self._same = np.array([one.exit_same for one in settings])
-        self._heard = ((self._kl > 0) | (self._same > 0)) & (present.sum(axis=1) == 1)  # sequences, by the head
+        self._entropy = np.array([one.exit_entropy for one in settings])
+        self._margin = np.array([one.exit_margin or np.inf for one in settings])
+        self._heard = np.array([one.hears_head for one in settings]) & (present.sum(axis=1) == 1)  # sequences
         self._said: NDArray[np.float64] | None = None  # log-probabilities after the preceding loop
         self._still = np.zeros(len(settings), np.int64)  # loops in which the likeliest token stayed the same
 
@@ -91,14 +93,24 @@ class Depth:
             return np.asarray(change < self._change * length)
 
     def _agreed(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Return the sequences (batch,) of whose token the head says what it said a loop before."""
+        """Return the sequences (batch,) of whose token the head is sure, or says what it said a loop before."""
         before, self._said = self._said, _log_softmax(logits)
-        if before is None:
-            return np.zeros(len(logits), np.bool_)
         with np.errstate(invalid="ignore"):  # an impossible token has a probability of 0
-            change = np.nansum(np.exp(self._said) * (self._said - before), axis=-1)
+            chances = np.exp(self._said)
+            settled = self._sure(chances, -np.nansum(chances * self._said, axis=-1))
+            if before is None:
+                return settled
+            change = np.nansum(chances * (self._said - before), axis=-1)
         self._still = np.where(self._said.argmax(axis=-1) == before.argmax(axis=-1), self._still + 1, 0)
-        return np.asarray((change < self._kl) | ((self._same > 0) & (self._still >= self._same)))
+        return np.asarray(settled | (change < self._kl) | ((self._same > 0) & (self._still >= self._same)))
+
+    def _sure(self, chances: NDArray[np.float64], entropy: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return the sequences (batch,) whose words, of these ``chances`` (batch, vocab), are sure enough."""
+        sure = entropy < self._entropy
+        if chances.shape[-1] > 1 and np.isfinite(self._margin).any():
+            best = np.partition(chances, -2, axis=-1)[:, -2:]
+            sure |= best[:, 1] - best[:, 0] >= self._margin
+        return np.asarray(sure)
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

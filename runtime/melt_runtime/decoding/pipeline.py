@@ -27,6 +27,7 @@ from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..results import PipelineUse
 from .early_exit import has_left, stays
+from .exit_criteria import CRITERIA
 from .settings import GenerationOptions, LoopSettings
 from .start import start_hidden
 
@@ -267,7 +268,7 @@ def may_pipeline(manifest: Manifest, options: GenerationOptions) -> bool:
         return False
     if options.pipeline == "auto":
         return manifest.cache_loops is not None
-    for name in ("exit_change", "exit_kl", "exit_same"):
-        if getattr(options.loops, name) > 0:
-            raise ArgumentError(f"pipeline is 'on', where tokens leave by exit_threshold only, not by {name}")
+    for one in CRITERIA.values():
+        if one.reads != "gate" and getattr(options.loops, one.option) != one.never:
+            raise ArgumentError(f"pipeline is 'on', where tokens leave by exit_threshold only, not by {one.option}")
     return True

@@ -22,6 +22,9 @@ class GenerateOptions(TypedDict, total=False):
     exit_change: float  # 0
     exit_kl: float  # 0
     exit_same: int  # 0
+    exit_entropy: float  # 0
+    exit_margin: float  # 0
+    exit: str | None  # None; "NAME:VALUE" of exit_criteria, "never", or "auto": as calibrated at export
     exit_at_step: int | None  # None: the last of loops; counted from 0: end every token after this loop
     start_seed: int  # 0; of the noise that some models' loops start from
     start_state: str | None  # None: the model's own; "zeros" replaces its noise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ..errors import ArgumentError
@@ -11,6 +10,7 @@ from ..package.specs import MAX_LOOPS, START_STATES
 from ..sampling.sampler import SamplingParams
 from ..text.stop_strings import stop_strings, stop_tokens
 from ..untrusted import shown, whole_number
+from .exit_criteria import CRITERIA
 
 PIPELINE = ("auto", "on", "off")
 
@@ -25,7 +25,9 @@ class LoopSettings:
 
     A token that runs by itself, as generated ones do, also leaves once what the head says of it stands still: once
     KL(p_t || p_{t-1}) of successive loops is below ``exit_kl``, in nats (0.0: never), or once the likeliest token has
-    been the same in ``exit_same`` loops more (0: never). Both run the head, and what precedes it, after every loop.
+    been the same in ``exit_same`` loops more (0: never); or once the head is sure: once the entropy of its words is
+    below ``exit_entropy``, in nats (0.0: never), or the likeliest leads the second by a probability of ``exit_margin``
+    (0.0: never). All of these run the head, and what precedes it, after every loop.
 
     ``chunk``: how many prompt tokens run their loops together (None: the package's). It changes results, because a
     chunk's tokens attend to each other loop by loop.
@@ -43,6 +45,8 @@ class LoopSettings:
     start_state: str | None = None
     exit_kl: float = 0.0
     exit_same: int = 0
+    exit_entropy: float = 0.0
+    exit_margin: float = 0.0
 
     def __post_init__(self) -> None:
         whole_number("loops", self.loops)
@@ -53,14 +57,8 @@ class LoopSettings:
             whole_number("chunk", self.chunk)
         if self.min_loops > self.loops:
             raise ArgumentError(f"min_loops is {self.min_loops}, above the {self.loops} loops that a token may have")
-        if not _real(self.exit_threshold) or not 0.0 <= self.exit_threshold <= 1.0:
-            raise ArgumentError(f"exit_threshold is {self.exit_threshold!r}; it must lie between 0 and 1")
-        if not _real(self.exit_change) or not 0.0 <= self.exit_change < math.inf:
-            raise ArgumentError(f"exit_change is {self.exit_change!r}; it must be a finite number of at least 0")
-        if not _real(self.exit_kl) or not 0.0 <= self.exit_kl < math.inf:
-            raise ArgumentError(f"exit_kl is {self.exit_kl!r}; it must be a finite number of at least 0")
-        if isinstance(self.exit_same, bool) or not isinstance(self.exit_same, int) or self.exit_same < 0:
-            raise ArgumentError(f"exit_same is {self.exit_same!r}; it must be a whole number from 0")
+        for one in CRITERIA.values():
+            one.check(getattr(self, one.option))
         seed = self.start_seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ArgumentError(f"start_seed is {shown(seed)}; it must be a whole number from 0 to 2^64 - 1")
@@ -72,22 +70,25 @@ class LoopSettings:
     @property
     def adaptive(self) -> bool:
         """Whether a token may leave before its last loop."""
-        gated = self.exit_threshold < 1.0 or self.exit_change > 0.0
-        return self.min_loops < self.loops and (gated or self.hears_head)
+        return self.min_loops < self.loops and any(self._used(one) for one in CRITERIA)
 
     @property
     def hears_head(self) -> bool:
         """Whether a token may leave by what the head says after a loop."""
-        return self.exit_kl > 0.0 or self.exit_same > 0
+        return any(self._used(name) for name, one in CRITERIA.items() if one.reads == "head")
+
+    def _used(self, criterion: str) -> bool:
+        one = CRITERIA[criterion]
+        return bool(getattr(self, one.option) != one.never)
 
     def check(self, manifest: Manifest) -> None:
         """Raise ArgumentError for a depth or chunk that the package does not allow."""
         manifest.check_depth(self.loops, self.exit_threshold)
-        for name in ("exit_change", "exit_kl", "exit_same"):
-            if manifest.cache_loops is not None and getattr(self, name) > 0:
+        for name, one in CRITERIA.items():
+            if manifest.cache_loops is not None and self._used(name):
                 raise ArgumentError(
-                    f"{name} is {getattr(self, name)}; a token of a LoopLM that left early would be missing from the "
-                    "later loops' caches, so only 0 is possible"
+                    f"{one.option} is {getattr(self, one.option)}; a token of a LoopLM that left early would be "
+                    f"missing from the later loops' caches, so only {one.never:g} is possible"
                 )
         own = manifest.start.get("state", "embedding")
         if self.start_state == "zeros" and own == "embedding":
@@ -123,7 +124,3 @@ class GenerationOptions:
             raise ArgumentError(f"pipeline is {shown(self.pipeline)}; it must be one of {', '.join(PIPELINE)}")
         object.__setattr__(self, "stop", stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", stop_tokens(self.stop_ids))
-
-
-def _real(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)

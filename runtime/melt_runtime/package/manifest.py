@@ -31,7 +31,8 @@ class Manifest:
     ``files``. ``weights``, ``cache``: how they were quantized; empty if they were not. ``start``: the hidden state
     before the first loop, its ``state`` and the ``std`` of its noise; empty if it is what ``embed`` gives.
     ``shared_caches``: what it costs that the loops share caches, where they were trained with caches of their own;
-    empty elsewhere.
+    empty elsewhere. ``exit``: the criteria by which tokens may leave the loops, calibrated at export, and what that
+    costs; empty if they were not.
     """
 
     dialect: str
@@ -55,6 +56,7 @@ class Manifest:
     cache: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     shared_caches: dict[str, Any] = field(default_factory=dict)
+    exit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
@@ -184,7 +186,7 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of ``manifest.json``. Empty entries that older formats lack are omitted."""
         content = asdict(self)
-        for name in ("engines", "weights", "cache", "start", "shared_caches"):
+        for name in ("engines", "weights", "cache", "start", "shared_caches", "exit"):
             if not content[name]:
                 del content[name]
         return manifest_text(content)

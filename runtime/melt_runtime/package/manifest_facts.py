@@ -53,6 +53,17 @@ def sharing_of(manifest: Manifest) -> str:
     )
 
 
+def exit_of(manifest: Manifest) -> str:
+    """Describe the calibrated exit of a package: its criteria, what they save and what they cost; empty without one."""
+    found = manifest.exit
+    if not found:
+        return ""
+    asked, loss = str(found["quality"]), float(found["loss"])
+    lost = f"perplexity {loss:+.2f}%" if asked.endswith("%") else f"{loss:.2f} points of agreement lost"
+    kept = f"{found['loops']:.2f} of {found['full_loops']} loops, {lost}"
+    return f"{found['criteria']} keeps {asked}: {kept}, measured on {found['tokens']:,} tokens of {found['text']}"
+
+
 def activations_of(manifest: Manifest) -> str | None:
     """Return the activations that ONNX Runtime multiplies quantized weights with on the CPU: "int8" or "float"; None
     without quantized weights."""

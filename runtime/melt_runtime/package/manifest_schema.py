@@ -159,6 +159,17 @@ _SHARED = partly(
         "perplexity_per_loop": optional(_LOSS),
     }
 )
+_EXIT = partly(
+    {
+        "criteria": text(256, r"never|[a-z]+:[0-9.e+-]+(,[a-z]+:[0-9.e+-]+)*"),
+        "quality": text(32),
+        "text": _NAME,
+        "tokens": _SIZE,
+        "loss": number(-1e308, 1e308),
+        "loops": number(0, MAX_LOOPS),
+        "full_loops": whole(1, MAX_LOOPS),
+    }
+)
 
 
 def _complete(inner: Check, *required: str) -> Check:
@@ -197,6 +208,7 @@ MANIFEST_FIELDS: dict[str, Check] = {
     "cache": _complete(_CACHE, "kind"),
     "start": _complete(_START, "state", "std", "generator"),
     "shared_caches": _complete(_SHARED, "how", "text", "chunk", "positions", "kl", "top1"),
+    "exit": _complete(_EXIT, "criteria", "quality", "text", "tokens", "loss", "loops", "full_loops"),
 }
 # Added after format 1; readers that do not know them run the graphs correctly.
-_LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}, "start": {}, "shared_caches": {}}
+_LATER: dict[str, Any] = {"engines": {}, "weights": {}, "cache": {}, "start": {}, "shared_caches": {}, "exit": {}}

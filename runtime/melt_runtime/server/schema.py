@@ -62,9 +62,9 @@ def _no_bias(value: Any) -> None:
 class RequestBody(Strict):
     """The common fields of completions and chats.
 
-    ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``, ``exit_kl``, ``exit_same``, ``exit_at_step``,
-    ``start_seed``, ``start_state``, ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos`` and ``max_seconds``
-    are extensions of OpenAI's API.
+    ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``, ``exit_kl``, ``exit_same``, ``exit_entropy``,
+    ``exit_margin``, ``exit``, ``exit_at_step``, ``start_seed``, ``start_state``, ``top_k``, ``min_p``,
+    ``repetition_penalty``, ``ignore_eos`` and ``max_seconds`` are extensions of OpenAI's API.
     """
 
     model: Name
@@ -88,6 +88,9 @@ class RequestBody(Strict):
     exit_change: Number | None = None
     exit_kl: Number | None = None
     exit_same: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    exit_entropy: Number | None = None
+    exit_margin: Share | None = None
+    exit: Annotated[str, Field(max_length=256)] | None = None
     exit_at_step: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     start_seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
     start_state: Annotated[str, Field(max_length=32)] | None = None

@@ -135,7 +135,14 @@ def read(path: Path, package: Package, check: Callable[..., object]) -> Saved:
 
 def _fields(settings: LoopSettings) -> dict[str, Any]:
     """Return the settings' fields, without those that older runtimes do not know and that have their default."""
-    usual: dict[str, Any] = {"start_seed": 0, "start_state": None, "exit_kl": 0.0, "exit_same": 0}
+    usual: dict[str, Any] = {
+        "start_seed": 0,
+        "start_state": None,
+        "exit_kl": 0.0,
+        "exit_same": 0,
+        "exit_entropy": 0.0,
+        "exit_margin": 0.0,
+    }
     return {name: value for name, value in asdict(settings).items() if name not in usual or value != usual[name]}
 
 
