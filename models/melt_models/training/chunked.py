@@ -39,6 +39,23 @@ class ChunkStates:
     exit_probability: Tensor | None
     attention: Tensor
 
+    def part(self, start: int, end: int) -> ChunkStates:
+        """Return the states of the tokens from ``start`` to ``end`` of the chunk."""
+        own = slice(start, end)
+        exits = None if self.exit_probability is None else self.exit_probability[..., own]
+        return ChunkStates(self.hidden[..., own, :], self.read[..., own, :], exits, self.attention[..., own, :])
+
+    @classmethod
+    def join(cls, chunks: Sequence[ChunkStates]) -> ChunkStates:
+        """Return the states of several chunks with as many loops, one after the other."""
+        exits = [chunk.exit_probability for chunk in chunks if chunk.exit_probability is not None]
+        return cls(
+            torch.cat([chunk.hidden for chunk in chunks], dim=-2),
+            torch.cat([chunk.read for chunk in chunks], dim=-2),
+            torch.cat(exits, dim=-1) if exits else None,
+            torch.cat([chunk.attention for chunk in chunks], dim=-2),
+        )
+
 
 class _ChunkAttention:
     """Attention of one chunk in a stage or in one loop, which records its inputs, keys, values and outputs.

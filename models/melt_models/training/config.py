@@ -18,7 +18,7 @@ from .gate import GateOptions
 from .objectives import PHASE1, PHASE2, DistillOptions, TeacherOptions
 from .sections import STAGES, check_keys, read_sections
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "flat-cosine")
 # Fields that do not change what is computed, so that a resumed run may change them.

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 IGNORE = -100
 # Keys of the data section by kind of file, beside tokenizer and sequence_length.
 FILE_OPTIONS = {
-    "text": ("document", "shuffle_buffer", "held_out_percent"),
-    "jsonl": ("field", "shuffle_buffer", "held_out_percent"),
-    "parquet": ("field", "shuffle_buffer", "held_out_percent"),
-    "tokens": ("dtype", "held_out_percent"),
+    "text": ("document", "shuffle_buffer", "held_out_percent", "held_out"),
+    "jsonl": ("field", "shuffle_buffer", "held_out_percent", "held_out"),
+    "parquet": ("field", "shuffle_buffer", "held_out_percent", "held_out"),
+    "tokens": ("dtype", "held_out_percent", "held_out"),
 }
 
 
@@ -137,7 +137,7 @@ class FileBatches:
         held_out: bool = False,
         **options: Any,
     ):
-        from .files import DocumentStream, TokenStream  # imports datasets, which tasks do not need
+        from .files import DocumentStream, TokenStream
 
         if type(sequence_length) is not int or sequence_length < 1:
             raise ValueError(f"sequence_length is {sequence_length!r}; it must be a whole number from 1")
@@ -202,7 +202,8 @@ def make_batches(options: Mapping[str, Any], seed: int, held_out: bool = False) 
     """Make batches from the ``data`` section of a run's YAML file, for training or from the held-out part.
 
     The section names a task and its options, or exactly one of text, jsonl, parquet and tokens with one file or a list,
-    with ``tokenizer``, ``sequence_length`` and options of FILE_OPTIONS. Raises ValueError.
+    with ``tokenizer``, ``sequence_length`` and options of FILE_OPTIONS. ``held_out`` names files that are held out, in
+    place of a percentage of the others. Raises ValueError.
     """
     sources = [name for name in ("task", *FILE_OPTIONS) if name in options]
     if len(sources) != 1:
@@ -219,8 +220,23 @@ def make_batches(options: Mapping[str, Any], seed: int, held_out: bool = False) 
     missing = [name for name in known[:2] if name not in rest]
     if missing:
         raise ValueError(f"data from {kind} files needs {' and '.join(missing)}")
-    names, directory, length = source, rest.pop("tokenizer"), rest.pop("sequence_length")
+    directory, length = rest.pop("tokenizer"), rest.pop("sequence_length")
+    if not isinstance(directory, str):
+        raise ValueError(f"data: tokenizer is {directory!r}; it must be a directory's name")
+    files = _files(kind, source)
+    if "held_out" in rest:
+        if "held_out_percent" in rest:
+            raise ValueError("data: held_out and held_out_percent exclude each other")
+        apart = _files("held_out", rest.pop("held_out"))
+        both = {file.resolve() for file in files} & {file.resolve() for file in apart}
+        if both:
+            raise ValueError(f"data: {min(both)} is both trained on and held out")
+        files, held_out, rest["held_out_percent"] = apart if held_out else files, False, 0.0
+    return FileBatches(kind, files, Path(directory), length, seed, held_out, **rest)
+
+
+def _files(key: str, names: Any) -> list[Path]:
     names = names if isinstance(names, list) else [names]
-    if not names or not all(isinstance(name, str) for name in [*names, directory]):
-        raise ValueError(f"data: {kind} must be a file's name or a list of them, and tokenizer a directory's name")
-    return FileBatches(kind, [Path(name) for name in names], Path(directory), length, seed, held_out, **rest)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"data: {key} must be a file's name or a list of them")
+    return [Path(name) for name in names]

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
-
 DOCUMENTS = {"line": "line", "paragraph": "paragraph", "file": "document"}  # ours -> the word of datasets
 DTYPES = ("uint16", "uint32")
 
@@ -109,10 +106,12 @@ class DocumentStream:
     def _open(self, begins: dict[str, Any] | None) -> None:
         """Open this epoch's files, at a saved position of ``datasets`` or at the beginning."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
+        from datasets import load_dataset  # token files need no datasets
+
         names = [glob.escape(str(self.files[index])) for index in order]  # datasets reads names as patterns
         try:
             self.dataset = load_dataset(self.builder, data_files=names, split="train", streaming=True, **self.how)
-        except _READING as error:
+        except _reading_errors() as error:
             raise self._unreadable(error) from error
         if begins is not None:
             self.dataset.load_state_dict(begins)
@@ -139,7 +138,7 @@ class DocumentStream:
                     raise ValueError(f"field {self.field!r} holds {text!r}, which is not text")
                 if text and not text.isspace() and is_held_out(text, self.percent) == self.held_out:
                     yield text
-        except _READING as error:
+        except _reading_errors() as error:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> ValueError:
@@ -202,8 +201,11 @@ class TokenStream:
         return self.parts[part][start : start + self.sequence_length + 1].astype(np.int64)
 
 
-# Errors of datasets for a damaged file. StopIteration: it found no row from which to infer the fields.
-_READING = (ValueError, OSError, StopIteration, DatasetGenerationError)
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of datasets for a damaged file. StopIteration: it found no row from which to infer the fields."""
+    from datasets.exceptions import DatasetGenerationError
+
+    return ValueError, OSError, StopIteration, DatasetGenerationError
 
 
 def _map_tokens(file: Path, dtype: str | None) -> np.ndarray:

@@ -214,11 +214,18 @@ class DistillObjective(Objective):
             self._carry = student, TeacherForward(teacher, loops, begin)
         student, reference = self._carry
         student.cut()
-        parts: dict[str, Tensor] = {}
+        whole = reference.run(input_ids[:, start:end])
+        # Chunks of one depth are compared together: on a GPU few large operations take less time than many small ones.
+        by_depth: dict[int, list[tuple[ChunkStates, ChunkStates, Tensor]]] = {}
         for at, until, depth in chunks:
-            ids, goals = input_ids[:, at:until], targets[:, at:until]
-            states = student.run(self.model.model.embed_tokens(ids), depth)
-            for name, value in self._compare(states, reference.run(ids), goals, input_ids.shape[1]).items():
+            states = student.run(self.model.model.embed_tokens(input_ids[:, at:until]), depth)
+            mine = by_depth.setdefault(depth, [])
+            mine.append((states, whole.part(at - start, until - start), targets[:, at:until]))
+        parts: dict[str, Tensor] = {}
+        for depth in sorted(by_depth):
+            students, teachers, goals = zip(*by_depth[depth], strict=True)
+            joined = (ChunkStates.join(students), ChunkStates.join(teachers), torch.cat(goals, dim=1))
+            for name, value in self._compare(*joined, input_ids.shape[1]).items():
                 parts[name] = parts.get(name, 0) + value
         if end == input_ids.shape[1]:
             self._carry = None
@@ -230,7 +237,7 @@ class DistillObjective(Objective):
         return Losses(total, {name: value.detach() for name, value in parts.items()})
 
     def _compare(self, student: ChunkStates, teacher: ChunkStates, targets: Tensor, tokens: int) -> dict[str, Tensor]:
-        """Return the loss terms of a chunk, summed over its labelled tokens.
+        """Return the loss terms of chunks of one depth, summed over their labelled tokens.
 
         The term ``attention`` is instead summed over all tokens and divided by the sequence's number of ``tokens``.
         """

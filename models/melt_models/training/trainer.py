@@ -34,7 +34,11 @@ class Finished(NamedTuple):
 
 
 def make_accelerator(precision: str = "fp32") -> Accelerator:
-    """Return the devices of this run. Raises ConfigError where the hardware has no bf16."""
+    """Return the devices of this run. Raises ConfigError where the hardware has no bf16.
+
+    ``tf32`` multiplies float32 matrices in the reduced precision of NVIDIA's matrix units, where there are any.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     wanted = "bf16" if precision == "bf16" else "no"
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(f"precision is bf16, which {torch.cuda.get_device_name()} does not compute in; use fp32")
