@@ -128,7 +128,8 @@ def test_a_chat_stops_with_the_templates_end_of_a_turn(package: Path, runtime: R
 
 def test_the_server_stops_chats_there_and_completions_not(runtime: Runtime) -> None:
     from melt_runtime.scheduler.scheduler import Scheduler
-    from melt_runtime.server.schema import ChatBody, CompletionBody
+    from melt_runtime.server.chat_schema import ChatBody
+    from melt_runtime.server.schema import CompletionBody
     from melt_runtime.server.service import Service
 
     with Scheduler(runtime, slots=1) as scheduler:
@@ -144,7 +145,7 @@ def test_the_server_stops_chats_there_and_completions_not(runtime: Runtime) -> N
 
 def test_a_template_is_given_variables_by_the_api_the_server_and_the_chat(package: Path, runtime: Runtime) -> None:
     from melt_runtime.scheduler.scheduler import Scheduler
-    from melt_runtime.server.schema import ChatBody
+    from melt_runtime.server.chat_schema import ChatBody
     from melt_runtime.server.service import Service
 
     ours, question = runtime.tokenizer, [{"role": "user", "content": "a"}]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from melt_runtime.server.chat_schema import ChatBody
 from melt_runtime.server.failures import ApiError
 from melt_runtime.server.intake import parsed
-from melt_runtime.server.schema import ChatBody, CompletionBody
+from melt_runtime.server.schema import CompletionBody
 
 INNER = {"role", "content", "type", "text", "schema", "ünknown"}
 FIELDS = sorted(INNER | {*ChatBody.model_fields, *CompletionBody.model_fields})

@@ -83,6 +83,12 @@ def serve_command(
     without_key: Annotated[
         bool, typer.Option("--without-key", help="Listen on an address that others reach, with no key at all.")
     ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An origin, such as https://chat.example.org, whose web pages may call the server; may be repeated."
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate chain (PEM), for HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     drain: Annotated[
@@ -101,6 +107,7 @@ def serve_command(
         from ..server.guard import Keys, is_loopback
         from ..server.lifecycle import DrainingServer
         from ..server.logs import configure, log
+        from ..server.origins import check_origins
         from ..server.process import configure_process
         from ..server.service import Service
     except ImportError as error:
@@ -118,6 +125,7 @@ def serve_command(
         raise ArgumentError(f"--max-seconds is {max_seconds:g}; it must be a finite number of seconds above 0")
     if pipeline not in PIPELINE:
         raise ArgumentError(f"--pipeline is {shown(pipeline)}; it must be one of {', '.join(PIPELINE)}")
+    origins = check_origins(cors_origin or ())
     allowed = room(max_connections)
     listener = _listen(host, port, stall)
     configure_process()
@@ -126,7 +134,7 @@ def serve_command(
     scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
     name = name or package.resolve().name
     service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog, pipeline)
-    app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts))
+    app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts, origins))
     configure()
     config = uvicorn.Config(
         app,

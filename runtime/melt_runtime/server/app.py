@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,16 +16,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..errors import MeltError
-from ..results import Generation, TextDelta
+from .answering import answer
+from .chat_schema import ChatBody
+from .docs import add_docs
 from .failures import ApiError, as_api_error
-from .guard import Guard, Keys, note, request_id
-from .intake import Preparation, Uploads, parsed
+from .guard import Guard, Keys
+from .intake import Intake, Preparation
 from .metrics import CONTENT_TYPE, prometheus
+from .origins import allow_origins
 from .process import trim_memory
-from .replies import ReplyFormat, StreamedChoice, usage
-from .schema import ChatBody, CompletionBody
-from .service import Job, Service
-from .streaming import EventStream, Feed
+from .schema import CompletionBody
+from .service import Service
+from .text_routes import add_text_routes
 
 # The page may connect to this server only, and must not be framed.
 _POLICY = (
@@ -37,34 +39,28 @@ _TRIM_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on requests: body size, API keys, local hosts only (see Guard), and whether prompts are logged."""
+    """Limits on requests: body size, API keys, local hosts only (see Guard), whether prompts are logged, and the
+    origins of web pages that may read answers."""
 
     max_body: int = 1 << 20
     keys: Keys = field(default_factory=Keys)
     local: bool = False
     log_prompts: bool = False
+    origins: Sequence[str] = ()
 
 
 def build_app(service: Service, limits: Limits) -> FastAPI:
     """Build the application around a service, whose scheduler it closes at its end."""
-    uploads = Uploads()
     preparation = Preparation(service.scheduler.slots + service.scheduler.max_waiting)
+    intake = Intake(preparation, limits.max_body, limits.log_prompts)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=_lifespan(service, preparation))
     app.add_middleware(Guard, keys=limits.keys, local=limits.local)
+    if limits.origins:
+        allow_origins(app, limits.origins)
     _add_failures(app)
     _add_facts(app, service)
-
-    async def ready(request: Request, kind: type[CompletionBody | ChatBody]) -> tuple[CompletionBody | ChatBody, Job]:
-        body = await uploads.read(request, limits.max_body)
-
-        def prepare() -> tuple[CompletionBody | ChatBody, Job]:
-            call = parsed(kind, body)
-            if limits.log_prompts:
-                note(request, **call.model_dump(include={"prompt", "messages"}))
-            return call, service.job(call)
-
-        return await preparation.run(prepare, len(body))
-
+    add_text_routes(app, service, intake)
+    add_docs(app)
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/")
@@ -73,11 +69,13 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, *await ready(request, CompletionBody))
+        call, job = await intake.prepare(request, CompletionBody, lambda call: (call, service.job(call)))
+        return await answer(service, request, call, job)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, request, *await ready(request, ChatBody))
+        call, job = await intake.prepare(request, ChatBody, lambda call: (call, service.job(call)))
+        return await answer(service, request, call, job)
 
     return app
 
@@ -168,84 +166,3 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> Response:
         service.check_model(name)
         return JSONResponse(model)
-
-
-async def _answer(service: Service, request: Request, call: CompletionBody | ChatBody, job: Job) -> Response:
-    chat = isinstance(call, ChatBody)
-    reply_format = ReplyFormat(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
-    feed = Feed(service.scheduler, job.requests, service.backlog)
-    note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(call.stream))
-    if call.stream:
-        return EventStream(
-            feed, lambda send_event: _stream(request, reply_format, feed, job, call.usage_in_stream, send_event)
-        )
-    deltas: list[list[TextDelta]] = [[] for _ in job.requests]
-    ends: dict[int, Generation] = {}
-    async with feed.for_client(request.receive):
-        async for index, event in feed:
-            if isinstance(event, TextDelta):
-                deltas[index].append(event)
-            else:
-                ends[index] = _ended(event)
-    generated = _log_tokens(request, [delta for one in deltas for delta in one], ends)
-    choices = [reply_format.whole(index, one, ends[index]) for index, one in enumerate(deltas)]
-    counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
-    return JSONResponse(reply_format.frame(choices, part=False, usage=counts))
-
-
-async def _stream(
-    request: Request,
-    reply_format: ReplyFormat,
-    feed: Feed,
-    job: Job,
-    counted: bool,
-    send_event: Callable[[Any], Awaitable[None]],
-) -> None:
-    """Send each token as an event as it comes. An error that ends the stream early is sent instead of [DONE]."""
-    choices = [StreamedChoice(reply_format, index) for index in range(len(job.requests))]
-    last: dict[int, TextDelta] = {}  # sent with the end, which follows at once
-    deltas: list[TextDelta] = []
-    ends: dict[int, Generation] = {}
-    blank = {"usage": None} if counted else {}
-    try:
-        async for index, event in feed:
-            if isinstance(event, TextDelta):
-                deltas.append(event)
-                if event.finish_reason is not None:
-                    last[index] = event
-                    continue
-                part = choices[index].part(event)
-            else:
-                ends[index] = _ended(event)
-                part = choices[index].part(last.get(index), ends[index])
-            await send_event(reply_format.frame([part], part=True, **blank))
-    except (MeltError, ApiError) as error:
-        note(request, error=str(error))
-        await send_event((as_api_error(error) if isinstance(error, MeltError) else error).body())
-        return
-    finally:
-        generated = _log_tokens(request, deltas, ends)
-    if counted:
-        counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
-        await send_event(reply_format.frame([], part=True, usage=counts))
-    await send_event("[DONE]")
-
-
-def _ended(event: Generation | MeltError) -> Generation:
-    """Return a request's Generation. Raises the error that ended it before any output, or ApiError if it was
-    cancelled."""
-    if isinstance(event, MeltError):
-        raise event
-    if event.finish_reason == "cancelled":
-        raise ApiError(503, "the request was cancelled: its client left, or the server stops", code="cancelled")
-    if event.finish_reason == "deadline" and not event.token_ids:
-        raise ApiError(504, "the time of the request was over before its first token", code="deadline")
-    return event
-
-
-def _log_tokens(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
-    """Log the number of generated tokens and return it."""
-    loops = sum(delta.depth for delta in deltas)
-    late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}
-    note(request, completion_tokens=len(deltas), mean_depth=round(loops / max(len(deltas), 1), 3), **late)
-    return len(deltas)

@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from .failures import ApiError
 from .logs import log
 
-OPEN_PATHS = ("/", "/health", "/ready")  # paths that need no key
+OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/openapi.json")  # paths that need no key
 _FACTS = "melt_facts"  # the scope's key for the fields of the request's log line
 
 

@@ -15,13 +15,15 @@ from starlette.requests import ClientDisconnect
 
 from ..errors import BusyError, MeltError
 from .failures import ApiError, as_refusal
+from .fields import Strict
+from .guard import note
 from .process import trim_memory
-from .schema import RequestBody
 
-A = TypeVar("A", bound=RequestBody)
+A = TypeVar("A", bound=Strict)
 R = TypeVar("R")
 BODY_SECONDS = 60.0  # for a body to arrive
 MAX_UPLOADS = 64 << 20  # bytes of all incomplete bodies together
+PROMPTS = {"prompt", "messages", "input", "instructions"}  # the fields that --log-prompts writes
 _WORKERS = 2  # calls prepared at the same time
 _LARGE = 1 << 16  # bytes above which bodies are prepared one by one and memory is trimmed
 
@@ -103,6 +105,29 @@ class Preparation:
     def close(self) -> None:
         """Stop the threads once they are done."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Intake:
+    """From a request to what it asks for: reads the body, validates it, and prepares the call off the event loop.
+
+    ``limit``: most bytes of a body. ``log_prompts``: write prompts into the log.
+    """
+
+    def __init__(self, preparation: Preparation, limit: int, log_prompts: bool):
+        self._preparation, self._limit, self._log_prompts = preparation, limit, log_prompts
+        self._uploads = Uploads()
+
+    async def prepare(self, request: Request, kind: type[A], work: Callable[[A], R]) -> R:
+        """Return what ``work`` makes of the body, an object of type ``kind``. Raises ApiError, MeltError."""
+        body = await self._uploads.read(request, self._limit)
+
+        def prepared() -> R:
+            call = parsed(kind, body)
+            if self._log_prompts:
+                note(request, **call.model_dump(include=PROMPTS))
+            return work(call)
+
+        return await self._preparation.run(prepared, len(body))
 
 
 def _refused(work: Callable[[], R]) -> R | Exception:

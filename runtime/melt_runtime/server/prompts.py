@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ..errors import ArgumentError, PromptError
 from ..runtime import Runtime
-from .schema import ChatBody, CompletionBody
+from .chat_schema import ChatBody
+from .schema import CompletionBody
 
 _CHARACTERS = 16  # characters per free token that are tokenized at first; most text has 3 to 5 per token
 

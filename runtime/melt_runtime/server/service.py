@@ -14,11 +14,12 @@ from ..runtime import Runtime
 from ..sampling.constraint import Constraint
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
+from .chat_schema import ChatBody
 from .failures import ApiError
 from .grammar import Grammars
 from .limits import LOOP_FACTOR, MAX_SECONDS, MAX_UNREAD, STALLED
 from .prompts import encoded
-from .schema import ChatBody, CompletionBody, RequestBody
+from .schema import CompletionBody, RequestBody
 from .streaming import Backlog
 
 COMPLETION_TOKENS = 16  # a completion's default; a chat's is the maximum

@@ -17,6 +17,7 @@ from .token_bytes import TokenBytes
 from .tokenizer_file import tokenizer_of
 from .unencodable import drops_characters, lacking
 
+_LONG = 10_000  # characters, which take some milliseconds
 MOST_TOKENIZER_BYTES = 256 << 20  # several times the largest tokenizer files of today
 
 
@@ -114,7 +115,10 @@ class TextTokenizer:
             message = f"The prompt is not valid Unicode at character {error.start}; remove the lone surrogate."
             raise PromptError(message) from error
         try:
-            encoded = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) > _LONG:  # a batch of one, because only encode_batch releases the interpreter lock
+                (encoded,) = self.backend_tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+            else:
+                encoded = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:

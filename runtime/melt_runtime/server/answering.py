@@ -1,0 +1,100 @@
+"""Answer a call: run its requests, and send what they give whole or as a stream of events."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from ..errors import MeltError
+from ..results import Generation, TextDelta
+from .chat_schema import ChatBody
+from .failures import ApiError, as_api_error
+from .guard import note, request_id
+from .replies import ReplyFormat, StreamedChoice, usage
+from .schema import CompletionBody
+from .service import Job, Service
+from .streaming import EventStream, Feed
+
+
+async def answer(service: Service, request: Request, call: CompletionBody | ChatBody, job: Job) -> Response:
+    chat = isinstance(call, ChatBody)
+    reply_format = ReplyFormat(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
+    feed = Feed(service.scheduler, job.requests, service.backlog)
+    note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(call.stream))
+    if call.stream:
+        return EventStream(
+            feed, lambda send_event: _stream(request, reply_format, feed, job, call.usage_in_stream, send_event)
+        )
+    deltas: list[list[TextDelta]] = [[] for _ in job.requests]
+    ends: dict[int, Generation] = {}
+    async with feed.for_client(request.receive):
+        async for index, event in feed:
+            if isinstance(event, TextDelta):
+                deltas[index].append(event)
+            else:
+                ends[index] = _ended(event)
+    generated = _log_tokens(request, [delta for one in deltas for delta in one], ends)
+    choices = [reply_format.whole(index, one, ends[index]) for index, one in enumerate(deltas)]
+    counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
+    return JSONResponse(reply_format.frame(choices, part=False, usage=counts))
+
+
+async def _stream(
+    request: Request,
+    reply_format: ReplyFormat,
+    feed: Feed,
+    job: Job,
+    counted: bool,
+    send_event: Callable[[Any], Awaitable[None]],
+) -> None:
+    """Send each token as an event as it comes. An error that ends the stream early is sent instead of [DONE]."""
+    choices = [StreamedChoice(reply_format, index) for index in range(len(job.requests))]
+    last: dict[int, TextDelta] = {}  # sent with the end, which follows at once
+    deltas: list[TextDelta] = []
+    ends: dict[int, Generation] = {}
+    blank = {"usage": None} if counted else {}
+    try:
+        async for index, event in feed:
+            if isinstance(event, TextDelta):
+                deltas.append(event)
+                if event.finish_reason is not None:
+                    last[index] = event
+                    continue
+                part = choices[index].part(event)
+            else:
+                ends[index] = _ended(event)
+                part = choices[index].part(last.get(index), ends[index])
+            await send_event(reply_format.frame([part], part=True, **blank))
+    except (MeltError, ApiError) as error:
+        note(request, error=str(error))
+        await send_event((as_api_error(error) if isinstance(error, MeltError) else error).body())
+        return
+    finally:
+        generated = _log_tokens(request, deltas, ends)
+    if counted:
+        counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
+        await send_event(reply_format.frame([], part=True, usage=counts))
+    await send_event("[DONE]")
+
+
+def _ended(event: Generation | MeltError) -> Generation:
+    """Return a request's Generation. Raises the error that ended it before any output, or ApiError if it was
+    cancelled."""
+    if isinstance(event, MeltError):
+        raise event
+    if event.finish_reason == "cancelled":
+        raise ApiError(503, "the request was cancelled: its client left, or the server stops", code="cancelled")
+    if event.finish_reason == "deadline" and not event.token_ids:
+        raise ApiError(504, "the time of the request was over before its first token", code="deadline")
+    return event
+
+
+def _log_tokens(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
+    """Log the number of generated tokens and return it."""
+    loops = sum(delta.depth for delta in deltas)
+    late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}
+    note(request, completion_tokens=len(deltas), mean_depth=round(loops / max(len(deltas), 1), 3), **late)
+    return len(deltas)

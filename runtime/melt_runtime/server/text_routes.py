@@ -1,0 +1,67 @@
+"""Routes that need no model: the tokens of a text, the text of tokens, and the version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from ..errors import ArgumentError
+from ..machine import installed_versions
+from ..text.tokenizer import TextTokenizer
+from .intake import Intake
+from .service import Service
+from .text_schema import DetokenizeBody, TokenizeBody
+
+DISTRIBUTION = "melt-export"
+
+
+def add_text_routes(app: FastAPI, service: Service, intake: Intake) -> None:
+    """Add /tokenize, /detokenize and /version."""
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return JSONResponse(await intake.prepare(request, TokenizeBody, lambda call: _tokenized(service, call)))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return JSONResponse(await intake.prepare(request, DetokenizeBody, lambda call: _text(service, call)))
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": installed_versions([DISTRIBUTION]).get(DISTRIBUTION, "unknown")})
+
+
+def _tokenized(service: Service, call: TokenizeBody) -> dict[str, Any]:
+    """Return the tokens of a text of any length, so that a client can count those of one that does not fit."""
+    tokenizer = _tokenizer(service, call)
+    if call.messages is None:
+        assert call.prompt is not None
+        text, special = call.prompt, call.add_special_tokens is not False
+    else:
+        variables = {**(call.chat_template_kwargs or {})}
+        if call.add_generation_prompt is not None:
+            variables["add_generation_prompt"] = call.add_generation_prompt
+        text = tokenizer.render_chat([message.plain() for message in call.messages], **variables)
+        special = bool(call.add_special_tokens)
+    ids = tokenizer.encode(text, add_special_tokens=special)
+    names = [tokenizer.backend_tokenizer.id_to_token(one) for one in ids] if call.return_token_strs else None
+    return {
+        "count": len(ids),
+        "max_model_len": service.runtime.manifest.max_seq_len,
+        "tokens": ids,
+        "token_strs": names,
+    }
+
+
+def _text(service: Service, call: DetokenizeBody) -> dict[str, Any]:
+    return {"prompt": _tokenizer(service, call).decode(call.tokens, skip_special_tokens=False)}
+
+
+def _tokenizer(service: Service, call: TokenizeBody | DetokenizeBody) -> TextTokenizer:
+    if call.model is not None:
+        service.check_model(call.model)
+    if service.runtime.tokenizer is None:
+        raise ArgumentError("the package has no tokenizer")
+    return service.runtime.tokenizer
