@@ -44,6 +44,8 @@ PARAMS = {
         "top_p": float(rng.choice([1.0, 0.9, 0.5])),
         "min_p": float(rng.choice([0.0, 0.02, 0.2])),
         "repetition_penalty": float(rng.choice([1.0, 1.2, 0.9])),
+        "presence_penalty": float(rng.choice([0.0, 0.0, 0.0, -1.5])),
+        "logit_bias": {5: 9.0} if rng.random() < 0.2 else None,
     },
 }
 

@@ -42,6 +42,8 @@ def prompts(runtime: Runtime, count: int) -> list[list[int]]:
         {"temperature": 0.8},
         {"temperature": 1.5, "top_k": 5, "repetition_penalty": 1.1},
         {"repetition_penalty": 1.3},
+        {"frequency_penalty": 1.5},
+        {"temperature": 0.7, "presence_penalty": 1.0, "logit_bias": {7: 4.0, 9: -100.0}},
     ],
 )
 def test_tokens_are_those_of_plain_decoding(runtime: Runtime, loops: int, options: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.9, "seed": 5},
     {"loops": 3},
-    {"repetition_penalty": 1.2},
+    {"repetition_penalty": 1.2, "frequency_penalty": 1.0, "logit_bias": {3: 2.5}},
     {"loops": 1},
 ]
 

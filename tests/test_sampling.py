@@ -38,6 +38,9 @@ def draws(logits: np.ndarray, count: int, history: list[int] | None = None, **pa
         {"min_p": -0.1},
         {"min_p": 1.1},
         {"repetition_penalty": 0.0},
+        {"frequency_penalty": 2.1},
+        {"presence_penalty": math.nan},
+        {"presence_penalty": "1"},
         {"repetition_penalty": math.inf},
         {"seed": -1},
         {"seed": 1.0},
@@ -152,10 +155,62 @@ def test_history_that_is_not_ids_of_the_vocabulary_is_refused(history: list[Any]
         Sampler(SamplingParams(repetition_penalty=2.0)).sample(KNOWN, history)
 
 
+def test_count_penalties_are_subtracted_for_what_was_generated_and_not_for_the_prompt() -> None:
+    logits = np.array([3.0, 2.0, 1.0])
+    once = Sampler(SamplingParams(presence_penalty=1.5), prompt_tokens=2)
+    assert once.sample(logits, [0, 0]) == 0
+    assert once.sample(logits, [0, 0, 0]) == 1
+    assert once.sample(logits, [1, 1, 0, 0, 0, 1]) == 0  # all lose the same, however often they came
+    often = Sampler(SamplingParams(frequency_penalty=0.4), prompt_tokens=1)
+    assert [often.sample(logits, [0] * count) for count in (1, 3, 4, 5)] == [0, 0, 1, 1]
+    both = Sampler(SamplingParams(frequency_penalty=0.4, presence_penalty=0.7))
+    assert both.adjusted(logits, [0, 0, 2]).tolist() == pytest.approx([3 - 0.8 - 0.7, 2, 1 - 0.4 - 0.7])
+    assert Sampler(SamplingParams(presence_penalty=-2)).sample(logits, [2, 2]) == 0
+    assert Sampler(SamplingParams(frequency_penalty=-2)).sample(logits, [2, 2]) == 2
+
+
+def test_a_bias_is_added_before_everything_else_and_cannot_free_a_forbidden_token() -> None:
+    logits = np.array([3.0, 2.0, -np.inf])
+    assert Sampler(SamplingParams(logit_bias={0: -2, 2: 100})).sample(logits) == 1
+    assert set(draws(KNOWN, 200, logit_bias={1: -100, 3: -100})) <= {0, 2}
+    assert set(draws(KNOWN, 200, logit_bias={"2": 100.0}, top_k=1)) == {2}
+    assert SamplingParams(logit_bias={1: 2}) == SamplingParams(logit_bias={"1": 2.0, 5: 0})
+
+
+@pytest.mark.parametrize(
+    "bias", [5, [1], {-1: 1.0}, {"a": 1.0}, {"²": 1.0}, {1.5: 1.0}, {True: 1.0}, {1: math.nan}, {1: "2"}, {9**99: "a"}]
+)
+def test_a_bias_that_is_not_numbers_by_token_is_refused(bias: Any) -> None:
+    with pytest.raises(ArgumentError, match="logit_bias"):
+        SamplingParams(logit_bias=bias)
+
+
+def test_a_bias_of_a_token_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="names token 4; the last is 3"):
+        Sampler(SamplingParams(logit_bias={4: 1.0})).sample(KNOWN)
+
+
+@pytest.mark.parametrize("params", [{"logit_bias": {0: 1e308}}, {}])
+def test_logits_that_become_infinite_are_refused(params: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=1e-308, temperature=1, **params))
+    with pytest.raises(ArgumentError, match="infinite"):
+        sampler.sample(np.array([5.0, 1.0]), [0])
+
+
 @given(rows)
 def test_the_logits_are_never_modified(logits: np.ndarray) -> None:
     before = logits.copy()
-    draws(logits, 3, history=[0], top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
+    draws(
+        logits,
+        3,
+        history=[0],
+        top_k=2,
+        top_p=0.5,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        presence_penalty=1,
+        logit_bias={0: 1},
+    )
     assert np.array_equal(logits, before)
 
 

@@ -19,6 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": SAMPLED,
     "penalised": {**SAMPLED, "repetition_penalty": 1.4, "top_k": 0, "top_p": 0.9},
+    "biased": {**SAMPLED, "logit_bias": {30: 2.0, 3: -100.0}},
 }
 
 

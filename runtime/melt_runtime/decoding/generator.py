@@ -51,7 +51,7 @@ class TokenSequence:
         self.logprobs, self.constraint = logprobs, constraint
         self.history = list(prompt)
         self.prompt_tokens = len(prompt)
-        self.sampler = Sampler(options.sampling, stream=slot if stream is None else stream)
+        self.sampler = Sampler(options.sampling, slot if stream is None else stream, self.prompt_tokens)
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.matcher = StopMatcher(
             options.stop, None if tokenizer is None else tokenizer.special_tokens_in(options.stop)
@@ -91,6 +91,11 @@ class TokenSequence:
             return logits.sample(row, self.sampler, self.history)
         return self.sampler.sample(masked(logits.row(row), allowed), self.history)
 
+    def sample_with(self, sampler: Sampler) -> None:
+        """Go on with the random numbers of another sampler."""
+        sampler.prompt_tokens = self.prompt_tokens
+        self.sampler = sampler
+
     def pipelining(self) -> Pipelining | None:
         """Return how the tokens are pipelined; None: they are not."""
         # Made at every call: an object that is kept and refers to this one would be a cycle, and keep a grammar alive.
@@ -114,7 +119,7 @@ class TokenSequence:
                     return None
                 logits = logits if allowed is None else masked(logits, allowed)
             sampling = self.options.sampling
-            if sampling.temperature == 0 and sampling.repetition_penalty == 1.0:
+            if sampling.temperature == 0 and not sampling.adjusts:
                 return int(logits.argmax())
             return self.sampler.ahead(len(ahead)).sample(logits, [*self.history, *ahead])
         except ArgumentError:  # the final logits may be in order; if not, sampling from them reports it

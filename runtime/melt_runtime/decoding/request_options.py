@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The options of a request. LoopSettings explains loops to exit_same, SamplingParams temperature to seed."""
+    """The options of a request. LoopSettings explains loops to exit_same, SamplingParams temperature to logit_bias."""
 
     max_tokens: int  # 256
     loops: int | None  # None: the package's
@@ -34,6 +34,9 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float  # 0
     repetition_penalty: float  # 1
     seed: int | None  # None
+    frequency_penalty: float  # 0
+    presence_penalty: float  # 0
+    logit_bias: Mapping[int, float] | None  # None; by token id
     stop: str | Iterable[str] | None  # stop before any of these strings
     stop_ids: int | Iterable[int] | None  # stop at any of these tokens, besides the model's own
     pipeline: str  # "auto": run several successive tokens at once where that is exact and faster; "on", "off"

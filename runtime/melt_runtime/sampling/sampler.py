@@ -1,4 +1,4 @@
-"""Choose the next token from logits: greedy, or sampled after repetition penalty, temperature, top-k, top-p and
+"""Choose the next token from logits: greedy, or sampled after biases, penalties, temperature, top-k, top-p and
 min-p."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError
 from ..untrusted import shown
+from .penalties import Biases, biased, by_count, penalise
 
 
 def _check(name: str, value: object, whole: bool, valid: str, low: float, high: float, open_low: bool = False) -> None:
@@ -46,6 +47,12 @@ class SamplingParams:
     ``repetition_penalty``: above 1 makes tokens of the history less likely, below 1 more likely; 1 changes nothing.
 
     ``seed``: equal seeds give equal samples; None gives new ones each time.
+
+    ``frequency_penalty``, ``presence_penalty``: subtracted from the logit of each token generated so far, the first as
+    often as it was generated, the second once. The prompt does not count, nor what earlier calls of a session
+    generated. 0 changes nothing.
+
+    ``logit_bias``: added to the logits of tokens, by their id.
     """
 
     temperature: float = 0.0
@@ -54,6 +61,9 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Biases | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, False, "a finite number of at least 0 (0 is greedy)", 0, math.inf)
@@ -66,18 +76,33 @@ class SamplingParams:
             _check(
                 "seed", self.seed, True, "a whole number of at least 0, or None for a new one each time", 0, math.inf
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            _check(name, getattr(self, name), False, "a number from -2 to 2 (0 is off)", -2, 2)
+        if not isinstance(self.logit_bias, Biases):
+            object.__setattr__(self, "logit_bias", Biases.of(self.logit_bias))
+
+    @property
+    def counts(self) -> bool:
+        """Whether tokens generated before are penalised by their number."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before the likeliest token is looked for."""
+        return self.repetition_penalty != 1.0 or self.counts or bool(self.logit_bias)
 
 
 class Sampler:
     """The sampling parameters and random state of one sequence.
 
     ``stream``: the number of the sequence in its batch. With one seed, each stream has its own reproducible random
-    numbers. Raises ArgumentError for a stream below 0.
+    numbers. ``prompt_tokens``: how many tokens of the history are the prompt's. Raises ArgumentError for a stream below
+    0.
     """
 
-    def __init__(self, params: SamplingParams, stream: int = 0) -> None:
+    def __init__(self, params: SamplingParams, stream: int = 0, prompt_tokens: int = 0) -> None:
         _check("stream", stream, True, "a whole number of at least 0", 0, math.inf)
-        self.params = params
+        self.params, self.prompt_tokens = params, prompt_tokens
         seed = None if params.seed is None else int(params.seed)
         source = np.random.SeedSequence(seed, spawn_key=(int(stream),))
         self._random = np.random.Generator(np.random.PCG64(source))
@@ -86,7 +111,7 @@ class Sampler:
         """Return the id of the next token.
 
         ``logits``: (vocab,) real numbers, -inf for forbidden tokens; not modified. ``history``: token ids (tokens,) for
-        the repetition penalty; read only if that is on.
+        the penalties; read only if one is on.
 
         Sampling uses one random number per token, greedy none. Raises ArgumentError for logits of another shape, with
         NaN or +inf, or all -inf, and for history ids outside the vocabulary.
@@ -100,13 +125,28 @@ class Sampler:
             what = "infinite logits" if top > 0 else "logits that are all -inf, so no token is left to choose"
             what = "NaN logits" if math.isnan(top) else what
             raise ArgumentError(f"The model returned {what}; check its weights and the precision it runs in.")
-        if self.params.repetition_penalty != 1.0:
-            scores = penalise(scores, history, float(self.params.repetition_penalty))
+        if self.params.adjusts:
+            scores = self.adjusted(scores, history)
             best = int(scores.argmax())
+            if not math.isfinite(scores.item(best)):
+                raise ArgumentError("The penalties and biases make the logits infinite; choose smaller ones.")
         if self.params.temperature == 0:
             return best
         ids = top_k_ids(scores, int(self.params.top_k)) if 0 < self.params.top_k < scores.size else None
         return self.sample_from(*self.narrow(ids, scores if ids is None else scores[ids]))
+
+    def adjusted(self, scores: npt.NDArray[Any], history: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Return a copy of all logits (vocab,) with biases and penalties applied. Raises ArgumentError."""
+        params = self.params
+        assert isinstance(params.logit_bias, Biases)
+        with np.errstate(over="ignore"):
+            made = biased(scores, params.logit_bias)
+            if params.repetition_penalty != 1.0:
+                made = penalise(made, history, float(params.repetition_penalty))
+            if params.counts:
+                generated = history[self.prompt_tokens :]
+                made = by_count(made, generated, float(params.frequency_penalty), float(params.presence_penalty))
+        return made
 
     def narrow(
         self, ids: npt.NDArray[Any] | None, scores: npt.NDArray[Any]
@@ -161,35 +201,6 @@ class Sampler:
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise ArgumentError("This is not a saved sampler state; pass what Sampler.state() returned.") from error
         self._random = np.random.Generator(bits)
-
-
-def penalise(
-    scores: npt.NDArray[Any],
-    history: Sequence[int] | npt.NDArray[Any],
-    penalty: float,
-    ids: npt.NDArray[Any] | None = None,
-    vocab: int | None = None,
-) -> npt.NDArray[np.float64]:
-    """Return a copy of the scores with the repetition penalty applied once per token of the history. Raises
-    ArgumentError.
-
-    ``scores``: of the whole vocabulary, or of ``ids`` (ascending) out of ``vocab``.
-    """
-    seen_ids = np.unique(np.asarray(history))
-    penalised = scores.astype(np.float64)
-    if seen_ids.size == 0:
-        return penalised
-    vocab = scores.size if vocab is None else vocab
-    if not np.issubdtype(seen_ids.dtype, np.integer):
-        raise ArgumentError(f"The history must be token ids, not values of type {seen_ids.dtype}.")
-    if seen_ids[0] < 0 or seen_ids[-1] >= vocab:
-        raise ArgumentError(
-            f"The history must be token ids from 0 to {vocab - 1}, but spans {seen_ids[0]} to {seen_ids[-1]}."
-        )
-    at = seen_ids if ids is None else np.flatnonzero(np.isin(ids, seen_ids))
-    seen = penalised[at]
-    penalised[at] = np.where(seen > 0, seen / penalty, seen * penalty)
-    return penalised
 
 
 def top_k_ids(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampler import Sampler, SamplingParams, largest, penalise, top_k_ids
+from .penalties import penalise
+from .sampler import Sampler, SamplingParams, largest, top_k_ids
 
 # Bound on the relative error of a float32 sum of exp over a vocabulary; ten times the error seen.
 _SLACK = 2.0**-12
@@ -42,6 +43,8 @@ def sample_candidates(
     scores: NDArray[np.floating[Any]] = candidates.logits[order]
     if len(ids) == candidates.vocab:
         return sampler.sample(scores, history)
+    if params.counts or params.logit_bias:
+        return None  # a token outside the candidates may become the likeliest
     if not np.isfinite(candidates.log_sum) or not np.isfinite(scores.max(initial=-np.inf)):
         return None  # sampling from the whole row reports the error
     bound = float(scores.min())
@@ -50,7 +53,7 @@ def sample_candidates(
         scores = penalise(scores, history, penalty, ids, candidates.vocab)
         bound = max(bound, bound / penalty if bound > 0 else bound * penalty)
     top = float(scores.max())
-    if not top > bound:
+    if not np.inf > top > bound:
         return None
     if params.temperature == 0:
         return int(ids[np.argmax(scores)])

@@ -279,7 +279,7 @@ class Session:
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
         sequence.counts = self.driver.begin_pipeline(request)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
-            sequence.sampler = self.sampler
+            sequence.sample_with(self.sampler)
         self._stream = object()
         return sequence
 
