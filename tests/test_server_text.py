@@ -70,6 +70,12 @@ def test_what_cannot_be_tokenized_is_refused(server: Server, path: str, body: di
     assert reply.json()["error"]["message"]
 
 
+def test_the_tokenizers_facts_name_the_end_token_and_the_chat_template(server: Server, served_runtime: Runtime) -> None:
+    facts = httpx.get(server.url + "/tokenizer_info").json()
+    assert (facts["eos_token"], facts["model_max_length"]) == ("<end>", served_runtime.manifest.max_seq_len)
+    assert "message.role" in facts["chat_template"]
+
+
 def test_the_version_is_the_installed_one(server: Server) -> None:
     assert httpx.get(server.url + "/version").json() == {"version": version("melt-export")}
 

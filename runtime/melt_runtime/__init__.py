@@ -8,6 +8,7 @@ print(runtime.generate("2+2=").text)
 from .decoding.generator import Generator
 from .decoding.loop_driver import LoopDriver
 from .decoding.prefix_cache import PrefixCache
+from .decoding.prompt_reading import MeanHidden, PromptLogprobs
 from .decoding.request_options import GenerateOptions
 from .decoding.settings import GenerationOptions, LoopSettings
 from .decoding.state_memory import Memory
@@ -53,6 +54,7 @@ __all__ = [
     "LoopSettings",
     "LoopStates",
     "Manifest",
+    "MeanHidden",
     "MeltError",
     "MeltWarning",
     "Memory",
@@ -61,6 +63,7 @@ __all__ = [
     "PackageError",
     "PrefixCache",
     "PromptError",
+    "PromptLogprobs",
     "Request",
     "RequestHandle",
     "Runtime",

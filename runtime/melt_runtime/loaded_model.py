@@ -162,7 +162,9 @@ class LoadedModel:
         depth.check(self.manifest)
         ids = stop_tokens(stop_ids) | (frozenset() if ignore_eos else self.stop_ids)
         said = depth_warnings(self.manifest, depth.loops)
-        return GenerationOptions(depth, max_tokens, SamplingParams(**sampling), stop_strings(stop), ids, said, pipeline)
+        chosen = SamplingParams(**sampling)
+        chosen.check(self.manifest.vocab_size)
+        return GenerationOptions(depth, max_tokens, chosen, stop_strings(stop), ids, said, pipeline)
 
 
 def _last_loop(loops: int, exit_at_step: int | None) -> int:

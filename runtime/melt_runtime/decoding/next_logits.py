@@ -60,6 +60,21 @@ class NextLogits:
             self._whole = self._state.logits(self._columns)
         return self._whole[slot, 0]
 
+    @property
+    def size(self) -> int:
+        """The logits after one column of the batch."""
+        return self._state.batch * self._vocab
+
+    def of_chunk(self, slot: int, columns: slice) -> NDArray[np.float32]:
+        """Return the logits after each of several tokens of a sequence in the last chunk: (columns, vocab)."""
+        which = np.tile(np.arange(columns.start, columns.stop), (self._state.batch, 1))
+        return self._state.logits(which)[slot]
+
+    def hidden(self, slot: int, count: int) -> NDArray[np.float32]:
+        """Return a sequence's hidden states after the last loop of each of its ``count`` tokens in the last chunk:
+        (count, d)."""
+        return self._state.read("hidden", (slot, slice(count))).astype(np.float32)
+
     def full(self) -> NDArray[np.float32]:
         """Return a copy of all logits (batch, vocab); zeros for a sequence without new tokens."""
         logits = np.zeros((self._state.batch, self._vocab), np.float32)

@@ -49,6 +49,11 @@ class Biases:
         """What to add to their logits."""
         return np.array([value for _, value in self.pairs], np.float64)
 
+    def check(self, vocab: int) -> None:
+        """Raise ArgumentError for a token outside the vocabulary."""
+        if self.pairs and self.pairs[-1][0] >= vocab:
+            raise ArgumentError(f"logit_bias names token {self.pairs[-1][0]}; the last is {vocab - 1}.")
+
     def __bool__(self) -> bool:
         return bool(self.pairs)
 
@@ -74,8 +79,7 @@ def biased(scores: npt.NDArray[Any], biases: Biases) -> npt.NDArray[np.float64]:
     vocabulary."""
     made = scores.astype(np.float64)
     if biases:
-        if biases.ids[-1] >= scores.size:
-            raise ArgumentError(f"logit_bias names token {biases.ids[-1]}; the last is {scores.size - 1}.")
+        biases.check(scores.size)
         made[biases.ids] += biases.values
     return made
 

@@ -81,6 +81,11 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Biases):
             object.__setattr__(self, "logit_bias", Biases.of(self.logit_bias))
 
+    def check(self, vocab: int) -> None:
+        """Raise ArgumentError for a bias of a token outside the vocabulary."""
+        assert isinstance(self.logit_bias, Biases)
+        self.logit_bias.check(vocab)
+
     @property
     def counts(self) -> bool:
         """Whether tokens generated before are penalised by their number."""

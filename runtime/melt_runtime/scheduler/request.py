@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from time import monotonic
 
 from ..decoding.generator import check_request
+from ..decoding.prompt_reading import PromptReading
 from ..decoding.settings import GenerationOptions
 from ..errors import ArgumentError, CancelledError, DeadlineError, MeltError, PromptError
 from ..package.manifest import Manifest
@@ -26,7 +27,8 @@ class Request:
 
     ``deadline``: seconds from submission to the end. ``logprobs``: how many of the likeliest tokens each delta reports
     (0: only the sampled token's logprob; None: none). ``constraint``: restricts the tokens; not shared with other
-    requests.
+    requests. ``reading``: reads the prompt as it runs, complete before the first delta; not shared either.
+    ``prompt_only``: end after the prompt, with finish_reason "length" and no token.
     """
 
     prompt: tuple[int, ...]
@@ -34,6 +36,8 @@ class Request:
     deadline: float | None = None
     logprobs: int | None = None
     constraint: Constraint | None = None
+    reading: PromptReading | None = None
+    prompt_only: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, str):

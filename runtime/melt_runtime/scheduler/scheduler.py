@@ -235,10 +235,13 @@ class Scheduler:
             self._meter.ended("failed")
             handle.fail(failure)
 
-    def _deliver(self, running: RunningRequest, result: TextDelta | MeltError) -> None:
-        """Pass on a sampled token, or fail the request."""
+    def _deliver(self, running: RunningRequest, result: TextDelta | MeltError | None) -> None:
+        """Pass on a sampled token, or fail the request, or end one that samples none."""
         if isinstance(result, MeltError):
             self._fail(running, result)
+            return
+        if result is None:
+            self._finish(running)
             return
         now, before = monotonic(), running.last
         running.last = now

@@ -47,7 +47,7 @@ class RunningRequest:
     in_flight: bool = False
 
 
-StepResult = tuple[RunningRequest, TextDelta | MeltError]
+StepResult = tuple[RunningRequest, TextDelta | MeltError | None]  # None: the request ended without a token
 Work = dict[int, tuple[tuple[int, ...], LoopSettings]]  # new tokens by slot
 
 
@@ -136,8 +136,9 @@ class Slots:
         if not self._prefilling:
             return []
         running = self._prefilling.popleft()
-        prompt, settings = running.handle.request.prompt, running.sequence.options.loops
-        if self.prefixes is not None and not running.fed:
+        request, settings = running.handle.request, running.sequence.options.loops
+        prompt = request.prompt
+        if self.prefixes is not None and not running.fed and request.reading is None:
             running.fed = running.cached = self.prefixes.restore(self._home, running.slot, prompt, settings)
             if running.cached:
                 self.reused(running.cached)
@@ -150,11 +151,19 @@ class Slots:
         self.prefilled(len(chunk))
         if running.over:
             return []
+        if request.reading is not None:
+            try:
+                request.reading.read(logits, running.slot - first, running.fed - len(chunk), chunk)
+            except ArgumentError as error:
+                return [(running, error)]
         if running.fed < len(prompt):
             self._prefilling.append(running)
             return []
         if self.prefixes is not None:
             self.prefixes.keep(self._home, running.slot, prompt, settings)
+        if request.prompt_only:
+            running.sequence.end("length")
+            return [(running, None)]
         return [self._sample(running, logits, first)]
 
     def decode(self) -> list[StepResult]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
 
 from ..errors import MeltError
 from ..results import Generation, TextDelta
@@ -37,9 +39,38 @@ async def answer(service: Service, request: Request, call: CompletionBody | Chat
             else:
                 ends[index] = _ended(event)
     generated = _log_tokens(request, [delta for one in deltas for delta in one], ends)
-    choices = [reply_format.whole(index, one, ends[index]) for index, one in enumerate(deltas)]
+    choices = await run_in_threadpool(_choices, reply_format, job, deltas, ends, _asks_logprobs(call))
     counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
     return JSONResponse(reply_format.frame(choices, part=False, usage=counts))
+
+
+def _choices(
+    reply_format: ReplyFormat,
+    job: Job,
+    deltas: Sequence[Sequence[TextDelta]],
+    ends: Mapping[int, Generation],
+    logprobs: bool,
+) -> list[dict[str, Any]]:
+    """Return the finished choices: of each prompt those whose tokens are the likeliest, where more were generated."""
+    made: list[dict[str, Any]] = []
+    for first in range(0, len(deltas), job.choices):
+        of_prompt = list(range(first, first + job.choices))
+        if job.told < job.choices:
+            of_prompt = sorted(of_prompt, key=lambda index: -_likelihood(deltas[index]))[: job.told]
+        for index in of_prompt:
+            shown = deltas[index] if logprobs else [delta._replace(logprobs=None) for delta in deltas[index]]
+            made.append(reply_format.whole(len(made), shown, ends[index], job.echo(index)))
+    return made
+
+
+def _likelihood(deltas: Sequence[TextDelta]) -> float:
+    """Return the mean log probability of a choice's tokens, by which best_of compares choices."""
+    known = [delta.logprobs.token for delta in deltas if delta.logprobs is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _asks_logprobs(call: CompletionBody | ChatBody) -> bool:
+    return bool(call.logprobs) if isinstance(call, ChatBody) else call.logprobs is not None
 
 
 async def _stream(
@@ -51,11 +82,19 @@ async def _stream(
     send_event: Callable[[Any], Awaitable[None]],
 ) -> None:
     """Send each token as an event as it comes. An error that ends the stream early is sent instead of [DONE]."""
-    choices = [StreamedChoice(reply_format, index) for index in range(len(job.requests))]
+    choices = [StreamedChoice(reply_format, index, partial(job.echo, index)) for index in range(len(job.requests))]
     last: dict[int, TextDelta] = {}  # sent with the end, which follows at once
     deltas: list[TextDelta] = []
     ends: dict[int, Generation] = {}
     blank = {"usage": None} if counted else {}
+    echoing = set(range(len(choices))) if job.echoes else set()  # a prompt's logprobs take a while
+
+    async def made(index: int, delta: TextDelta | None, end: Generation | None = None) -> dict[str, Any]:
+        if index not in echoing:
+            return choices[index].part(delta, end)
+        echoing.remove(index)
+        return await run_in_threadpool(choices[index].part, delta, end)
+
     try:
         async for index, event in feed:
             if isinstance(event, TextDelta):
@@ -63,10 +102,10 @@ async def _stream(
                 if event.finish_reason is not None:
                     last[index] = event
                     continue
-                part = choices[index].part(event)
+                part = await made(index, event)
             else:
                 ends[index] = _ended(event)
-                part = choices[index].part(last.get(index), ends[index])
+                part = await made(index, last.get(index), ends[index])
             await send_event(reply_format.frame([part], part=True, **blank))
     except (MeltError, ApiError) as error:
         note(request, error=str(error))

@@ -39,6 +39,7 @@ ROUTES = (
     Route("/v1/models", "List the model that is served."),
     Route("/v1/models/{name}", "Describe the model that is served."),
     Route("/v1/state", "Return the bytes of state, and how many requests run and wait."),
+    Route("/tokenizer_info", "Return the tokenizer's special tokens and chat template."),
     Route("/version", "Return the version of the server."),
     Route("/health", "Return 200 while the process lives."),
     Route("/ready", "Return 200 while the server takes requests."),

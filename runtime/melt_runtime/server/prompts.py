@@ -24,6 +24,16 @@ def encoded(runtime: Runtime, call: CompletionBody | ChatBody) -> Sequence[list[
     return [_one(runtime, one) for one in prompt]  # type: ignore[arg-type]
 
 
+def prompt_texts(runtime: Runtime, call: CompletionBody, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """Return the text of each of a call's prompts: as it was given, or what its tokens say."""
+    tokenizer = runtime.tokenizer
+    given = call.prompt if isinstance(call.prompt, list) and isinstance(call.prompt[0], str) else [call.prompt]
+    texts = [one for one in given if isinstance(one, str)]
+    if texts or tokenizer is None:
+        return tuple(texts or [""] * len(prompts))
+    return tuple(tokenizer.decode(ids) for ids in prompts)
+
+
 def _one(runtime: Runtime, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
         check_length(runtime, prompt)

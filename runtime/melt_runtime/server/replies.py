@@ -7,7 +7,7 @@ that early exit saved, prompt included, ``warnings`` if any, and ``deadline`` if
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any
@@ -17,6 +17,15 @@ from ..text.token_bytes import Offsets
 from ..text.tokenizer import TextTokenizer
 
 Entry = dict[str, Any]  # one token's logprobs
+
+
+@dataclass(frozen=True)
+class Echo:
+    """The prompt that a completion's text begins with. ``logprobs``: of its tokens; None: they were not asked for."""
+
+    text: str
+    tokens: Sequence[int]
+    logprobs: Iterable[Logprobs | None] | None
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,13 @@ class ReplyFormat:
             **more,
         }
 
-    def whole(self, index: int, deltas: Sequence[TextDelta], end: Generation) -> dict[str, Any]:
+    def whole(
+        self, index: int, deltas: Sequence[TextDelta], end: Generation, echo: Echo | None = None
+    ) -> dict[str, Any]:
         """Return a finished choice."""
-        text = end.text
+        text = end.text if echo is None else echo.text + end.text
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        logprobs = _Logprobs(self)
+        logprobs = _Logprobs(self, echo)
         return self.choice(index, said, deltas, [*logprobs.add(deltas), *logprobs.rest()], end)
 
     def choice(
@@ -81,8 +92,11 @@ class ReplyFormat:
         top = [self._entry(*one) for one in logprobs.top]
         return {**self._entry(token, logprobs.token), "top_logprobs": top}
 
-    def completion_entry(self, token: int, logprobs: Logprobs, offset: int) -> Entry:
-        """Return what a completion's token adds to each of the logprobs lists."""
+    def completion_entry(self, token: int, logprobs: Logprobs | None, offset: int) -> Entry:
+        """Return what a completion's token adds to each of the logprobs lists. ``logprobs``: None for a prompt's first
+        token, which follows nothing."""
+        if logprobs is None:
+            return {"tokens": self._text(token), "token_logprobs": None, "top_logprobs": None, "text_offset": offset}
         top: dict[str, float] = {}
         for one, value in logprobs.top:  # of two tokens with the same text, the likelier keeps it
             text = self._text(one)
@@ -114,8 +128,9 @@ class ReplyFormat:
 class StreamedChoice:
     """A choice of a stream, sent in parts."""
 
-    def __init__(self, format: ReplyFormat, index: int):
-        self._format, self._index = format, index
+    def __init__(self, format: ReplyFormat, index: int, echo: Callable[[], Echo | None] = lambda: None):
+        """``echo``: returns the prompt that the text begins with, when the first part is made."""
+        self._format, self._index, self._echo = format, index, echo
         self._logprobs = _Logprobs(format)
         self._told = 0  # characters already sent
         self._first = True
@@ -124,6 +139,9 @@ class StreamedChoice:
         """Return the part for the next token. ``end``: set with the last; without a token, it holds only text held
         back."""
         text = delta.text if delta is not None else end.text[self._told :] if end is not None else ""
+        echo = self._echo() if self._first else None
+        if echo is not None:
+            self._logprobs = _Logprobs(self._format, echo)
         role = {"role": "assistant"} if self._first else {}
         said: dict[str, Any] = {"delta": {**role, "content": text}} if self._format.chat else {"text": text}
         deltas = [] if delta is None else [delta]
@@ -132,21 +150,35 @@ class StreamedChoice:
             entries += self._logprobs.rest()
         self._told += len(text)
         self._first = False
+        if echo is not None:
+            said = {"text": echo.text + text}
         return self._format.choice(self._index, said, deltas, entries, end)
 
 
 class _Logprobs:
-    """One choice's logprobs, token by token. A completion's entry is complete once the token's text offset is known,
-    which is delayed only for byte-fallback tokens."""
+    """One choice's logprobs, token by token: those of the prompt that it repeats, then its own. A completion's entry is
+    complete once the token's text offset is known, which is delayed only for byte-fallback tokens."""
 
-    def __init__(self, format: ReplyFormat):
+    def __init__(self, format: ReplyFormat, echo: Echo | None = None):
         self._format = format
-        self._offsets = None if format.tokenizer is None else Offsets(format.tokenizer.token_bytes)
-        self._waiting: deque[tuple[int, Logprobs]] = deque()
+        self._waiting: deque[tuple[int, Logprobs | None]] = deque()
+        self._begin_text(0)
+        self._told: list[Entry] = []  # of the prompt
+        if echo is not None:
+            for token, logprobs in zip(echo.tokens, echo.logprobs or (), strict=False):
+                self._waiting.append((token, logprobs))
+                self._told += self._known(self._place(token))
+            self._told += self.rest()
+            self._begin_text(len(echo.text))
+
+    def _begin_text(self, start: int) -> None:
+        """Begin a text whose tokens are decoded by themselves, at a place of the whole."""
+        self._start = start
+        self._offsets = None if self._format.tokenizer is None else Offsets(self._format.tokenizer.token_bytes)
 
     def add(self, deltas: Iterable[TextDelta]) -> list[Entry]:
         """Add tokens. Return the entries that are complete."""
-        found: list[Entry] = []
+        found, self._told = self._told, []
         for delta in deltas:
             if delta.logprobs is None:
                 continue
@@ -167,7 +199,8 @@ class _Logprobs:
         return self._offsets.push(token, self._format.tokenizer.shows(token, skip_special_tokens=True))
 
     def _known(self, offsets: Iterable[int]) -> list[Entry]:
-        return [self._format.completion_entry(*self._waiting.popleft(), offset) for offset in offsets]
+        start = self._start
+        return [self._format.completion_entry(*self._waiting.popleft(), start + offset) for offset in offsets]
 
 
 def _reason(end: Generation) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from ..text.stop_strings import MAX_STOP_STRINGS
-from .fields import Count, Name, Number, Seconds, Seed, Share, Stop, Strict, Tokens, by_kind, invalid, unsupported
+from .fields import MOST, Count, Name, Number, Seconds, Seed, Share, Stop, Strict, Tokens, by_kind, invalid, unsupported
 
-_PENALTY = "this server has no penalty by count, so only 0 is possible; repetition_penalty is supported"
+_MAX_BIASES = 16_384  # tokens in a logit_bias
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(Strict):
@@ -57,11 +58,6 @@ class ResponseFormat(Strict):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-def _no_bias(value: Any) -> None:
-    if value is not None and not (isinstance(value, dict) and all(bias == 0 for bias in value.values())):
-        raise invalid("tokens cannot be biased here; only {} or biases of 0 are possible")
-
-
 class RequestBody(Strict):
     """The common fields of completions and chats.
 
@@ -102,9 +98,9 @@ class RequestBody(Strict):
     repetition_penalty: Number | None = None
     ignore_eos: bool | None = None
     max_seconds: Seconds | None = None
-    frequency_penalty: Annotated[None, unsupported(_PENALTY, 0, 0.0)] = None
-    presence_penalty: Annotated[None, unsupported(_PENALTY, 0, 0.0)] = None
-    logit_bias: Annotated[None, BeforeValidator(_no_bias)] = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=_MAX_BIASES, fail_fast=True)] | None = None
     # For the client's records and for load balancing; accepted and not stored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -141,13 +137,21 @@ class CompletionBody(RequestBody):
         | Annotated[list[Tokens], Field(fail_fast=True), Tag("~lists")],
         by_kind({str: "~text", list: _prompts}, "a prompt is text, token ids, or a list of either"),
     ]
+    max_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Annotated[None, unsupported("prompts are not repeated in replies; only false is possible", False)] = None
-    best_of: Count | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     suffix: Annotated[None, unsupported("nothing can be put in before a suffix; only null is possible", "")] = None
 
     @model_validator(mode="after")
-    def _all_are_told(self) -> CompletionBody:
-        if self.best_of not in (None, self.n or 1):
-            raise invalid("every choice is returned, so best_of can only be n", "best_of")
+    def _best_of(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise invalid(f"it must be at least n, which is {self.n or 1}", "best_of")
+        if self.stream and self.chosen_from > (self.n or 1):
+            raise invalid("a stream cannot wait for all choices to pick the best; leave out one of them", "best_of")
         return self
+
+    @property
+    def chosen_from(self) -> int:
+        """How many choices are generated for a prompt; ``n`` of them are returned."""
+        return self.best_of or self.n or 1

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..decoding.prompt_reading import PromptLogprobs
+from ..decoding.settings import GenerationOptions
 from ..package.reader import source_hash
 from ..package.specs import MAX_LOOPS
 from ..results import Generation
@@ -18,7 +20,8 @@ from .chat_schema import ChatBody
 from .failures import ApiError
 from .grammar import Grammars
 from .limits import LOOP_FACTOR, MAX_SECONDS, MAX_UNREAD, STALLED
-from .prompts import encoded
+from .prompts import encoded, prompt_texts
+from .replies import Echo
 from .schema import CompletionBody, RequestBody
 from .streaming import Backlog
 
@@ -37,16 +40,28 @@ _DEPTH = (
     "start_seed",
     "start_state",
 )
-_PASSED = (*_DEPTH, "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+_PASSED = (*_DEPTH, *_SAMPLING, "stop")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The requests of one call: ``choices`` for each prompt. ``prompt_tokens``: of all prompts, each counted once."""
+    """The requests of one call: ``choices`` for each prompt, of which ``told`` are returned. ``prompt_tokens``: of all
+    prompts, each counted once. ``echoes``: by prompt, the text that replies begin with."""
 
     requests: tuple[Request, ...]
     choices: int
     prompt_tokens: int
+    told: int
+    echoes: tuple[str, ...] = ()
+
+    def echo(self, index: int) -> Echo | None:
+        """Return the prompt that a request's reply begins with; None: it begins with the answer."""
+        if not self.echoes:
+            return None
+        request = self.requests[index]
+        reading = request.reading if isinstance(request.reading, PromptLogprobs) else None
+        return Echo(self.echoes[index // self.choices], request.prompt, reading)
 
     def cached_tokens(self, ends: Mapping[int, Generation]) -> int:
         """Return how many prompt tokens did not have to run. ``ends``: by request."""
@@ -98,29 +113,44 @@ class Service:
         Choice i of a prompt uses the seed + i.
         """
         self.check_model(call.model)
-        count = call.n or 1
+        completion = call if isinstance(call, CompletionBody) else None
+        count = call.n or 1 if completion is None else completion.chosen_from
         most = self.scheduler.slots + self.scheduler.max_waiting
         if _prompts(call) * count > most:
             raise ApiError(400, f"{_prompts(call) * count} choices are more than the {most} that can run and wait", "n")
         options, deadline = self._options(call), self._deadline(call)
-        seeds = [None if call.seed is None else call.seed + number for number in range(count)]
-        chosen = [self.runtime.options(**options, seed=seed) for seed in seeds]
+        chosen = self._by_seed(self.runtime.options(**options, seed=call.seed), count)
         prompts = encoded(self.runtime, call)
-        requests = [Request(tuple(prompt), one, deadline, _logprobs(call)) for prompt in prompts for one in chosen]
+        logprobs = 0 if count > (call.n or 1) and _logprobs(call) is None else _logprobs(call)  # best_of compares them
+        requests = [Request(tuple(prompt), one, deadline, logprobs) for prompt in prompts for one in chosen]
         for request in requests[::count]:
             request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
+        if completion is not None:
+            requests = [_scored(request, completion) for request in requests]
         constraints = self._constraints(call, len(requests), chosen[0].stop_ids)
         pairs = zip(requests, constraints, strict=True)
+        echoes = () if completion is None or not completion.echo else prompt_texts(self.runtime, completion, prompts)
         return Job(
             tuple(replace(request, constraint=constraint) for request, constraint in pairs),
             count,
             sum(map(len, prompts)),
+            call.n or 1,
+            echoes,
         )
+
+    def _by_seed(self, options: GenerationOptions, count: int) -> list[GenerationOptions]:
+        """Return the options of each choice of a prompt: choice i uses the seed + i."""
+        if options.sampling.seed is None:
+            return [options] * count
+        seeds = range(options.sampling.seed, options.sampling.seed + count)
+        return [replace(options, sampling=replace(options.sampling, seed=seed)) for seed in seeds]
 
     def _options(self, call: CompletionBody | ChatBody) -> dict[str, Any]:
         asked = call.max_tokens
         if isinstance(call, ChatBody):
             asked = asked or call.max_completion_tokens
+        elif asked == 0:
+            asked = 1  # of a request that ends before it
         if asked is not None and asked > self.max_tokens:
             raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
         if call.loops is not None and call.loops > self.max_loops:
@@ -161,6 +191,12 @@ def _prompts(call: CompletionBody | ChatBody) -> int:
     """Return the number of prompts in a call."""
     several = isinstance(call, CompletionBody) and isinstance(call.prompt, list) and bool(call.prompt)
     return len(call.prompt) if several and not isinstance(call.prompt[0], int) else 1  # type: ignore[union-attr]
+
+
+def _scored(request: Request, call: CompletionBody) -> Request:
+    """Return a request that reads its prompt's logprobs and ends after the prompt, as far as the call asks for it."""
+    reading = PromptLogprobs(request.prompt, call.logprobs) if call.echo and call.logprobs is not None else None
+    return replace(request, reading=reading, prompt_only=call.max_tokens == 0)
 
 
 def _logprobs(call: RequestBody) -> int | None:

@@ -1,4 +1,4 @@
-"""Routes that need no model: the tokens of a text, the text of tokens, and the version."""
+"""Routes that need no model: the tokens of a text, the text of tokens, the tokenizer's facts, and the version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISTRIBUTION = "melt-export"
 
 
 def add_text_routes(app: FastAPI, service: Service, intake: Intake) -> None:
-    """Add /tokenize, /detokenize and /version."""
+    """Add /tokenize, /detokenize, /tokenizer_info and /version."""
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -27,6 +27,10 @@ def add_text_routes(app: FastAPI, service: Service, intake: Intake) -> None:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         return JSONResponse(await intake.prepare(request, DetokenizeBody, lambda call: _text(service, call)))
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return JSONResponse(_facts(service))
 
     @app.get("/version")
     async def version() -> Response:
@@ -59,8 +63,21 @@ def _text(service: Service, call: DetokenizeBody) -> dict[str, Any]:
     return {"prompt": _tokenizer(service, call).decode(call.tokens, skip_special_tokens=False)}
 
 
-def _tokenizer(service: Service, call: TokenizeBody | DetokenizeBody) -> TextTokenizer:
-    if call.model is not None:
+def _facts(service: Service) -> dict[str, Any]:
+    """Return the special tokens by name and the chat template, as in tokenizer_config.json. Where no end-of-text token
+    is named, it is one that ends the model's texts."""
+    tokenizer = _tokenizer(service)
+    ends = [end.text for end in service.runtime.end_tokens if end.text is not None and not end.chats_only]
+    return {
+        "eos_token": next(iter(ends), None),
+        **tokenizer.special_tokens,
+        "chat_template": tokenizer.template_source(),
+        "model_max_length": service.runtime.manifest.max_seq_len,
+    }
+
+
+def _tokenizer(service: Service, call: TokenizeBody | DetokenizeBody | None = None) -> TextTokenizer:
+    if call is not None and call.model is not None:
         service.check_model(call.model)
     if service.runtime.tokenizer is None:
         raise ArgumentError("the package has no tokenizer")

@@ -99,6 +99,12 @@ class TextTokenizer:
         """Whether ``render_chat`` can be used."""
         return self._template is not None
 
+    def template_source(self, tools: bool = False) -> str | None:
+        """Return the Jinja source of the chat template, or of the one for requests with tools; None if there is
+        none."""
+        template = self._tool_template if tools else self._template
+        return None if template is None else template.source
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token, given its exact text in the vocabulary, or None."""
         return self.backend_tokenizer.token_to_id(token)

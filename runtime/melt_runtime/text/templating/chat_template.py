@@ -16,9 +16,11 @@ _MAX_REASON = 300  # characters of an error's message
 
 
 class ChatTemplate:
-    """A compiled Jinja template. Raises PackageError for invalid Jinja and for templates above the limits."""
+    """A compiled Jinja template, from its ``source``. Raises PackageError for invalid Jinja and for templates above the
+    limits."""
 
     def __init__(self, source: str) -> None:
+        self.source = source
         if len(source) > MAX_SOURCE:
             raise PackageError(f"The chat template has {len(source):,} characters; {MAX_SOURCE:,} are read.")
         try:

@@ -1,0 +1,59 @@
+"""Clients that people use, each in a process of its own, against a server. One that is not installed is skipped.
+
+``MELT_CLIENTS``: a Python that has them, such as that of a virtual environment; without it, this one is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from melt_runtime import Runtime
+from serving import WAIT, Server
+
+PYTHON = os.environ.get("MELT_CLIENTS", sys.executable)
+PROGRAMS = Path(__file__).parent / "clients"
+
+
+def run_client(program: str, package: str, *arguments: object) -> Any:
+    """Run a program of ``clients/`` and return the JSON of its last line. Skips the test if its package is missing."""
+    if subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True).returncode:
+        pytest.skip(f"{package} is not installed in {PYTHON}; MELT_CLIENTS names a Python that has it")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}
+    command = [PYTHON, str(PROGRAMS / program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * WAIT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def log_softmax(runtime: Runtime, ids: list[int]) -> np.ndarray:
+    logits = runtime.loops(ids).logits
+    assert logits is not None
+    shifted = logits[-1].astype(np.float64) - logits[-1].max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def test_lm_eval_scores_and_continues_texts_and_needs_no_tokenizer_of_its_own(
+    server: Server, served_runtime: Runtime
+) -> None:
+    found = run_client("lm_eval_scores.py", "lm_eval.models.openai_completions", server.url)
+    assert found["tokenizer"] == "remote"
+    pairs = [("abc d", "ef"), ("x", "yz."), ("The quick brown", " fox"), ("", "Hello")]
+    for (score, greedy), (context, text) in zip(found["scores"], pairs, strict=True):
+        before = served_runtime.encode(context) if context else [1]  # the end-of-text token
+        ids = [*before, *served_runtime.encode(text)]
+        says = log_softmax(served_runtime, ids)
+        places = range(len(before), len(ids))
+        assert score == pytest.approx(sum(says[at - 1, ids[at]] for at in places), abs=1e-3)
+        assert greedy == all(says[at - 1].argmax() == ids[at] for at in places)
+    ids = [1, *served_runtime.encode("Hello, world")]
+    says = log_softmax(served_runtime, ids)
+    assert found["rolling"] == [pytest.approx(sum(says[at - 1, ids[at]] for at in range(1, len(ids))), abs=1e-3)]
+    assert found["texts"] == [served_runtime.generate("abc", max_tokens=5).text]
