@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from melt_models.atomic import TargetExistsError, check_target
@@ -16,24 +16,20 @@ from melt_models.directory import check_directory, without_tokenizer
 from melt_models.errors import CheckpointError
 from melt_runtime.cli.build_engine import CapabilityOption, Flavour, Weights, built_line
 from melt_runtime.cli.errors import run_app
-from melt_runtime.cli.options import BackendName, DeviceIndex, version_shown
+from melt_runtime.cli.options import BackendName, DeviceIndex, PackageDirectory, fetched, version_shown
 from melt_runtime.engines.build import EngineOptions, build_engine, check_options
 from melt_runtime.engines.library import open_library
 from melt_runtime.errors import ArgumentError, MeltError
-from melt_runtime.package.manifest import Manifest
-from melt_runtime.package.manifest_facts import arithmetic_of, sharing_of, unread_parts
 from melt_runtime.package.reader import Package
 from melt_runtime.package.specs import DIALECTS, PRECISIONS
 from melt_runtime.progress import Step, shown_progress
 from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
+
+from melt_hub import CHECKPOINT, local_directory
 
 from .options import SHARED, ExportOptions
 from .quantization.options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, WeightOptions
-
-if TYPE_CHECKING:
-    from .parity.report import ParityReport
+from .tables import package_table, parity_table
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
 ActivationKind = StrEnum("ActivationKind", {name: name for name in ACTIVATIONS})  # type: ignore[misc]
@@ -52,11 +48,11 @@ verify_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 Version = Annotated[
     bool, typer.Option("--version", callback=version_shown("melt-export"), is_eager=True, help="Print the version.")
 ]
-CheckpointDirectory = Annotated[
-    Path,
+CheckpointOption = Annotated[
+    Path | None,
     typer.Option(
-        help="Checkpoint directory of a looped model (MELT, Ouro, Nanbeige, Huginn and its kind): config.json, "
-        "safetensors."
+        help="Checkpoint of a looped model (MELT, Ouro, Nanbeige, Huginn and its kind): a directory with config.json "
+        "and safetensors, or org/name[@revision] on a hub. May also be given without --checkpoint."
     ),
 ]
 Tokens = Annotated[
@@ -84,8 +80,13 @@ EvalAnswers = Annotated[
 
 @export_app.command(epilog=_EPILOG)
 def export(
-    checkpoint: CheckpointDirectory,
-    output: Annotated[Path, typer.Option(help="Where the package goes: a directory that does not exist or is empty.")],
+    places: Annotated[
+        list[Path] | None, typer.Argument(metavar="[CHECKPOINT] [OUTPUT]", help="As --checkpoint and --output.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the package goes: a directory that does not exist or is empty.")
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="Of weights, state and arithmetic.")] = Precision.fp32,  # type: ignore[attr-defined]
     max_seq_len: Annotated[
         int | None,
@@ -185,6 +186,7 @@ def export(
     The package is built beside OUTPUT and gets that name only after everything has succeeded, the comparison with
     PyTorch at every loop included. An engine is built into it last; if that fails, the package stays.
     """
+    checkpoint, output = _placed(places, {"--checkpoint": checkpoint, "--output": output})
     spelled = str(dialect) if dialect else "standard" if engine else "onnxruntime"
     chosen_how = (keep, int8, method, asymmetric, activations, head, embedding)
     if weights is None and (any(chosen_how) or block != 32 or int8_share is not None):
@@ -217,8 +219,8 @@ def export(
     if weights is not None and engine_weights is not None:
         raise ArgumentError("--weights and --engine-weights quantize the same weights; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)
-    check_directory(checkpoint)
     check_target(output, force=force)
+    checkpoint = _fetched(checkpoint)
 
     from .checkpoint import Checkpoint
     from .export import building
@@ -245,11 +247,33 @@ def export(
                 require_parity(report)
         package = Package.open(output, check_hashes=False)
         built = None if build is None else _build(package, build, step)
-    _summary(output, package.manifest, report)
+    _TEXT.print(package_table(output, package.manifest, report))
     if (missing := without_tokenizer(checkpoint)) is not None:
         print(f"melt-export: {missing}", file=sys.stderr)
     if built:
         _TEXT.print(built)
+
+
+def _fetched(checkpoint: Path) -> Path:
+    """Return a checkpoint's directory, fetched from a hub if it is a name there. Raises HubError, CheckpointError."""
+    with shown_progress() as step:
+        found = local_directory(checkpoint, CHECKPOINT, step)
+    check_directory(found)
+    return found
+
+
+def _placed(places: list[Path] | None, options: dict[str, Path | None]) -> list[Path]:
+    """Return the values of options of which those that are missing were given by position, in this order. Raises
+    ArgumentError for one too few or too many."""
+    rest = list(places or ())
+    found = []
+    for name, value in options.items():
+        if value is None and not rest:
+            raise ArgumentError(f"{name} is missing; give it, or its value alone, in the order {', '.join(options)}")
+        found.append(rest.pop(0) if value is None else value)
+    if rest:
+        raise ArgumentError(f"{str(rest[0])!r} is one argument too many; {' and '.join(options)} are given already")
+    return found
 
 
 def _engine_options(
@@ -277,8 +301,9 @@ def _build(package: Package, options: EngineOptions, progress: Step) -> str:
 
 @verify_app.command(epilog=_EPILOG)
 def verify_command(
-    package: Annotated[Path, typer.Argument(help="A package made by melt-export.")],
-    checkpoint: CheckpointDirectory,
+    package: PackageDirectory,
+    places: Annotated[list[Path] | None, typer.Argument(metavar="[CHECKPOINT]", help="As --checkpoint.")] = None,
+    checkpoint: CheckpointOption = None,
     backend: BackendName = "onnxruntime",
     device: DeviceIndex = 0,
     tokens: Tokens = None,
@@ -303,6 +328,8 @@ def verify_command(
     A quantized package is also measured against the checkpoint in fp32 on held-out text, and staggered decoding of a
     MELT against its plain decoding.
     """
+    [checkpoint] = _placed(places, {"--checkpoint": checkpoint})
+    package = fetched(package)
     with shown_progress() as step:
         manifest = Package.open(package).manifest
         if eval_text is not None and not (manifest.quantized or manifest.staggers):
@@ -313,7 +340,7 @@ def verify_command(
         chosen = (eval_answers, max_kl, max_perplexity_change)
         if any(option is not None for option in chosen) and not manifest.quantized:
             raise ArgumentError("--eval-answers and the limits need a quantized package; this one is not quantized")
-        check_directory(checkpoint)
+        checkpoint = _fetched(checkpoint)
 
         from .parity.quality import limits_of
         from .parity.verify import verify
@@ -330,7 +357,7 @@ def verify_command(
             limits=limits,
             progress=step,
         )
-    _TEXT.print(_parity_table(report))
+    _TEXT.print(parity_table(report))
     if report.quality is not None:
         _TEXT.print(f"quality: {report.quality.summary()}")
     if report.staggered is not None:
@@ -341,64 +368,6 @@ def verify_command(
         print(f"melt-verify: {failure}", file=sys.stderr)
     if not report.passed:
         raise typer.Exit(1)
-
-
-def _summary(output: Path, manifest: Manifest, report: ParityReport | None) -> None:
-    """Print a table that describes a finished package."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("package", str(output))
-    table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
-    table.add_row("graphs and weights", decimal(manifest.weights_bytes, precision=2))
-    if manifest.weights:
-        raised = len(manifest.weights.get("raised", ()))
-        line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
-        line += f", embedding {manifest.weights.get('embedding', 'float16')}"
-        table.add_row("weights", f"{line}, {raised} more in int8" if raised else line)
-        table.add_row("arithmetic", arithmetic_of(manifest))
-
-    if manifest.cache:
-        table.add_row("cache", "{kind}, one scale per channel".format(**manifest.cache))
-    most = manifest.most_loops
-    depth = "any loops" if most is None else "one loop" if most == 1 else f"caches for {most} loops"
-    table.add_row(
-        "state, one sequence",
-        f"{decimal(manifest.state_bytes(), precision=2)} at {manifest.max_seq_len} tokens, {depth}",
-    )
-    if "tokenizer.json" not in manifest.files:
-        table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
-    if manifest.shared_caches:
-        table.add_row("shared caches", sharing_of(manifest))
-    table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
-    if manifest.untrained:
-        unread = set(manifest.untrained) <= set(unread_parts(manifest.model, manifest.loops))
-        how_read = "never read in one loop" if unread else "initialised by a conversion, never trained"
-        table.add_row("untrained", f"{', '.join(manifest.untrained)}: {how_read}")
-    table.add_row("parity", "not verified" if report is None else report.summary())
-    if report is not None and manifest.weights:
-        table.add_row("parity compared", report.arithmetic)
-    if report is not None and report.quality is not None:
-        table.add_row("quality", report.quality.summary())
-    if report is not None and report.staggered is not None:
-        table.add_row("staggered decoding", report.staggered.summary())
-    _TEXT.print(table)
-
-
-def _parity_table(report: ParityReport) -> Table:
-    loops = range(1, report.loops + 1)
-    table = Table(
-        "relative error" + (" to float64" if any(s.own for s in report.states) else ""),
-        *(f"loop {loop}" for loop in loops),
-    )
-    found = {(s.quantity, s.loop): s for s in report.states}
-    for quantity in dict.fromkeys(s.quantity for s in report.states):
-        errors = [found.get((quantity, loop)) for loop in loops]
-        table.add_row(quantity, *("" if error is None else f"{error.relative:.1e}" for error in errors))
-        if any(error is not None and error.own for error in errors):
-            shown = ("" if error is None else f"{error.own:.1e}" for error in errors)
-            table.add_row("  of PyTorch's float32", *shown)
-    return table
 
 
 def export_main() -> None:

@@ -271,6 +271,18 @@ def test_an_option_that_is_missing_is_named(run: Commands, checkpoint: Path) -> 
     assert "--output" in run("melt-export", "--checkpoint", checkpoint).refusal()
 
 
+def test_checkpoint_and_output_need_no_option_names(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
+    made = run("melt-export", checkpoint, tmp_path / "both", "--no-verify")
+    assert made.code == 0, made.stderr
+    assert run("melt-export", "--checkpoint", checkpoint, tmp_path / "one", "--no-verify").code == 0
+    assert content(tmp_path / "one")["weights.data"] == content(tmp_path / "both")["weights.data"]
+    assert run("melt-verify", tmp_path / "both", checkpoint, "--tokens", "4").code == 0
+    assert "--output is missing" in run("melt-export", checkpoint).refusal()
+    assert "--checkpoint is missing" in run("melt-verify", tmp_path / "both").refusal()
+    assert "'c' is one argument too many" in run("melt-export", "a", "b", "c").refusal()
+    assert "'b' is one argument too many" in run(*export(checkpoint, tmp_path / "new"), "b").refusal()
+
+
 def test_a_file_as_checkpoint_is_refused(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
     message = run(*export(checkpoint / "config.json", tmp_path / "package")).refusal()
     assert "is a file; give the directory that holds config.json" in message

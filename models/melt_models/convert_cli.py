@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from melt_hub import CHECKPOINT, local_directory
+
 from .atomic import TargetExistsError, check_target
 from .directory import check_directory, without_tokenizer
 from .errors import CheckpointError
@@ -18,7 +20,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def convert_checkpoint(
     source: Annotated[
-        Path, typer.Argument(help="Checkpoint directory of a looped model or a Llama (config.json, safetensors).")
+        Path,
+        typer.Argument(
+            help="Checkpoint of a looped model or a Llama (config.json, safetensors): a directory, or "
+            "org/name[@revision] on a hub."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Where the MELT checkpoint goes.")],
     loops: Annotated[
@@ -29,8 +35,9 @@ def convert_checkpoint(
 ) -> None:
     """Turn a looped or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
     try:
-        check_directory(source)
         check_target(output, force=force)
+        source = local_directory(source, CHECKPOINT)
+        check_directory(source)
 
         from .convert import convert
 

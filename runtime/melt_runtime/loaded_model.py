@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from melt_hub import PACKAGE, HubError, is_explicit, local_directory
+
 from .backends.base import Backend
 from .backends.open import open_backend
 from .decoding.early_exit import depth_warnings
@@ -16,7 +18,7 @@ from .decoding.loop_driver import LoopDriver
 from .decoding.pipeline_choice import PipelineChoice
 from .decoding.request_options import GenerateOptions, plain_options
 from .decoding.settings import GenerationOptions, LoopSettings
-from .errors import ArgumentError, MeltWarning, PromptError
+from .errors import ArgumentError, MeltWarning, PackageError, PromptError
 from .package.example_prompt import example_prompt
 from .package.manifest import Manifest
 from .package.reader import Package
@@ -55,6 +57,8 @@ class LoadedModel:
     ) -> Self:
         """Open a package directory. Raises PackageError, BackendError, ArgumentError.
 
+        ``hf://org/name[@revision]`` is fetched from a hub into huggingface_hub's cache, unless it is there.
+
         ``backend``: "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "onnxruntime" (CPU), or "auto" for the
         first of tensorrt, onnxruntime-cuda and onnxruntime that can run the package here; ``backend.name`` and
         ``backend_reason`` tell which was chosen and why.
@@ -69,6 +73,7 @@ class LoadedModel:
         ``expected_hash``: refuse a package whose hash, as shown by ``melt-run inspect``, differs. ``progress``: called
         with the number of bytes hashed since its last call.
         """
+        directory = _local(directory)
         package = Package.open(directory, check_hashes=check_hashes, expected_hash=expected_hash, progress=progress)
         tokenizer = load_tokenizer(package)
         opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
@@ -188,6 +193,19 @@ def _callers_level() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _local(directory: Path | str) -> Path | str:
+    """Return the directory of a package. Raises PackageError for one that cannot be fetched.
+
+    Only ``hf://`` is fetched: a program must not turn a mistyped path into a request to a hub.
+    """
+    if not is_explicit(directory):
+        return directory
+    try:
+        return local_directory(directory, PACKAGE)
+    except HubError as error:
+        raise PackageError(str(error)) from error
 
 
 def load_tokenizer(package: Package) -> TextTokenizer | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from melt_hub import CHECKPOINT, local_directory
+
 from ..checkpoint import CONFIG_ERRORS, innermost
 from ..configuration import LoopedConfig, LoopLMConfig, MeltConfig
 from .errors import ConfigError
@@ -208,7 +210,7 @@ def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stag
         if name == "teacher" and len(section) > 1:
             others = ", ".join(key for key in map(str, section) if key != "checkpoint")
             raise ConfigError(f"{where}: checkpoint is a finished teacher, so {others} would have no effect")
-        checkpoint = _convert(section["checkpoint"], Path, f"{where}: checkpoint")
+        checkpoint = local_directory(_convert(section["checkpoint"], Path, f"{where}: checkpoint"), CHECKPOINT)
         if not checkpoint.is_dir():
             raise ConfigError(f"{where}: checkpoint {checkpoint} is not a directory")
         if name == "teacher":

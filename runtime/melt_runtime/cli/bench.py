@@ -19,13 +19,14 @@ from ..bench.sweep import Sweep, bench
 from ..errors import ArgumentError
 from ..machine import ONNX_RUNTIMES, describe_machine, installed_versions
 from ..progress import shown_progress
+from .options import fetched
 
 _WIDTH = 200  # characters of a table that is not shown on a terminal
 _LIBRARIES = ("melt-export", *ONNX_RUNTIMES, "numpy")
 
 
 def bench_command(
-    package: Annotated[Path, typer.Argument(help="The package to measure.")],
+    package: Annotated[Path, typer.Argument(help="The package to measure: a directory, or org/name on a hub.")],
     against: Annotated[
         list[Path] | None, typer.Option(help="A package to compare with, run in turn; may be given several times.")
     ] = None,
@@ -75,13 +76,14 @@ def bench_command(
     )
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise ArgumentError(f"{json_file} cannot be written: its directory does not exist")
+    packages = [fetched(one) for one in (package, *(against or []))]
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": describe_machine(),
         "versions": _versions(),
     }
     with shown_progress() as step:
-        report |= bench([package, *(against or [])], sweep, step)
+        report |= bench(packages, sweep, step)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))

@@ -33,7 +33,7 @@ CapabilityOption = Annotated[
 
 
 def build_engine_command(
-    package: Annotated[Path, typer.Argument(help="A package in the standard or portable dialect.")],
+    package: Annotated[Path, typer.Argument(help="The directory of a package in the standard or portable dialect.")],
     engine: Annotated[Flavour, typer.Option(help="The library that builds and runs it.")],
     weights: WeightsOption = None,
     max_batch: Annotated[

@@ -27,6 +27,7 @@ from .options import (
     LoadOptions,
     PackageDirectory,
     RequestOptions,
+    fetched,
     grouped,
     version_shown,
 )
@@ -130,6 +131,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
 ) -> None:
     """Show what is in a package, what memory it needs and what could run it here. Checks its files, loads no graph."""
+    package = fetched(package)
     with hash_progress(package) as progress:
         opened = Package.open(package, expected_hash=expect, progress=progress)
     facts = describe(opened, length=length, batch=batch, device=device)

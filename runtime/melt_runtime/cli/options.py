@@ -11,15 +11,20 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from melt_hub import PACKAGE, local_directory, reference
+
 from ..backends.choose import NAMES
 from ..decoding.exit_criteria import AUTO, CRITERIA, parse_exit
 from ..decoding.settings import GenerationOptions, LoopSettings
+from ..progress import shown_progress
 from ..runtime import Runtime
 from ..sampling.sampler import SamplingParams
 from ..text.stop_strings import stop_strings
 from .tables import hash_progress
 
-PackageDirectory = Annotated[Path, typer.Argument(help="The package directory that melt-export wrote.")]
+PackageDirectory = Annotated[
+    Path, typer.Argument(help="The package directory that melt-export wrote, or org/name[@revision] on a hub.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(help="Threads on the CPU. Default: the physical cores that other processes leave free."),
@@ -38,6 +43,18 @@ DeviceIndex = Annotated[int, typer.Option(help="The NVIDIA device to run on, by 
 Expect = Annotated[
     str | None, typer.Option(help="Refuse a package of another hash than this; melt-run inspect shows a package's.")
 ]
+
+
+def fetched(package: Path) -> Path:
+    """Return a package's directory. A name on a hub is fetched first, with progress shown. Raises HubError."""
+    with shown_progress() as step:
+        return local_directory(package, PACKAGE, step)
+
+
+def short_name(package: Path) -> str:
+    """Return a package's name as a person would say it: that on the hub, or its directory's."""
+    on_hub = None if package.exists() else reference(package)
+    return package.resolve().name if on_hub is None else on_hub.name
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -75,7 +92,8 @@ class LoadOptions:
     expect: Expect = None
 
     def load(self, package: Path) -> Runtime:
-        """Load a package, with a progress bar. Raises MeltError."""
+        """Load a package, with progress shown. Raises MeltError, HubError."""
+        package = fetched(package)
         with hash_progress(package) as progress:
             return Runtime.load(
                 package,

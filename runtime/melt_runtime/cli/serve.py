@@ -22,7 +22,7 @@ from ..runtime import Runtime
 from ..scheduler.scheduler import Scheduler
 from ..server.limits import MAX_SECONDS, MAX_UNREAD, STALLED
 from ..untrusted import shown
-from .options import LoadOptions, PackageDirectory, PipelineMode, grouped
+from .options import LoadOptions, PackageDirectory, PipelineMode, grouped, short_name
 
 _YEAR = 365 * 86_400  # seconds
 _MOST_STALL = (2**31 - 1) // 1000  # seconds: the system counts milliseconds in 32 bits
@@ -36,7 +36,7 @@ def serve_command(
     package: PackageDirectory,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's name to clients; default: the directory's.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name to clients; default: as called here.")] = None,
     slots: Annotated[int | None, typer.Option(help="Requests that run at once; default: the package's most.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a slot.", min=0)] = 64,
     max_tokens: Annotated[
@@ -132,7 +132,7 @@ def serve_command(
     runtime = loading.load(package)
     prefixes = _prefix_store(runtime, slots, prefix_bytes)
     scheduler = Scheduler(runtime, slots, max_waiting, prefixes)
-    name = name or package.resolve().name
+    name = name or short_name(package)
     service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog, pipeline)
     app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts, origins))
     configure()

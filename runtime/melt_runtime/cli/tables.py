@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,44 +13,30 @@ from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.panel import Panel
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..package.engine_spec import EngineSpec, devices_of
-from ..package.reader import Package
+from ..progress import shown_progress
 from ..results import Generation
 from ..text.end_tokens import EndToken
 from ..untrusted import printable
 from .inspect import MemoryFacts, PackageFacts, StateFacts
 
-# Hashing less than this is over before a bar is noticed.
+# Hashing less than this is over before progress is noticed.
 _PROGRESS_FROM_BYTES = 200_000_000
 
 
 @contextmanager
 def hash_progress(directory: Path) -> Iterator[Callable[[int], None] | None]:
-    """Yield a callback for the ``progress`` of opening a package, which draws a bar on standard error.
-
-    Yields None if standard error is not a terminal or the package is small. Raises PackageError.
-    """
-    total = 0
-    if sys.stderr.isatty():
-        total = sum(file.bytes for file in Package.open(directory, check_hashes=False).manifest.files.values())
+    """Yield a callback for the ``progress`` of opening a package, which shows it on standard error; None for a small
+    package."""
+    total = sum(file.stat().st_size for file in directory.glob("*") if file.is_file())
     if total <= _PROGRESS_FROM_BYTES:
         yield None
         return
-    columns = (TextColumn("checking the package"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking", total=total)
-
-        def advance(count: int) -> None:
-            bar.advance(task, count)
-            # The bar does not cover loading the graphs, which follows.
-            if bar.finished:
-                bar.stop()
-
-        yield advance
+    with shown_progress(transient=True) as step:
+        yield lambda count: step("checking the package", total, count)
 
 
 def generation_dict(result: Generation) -> dict[str, Any]:

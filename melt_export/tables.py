@@ -1,0 +1,73 @@
+"""The tables that ``melt-export`` and ``melt-verify`` print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from melt_runtime.package.manifest import Manifest
+from melt_runtime.package.manifest_facts import arithmetic_of, sharing_of, unread_parts
+from rich.filesize import decimal
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .parity.report import ParityReport
+
+
+def package_table(output: Path, manifest: Manifest, report: ParityReport | None) -> Table:
+    """Describe a finished package."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("package", str(output))
+    table.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
+    table.add_row("graphs and weights", decimal(manifest.weights_bytes, precision=2))
+    if manifest.weights:
+        raised = len(manifest.weights.get("raised", ()))
+        line = "{kind} in blocks of {block} ({method}), head {head}".format(**manifest.weights)
+        line += f", embedding {manifest.weights.get('embedding', 'float16')}"
+        table.add_row("weights", f"{line}, {raised} more in int8" if raised else line)
+        table.add_row("arithmetic", arithmetic_of(manifest))
+
+    if manifest.cache:
+        table.add_row("cache", "{kind}, one scale per channel".format(**manifest.cache))
+    most = manifest.most_loops
+    depth = "any loops" if most is None else "one loop" if most == 1 else f"caches for {most} loops"
+    table.add_row(
+        "state, one sequence",
+        f"{decimal(manifest.state_bytes(), precision=2)} at {manifest.max_seq_len} tokens, {depth}",
+    )
+    if "tokenizer.json" not in manifest.files:
+        table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
+    if manifest.shared_caches:
+        table.add_row("shared caches", sharing_of(manifest))
+    table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
+    if manifest.untrained:
+        unread = set(manifest.untrained) <= set(unread_parts(manifest.model, manifest.loops))
+        how_read = "never read in one loop" if unread else "initialised by a conversion, never trained"
+        table.add_row("untrained", f"{', '.join(manifest.untrained)}: {how_read}")
+    table.add_row("parity", "not verified" if report is None else report.summary())
+    if report is not None and manifest.weights:
+        table.add_row("parity compared", report.arithmetic)
+    if report is not None and report.quality is not None:
+        table.add_row("quality", report.quality.summary())
+    if report is not None and report.staggered is not None:
+        table.add_row("staggered decoding", report.staggered.summary())
+    return table
+
+
+def parity_table(report: ParityReport) -> Table:
+    """Show the errors of every quantity at every loop."""
+    loops = range(1, report.loops + 1)
+    table = Table(
+        "relative error" + (" to float64" if any(s.own for s in report.states) else ""),
+        *(f"loop {loop}" for loop in loops),
+    )
+    found = {(s.quantity, s.loop): s for s in report.states}
+    for quantity in dict.fromkeys(s.quantity for s in report.states):
+        errors = [found.get((quantity, loop)) for loop in loops]
+        table.add_row(quantity, *("" if error is None else f"{error.relative:.1e}" for error in errors))
+        if any(error is not None and error.own for error in errors):
+            shown = ("" if error is None else f"{error.own:.1e}" for error in errors)
+            table.add_row("  of PyTorch's float32", *shown)
+    return table
