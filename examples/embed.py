@@ -1,4 +1,7 @@
-"""The runtime inside your own program: python examples/embed.py PACKAGE [PROMPT]"""
+"""The runtime inside your own program: python examples/embed.py PACKAGE [PROMPT]
+
+PACKAGE is a directory, or hf://org/name[@revision] for one on a hub.
+"""
 
 import sys
 

@@ -10,7 +10,10 @@ import pytest
 from conftest import MakePackage
 from melt_models.checkpoint import load_model, read_config
 from melt_models.training.tasks import Addition
-from melt_runtime import Runtime
+from melt_runtime import Package, Runtime
+from melt_runtime.cli.demo import PROBLEMS, demo_package
+from melt_runtime.cli.main import app
+from typer.testing import CliRunner
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -60,3 +63,40 @@ def test_the_demo_script_prints_the_table(package: Path) -> None:
     assert result.returncode == 0, result.stderr
     for row in ("1 loop", "2 loops", "3 loops", "4 loops", "exit at 0.99"):
         assert row in result.stdout
+
+
+def test_every_install_brings_a_package_that_answers() -> None:
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.stdout.splitlines() if "+" in line and "│" in line]
+    assert [row.count("✓") for row in rows][-1] >= 2
+    assert all(row.split("│")[5].strip().endswith("✓") for row in rows)  # with all loops
+    own = CliRunner().invoke(app, ["demo", "12+34", "0000055 + 5="])
+    assert "0000046 ✓" in own.stdout
+    assert "0000060 ✓" in own.stdout
+    assert [f"{one}=" for one in PROBLEMS] == [problem.prompt for problem in held_out_problems()[: len(PROBLEMS)]]
+
+
+def test_the_package_of_every_install_can_be_used_by_other_commands() -> None:
+    where = CliRunner().invoke(app, ["demo", "--where"]).stdout.strip()
+    assert CliRunner().invoke(app, ["generate", where, "4829173+3917458="]).stdout == "8746631\n"
+
+
+@pytest.mark.parametrize("problem", ["1+", "2*3", "12345678+1", "9999999+1", "1+1+1", "١+١"])
+def test_what_the_demo_cannot_add_is_refused_in_a_sentence(problem: str) -> None:
+    result = CliRunner().invoke(app, ["demo", problem])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "digits" in result.stderr
+
+
+def test_the_package_of_every_install_is_what_the_exporter_makes_of_the_shipped_checkpoint(
+    make_package: MakePackage,
+) -> None:
+    shipped = Package.open(demo_package())
+    made = Package.open(make_package(CHECKPOINT, dialect="portable", max_batch=8)).manifest
+    names = {name for name in made.files if name.endswith((".data", ".txt", "tokenizer.json"))}
+    assert {name: shipped.manifest.files[name] for name in names} == {name: made.files[name] for name in names}
+    assert shipped.manifest.states == made.states
+    assert shipped.manifest.format_version == made.format_version
+    assert sum(file.stat().st_size for file in shipped.directory.iterdir()) < 400_000

@@ -25,13 +25,14 @@ def no_progress(step: str, total: int, done: int) -> None:
 
 
 @contextmanager
-def shown_progress(*, transient: bool = False, seconds: float = LINE_SECONDS) -> Iterator[Step]:
+def shown_progress(*, transient: bool = False, seconds: float | None = None) -> Iterator[Step]:
     """Show progress on standard error, through a callable of step name, total, and the amount done since its last
     call.
 
-    ``transient``: on a terminal, the bars vanish with their end. ``seconds``: between two lines elsewhere.
+    ``transient``: on a terminal, the bars vanish with their end. ``seconds``: between two lines elsewhere; None:
+    LINE_SECONDS.
     """
-    with _bars(transient) if sys.stderr.isatty() else _lines(sys.stderr, seconds) as step:
+    with _bars(transient) if sys.stderr.isatty() else _lines(sys.stderr, seconds or LINE_SECONDS) as step:
         yield step
 
 

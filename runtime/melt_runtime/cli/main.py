@@ -18,6 +18,7 @@ from ..text.tokenizer import Message
 from .bench import bench_command
 from .build_engine import build_engine_command
 from .chat import Chat, notice
+from .demo import demo_command
 from .errors import ReportedGroup, for_terminal, run_app
 from .inspect import describe
 from .options import (
@@ -144,6 +145,7 @@ def inspect(
 app.command("build-engine", epilog=_EPILOG)(build_engine_command)
 app.command("bench", epilog=_EPILOG)(bench_command)
 app.command("serve", epilog=_EPILOG)(serve_command)
+app.command("demo", epilog=_EPILOG)(demo_command)
 
 
 def _read_stdin() -> str:
