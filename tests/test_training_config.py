@@ -110,7 +110,7 @@ def test_a_teacher_that_exists_is_named_by_its_directory(tmp_path: Path) -> None
         ("melt: {chunk_size: 4}", "melt: 4", "section melt is 4; it must be a mapping"),
         ("data: {task: addition, digits: 2}", "", "section data is missing"),
         ("output: build/run", "", "output is missing"),
-        ("seed: 3", "seed: 3\nprecision: fp8", "precision is 'fp8'; it must be one of fp32, bf16"),
+        ("seed: 3", "seed: 3\nprecision: fp8", "precision is 'fp8'; it must be one of fp32, tf32, bf16"),
         ("seed: 3", "seed: 3\nthreads: 0", "threads must be 1 or more"),
         (
             "{steps: 10, batch_size: 8",

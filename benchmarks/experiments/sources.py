@@ -1,7 +1,7 @@
 """Free texts that Debian's packages bring, as plain-text documents with names and licences.
 
-Each source turns an unpacked package into documents. Nothing of a document's text is invented: markup, verse numbers and
-footnotes are removed, and lines are joined to paragraphs.
+Each source turns an unpacked package into documents. Nothing of a document's text is invented: markup, verse numbers
+and footnotes are removed, and lines are joined to paragraphs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _r_strings(serialized: bytes) -> list[str]:
 def king_james(root: Path) -> Documents:
     """The King James Bible by book, printed by the package's own program. Verses of a chapter form a paragraph."""
     command = [root / "usr/bin/bible", "-p", root / "usr/lib", "-f", "-l9999", "gen1:1-rev22:21"]
-    printed = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout.decode("latin-1")
+    printed = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout.decode(
+        "latin-1"
+    )
     books: dict[str, dict[str, list[str]]] = {}
     for book, chapter, verse in re.findall(r"^(.+?)\s*(\d+):\d+ (.*)$", printed, re.MULTILINE):
         books.setdefault(_KJV_NAMES.get(book, book), {}).setdefault(chapter, []).append(verse.strip())
@@ -119,7 +121,9 @@ def wordnet(root: Path) -> Documents:
 def python_pages(root: Path) -> Documents:
     """Prose of Python's documentation, without code blocks and directives."""
     pages = root / "usr/share/doc/python3.11/html/_sources"
-    for page in sorted(path for part in ("tutorial", "library", "howto", "faq") for path in (pages / part).glob("*.txt")):
+    for page in sorted(
+        path for part in ("tutorial", "library", "howto", "faq") for path in (pages / part).glob("*.txt")
+    ):
         yield page.relative_to(pages).as_posix(), without_markup(page.read_text(encoding="utf-8"))
 
 

@@ -114,7 +114,10 @@ def main(
     with new_directory(out, force=True) as build:
         content = pack(build, gathered)
     for name, about in content["sources"].items():
-        parts = [f"{part}: {about[part]['documents']} documents, {about[part]['tokens']:,} tokens" for part in ("training", "held-out")]
+        parts = [
+            f"{part}: {about[part]['documents']} documents, {about[part]['tokens']:,} tokens"
+            for part in ("training", "held-out")
+        ]
         print(f"{name}: {'; '.join(parts)}")
 
 

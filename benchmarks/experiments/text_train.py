@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/text_train.py --size gpu --budget 480 --out DIR
 
-Reads the data that text_data.py packed. Every job is a process of its own (text_job.py), all on the same device: one run
-of a small model leaves a GPU idle between its small operations. Each stage ends at its share of the time, whatever the
+Reads the data that text_data.py packed. Every job is a process of its own (text_job.py), all on the same device: one
+run of a small model leaves a GPU idle between its small operations. Each stage ends at its share of the time, whatever the
 device's speed, with its schedule finished, and writes a checkpoint in bf16. ``--out`` receives results.tar.gz (figures,
 metrics, logs; renewed as the run goes on) and the weights in the order of KEPT while they fit ``--most-bytes``.
 """
@@ -27,7 +27,15 @@ HERE = Path(__file__).resolve().parent
 # Shares of the time at which stages end.
 MAIN_ENDS = {"teacher": 0.36, "phase1": 0.52, "phase2": 0.83, "gate": 0.86}
 ROW_ENDS = {"phase1": 0.60, "phase2": 0.85}
-KEPT = ("main-0/gate", "main-0/teacher", "main-1/gate", "main-1/teacher", "main-0/phase1", "gate-0/phase2", "main-1/phase1")
+KEPT = (
+    "main-0/gate",
+    "main-0/teacher",
+    "main-1/gate",
+    "main-1/teacher",
+    "main-0/phase1",
+    "gate-0/phase2",
+    "main-1/phase1",
+)
 _TURN = 2.0  # seconds
 _RENEW = 45.0
 _GRACE = 25.0  # seconds after the budget, before jobs are ended
@@ -124,7 +132,10 @@ def main(
             break
     for name, job in jobs.items():
         failed |= job.wait() != 0
-        print(f"== {name}: exit {job.returncode}\n{(root / f'{name}.txt').read_text(errors='replace')[-2500:]}", flush=True)
+        print(
+            f"== {name}: exit {job.returncode}\n{(root / f'{name}.txt').read_text(errors='replace')[-2500:]}",
+            flush=True,
+        )
     if out is not None:
         pack(root, out, most_bytes)
         print("\n".join(f"{path.stat().st_size:>10} {path.name}" for path in sorted(out.iterdir())), flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 DOCUMENTS = {"line": "line", "paragraph": "paragraph", "file": "document"}  # ours -> the word of datasets
 DTYPES = ("uint16", "uint32")
 
@@ -202,7 +203,7 @@ class TokenStream:
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of datasets for a damaged file. StopIteration: it found no row from which to infer the fields."""
+    """Return the errors of datasets for a damaged file. StopIteration: no row to infer the fields from."""
     from datasets.exceptions import DatasetGenerationError
 
     return ValueError, OSError, StopIteration, DatasetGenerationError
