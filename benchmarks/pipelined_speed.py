@@ -98,10 +98,7 @@ class Turns:
 
     def _begin(self) -> None:
         """Set the number of cached tokens without running them; the cache's contents do not affect times."""
-        driver = self.driver
-        driver.clear(0)
-        driver.depth[0].extend([self.settings.loops] * self.context)
-        driver.lengths[0] = self.context
+        self.driver.assume(0, self.context, self.settings.loops)
 
 
 def speed(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:

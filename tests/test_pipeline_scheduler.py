@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint, MakePackage
-from melt_runtime import ArgumentError, PrefixCache, Request, Runtime, Scheduler
+from melt_runtime import ArgumentError, MeltError, PrefixCache, Request, Runtime, Scheduler
+from melt_runtime.backends.positions import CachedPositions
 
 PROMPTS = [
     [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9],
@@ -77,6 +78,33 @@ def test_a_lone_request_goes_on_while_others_visit(runtime: Runtime) -> None:
     assert result == alone
     assert result.pipeline is not None
     assert result.pipeline.tokens > 50
+
+
+def test_a_request_whose_caches_could_not_be_moved_fails_and_later_ones_do_not(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request's arrival moves the caches apart; without memory in the middle of it they are undefined."""
+    moved, left, arrived = CachedPositions._move, [1_000], threading.Semaphore(0)
+
+    def failing(self: CachedPositions, *arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError
+        moved(self, *arguments)
+
+    monkeypatch.setattr(CachedPositions, "_move", failing)
+    options = runtime.options(max_tokens=90, ignore_eos=True, pipeline="on")
+    with Scheduler(runtime, slots=2) as scheduler:
+        first = scheduler.submit(Request(tuple(PROMPTS[0]), options), lambda event: arrived.release())
+        for _ in range(10):
+            arrived.acquire()
+        left[0] = 3
+        second = scheduler.submit(Request((5, 6), options))
+        for handle in (first, second):
+            with pytest.raises(MeltError, match="MemoryError"):
+                handle.result()
+        result = scheduler.submit(Request(tuple(PROMPTS[0]), options)).result()
+    assert result == runtime.generate(PROMPTS[0], max_tokens=90, ignore_eos=True, pipeline="off")
 
 
 def test_a_request_that_cannot_be_pipelined_is_refused(

@@ -251,8 +251,8 @@ class ChunkLanes:
             self._place(current, 0)
             return self._lanes.head_bindings(buffer_name(self.state.hidden, current))
 
-        self._lanes.batch = width
         try:
+            self._lanes.batch = width
             self._lanes.run_bound(("lm_head", width, current), bindings)
         finally:
             self._lanes.batch = 1

@@ -195,9 +195,7 @@ class Stopwatch:
     def _declare(self, context: int, loops: int) -> None:
         """Set the number of cached tokens without running them; the cache's contents do not affect times."""
         for slot in range(self.driver.batch):
-            self.driver.clear(slot)
-            self.driver.depth[slot].extend([loops] * context)
-            self.driver.lengths[slot] = context
+            self.driver.assume(slot, context, loops)
 
 
 def settle(watches: Sequence[Stopwatch], context: int) -> None:

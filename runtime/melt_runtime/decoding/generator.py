@@ -254,10 +254,10 @@ class Generator:
                 if not self.pending[slot]:
                     continue
                 self._require(moves)
-                delta = sequence.sample(logits, driver.room(slot), driver.depth[slot][-1])
+                delta = sequence.sample(logits, driver.room(slot), driver.last_depth(slot))
                 self.pending[slot] = [delta.token_id] if delta.finish_reason is None else []
                 if delta.finish_reason is not None:
-                    self._depth[slot] = tuple(driver.depth[slot])
+                    self._depth[slot] = tuple(driver.cached.depth(slot))
                 yield delta
 
     def _require(self, moves: int) -> None:

@@ -14,6 +14,7 @@ from ..backends.buffers import BufferState
 from ..backends.control import LoopControl
 from ..errors import ArgumentError, PromptError
 from ..package.manifest import Manifest
+from .cached_tokens import CachedTokens
 from .chunking import Chunk, checked_ids, cut, make_chunk
 from .early_exit import Depth
 from .next_logits import NextLogits
@@ -36,9 +37,10 @@ class Interrupted(Exception):
 class LoopDriver:
     """A batch of sequences and their state. All memory is allocated at the start and never grows.
 
-    ``lengths`` (batch,): tokens in the cache per sequence. ``depth``: per sequence, the loops run for each of its
-    tokens. ``whole``: the driver of which this one is a part that begins at sequence ``first``. ``choice``: whether
-    pipelined decoding is the faster way, shared by drivers of one model. Not thread-safe.
+    ``lengths``, ``versions`` (batch,): those of ``cached``, the tokens in the caches. An exception at any place leaves
+    every sequence with the tokens that its length counts. ``whole``: the driver of which this one is a part that begins
+    at sequence ``first``. ``choice``: whether pipelined decoding is the faster way, shared by drivers of one model. Not
+    thread-safe.
     """
 
     def __init__(
@@ -52,17 +54,17 @@ class LoopDriver:
         self.state, self.manifest = state, manifest
         self.choice: PipelineChoice = choice or (PipelineChoice() if whole is None else whole.choice)
         self.batch, self.capacity = state.batch, manifest.max_seq_len
-        own = slice(first, first + self.batch)
-        self.lengths: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.lengths[own]
-        self.depth: list[list[int]] = [[] for _ in range(self.batch)] if whole is None else whole.depth[own]
+        self.cached: CachedTokens = CachedTokens(
+            self.batch, self.capacity, None if whole is None else whole.cached, first
+        )
+        self.lengths, self.versions = self.cached.lengths, self.cached.versions
         self.moves = 0  # counts changes, so that a caller notices another's use of the driver
-        # Counts each sequence's changes, by this driver, its whole or its parts.
-        self.versions: NDArray[np.int64] = np.zeros(self.batch, np.int64) if whole is None else whole.versions[own]
         # Reused for chunks of one token, where every microsecond counts.
         self._all, self._one = np.ones(self.batch, np.bool_), np.ones(self.batch, np.int64)
         self._column, self._zeros = self._all[:, None], np.zeros((self.batch, 1), np.int64)
         self._ids = np.zeros((self.batch, 1), np.int64)
-        self._lengths, self._versions = self.lengths.data, self.versions.data  # memory: writing an element is fast here
+        # Memory: reading and writing an element is fast here.
+        self._lengths, self._versions, self._loops = self.lengths.data, self.versions.data, self.cached.loops.data
         self._each_one = Chunk(self._ids, self._one, self._all, self._column)
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings already checked, with a fixed number of loops
@@ -90,6 +92,15 @@ class LoopDriver:
         self.pipeline.begin(0, counts)
         return counts
 
+    @property
+    def depth(self) -> list[list[int]]:
+        """Per sequence, the loops run for each of its tokens: a copy."""
+        return [self.cached.depth(slot) for slot in range(self.batch)]
+
+    def last_depth(self, slot: int) -> int:
+        """Return the loops run for the last token of one sequence."""
+        return self._loops[slot, self._lengths[slot] - 1]
+
     def reset(self) -> None:
         """Drop all tokens; the buffers stay allocated."""
         for slot in range(self.batch):
@@ -98,22 +109,23 @@ class LoopDriver:
     def clear(self, slot: int) -> None:
         """Drop the tokens of one sequence."""
         self.moves += 1
-        self._versions[slot] += 1
-        self.lengths[slot] = 0
-        self.depth[slot].clear()
+        self.cached.keep(slot, 0)
+
+    def assume(self, slot: int, count: int, loops: int) -> None:
+        """Give one sequence ``count`` tokens that did not run, for measurements: what the caches hold takes no time."""
+        self.clear(slot)
+        self.cached.add(slot, [loops] * count)
 
     def room(self, slot: int) -> int:
         """Return how many more tokens of one sequence fit."""
-        return self.capacity - len(self.depth[slot])
+        return self.capacity - self._lengths[slot]
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens of one sequence."""
         if not 0 <= length <= self.lengths[slot]:
             raise ArgumentError(f"length is {length}; it must lie between 0 and the {self.lengths[slot]} in the cache")
         self.moves += 1
-        self._versions[slot] += 1
-        self.lengths[slot] = length
-        del self.depth[slot][length:]
+        self.cached.keep(slot, length)
 
     def restore(self, slot: int, positions: Mapping[str, NDArray[Any]], depth: Sequence[int]) -> None:
         """Append tokens to one sequence without running them. Raises ArgumentError for positions that do not fit.
@@ -126,12 +138,11 @@ class LoopDriver:
             raise ArgumentError(f"the positions are not those of {len(depth)} tokens")
         if start + len(depth) > self.capacity:
             raise ArgumentError(f"{len(depth)} tokens do not fit behind {start} in a cache of {self.capacity}")
+        self.moves, self._drafted = self.moves + 1, None
+        self.cached.change(slot)
         if depth:
             self.state.write_positions(slot, start, positions)
-        self.moves, self._drafted = self.moves + 1, None
-        self._versions[slot] += 1
-        self.lengths[slot] = start + len(depth)
-        self.depth[slot].extend(depth)
+        self.cached.add(slot, depth)
 
     def part(self, first: int, count: int) -> LoopDriver | None:
         """Return a driver of sequences ``first`` to ``first + count - 1`` that shares memory, lengths and depths with
@@ -155,16 +166,15 @@ class LoopDriver:
     def move_to(self, other: LoopDriver) -> None:
         """Move the sequences that both drivers have to the caches of the other, which shares memory with this one."""
         kept = min(self.batch, other.batch)
-        self.state.repack(other.state, self.lengths[:kept].tolist())
         self.versions += 1
+        self.state.repack(other.state, self.lengths[:kept].tolist())
 
     def move(self, slot: int, to: int) -> None:
         """Move a sequence to another place in the batch, whose sequence is dropped."""
+        self.moves += 1
+        self.cached.keep(to, 0)
         self.state.move(slot, to, int(self.lengths[slot]))
-        self.clear(to)
-        self.depth[to].extend(self.depth[slot])
-        self.lengths[to] = self.lengths[slot]
-        self.clear(slot)
+        self.cached.move(slot, to)
 
     def append(self, tokens: Sequence[Sequence[int]], settings: Settings) -> NDArray[np.float32]:
         """Run new tokens of every sequence, in chunks. Return the logits after each sequence's last token (batch,
@@ -255,12 +265,14 @@ class LoopDriver:
         if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
             return False
         start = self._start(self._each_one, [fixed] * self.batch) if self._injects else None
-        self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between, start)
         self.moves += 1
-        for slot, spent in enumerate(self.depth):
-            spent.append(fixed.loops)
-            self._lengths[slot] = len(spent)
+        for slot in range(self.batch):
             self._versions[slot] += 1
+        self.state.run_chunk(self._ids, self._steady, fixed.loops, True, between, start)
+        for slot in range(self.batch):
+            at = self._lengths[slot]
+            self._loops[slot, at] = fixed.loops
+            self._lengths[slot] = at + 1
         return True
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
@@ -296,7 +308,7 @@ class LoopDriver:
                 if type(new) not in (list, tuple) or type(new[0]) is not int:
                     return None  # may be valid ids of another type; ``check`` decides
                 token = new[0]
-                if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or len(self.depth[slot]) >= self.capacity:
+                if len(new) != 1 or not 0 <= token < self.manifest.vocab_size or self._lengths[slot] >= self.capacity:
                     return None
                 self._ids[slot, 0] = token
         except TypeError:
@@ -317,6 +329,7 @@ class LoopDriver:
         """
         each = self.each(settings)
         self._check_depth(chunk, each)
+        self._change(chunk)
         depth = Depth(each, chunk.present)
         control = LoopControl(self._all, depth.active, self.lengths, chunk.counts)
         self.state.embed(chunk.ids, control, self._start(chunk, each))
@@ -354,6 +367,7 @@ class LoopDriver:
         loops = asked[0].loops
         if self.manifest.cache_loops is None:
             self._fixed = asked[0]
+        self._change(chunk)
         control = LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
         self.state.run_chunk(chunk.ids, control, loops, any(chunk.last.tolist()), between, self._start(chunk, each))
         self._count([[loops] * count for count in counts])
@@ -373,28 +387,34 @@ class LoopDriver:
             groups.append(make_chunk(chunk.ids[:, : int(counts.max())], counts, chunk.last & (counts > 0)))
         return groups
 
+    def _change(self, chunk: Chunk) -> None:
+        """Note that a chunk is about to change the caches."""
+        for slot, count in enumerate(chunk.counts.tolist()):
+            # With a mask, a graph writes behind the last position of sequences without new tokens, too.
+            if count or self.state.masked:
+                self.cached.change(slot)
+
     def _count(self, spent: Sequence[Sequence[int]]) -> None:
         """Record a chunk as cached. ``spent``: per sequence, the loops run for each token."""
         self.moves += 1
         for slot, loops in enumerate(spent):
-            self.depth[slot].extend(loops)
-            self.lengths[slot] = len(self.depth[slot])
-            # With a mask, a graph writes behind the last position of sequences without new tokens, too.
-            self._versions[slot] += bool(loops) or self.state.masked
+            if loops:
+                self.cached.add(slot, loops)
 
     def commit(self, slot: int, loops: int) -> None:
         """Count one more token of a sequence, whose keys and values are in the cache of every loop."""
-        self._count([[loops] if other == slot else [] for other in range(self.batch)])
+        self.moves += 1
+        self.cached.add(slot, [loops])
 
     def _check_depth(self, chunk: Chunk, each: Sequence[LoopSettings]) -> None:
         """Raise ArgumentError if a LoopLM lacks a cache for a loop, or a cache lacks earlier tokens."""
-        for settings, count, depth in zip(each, chunk.counts.tolist(), self.depth, strict=True):
+        for slot, (settings, count) in enumerate(zip(each, chunk.counts.tolist(), strict=True)):
             if not count:
                 continue
             settings.check(self.manifest)
             if self.manifest.cache_loops is None:
                 continue
-            filled = min(depth, default=settings.loops)
+            filled = min(self.cached.depth(slot), default=settings.loops)
             if filled < settings.loops:
                 raise ArgumentError(
                     f"loops is {settings.loops}, but tokens in the cache ran {filled}; "

@@ -112,7 +112,7 @@ class PrefixCache:
                     break
                 before = self._chunks[path[-1]].number if path else settings
                 path.append((before, tuple(prompt[start : start + size])))
-                depth = tuple(driver.depth[slot][start : start + size])
+                depth = tuple(driver.cached.depth(slot)[start : start + size])
                 self._chunks[path[-1]] = _Chunk(next(self._numbers), positions, depth, needed)
                 self.bytes += needed
             self._touch(path)

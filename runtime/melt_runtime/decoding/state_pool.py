@@ -74,8 +74,7 @@ class StatePool:
             if lease.driver is None:
                 raise OvertakenError("another call needed this stream's memory and has taken it; begin another stream")
             lease.running = True
-            self._leases.remove(lease)
-            self._leases.append(lease)
+            self._leases = [*(one for one in self._leases if one is not lease), lease]
 
     def _end_step(self, lease: Lease) -> None:
         with self._changed:
@@ -87,9 +86,9 @@ class StatePool:
         with self._changed:
             if lease.driver is None:
                 return
+            self._leases = [one for one in self._leases if one is not lease]
             # The caller may keep the stream, which must not keep the state's memory alive.
             self._idle, lease.driver, lease.work = lease.driver, None, None
-            self._leases.remove(lease)
             self._changed.notify_all()
 
 

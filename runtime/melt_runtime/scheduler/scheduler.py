@@ -234,6 +234,8 @@ class Scheduler:
                     failure = _as_melt(error)
             self._meter.ended("failed")
             handle.fail(failure)
+            if self._slots.moving:
+                self._fail_running(failure)
 
     def _deliver(self, running: RunningRequest, result: TextDelta | MeltError | None) -> None:
         """Pass on a sampled token, or fail the request, or end one that samples none."""

@@ -81,6 +81,7 @@ class Slots:
         self._prefilling: deque[RunningRequest] = deque()
         self._layouts: dict[int, LoopDriver] = {driver.batch: driver}  # by number of slots side by side
         self._home = driver  # the layout of the caches now
+        self.moving = False  # whether a move of the caches has begun and not ended: what they hold is then undefined
         self._parts: dict[tuple[LoopDriver, int, int], LoopDriver] = {}
 
     def free(self) -> int:
@@ -107,13 +108,19 @@ class Slots:
             constraint=request.constraint,
         )
         sequence.counts = PipelineCounts(lane_window(self.driver.manifest))
-        made = self.running[slot] = RunningRequest(handle, sequence, slot)
-        self._prefilling.append(made)
+        made = RunningRequest(handle, sequence, slot)
+        try:
+            self.running[slot] = made
+            self._prefilling.append(made)
+        except MemoryError:
+            self.release(made)
+            raise
         return made
 
     def release(self, running: RunningRequest) -> None:
         """Free a request's slot."""
-        del self.running[running.slot]
+        self.running = {slot: one for slot, one in self.running.items() if one is not running}
+        self.moving = self.moving and bool(self.running)
         if running in self._prefilling:
             self._prefilling.remove(running)
         self.driver.clear(running.slot)
@@ -129,7 +136,7 @@ class Slots:
         if reason is not None:
             running.sequence.end(reason)
         running.over = True
-        return running.sequence.result(self.driver.depth[running.slot], running.cached)
+        return running.sequence.result(self.driver.cached.depth(running.slot), running.cached)
 
     def prefill(self) -> list[StepResult]:
         """Run one chunk of one prompt, prompts in rotation. Its last chunk gives the first token."""
@@ -230,15 +237,18 @@ class Slots:
         """Lay the caches of the first ``count`` slots side by side, after moving all running requests there."""
         if self._home.batch == count:
             return
+        target = self._layout(count)
+        self.moving = True
         for to, running in enumerate(sorted(self.running.values(), key=lambda one: one.slot)):
             if running.slot != to and count < self._home.batch:
                 self._home.move(running.slot, to)
                 running.slot = running.sequence.slot = to
-        before, self._home = self._home, self._layout(count)
+        before, self._home = self._home, target
         self.running = {one.slot: one for one in self.running.values()}
         before.move_to(self._home)
         for one in self.running.values():
             one.in_flight = False
+        self.moving = False
 
     def _decode_plain(self, ready: Sequence[RunningRequest]) -> list[StepResult]:
         """Run one token of every sequence."""
@@ -285,7 +295,7 @@ class Slots:
         """Sample a request's next token. An error of its sampling or constraint ends only this request."""
         slot = running.slot
         try:
-            delta = running.sequence.sample(logits, self.driver.room(slot), self.driver.depth[slot][-1], slot - first)
+            delta = running.sequence.sample(logits, self.driver.room(slot), self.driver.last_depth(slot), slot - first)
         except ArgumentError as error:
             return running, error
         running.token = delta.token_id

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,17 @@ def synchronized(method: Callable[Concatenate[Session, P], R]) -> Callable[Conca
     return locked
 
 
+class _Tail(NamedTuple):
+    """The tokens of a session that are still to run, behind those in the cache.
+
+    ``end``: the session's number of tokens; less counts as what is in the cache. ``known``: the tokens before this
+    place have run already, in the session's chunks, and run again as they did then.
+    """
+
+    end: int = 0
+    known: int = 0
+
+
 class Session:
     """A sequence that continues from call to call; opened by ``Runtime.session``. All memory is allocated then::
 
@@ -55,8 +68,9 @@ class Session:
     stream.
 
     Each ``append`` begins a chunk, and each sampled token is a chunk of its own. The last sampled token belongs to the
-    session before it has run; the next call runs it. After a backend error, the session holds the chunks that ran
-    completely.
+    session before it has run; the next call runs it. A call that ends early, by a backend error or by
+    KeyboardInterrupt, loses no token of the session: it then holds what it held before the call, the chunks of new
+    tokens that ran completely, and what was sampled. The next call goes on from there.
 
     ``messages``: a chat's messages, or None; saved and copied to branches, without other effect. Calls from several
     threads wait for each other. All errors are MeltErrors.
@@ -73,32 +87,35 @@ class Session:
         self.driver = runtime.driver(1)
         if prefixes is not None:
             prefixes.claim(self.driver)
-        self._ids: list[int] = []  # token ids in the cache
+        # What counts of these lists is told by the driver's length and by ``_tail``, each written in one step and after
+        # the lists: an exception at any place leaves a session that can go on.
+        self._ids: list[int] = []
         self._chunks: list[tuple[int, LoopSettings]] = []  # start and settings of each chunk
-        self._pending: int | None = None  # the last sampled token, if it has not run
-        self._logits: NextLogits | None = None  # after the last token, if that has run
+        self._tail = _Tail()
+        self._logits: NextLogits | None = None  # after the last token in the cache
         self._stream = object()  # identifies the stream that may continue
 
+    @synchronized
     def __len__(self) -> int:
-        return len(self.tokens)
+        return max(self._cached, self._tail.end)
 
     @property
     @synchronized
     def tokens(self) -> tuple[int, ...]:
         """All token ids, appended and sampled."""
-        return (*self._ids, *self._pending_ids())
+        return tuple(self._ids[: len(self)])
 
     @property
     @synchronized
     def depth(self) -> tuple[int, ...]:
         """The loops run for each token in the cache: all tokens but perhaps the last."""
-        return tuple(self.driver.depth[0])
+        return tuple(self.driver.cached.depth(0))
 
     @property
     @synchronized
     def chunks(self) -> tuple[int, ...]:
         """The index of the first token of each chunk in the cache."""
-        return tuple(start for start, _ in self._chunks)
+        return tuple(start for start, _ in self._cached_chunks())
 
     @property
     def room(self) -> int:
@@ -116,10 +133,10 @@ class Session:
         ids = self._encode(prompt)
         check_not_empty(ids)
         settings = self._request(options).loops
-        self.driver.check([[*self._pending_ids(), *ids]])
+        self.driver.check([[*self._owed(), *ids]])
         self._stream = object()
-        self._run_pending(settings)
-        prefixes = None if self._ids else self.prefixes
+        self._run_owed(settings)
+        prefixes = None if len(self) else self.prefixes
         self._run(ids, settings, prefixes)
         if prefixes is not None:
             prefixes.keep(self.driver, 0, ids, settings)
@@ -131,7 +148,7 @@ class Session:
         sequence = self._sequence(options, streamed=False)
         for _ in self._deltas(sequence, self._stream):
             pass
-        return sequence.result(self.driver.depth[0])
+        return sequence.result(self.driver.cached.depth(0))
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[str]:
         """Continue the sequence and yield text as it is generated.
@@ -162,7 +179,9 @@ class Session:
         BackendError."""
         made = type(self)(self.runtime, prefixes=self.prefixes, **self.options)
         made.sampler.restore(self.sampler.state())
-        made._take(self._ids, self.driver.depth[0], self._chunks, self._pending, self._positions())
+        self._rerun()
+        depth = self.driver.cached.depth(0)
+        made._take(self.tokens, depth, self._cached_chunks(), self._positions())
         made.messages = self.messages
         return made
 
@@ -183,15 +202,14 @@ class Session:
         if length == len(self):
             return
         self._stream = object()
-        self._pending = self._logits = None
-        self._cut(min(length, len(self._ids)))
+        self._keep(length, min(length, self._cached))
 
     @synchronized
     def reset(self) -> None:
         """Drop all tokens, even after a call interrupted by KeyboardInterrupt; the random stream goes on."""
         self._stream = object()
-        self.driver.reset()
-        self._ids, self._chunks, self._pending, self._logits = [], [], None, None
+        self._keep(0, 0)
+        self._ids, self._chunks = [], []
 
     @synchronized
     def save(self, path: Path | str) -> None:
@@ -201,18 +219,20 @@ class Session:
         """
         from . import file as session_file  # imported here, because only files need safetensors
 
-        settings = list(dict.fromkeys(settings for _, settings in self._chunks))
+        self._rerun()
+        chunks, ids, owed = self._cached_chunks(), self._ids[: self._cached], self._owed()
+        settings = list(dict.fromkeys(settings for _, settings in chunks))
         session_file.write(
             Path(path),
             session_file.Saved(
                 package=session_file.package_hash(self.runtime.package),
                 options=self.options,
                 random=self.sampler.state(),
-                tokens=np.array(self._ids, np.int64),
-                depth=np.array(self.driver.depth[0], np.int64),
-                pending=self._pending,
-                chunk_starts=np.array(self.chunks, np.int64),
-                chunk_settings=np.array([settings.index(one) for _, one in self._chunks], np.int64),
+                tokens=np.array(ids, np.int64),
+                depth=np.array(self.driver.cached.depth(0), np.int64),
+                pending=owed[0] if owed else None,
+                chunk_starts=np.array([start for start, _ in chunks], np.int64),
+                chunk_settings=np.array([settings.index(one) for _, one in chunks], np.int64),
                 settings=settings,
                 positions=self._positions(),
                 messages=self.messages,
@@ -238,7 +258,8 @@ class Session:
         which = zip(saved.chunk_starts.tolist(), saved.chunk_settings.tolist(), strict=True)
         chunks = [(start, saved.settings[index]) for start, index in which]
         self.reset()
-        self._take(saved.tokens.tolist(), saved.depth.tolist(), chunks, saved.pending, saved.positions)
+        pending = [] if saved.pending is None else [saved.pending]
+        self._take([*saved.tokens.tolist(), *pending], saved.depth.tolist(), chunks, saved.positions)
         self.options, self.messages = saved.options, saved.messages
         self.sampler = Sampler(self.runtime.options(**saved.options).sampling)
         self.sampler.restore(saved.random)
@@ -248,16 +269,16 @@ class Session:
         ids: Sequence[int],
         depth: Sequence[int],
         chunks: Sequence[tuple[int, LoopSettings]],
-        pending: int | None,
         positions: dict[str, NDArray[Any]],
     ) -> None:
-        """Fill an empty session."""
+        """Fill an empty session; ``depth`` and ``positions`` are of its tokens in the cache."""
+        self._ids, self._chunks = list(ids), list(chunks)
         self.driver.restore(0, positions, depth)
-        self._ids, self._chunks, self._pending = list(ids), list(chunks), pending
+        self._tail = _Tail(len(ids))
 
     def _positions(self) -> dict[str, NDArray[Any]]:
         """Return the used positions of all caches."""
-        depth = self.driver.depth[0]
+        depth = self.driver.cached.depth(0)
         return self.driver.state.read_positions(0, 0, len(depth), max(depth)) if depth else {}
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -275,7 +296,7 @@ class Session:
         request = self._request(options)
         check_stop(request, self.runtime.tokenizer is not None)
         self._require_tokens()
-        self.driver.check([self._pending_ids()])
+        self.driver.check([self._owed()])
         sequence = TokenSequence(0, self.tokens, request, self.runtime.tokenizer, streamed=streamed)
         sequence.counts = self.driver.begin_pipeline(request)
         if not SamplingParams.__dataclass_fields__.keys() & options.keys():
@@ -289,30 +310,44 @@ class Session:
                 if self._stream is not stream:
                     raise OvertakenError("the session moved on while this stream was open; begin another")
                 logits = self._ready(sequence.options.loops, sequence.pipelining())
-                delta = sequence.sample(logits, self.driver.room(0), self.driver.depth[0][-1])
-                self._pending, self._logits = delta.token_id, None
+                before, random = len(self), sequence.sampler.state() if sequence.options.sampling.temperature else None
+                try:
+                    delta = sequence.sample(logits, self.driver.room(0), self.driver.last_depth(0))
+                    self._ids[before:] = [delta.token_id]
+                    self._tail = _Tail(before + 1)
+                except BaseException:
+                    if random is not None and len(self) == before:
+                        sequence.sampler.restore(random)
+                    raise
             yield delta
 
     def _ready(self, settings: LoopSettings, pipelining: Pipelining | None = None) -> NextLogits:
-        """Return the logits after the last token.
+        """Return the logits after the last token, after running what is still to run.
 
-        Runs a pending token. After going back, runs the last chunk again with its settings, because logits are not
-        kept.
+        After going back, runs the last chunk again with its settings, because logits are not kept.
         """
-        self._run_pending(settings, pipelining)
+        self._run_owed(settings, pipelining)
         if self._logits is None:
             self._require_tokens()
-            start, before = self._chunks[-1]
-            ids = self._ids[start:]
-            self._cut(start)
-            self._run(ids, before)
+            self._keep(self._cached, self._cached_chunks()[-1][0])
+            self._rerun()
         assert self._logits is not None
         return self._logits
 
-    def _run_pending(self, settings: LoopSettings, pipelining: Pipelining | None = None) -> None:
-        if self._pending is not None:
-            self._run([self._pending], settings, pipelining=pipelining)
-            self._pending = None
+    def _run_owed(self, settings: LoopSettings, pipelining: Pipelining | None = None) -> None:
+        """Run the tokens that are still to run; with these settings those that have not run before."""
+        self._rerun()
+        if owed := self._owed():
+            self._run(owed, settings, pipelining=pipelining)
+
+    def _rerun(self) -> None:
+        """Run the tokens again that have left the cache and are still the session's, each chunk as it ran before."""
+        while (start := self._cached) < self._tail.known:
+            at = bisect_left(self._chunks, start, key=itemgetter(0))
+            following = self._chunks[at + 1][0] if at + 1 < len(self._chunks) else self._tail.known
+            self._logits = None
+            ids = self._ids[start : min(following, self._tail.known)]
+            self._logits = self.driver.advance([ids], self._chunks[at][1])
 
     def _run(
         self,
@@ -321,25 +356,36 @@ class Session:
         prefixes: Prefixes | None = None,
         pipelining: Pipelining | None = None,
     ) -> None:
-        """Run tokens after restoring a known beginning. On errors too, ids and chunks match the cache."""
-        before, self._logits = len(self._ids), None
-        try:
-            known = 0 if prefixes is None else prefixes.restore(self.driver, 0, ids, settings)
-            self._logits = self.driver.advance([ids[known:]], settings, pipelining=pipelining)
-        finally:
-            ran = int(self.driver.lengths[0]) - before
-            self._ids += ids[:ran]
-            size = settings.chunk or self.driver.manifest.chunk
-            self._chunks += [(start, settings) for start in range(before, before + ran, size)]
+        """Run tokens behind all others that have run, after restoring a known beginning."""
+        start, size, self._logits = self._cached, settings.chunk or self.driver.manifest.chunk, None
+        self._ids[start:] = ids
+        while self._chunks and self._chunks[-1][0] >= start:  # of tokens that are no longer the session's
+            self._chunks.pop()
+        self._chunks += [(begin, settings) for begin in range(start, start + len(ids), size)]
+        known = 0 if prefixes is None else prefixes.restore(self.driver, 0, ids, settings)
+        self._logits = self.driver.advance([ids[known:]], settings, pipelining=pipelining)
 
-    def _cut(self, length: int) -> None:
-        self.driver.truncate(0, length)
-        del self._ids[length:]
-        self._chunks = [chunk for chunk in self._chunks if chunk[0] < length]
+    def _keep(self, length: int, cached: int) -> None:
+        """Keep the first ``length`` tokens, of which the first ``cached`` stay in the cache. An exception leaves all
+        tokens."""
+        known = max(self._cached, self._tail.known)
+        self._logits, self._tail = None, _Tail(len(self), known)
+        self.driver.truncate(0, cached)
+        self._tail = _Tail(length, min(known, length))
+
+    @property
+    def _cached(self) -> int:
+        """The number of tokens in the cache."""
+        return int(self.driver.lengths[0])
+
+    def _cached_chunks(self) -> list[tuple[int, LoopSettings]]:
+        """Return start and settings of the chunks in the cache."""
+        return self._chunks[: bisect_left(self._chunks, self._cached, key=itemgetter(0))]
+
+    def _owed(self) -> list[int]:
+        """Return the tokens that are still to run."""
+        return self._ids[self._cached : len(self)]
 
     def _require_tokens(self) -> None:
         if not len(self):
             raise PromptError("the session is empty; append a prompt first")
-
-    def _pending_ids(self) -> list[int]:
-        return [] if self._pending is None else [self._pending]
