@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
 from results import KINDS, Results, each, spread
 from runs import EVERYTHING, Row
 
-EQUAL = 1.0  # points; means closer than this count as equal
+EQUAL = 1.0  # points; differences smaller than this on every seed count as none
+# 97.5% quantiles of Student's t by degrees of freedom: half the width of a 95% interval, in standard errors.
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # The paper's figures for the rows of both tables.
 PAPER_AGGREGATIONS = {"gate": "77.7", "scalar-gate": "66.9", "mean": "68.8", "ema-0.2": "68.6", "last": "69.7"}
 PAPER_LEFT_OUT = {
@@ -34,12 +37,15 @@ class AblationRow:
 class Gap:
     """The points by which everything is better than a row after a phase, on problems drawn evenly.
 
-    ``verdict``: "better", "worse" (both on every seed), "same" or "mixed".
+    - ``interval``: the 95% confidence interval of the mean; None from one seed.
+    - ``verdict``: "better" or "worse" if the interval excludes 0, "leans better" or "leans worse" if it does not but
+      all seeds agree, else "mixed"; "same" if no seed differs by EQUAL.
     """
 
     phase: str
     mean: float
     seed_by_seed: str
+    interval: tuple[float, float] | None
     verdict: str
 
 
@@ -57,8 +63,9 @@ class Comparison:
     paper_phase: str | None
 
     @property
-    def as_in_paper(self) -> bool:
-        return any(gap.phase == self.paper_phase and gap.verdict == "better" for gap in self.gaps)
+    def in_paper_phase(self) -> str | None:
+        """The verdict of the phase to compare with the paper."""
+        return next((gap.verdict for gap in self.gaps if gap.phase == self.paper_phase), None)
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,26 @@ def _gaps(results: Results, row: Row) -> list[Gap]:
     for phase, words in PHASES.items():
         points = list(results.differences(row.name, EVERYTHING.name, phase, "even").values())
         if points:
-            gaps.append(Gap(words, statistics.fmean(points), each(points, "{:+.1f}".format), _verdict(points)))
+            interval = confidence_interval(points)
+            verdict = _verdict(points, interval)
+            gaps.append(Gap(words, statistics.fmean(points), each(points, "{:+.1f}".format), interval, verdict))
     return gaps
 
 
-def _verdict(points: list[float]) -> str:
-    if abs(statistics.fmean(points)) < EQUAL:
+def confidence_interval(points: list[float]) -> tuple[float, float] | None:
+    """Return the 95% confidence interval of the mean, by Student's t; None for fewer than two points."""
+    if len(points) < 2:
+        return None
+    mean, error = statistics.fmean(points), statistics.stdev(points) / math.sqrt(len(points))
+    half = STUDENT_T[min(len(points) - 1, max(STUDENT_T))] * error
+    return mean - half, mean + half
+
+
+def _verdict(points: list[float], interval: tuple[float, float] | None) -> str:
+    if max(map(abs, points)) < EQUAL:
         return "same"
-    if min(points) > 0:
-        return "better"
-    return "worse" if max(points) < 0 else "mixed"
+    if min(points) <= 0 <= max(points):
+        return "mixed"
+    word = "better" if min(points) > 0 else "worse"
+    shown = interval is not None and (interval[0] > 0 or interval[1] < 0)
+    return word if shown else f"leans {word}"

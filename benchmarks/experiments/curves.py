@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from results import KINDS, Point, Results
-from runs import DEPTHS, EVEN
+from runs import DEPTHS, EVEN, SEEDS
 
 STUDENTS = {"main": "MELT", **{row.name: row.title for row in (*DEPTHS, EVEN)}}
 ALL = {"teacher": "teacher", **STUDENTS, "teacher-even": "the even teacher"}
@@ -46,12 +46,8 @@ class Useful:
 
 @dataclass(frozen=True)
 class Depth:
-    """Loops and exit thresholds.
+    """Loops and exit thresholds. ``by_loops``: lines of a table; its columns are ``loops``."""
 
-    ``seeds``: how many, by title. ``by_loops``: lines of a table; its columns are ``loops``.
-    """
-
-    seeds: dict[str, int]
     loops: list[str]
     by_loops: list[list[str]]
     by_threshold: list[Threshold]
@@ -81,7 +77,6 @@ def depth(results: Results) -> Depth | None:
         return None
     shown = _measured(results, ALL)
     return Depth(
-        seeds={title: len(results.row(name)) for name, title in shown.items()},
         loops=_settings(results, students, "by_loops"),
         by_loops=_lines(results, shown, "by_loops"),
         by_threshold=_thresholds(results, students),
@@ -105,7 +100,10 @@ def chunks(results: Results) -> Chunks | None:
 
 
 def _measured(results: Results, titles: dict[str, str]) -> dict[str, str]:
-    return {name: title for name, title in titles.items() if results.row(name)}
+    """Return the titles of the rows that are measured, with the number of seeds where it is not all."""
+    seeds = {name: len(results.row(name)) for name in titles}
+    few = {name: f" ({count} seed{'s' * (count > 1)} of {len(SEEDS)})" for name, count in seeds.items()}
+    return {name: title + few[name] * (seeds[name] < len(SEEDS)) for name, title in titles.items() if seeds[name]}
 
 
 def _settings(results: Results, students: dict[str, str], curve: str) -> list[str]:

@@ -163,6 +163,9 @@ def all_runs(root: Path, quick: bool = False) -> list[Run]:
     runs += [make.ablation(row, seed) for seed in SEEDS for row in ROWS]
     runs += [make.main(row, seed) for row in (LONG, TUNED) for seed in SEEDS]
     runs += [make.depths(last, first), *(make.depths(depths, seed) for seed in others)]
+    for seed in others:
+        runs += [make.even_teacher(seed), make.even(seed)]
+    runs += [make.depths(last, seed) for seed in others]
     return runs
 
 
