@@ -16,6 +16,7 @@ from device_double import HostDevice, add_plans, stand_in
 from melt_runtime import LoopSettings, Package, PackageError, Request, Runtime, Scheduler
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from melt_runtime.engines.build import EngineOptions, build_engine
+from melt_runtime.package.specs import DIALECTS
 from test_device_state import ControlsOnTheHost, OnStandIn
 
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
@@ -24,6 +25,7 @@ ASKED: dict[str, Any] = {"max_tokens": 16, "ignore_eos": True}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("huginn", "standard", {}),
     ("huginn", "standard", {"share_caches": "last"}),
+    ("huginn", "portable", {}),
     ("huginn", "portable", {"share_caches": "last"}),
     ("llama", "standard", {}),
     ("nanbeige", "standard", {}),
@@ -69,9 +71,12 @@ def test_a_family_becomes_an_engine_with_a_plan_per_stage(
     assert Package.open(package.directory).manifest.engines == {f"tensorrt-rtx-{precision}": spec}
 
 
-def test_an_ouro_becomes_an_engine(make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dialect", ["standard", "portable"])
+def test_an_ouro_becomes_an_engine(
+    dialect: str, make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    source = make_package(make_looplm(), dialect="standard", precision="fp16")
+    source = make_package(make_looplm(), dialect=dialect, precision="fp16")
     package = Package.open(Path(shutil.copytree(source, tmp_path / "package")))
     assert set(build_engine(package, EngineOptions(weights="int8")).files) == {"embed", "loop_step", "lm_head"}
 
@@ -151,11 +156,20 @@ def test_states_after_every_loop_are_the_cpus(
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("kind", ["huginn", "llama", "nanbeige", "nanbeige_skip"])
+@pytest.mark.parametrize(
+    ("kind", "dialect"),
+    [(kind, "standard") for kind in ("huginn", "llama", "nanbeige", "nanbeige_skip")] + [("huginn", "portable")],
+)
 def test_tensorrt_pipelines_with_the_tokens_of_the_cpu(
-    kind: str, graphs: bool, make_family: MakeFamily, make_package: MakePackage, tmp_path: Path, device: HostDevice
+    kind: str,
+    dialect: str,
+    graphs: bool,
+    make_family: MakeFamily,
+    make_package: MakePackage,
+    tmp_path: Path,
+    device: HostDevice,
 ) -> None:
-    source = make_package(make_family(kind), **FAMILY_SIZES, dialect="standard", max_batch=12)
+    source = make_package(make_family(kind), **FAMILY_SIZES, dialect=dialect, max_batch=12)
     cpu, ours = Runtime.load(source, backend="onnxruntime"), on_device(source, tmp_path, graphs=graphs)
     for options in ({}, {"temperature": 0.8, "seed": 3}):
         for prompt in PROMPTS:
@@ -170,7 +184,7 @@ def test_tensorrt_pipelines_with_the_tokens_of_the_cpu(
 
 
 @pytest.mark.parametrize("backend", [OnStandIn, ControlsOnTheHost])
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind", ["huginn", "nanbeige_skip"])
 def test_onnx_runtime_on_a_device_pipelines_with_the_tokens_of_the_cpu(
     kind: str, dialect: str, backend: type[OnStandIn], make_family: MakeFamily, make_package: MakePackage

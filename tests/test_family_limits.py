@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAMILY_SIZES, MakeFamily
+from conftest import FAMILY_SIZES
 from family_checkpoints import CONFIGS
 from melt_models.checkpoint import CONFIGS as CONFIG_CLASSES
 from melt_models.checkpoint import expected_shapes, meta_model
 from melt_runtime import ArgumentError, PackageError, Runtime
-from melt_runtime.engines.build import EngineOptions, check_package
 from melt_runtime.package.manifest import STAGES
 from melt_runtime.package.manifest_schema import read_manifest
 
@@ -70,20 +69,6 @@ def test_a_melt_checkpoint_shares_its_caches_already(tiny_checkpoint: Path, tmp_
         building(tiny_checkpoint, tmp_path / "out", ExportOptions(share_caches="last")),
     ):
         pass
-
-
-def test_caches_per_loop_are_refused_in_the_portable_dialect(make_family: MakeFamily, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ExportError, match="--dialect onnxruntime or standard"),
-        building(make_family("huginn"), tmp_path / "out", ExportOptions(dialect="portable")),
-    ):
-        pass
-
-
-def test_no_engine_is_built_from_a_package_with_stages(make_runtime: Callable[..., Runtime]) -> None:
-    manifest = make_runtime("huginn", share_caches="last", dialect="portable").manifest
-    with pytest.raises(ArgumentError, match="outside its loops"):
-        check_package(manifest, EngineOptions(), None)  # type: ignore[arg-type]
 
 
 def change(manifest: dict[str, Any], how: str) -> None:

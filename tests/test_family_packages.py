@@ -19,6 +19,7 @@ from melt_models.convert import convert
 from melt_models.start_state import start_noise as models_noise
 from melt_runtime import ArgumentError, LoopSettings, PrefixCache, Request, Runtime, Scheduler
 from melt_runtime.decoding import start_state
+from melt_runtime.package.specs import DIALECTS
 from serving import WAIT, Server
 
 from melt_export.export import building
@@ -51,7 +52,7 @@ def error(found: Any, expected: Any) -> float:
 # Parity
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_every_loop_agrees_with_pytorch(
     kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage
@@ -62,6 +63,19 @@ def test_every_loop_agrees_with_pytorch(
     assert report.failures() == []
     assert "exit probability" not in {state.quantity for state in report.states}
     assert all(run.same == run.tokens for run in report.generations)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("kind", "options"), [("huginn", {}), ("llama", {"precision": "fp16"}), ("nanbeige_skip", {})])
+def test_fewer_loops_than_have_caches_agree_with_pytorch_too(
+    kind: str, options: dict[str, Any], dialect: str, make_family: MakeFamily, make_package: MakePackage
+) -> None:
+    checkpoint = make_family(kind)
+    package = make_package(checkpoint, **FAMILY_SIZES, dialect=dialect, **options)
+    for loops in (1, 2):
+        report = verify(package, checkpoint, tokens=8, loops=loops)
+        assert report.failures() == []
+        assert {state.loop for state in report.states if state.quantity == "hidden"} == set(range(1, loops + 1))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +165,12 @@ def test_the_seed_decides_the_answer_and_zeros_need_none(
 def test_tokens_of_one_seed_are_the_same_alone_in_a_batch_and_from_a_stream(
     make_runtime: Callable[..., Runtime],
 ) -> None:
-    for options in ({}, {"share_caches": "last"}, {"share_caches": "last", "dialect": "portable"}):
+    for options in (
+        {},
+        {"dialect": "portable"},
+        {"share_caches": "last"},
+        {"share_caches": "last", "dialect": "portable"},
+    ):
         runtime = make_runtime("huginn", **options)
         prompts = [IDS, IDS[:3], [7]]
         request = {"max_tokens": 8, "ignore_eos": True, "start_seed": 3}
@@ -174,7 +193,7 @@ def test_sequences_of_a_batch_have_seeds_and_depths_of_their_own(make_runtime: C
 
 
 def test_sessions_fork_go_back_and_lie_in_a_file(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
-    for options in ({}, {"share_caches": "last", "dialect": "portable"}):
+    for options in ({}, {"dialect": "portable"}, {"share_caches": "last", "dialect": "portable"}):
         runtime = make_runtime("huginn", **options)
         request: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "start_seed": 4}
         expected = runtime.generate(IDS, **request).token_ids

@@ -88,11 +88,19 @@ def test_calls_of_several_threads_give_what_each_gives_alone_on_a_device(
         assert rounds == [one] * 3
 
 
+@pytest.mark.parametrize("dialect", ["standard", "portable"])
+@pytest.mark.parametrize("kind", ["ouro", "huginn", "llama"])
 @pytest.mark.parametrize("backend", PROVIDERS)
 def test_pipelined_loops_on_a_device_give_the_tokens_of_the_cpu(
-    make_looplm: MakeCheckpoint, make_package: MakePackage, backend: str
+    make_looplm: MakeCheckpoint,
+    make_family: MakeFamily,
+    make_package: MakePackage,
+    backend: str,
+    kind: str,
+    dialect: str,
 ) -> None:
-    package = package_for(backend, make_looplm(), make_package, "standard", "fp32", chunk=8)
+    checkpoint = make_looplm() if kind == "ouro" else make_family(kind)
+    package = package_for(backend, checkpoint, make_package, dialect, "fp32", **FAMILY_SIZES)
     ours, cpu = Runtime.load(package, backend=backend), Runtime.load(package, backend="onnxruntime")
     for options in ({}, {"temperature": 0.8, "seed": 3}, {"loops": 3, "repetition_penalty": 1.3}):
         for prompt in PROMPTS:
@@ -118,6 +126,7 @@ def test_pipelined_requests_of_a_scheduler_on_a_device_are_as_alone_on_the_cpu(
 
 STAGED: list[tuple[str, str, dict[str, Any]]] = [
     ("huginn", "standard", {}),
+    ("huginn", "portable", {}),
     ("huginn", "portable", {"share_caches": "last"}),
     ("llama", "standard", {"share_caches": "last"}),
     ("olmo", "standard", {}),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import MakeCheckpoint, MakePackage
 from melt_models.checkpoint import load_model
 from melt_runtime import ArgumentError, LoopSettings, PackageError, Runtime
+from melt_runtime.backends.bindings import state_buffers
 from melt_runtime.cli.inspect import describe
 from melt_runtime.package.manifest_schema import read_manifest
 from melt_runtime.package.reader import Package
+from melt_runtime.package.specs import DIALECTS
 
 from melt_export.errors import ExportError
 from melt_export.export import building
@@ -38,7 +41,7 @@ def runtime(package: Path) -> Runtime:
     return Runtime.load(package)
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_loop_agrees_with_pytorch(make_package: MakePackage, checkpoint: Path, dialect: str) -> None:
     package = make_package(checkpoint, chunk=8, **({} if dialect == "onnxruntime" else {"dialect": dialect}))
     for loops in (1, LOOPS):
@@ -67,6 +70,24 @@ def test_each_loop_writes_its_own_cache(runtime: Runtime) -> None:
     assert rows[:2].any(axis=(1, 3)).all()
     assert not rows[2:].any()
     assert driver.state.state_bytes == runtime.state_bytes(1)
+
+
+def test_in_the_portable_dialect_every_loops_positions_are_kept_after_the_last(
+    make_package: MakePackage, checkpoint: Path, runtime: Runtime
+) -> None:
+    portable = Runtime.load(make_package(checkpoint, chunk=8, dialect="portable"))
+    assert portable.manifest.format_version > runtime.manifest.format_version  # older runtimes know no such caches
+    drivers = [portable.driver(2), runtime.driver(2)]
+    for driver in drivers:
+        driver.append([PROMPT, PROMPT[:3]], LoopSettings(2))
+        driver.append([[4], []], LoopSettings(2))
+    for slot, length in ((0, len(PROMPT) + 1), (1, 3)):
+        mine, theirs = (driver.state.read_positions(slot, 0, length) for driver in drivers)
+        assert mine.keys() == theirs.keys()
+        for name, values in mine.items():
+            np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-5)
+    state = drivers[0].state
+    assert state.state_bytes == portable.state_bytes(2) == sum(state_buffers(portable.manifest, 2).values())
 
 
 def test_the_chunk_changes_nothing(runtime: Runtime) -> None:
@@ -112,15 +133,6 @@ def test_filled_caches_cannot_be_deepened(runtime: Runtime) -> None:
         driver.append([[5]], LoopSettings(3))
     driver.append([[5]], LoopSettings(1))
     assert driver.lengths.tolist() == [len(PROMPT) + 1]
-
-
-def test_the_portable_dialect_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ExportError, match="--dialect onnxruntime or standard"),
-        building(checkpoint, tmp_path / "out", ExportOptions(dialect="portable")),
-    ):
-        pass
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_whose_tokens_leave_early_is_refused(make_looplm: MakeCheckpoint, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from melt_export.quantization.options import CacheOptions
 SETTINGS = LoopSettings(3)
 PROMPTS = [list(range(5, 18)), [20, 21, 22], list(range(23, 32)), [40, 41]]
 KINDS = ["onnxruntime", "standard", "portable", "looplm", "device standard", "device portable", "engine standard"]
-KINDS += ["engine portable", "int8", "int4"]
+KINDS += ["engine portable", "int8", "int4", "looplm portable"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -37,6 +37,9 @@ def runtime(
         return
     if request.param in ("int8", "int4"):
         yield Runtime.load(make_package(make_checkpoint(), cache=CacheOptions(request.param)))
+        return
+    if request.param == "looplm portable":
+        yield Runtime.load(make_package(make_looplm(), chunk=8, dialect="portable"))
         return
     where, dialect = request.param.split() if " " in request.param else ("cpu", request.param)
     source = make_package(make_checkpoint(), dialect=dialect)

@@ -12,6 +12,7 @@ from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.decoding.loop_driver import Interrupted, LoopDriver
 from melt_runtime.decoding.pipeline import Advancing, PipelineCounts, Pipelining
+from melt_runtime.package.specs import DIALECTS
 
 from melt_export.quantization.options import BITS, CacheOptions, WeightOptions
 
@@ -58,7 +59,7 @@ def test_tokens_are_those_of_plain_decoding(runtime: Runtime, loops: int, option
         assert 23 + loops - 1 <= piped.pipeline.runs <= 23 * loops
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -72,8 +73,8 @@ def test_tokens_are_those_of_plain_decoding(runtime: Runtime, loops: int, option
 def test_every_precision_and_cache_gives_plain_tokens(
     make_package: MakePackage, make_looplm: MakeCheckpoint, dialect: str, options: dict[str, Any]
 ) -> None:
-    if dialect == "standard" and not options.keys() <= {"precision"}:
-        pytest.skip("quantized packages of the standard dialect are for engines")
+    if dialect != "onnxruntime" and not options.keys() <= {"precision"}:
+        pytest.skip("quantized packages of the standard dialect are for engines; of the portable one there are none")
     runtime = Runtime.load(make_package(make_looplm(), chunk=8, dialect=dialect, **options))
     for prompt in prompts(runtime, 4):
         asked: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
@@ -247,7 +248,7 @@ def test_a_session_goes_on_after_pipelined_tokens_as_after_plain_ones(runtime: R
 
 
 def test_it_ends_at_the_last_position(make_package: MakePackage, make_looplm: MakeCheckpoint) -> None:
-    for dialect in ("onnxruntime", "standard"):
+    for dialect in DIALECTS:
         runtime = Runtime.load(make_package(make_looplm(), chunk=4, max_seq_len=16, dialect=dialect))
         asked: dict[str, Any] = {"max_tokens": 50, "ignore_eos": True}
         piped = runtime.generate(PROMPT, pipeline="on", **asked)

@@ -29,7 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "standard"])
+@pytest.fixture(scope="module", params=["onnxruntime", "standard", "portable"])
 def runtime(make_package: MakePackage, make_looplm: MakeCheckpoint, request: pytest.FixtureRequest) -> Runtime:
     return Runtime.load(make_package(make_looplm(), chunk=4, max_seq_len=128, dialect=request.param))
 

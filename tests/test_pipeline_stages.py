@@ -11,6 +11,7 @@ import pytest
 from conftest import FAMILY_SIZES, MakeFamily, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, PrefixCache, Request, Runtime, Scheduler
 from melt_runtime.decoding.pipeline import PipelineCounts, Pipelining
+from melt_runtime.package.specs import DIALECTS
 from test_pipeline import greedy
 
 from melt_export.quantization.options import CacheOptions, WeightOptions
@@ -46,19 +47,20 @@ def test_tokens_are_those_of_plain_decoding_at_every_depth(
             assert 19 + loops - 1 <= piped.pipeline.runs <= 19 * loops
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dialect": "standard"},
-        {"dialect": "standard", "precision": "fp16"},
-        {"precision": "fp16"},
-        {"weights": WeightOptions("int4", 32, method="rtn")},
-        {"weights": WeightOptions("int8", 32, embedding="int8")},
-        {"cache": CacheOptions("int8")},
-        {"cache": CacheOptions("int4")},
-    ],
-    ids=["standard", "standard-fp16", "fp16", "weights-int4", "weights-int8", "cache-int8", "cache-int4"],
-)
+PACKED: dict[str, dict[str, Any]] = {
+    "standard": {"dialect": "standard"},
+    "portable": {"dialect": "portable"},
+    "portable-alone": {"dialect": "portable", "max_batch": 1},
+    "standard-fp16": {"dialect": "standard", "precision": "fp16"},
+    "fp16": {"precision": "fp16"},
+    "weights-int4": {"weights": WeightOptions("int4", 32, method="rtn")},
+    "weights-int8": {"weights": WeightOptions("int8", 32, embedding="int8")},
+    "cache-int8": {"cache": CacheOptions("int8")},
+    "cache-int4": {"cache": CacheOptions("int4")},
+}
+
+
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("kind", ["huginn", "llama"])
 def test_every_precision_and_cache_gives_plain_tokens(
     kind: str, options: dict[str, Any], make_runtime: Callable[..., Runtime]
@@ -68,7 +70,7 @@ def test_every_precision_and_cache_gives_plain_tokens(
         assert runtime.generate(prompt, pipeline="on", **ASKED) == runtime.generate(prompt, pipeline="off", **ASKED)
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_caches_of_all_stages_hold_the_final_tokens_only(
     kind: str, dialect: str, make_runtime: Callable[..., Runtime]
@@ -114,7 +116,7 @@ def test_drafts_are_read_by_the_coda(make_runtime: Callable[..., Runtime]) -> No
     assert not any(use.dropped)
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("kind", ["huginn", "olmo", "nanbeige_skip"])
 def test_requests_of_a_scheduler_are_pipelined_together(
     kind: str, dialect: str, make_runtime: Callable[..., Runtime]
@@ -170,7 +172,7 @@ def test_a_session_goes_on_after_pipelined_tokens_as_after_plain_ones(
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_it_ends_at_the_last_position(dialect: str, make_family: MakeFamily, make_package: MakePackage) -> None:
     runtime = Runtime.load(make_package(make_family("huginn"), chunk=4, max_seq_len=16, dialect=dialect))
     piped = runtime.generate(PROMPT, pipeline="on", max_tokens=50, ignore_eos=True)

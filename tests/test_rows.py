@@ -29,7 +29,7 @@ def test_rows_are_those_of_the_caches(every_backend: Runtime) -> None:
     driver = filled(every_backend)
     positions = driver.state.read_positions(2, 1, 7)
     for state in driver.manifest.states:
-        if state.kind == "per_loop":
+        if state.by_loop:
             for loop in range(int(state.shape[0])):
                 expected = driver.state.read(state.input, (loop, 2, slice(None), slice(1, 7)))
                 assert np.array_equal(positions.pop(f"{state.input}/{loop}"), expected)

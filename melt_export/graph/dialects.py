@@ -70,11 +70,6 @@ class Dialect(ABC):
 
     def check(self, config: LoopedConfig) -> None:
         """Raise ExportError for a model that the dialect cannot express."""
-        if _caches_per_loop(config) and self.cache_kind != "in_place":
-            raise ExportError(
-                f"a LoopLM writes its caches in every loop, the {self.name} dialect once after the last: "
-                "export with --dialect onnxruntime or standard"
-            )
         if config.head_dim % self.head_multiple:
             raise ExportError(
                 f"head_dim is {config.head_dim}; attention in the {self.name} dialect needs a multiple of "
@@ -89,7 +84,8 @@ class Dialect(ABC):
         shape: tuple[int | str, ...] = ("batch", config.num_key_value_heads, cache_rows, config.head_dim)
         kind = self.cache_kind
         if _caches_per_loop(config):
-            shape, kind = (config.total_ut_steps, *shape), "per_loop"
+            shape = (config.total_ut_steps, *shape)
+            kind = {"in_place": "per_loop", "read_only": "per_loop_read_only"}[kind]
         return self._states(config.num_hidden_layers, shape, dtype, kind)
 
     def stage_states(self, config: LoopedConfig, stage: str, dtype: str, cache_rows: int) -> list[StateSpec]:
@@ -212,7 +208,8 @@ class _ReadOnlyCacheAttention(_RotatedAttention):
     """Opset 18: reads the caches without writing them, and returns the chunk's own keys and values as outputs.
 
     One softmax runs over the scores of past and own positions together. The caller writes the new keys and values once,
-    after the last loop. For MELT that is right, because past positions do not change while a token loops.
+    after the last loop. That is right, because past positions do not change while a token loops: a MELT's loops share a
+    cache, and a LoopLM's loop reads only its own.
     """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -248,8 +248,6 @@ def _compare_embeddings(runtime: Runtime, table: Tensor, report: ParityReport) -
 
 def _open_rows(driver: LoopDriver, spec: StateSpec, loop: int, slot: int, count: int) -> np.ndarray:
     """Return the open chunk's keys or values, of the loop's own cache if it has one: (kv_heads, count, head_dim)."""
-    if spec.kind == "read_only":
-        return driver.state.read(spec.output, (slot, slice(None), slice(count)))
-    start = int(driver.lengths[slot])
+    start = 0 if spec.gives_rows else int(driver.lengths[slot])
     rows = (slot, slice(None), slice(start, start + count))
-    return driver.state.read(spec.input, (loop, *rows) if spec.kind == "per_loop" else rows)
+    return driver.state.read(spec.output if spec.gives_rows else spec.input, (loop, *rows) if spec.by_loop else rows)

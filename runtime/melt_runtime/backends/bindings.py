@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..package.manifest import Manifest
-from ..package.specs import CODA, PRELUDE, Shape, StateSpec, TensorSpec, new_positions_shape, size_of
+from ..package.specs import CODA, PRELUDE, Shape, StateSpec, TensorSpec, size_of
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,15 @@ def state_buffers(manifest: Manifest, batch: int, alignment: int = 1) -> dict[st
     """
     sizes: dict[str, int] = {}
     for state in manifest.states:
-        if state.kind == "per_loop":
+        parts = int(state.shape[0]) if state.by_loop else 1
+        if state.by_loop:
             of_loop = size_of(state.bound_shape, state.dtype, batch=batch)
-            sizes[state.input] = int(state.shape[0]) * rounded_up(of_loop, alignment)
-            continue
-        for name in buffers_of(state):
-            sizes[name] = size_of(state.bound_shape, state.dtype, batch=batch, chunk=manifest.chunk)
-        if state.kind == "read_only":
-            sizes[state.output] = size_of(
-                new_positions_shape(state.shape), state.dtype, batch=batch, chunk=manifest.chunk
-            )
+            sizes[state.input] = parts * rounded_up(of_loop, alignment)
+        else:
+            for name in buffers_of(state):
+                sizes[name] = size_of(state.bound_shape, state.dtype, batch=batch, chunk=manifest.chunk)
+        if state.gives_rows:
+            sizes[state.output] = parts * rounded_up(rows_bytes(manifest, state, batch), alignment)
     return sizes
 
 
@@ -188,7 +187,7 @@ def buffers_of(state: StateSpec) -> list[str]:
     """Return the names of a state's parts: both swap buffers, the cache of each loop, or the only buffer."""
     if state.kind == "swap":
         return [buffer_name(state, 0), buffer_name(state, 1)]
-    if state.kind == "per_loop":
+    if state.by_loop:
         return [buffer_name(state, 0, loop) for loop in range(int(state.shape[0]))]
     return [state.input]
 
@@ -204,7 +203,7 @@ def cache_buffers(manifest: Manifest, loops: int | None = None) -> dict[str, Sta
     found: dict[str, StateSpec] = {}
     for state in manifest.states:
         if state.kind != "swap":
-            found |= dict.fromkeys(buffers_of(state)[: loops if state.kind == "per_loop" else None], state)
+            found |= dict.fromkeys(buffers_of(state)[: loops if state.by_loop else None], state)
     return found
 
 
@@ -221,7 +220,8 @@ def placed(bindings: Bindings, places: Mapping[str, tuple[str, int]]) -> Binding
 
 
 def cache_places(manifest: Manifest, pitch: int, first: int, alignment: int = 1) -> dict[str, tuple[str, int]]:
-    """Return where the caches lie from sequence ``first`` on: the buffer, and bytes from its start, by name.
+    """Return where the caches lie from sequence ``first`` on, and new positions of those that are only read: the
+    buffer, and bytes from its start, by name.
 
     ``pitch``: sequences per loop, in caches with a part for each loop.
     """
@@ -230,8 +230,11 @@ def cache_places(manifest: Manifest, pitch: int, first: int, alignment: int = 1)
         if state.kind != "swap":
             step = size_of(state.bound_shape, state.dtype, batch=1)
             of_loop = rounded_up(pitch * step, alignment)
+            of_rows = rounded_up(rows_bytes(manifest, state, pitch), alignment) if state.gives_rows else 0
             for loop, name in enumerate(buffers_of(state)):
                 places[name] = (state.input, loop * of_loop + first * step)
+                if state.gives_rows:
+                    places[rows_name(state, loop)] = (state.output, loop * of_rows)
     return places
 
 
@@ -242,14 +245,25 @@ def rounded_up(count: int, multiple: int) -> int:
 
 def buffer_name(state: StateSpec, which: int, loop: int = 0) -> str:
     """Return the name of a state's buffer: swap buffer ``which``, the loop's own, or the only one."""
-    if state.kind == "per_loop":
+    if state.by_loop:
         return f"{state.input}/{loop}"
     return f"{state.input}/{which}" if state.kind == "swap" else state.input
 
 
+def rows_name(state: StateSpec, loop: int = 0) -> str:
+    """Return the name of what receives the new positions of a cache that is only read: the loop's own, or the only
+    one."""
+    return f"{state.output}/{loop}" if state.by_loop else state.output
+
+
+def rows_bytes(manifest: Manifest, state: StateSpec, batch: int) -> int:
+    """Return the bytes of a chunk's new positions of a cache that is only read, in one loop."""
+    return size_of(state.output_shape, state.dtype, batch=batch, chunk=manifest.chunk)
+
+
 def _output_buffer(state: StateSpec, current: int, loop: int) -> str:
     """Return the buffer that receives this state's output: the swap partner, the cache, or the new positions."""
-    return state.output if state.kind == "read_only" else buffer_name(state, 1 - current, loop)
+    return rows_name(state, loop) if state.gives_rows else buffer_name(state, 1 - current, loop)
 
 
 def _binding(spec: TensorSpec, buffer: str, named: dict[str, int]) -> Binding:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
-from ..package.specs import CODA, ITEM_BYTES, StateSpec, new_positions_shape
+from ..package.specs import CODA, ITEM_BYTES, StateSpec
 from ..sampling.top_candidates import Candidates
 from .bindings import (
     Binding,
@@ -28,6 +28,7 @@ from .bindings import (
     lane_window,
     loop_bindings,
     placed,
+    rows_name,
     scratch_buffers,
     slot_bytes,
     state_buffers,
@@ -65,7 +66,7 @@ class BufferState(CachedPositions):
         self.places = cache_places(manifest, batch, 0, self.alignment)  # caches by name: buffer, bytes from its start
         sizes = state_buffers(manifest, batch, self.alignment)
         self.state_bytes = manifest.state_bytes(batch)
-        self.read_only = [state for state in manifest.states if state.kind == "read_only"]
+        self.read_only = [state for state in manifest.states if state.gives_rows]
         self.bindings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.lane_owner: list[object] = [None]  # what the lanes' buffers hold tokens of; shared by parts
         self.allocate({**sizes, **scratch_buffers(manifest, batch)})
@@ -115,7 +116,7 @@ class BufferState(CachedPositions):
         """
         if first < 0 or count < 1 or first + count > self.batch:
             raise ArgumentError(f"slots {first} to {first + count - 1} are not among the {self.batch} of this state")
-        places = {
+        places = self.places | {
             name: (self.places[name][0], self.places[name][1] + first * step)
             for name, step in slot_bytes(self.manifest).items()
         }
@@ -144,7 +145,7 @@ class BufferState(CachedPositions):
             return "the caches of these sequences do not lie side by side"
         if any(self.pitch * step % self.alignment for step in slot_bytes(self.manifest).values()):
             return f"its caches do not begin at multiples of {self.alignment} bytes"
-        if self.masked and self.manifest.cache_rows == self.manifest.max_seq_len:
+        if self.manifest.dialect == "standard" and self.manifest.cache_rows == self.manifest.max_seq_len:
             return "a package exported with --max-batch 1 has no spare position for loops without a token"
         return None
 
@@ -286,7 +287,7 @@ class BufferState(CachedPositions):
 
         An input name gives the state: hidden (batch, chunk, d), latent (layers, batch, chunk, d), a cache (batch,
         kv_heads, positions, head_dim), a LoopLM's with the loop as first axis. The output name of a read-only cache
-        gives the chunk's new positions.
+        gives the chunk's new positions, likewise.
         """
         axes = index if isinstance(index, tuple) else (index,)
         which, rest = (axes[0], axes[1:]) if axes else (..., ())
@@ -294,16 +295,19 @@ class BufferState(CachedPositions):
         if name == "latent" and latents:
             return _joined(lambda layer: self.read(latents[layer].input, rest), len(latents), which)
         for state in self.manifest.states:
-            if name == state.input and state.kind == "per_loop":
+            rows = name == state.output and state.gives_rows
+            if not rows and name != state.input:
+                continue
+            shape = state.output_shape if rows else state.bound_shape
+            if not state.by_loop:
+                buffer = name if rows else buffer_name(state, self.current)
+                return self._read(buffer, shape, state.dtype, index)
 
-                def of_loop(loop: int, state: StateSpec = state) -> NDArray[Any]:
-                    return self._read(buffer_name(state, 0, loop), state.bound_shape, state.dtype, rest)
+            def of_loop(loop: int, state: StateSpec = state, rows: bool = rows) -> NDArray[Any]:
+                buffer = rows_name(state, loop) if rows else buffer_name(state, 0, loop)
+                return self._read(buffer, state.output_shape if rows else state.bound_shape, state.dtype, rest)
 
-                return _joined(of_loop, int(state.shape[0]), which)
-            if name == state.input:
-                return self._read(buffer_name(state, self.current), state.shape, state.dtype, index)
-            if name == state.output and state.kind == "read_only":
-                return self._read(name, new_positions_shape(state.shape), state.dtype, index)
+            return _joined(of_loop, int(state.shape[0]), which)
         raise ArgumentError(f"the package has no state {name!r}")
 
     def put(self, buffer: str, values: NDArray[Any]) -> None:

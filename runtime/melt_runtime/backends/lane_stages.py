@@ -57,6 +57,7 @@ class Entrance:
         self._size = int(state.hidden.shape[-1])
         self._step = self._size * ITEM_BYTES[state.hidden.dtype]
         self._context, self._starts = 0, list[int]()  # sequences whose hidden state is not what the embedding gives
+        self._control: LoopControl | None = None
 
     def begin(self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64]) -> None:
         """Write the inputs. ``lengths`` (slots,): tokens in the cache, before those in flight."""
@@ -67,8 +68,8 @@ class Entrance:
         if state.manifest.has_prelude:
             before = lengths + np.array([sum(lane.ran > 0 for lane in tokens) for tokens in lanes])
             present = np.array([one is not None for one in entering])
-            control = LoopControl(present, present[:, None], before, present.astype(np.int64))
-            _, self._context = state.begin_loops(control)
+            self._control = LoopControl(present, present[:, None], before, present.astype(np.int64))
+            _, self._context = state.begin_loops(self._control)
         self._starts = []
         if self._injects:
             starts = np.zeros((state.batch, self._size), np.float32)
@@ -82,6 +83,8 @@ class Entrance:
         """Run the embedding, with the prelude, and set the hidden states before the first loop."""
         state = self._state
         state.perform((PRELUDE, self._context), lambda: state.run_embed(self._context))
+        if self._control is not None:
+            state.commit(self._control, PRELUDE)
         if not self._injects:
             return
         target = LANES + buffer_name(state.hidden, 0)
@@ -102,6 +105,7 @@ class Reading:
         self._slots, self._step = state.batch, int(state.hidden.shape[-1]) * ITEM_BYTES[state.hidden.dtype]
         self._cached = any(one.stage == CODA for one in state.manifest.caches)
         self._width = self._context = 0
+        self._control: LoopControl | None = None
         self._rows: list[tuple[int, int]] = []  # of lanes and of the coda's chunks
 
     def begin(self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64]) -> None:
@@ -111,7 +115,8 @@ class Reading:
         self._width, self._context = width, 0
         if self._cached:
             present = np.arange(width) < counts[:, None]
-            _, self._context = state.begin_loops(LoopControl(present[:, 0], present, lengths.copy(), counts))
+            self._control = LoopControl(present[:, 0], present, lengths.copy(), counts)
+            _, self._context = state.begin_loops(self._control)
         self._rows = [
             (lane.ran * self._slots + slot, slot * width + column)
             for slot, tokens in enumerate(lanes)
@@ -133,6 +138,8 @@ class Reading:
             self._head(width)
 
         state.perform((CODA, width, self._context), work)
+        if self._control is not None:
+            state.commit(self._control, CODA)
         return state.view(LANES + "logits", FLOAT32, (self._slots, width, state.manifest.vocab_size))
 
     def _head(self, width: int) -> None:

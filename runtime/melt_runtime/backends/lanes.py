@@ -145,6 +145,7 @@ class LoopLanes:
                 rows.run_head()
 
         rows.perform(("lanes", first, last, context, embeds), work)
+        rows.commit(control, "core", (first,))
         return rows
 
     def _move(self, first: int, last: int) -> None:

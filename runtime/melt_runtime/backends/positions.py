@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..package.specs import ITEM_BYTES, StateSpec
-from .bindings import cache_buffers
+from .bindings import buffer_name, cache_buffers, rows_name
 from .control import LoopControl
 
 
@@ -34,6 +34,7 @@ class CachedPositions(ABC):
     batch: int
     places: dict[str, tuple[str, int]]
     read_only: list[StateSpec]  # caches that a graph does not write
+    loops_run: int  # loops of the current chunk
     alignment = 1  # bytes to a multiple of which bound caches begin
 
     @abstractmethod
@@ -48,20 +49,29 @@ class CachedPositions(ABC):
     def store(self, target: StridedRegion, values: NDArray[np.uint8]) -> None:
         """Write contiguous host data (blocks, count) into a buffer. The array may be reused afterwards."""
 
-    def commit(self, control: LoopControl) -> None:
-        """Copy the chunk's positions into read-only caches; in other dialects the graph has written them."""
-        width = control.active.shape[1]
+    def commit(self, control: LoopControl, stage: str | None = None, loops: Sequence[int] | None = None) -> None:
+        """Copy the chunk's positions into read-only caches; in other dialects the graph has written them.
+
+        ``stage``: whose caches; None: those of all. ``loops``: of caches per loop, whose; None: of all that ran.
+        """
         for state in self.read_only:
-            heads, positions, size = (int(dim) for dim in state.shape[1:])
-            step = size * ITEM_BYTES[state.dtype]
-            for slot, (at, count) in enumerate(
-                zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
-            ):
-                if count:
-                    begin = self.places[state.input][1] + (slot * heads * positions + int(at)) * step
-                    target = StridedRegion(state.input, begin, positions * step)
-                    source = StridedRegion(state.output, slot * heads * width * step, width * step)
-                    self.copy(target, source, int(count) * step, heads)
+            if stage in (None, state.stage):
+                every = range(self.loops_run) if loops is None else loops
+                for loop in every if state.by_loop else (0,):
+                    self._commit(control, state, loop)
+
+    def _commit(self, control: LoopControl, state: StateSpec, loop: int) -> None:
+        """Copy a chunk's positions into one read-only cache."""
+        heads, positions, size = (int(dim) for dim in state.bound_shape[1:])
+        width, step = control.active.shape[1], size * ITEM_BYTES[state.dtype]
+        cache, first = self.places[buffer_name(state, 0, loop)]
+        rows, given = self.places[rows_name(state, loop)]
+        counts = zip(control.lengths.tolist(), control.chunk_lengths.tolist(), strict=True)
+        for slot, (at, count) in enumerate(counts):
+            if count:
+                target = StridedRegion(cache, first + (slot * heads * positions + at) * step, positions * step)
+                source = StridedRegion(rows, given + slot * heads * width * step, width * step)
+                self.copy(target, source, count * step, heads)
 
     def read_positions(self, slot: int, start: int, stop: int, loops: int | None = None) -> dict[str, NDArray[Any]]:
         """Return a copy of cache positions ``start`` to ``stop - 1`` of a sequence, by buffer (kv_heads, positions,

@@ -95,7 +95,7 @@ def _states(manifest: Manifest) -> str | None:
     """Check the states: hidden, latent (a MELT of several loops only), and a key and value cache per layer, with the
     sizes of the manifest."""
     dtype, states = PRECISIONS[manifest.precision], manifest.states
-    per_loop = any(state.kind == "per_loop" for state in states)
+    per_loop = any(state.by_loop for state in states)
     caches = manifest.core_caches
     layers = len(caches) // 2
     latents = [] if per_loop else _latents(manifest, layers)
@@ -110,14 +110,14 @@ def _states(manifest: Manifest) -> str | None:
     wanted = [StateSpec("hidden", "next_hidden", dtype, ("batch", "chunk", width), "swap")]
     wanted += latents
     first = caches[0]
-    kind = "per_loop" if per_loop else "read_only" if manifest.dialect == "portable" else "in_place"
+    once = "read_only" if manifest.dialect == "portable" else "in_place"
+    kind = {"in_place": "per_loop", "read_only": "per_loop_read_only"}[once] if per_loop else once
     stored = first.dtype if first.dtype in _QUANTIZED else dtype
     rank = 5 if per_loop else 4
     if len(first.shape) != rank:
         return f"state {first.input} has {len(first.shape)} dimensions; a cache of this kind has {rank}"
     loops, heads, size = first.shape[:1] if per_loop else (), first.shape[-3], first.shape[-1]
     shape: Shape = ("batch", heads, manifest.cache_rows, size)
-    once = "in_place" if per_loop else kind
     for name in names[len(wanted) :]:
         own, of_kind = ((*loops, *shape), kind) if name.startswith(("key_", "value_")) else (shape, once)
         wanted.append(StateSpec(name, _output(name, of_kind), stored, own, of_kind))
@@ -149,7 +149,7 @@ def _latents(manifest: Manifest, layers: int) -> list[StateSpec]:
 
 
 def _output(name: str, kind: str) -> str:
-    return name.replace("_cache.", "_rows.") if kind == "read_only" else f"next_{name}"
+    return name.replace("_cache.", "_rows.") if kind.endswith("read_only") else f"next_{name}"
 
 
 def _start(manifest: Manifest) -> str | None:

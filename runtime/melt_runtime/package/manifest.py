@@ -16,7 +16,7 @@ from .specs import CODA, PRELUDE, GraphSpec, StateSpec, is_latent, size_of
 FORMAT_VERSION = 4  # the newest; packages that older runtimes can run keep the version that these read
 _ONE_LOOP = 2  # no latent; in packages of several loops, a latent per layer instead of one for all
 _BY_TOKEN = 3  # first_loop per token instead of per sequence
-STAGES = 4  # prelude, injection, coda, a start other than the embedding; no exit gate
+STAGES = 4  # prelude, injection, coda, a start other than the embedding; no exit gate; caches per loop, only read
 MANIFEST, PARITY = "manifest.json", "parity.json"
 COMPUTED_FROM = (".onnx", ".data")  # suffixes of the files that determine results
 
@@ -141,7 +141,7 @@ class Manifest:
     @cached_property
     def cache_loops(self) -> int | None:
         """The number of loops with their own cache (LoopLM); None if all loops share one (MELT)."""
-        return next((int(s.shape[0]) for s in self.states if s.kind == "per_loop"), None)
+        return next((int(s.shape[0]) for s in self.states if s.by_loop), None)
 
     @cached_property
     def has_latent(self) -> bool:
@@ -198,8 +198,8 @@ def version_for(states: Sequence[StateSpec], graphs: Mapping[str, GraphSpec]) ->
     inputs = {spec.name for spec in graphs["loop_step"].inputs}
     if "exit_probability" not in outputs or "injected" in inputs or CODA in graphs or len(graphs["embed"].inputs) > 1:
         return STAGES
-    if any(state.kind == "per_loop" for state in states):
-        return 1
+    if any(state.by_loop for state in states):
+        return STAGES if any(state.gives_rows for state in states) else 1
     return _BY_TOKEN if any(is_latent(state) for state in states) else _ONE_LOOP
 
 

@@ -9,7 +9,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 MAX_BATCH = 1 << 16
 MAX_LOOPS = 1024  # per token, for every source: package, session file, request, program
-STATE_KINDS = ("swap", "in_place", "read_only", "per_loop")
+STATE_KINDS = ("swap", "in_place", "read_only", "per_loop", "per_loop_read_only")
 GRAPHS = ("embed", "loop_step", "lm_head")  # of every package
 PRELUDE = "prelude"  # the layers between embedding and loops, in the embedding's graph
 CODA = "coda"  # the graph of packages with layers, or a norm, between the last loop and the head
@@ -46,7 +46,8 @@ class StateSpec:
     ``kind``: "swap" (hidden and latent: two buffers that are swapped after each loop), "in_place" (caches: one buffer,
     bound as ``input`` and ``output``), "read_only" (caches of the portable dialect: ``output`` holds the chunk's new
     positions, which the runtime copies into the cache after the last loop), "per_loop" (a LoopLM's caches: the first
-    axis of ``shape`` is the loop, and each loop binds its own part in place).
+    axis of ``shape`` is the loop, and each loop binds its own part in place), "per_loop_read_only" (the same in the
+    portable dialect, with new positions per loop).
     """
 
     input: str
@@ -56,14 +57,24 @@ class StateSpec:
     kind: str
 
     @property
+    def by_loop(self) -> bool:
+        """Whether each loop has a part of its own."""
+        return self.kind in ("per_loop", "per_loop_read_only")
+
+    @property
+    def gives_rows(self) -> bool:
+        """Whether the graph only reads it and gives the chunk's new positions."""
+        return self.kind in ("read_only", "per_loop_read_only")
+
+    @property
     def bound_shape(self) -> Shape:
-        """The shape of the loop step's input: without the loop axis for "per_loop"."""
-        return self.shape[1:] if self.kind == "per_loop" else self.shape
+        """The shape of the loop step's input: without the axis of loops."""
+        return self.shape[1:] if self.by_loop else self.shape
 
     @property
     def output_shape(self) -> Shape:
         """The shape of the loop step's output."""
-        return new_positions_shape(self.shape) if self.kind == "read_only" else self.bound_shape
+        return new_positions_shape(self.bound_shape) if self.gives_rows else self.bound_shape
 
     @property
     def stage(self) -> str:
@@ -75,8 +86,9 @@ class StateSpec:
         total = size_of(self.shape, self.dtype, batch=batch, chunk=chunk)
         if self.kind == "swap":
             return 2 * total
-        if self.kind == "read_only":
-            return total + size_of(new_positions_shape(self.shape), self.dtype, batch=batch, chunk=chunk)
+        if self.gives_rows:
+            rows = size_of(self.output_shape, self.dtype, batch=batch, chunk=chunk)
+            return total + rows * (int(self.shape[0]) if self.by_loop else 1)
         return total
 
 
