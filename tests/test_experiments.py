@@ -148,7 +148,9 @@ def test_a_student_waits_for_its_teacher() -> None:
 def test_a_run_that_fails_takes_only_those_along_that_need_it() -> None:
     work = FakeWork("teacher-1", "mean-0")
     problems = {name for name, problem in scheduled(work).items() if problem}
-    assert problems == {"mean-0"} | {run.name for run in all_runs(Path("there")) if "teacher-1" in (run.name, run.needs)}
+    assert problems == {"mean-0"} | {
+        run.name for run in all_runs(Path("there")) if "teacher-1" in (run.name, run.needs)
+    }
     assert "main-1" not in work.did
     assert work.stopped
 

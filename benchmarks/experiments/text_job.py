@@ -34,6 +34,7 @@ from melt_models.training.trainer import _Loop, make_accelerator, make_optimizer
 from text_measure import LOOPS, held_out_sequences, measure
 from text_runs import SIZES
 from torch import Tensor
+from transformers.utils import logging
 
 _KEEP = 20.0  # seconds between copies of the weights, to which a diverged stage falls back
 _FIRST = 1_000_000  # steps, as long as none has been timed
@@ -99,7 +100,7 @@ class Job:
         self.size = SIZES[plan["size"]]
         self.begun: float = plan["begun"]
         self.configs = {row: self._config(row, content) for row, content in self.job["rows"].items()}
-        self.accelerator = make_accelerator("tf32")
+        self.accelerator = make_accelerator()
         self.results: dict[str, Any] = {row: {"stages": {}} for row in self.configs}
         first = next(iter(self.configs.values()))
         self.held_out = held_out_sequences(first.data["held_out"], self.size.sequence, plan["held_out"])
@@ -115,6 +116,7 @@ class Job:
 
     def train(self, name: str, deadline: float) -> None:
         """Train a stage of all rows until the deadline, in turns."""
+        self.accelerator = make_accelerator(self.plan["precisions"][name])
         configs = {row: config for row, config in self.configs.items() if not self._same_as_first(row, name)}
         first = next(iter(configs.values()))
         batches = _batches(first, name, getattr(first, name).training.seed)
@@ -172,10 +174,12 @@ class Job:
                 continue
             begun = time.time()
             model = load_model(config.output / name, dtype=torch.float32).eval().to(self.accelerator.device)
-            full = len(self.configs) == 1 and name != "phase1"
+            trained, main = model.config.total_ut_steps, len(self.configs) == 1
+            last = name == "phase2"
             sizes = (1, *(size for size in self.size.chunks if size > 1), 2 * self.size.chunks[-1])
-            depths = LOOPS if len(self.configs) == 1 else range(1, model.config.total_ut_steps + 1)
-            figures = measure(model, self.held_out, depths, sizes, self.plan["eval_batch"], full=full)
+            depths = LOOPS if main else range(1, trained + 1) if last else (trained,)
+            chunks = sizes if main and last else sizes[:1] if last else ()
+            figures = measure(model, self.held_out, depths, chunks, self.plan["eval_batch"], decoded=main and last)
             figures["measuring_seconds"] = round(time.time() - begun, 1)
             self.results[row]["stages"][name] |= figures
             at_all = figures["loops"][str(model.config.total_ut_steps)]["all"]
@@ -236,22 +240,10 @@ def _last(file: str) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def wait_for(path: Path, until: float) -> None:
-    """Wait for a checkpoint of another process. Raises TimeoutError."""
-    while not path.exists():
-        if time.time() > until:
-            raise TimeoutError(f"{path} is not there; the run that trains it has not finished it in time")
-        time.sleep(0.5)
-
-
 def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    name = sys.argv[2]
+    logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    needs = plan["jobs"][name].get("needs")
-    if needs:
-        wait_for(Path(needs), plan["begun"] + plan["budget"])
-    Job(plan, name).run()
+    Job(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2]).run()
 
 
 if __name__ == "__main__":

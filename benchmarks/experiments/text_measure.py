@@ -75,10 +75,16 @@ def at_loops(model: Model, loops: int) -> Figures:
 
 
 def measure(
-    model: Model, held_out: dict[str, Tensor], depths: Sequence[int], chunks: Sequence[int], batch: int, *, full: bool
+    model: Model,
+    held_out: dict[str, Tensor],
+    depths: Sequence[int],
+    chunks: Sequence[int],
+    batch: int,
+    *,
+    decoded: bool,
 ) -> Figures:
-    """Measure a model at each of ``depths``, and a MELT also in chunks of the first of ``chunks``; ``full``: of all of
-    them, and decoding token by token."""
+    """Measure a model at each of ``depths``; a MELT also in each of the sizes ``chunks``, and if ``decoded`` at every
+    depth with the second half of each sequence decoded token by token."""
     depth = model.config.total_ut_steps
     found: Figures = {
         "loops": {str(loops): perplexity(model, held_out, batch, **at_loops(model, loops)) for loops in depths}
@@ -86,9 +92,8 @@ def measure(
     if isinstance(model, LoopLMForCausalLM):
         return found
     settings = at_loops(model, depth)
-    sizes = chunks if full else chunks[:1]
-    found["chunks"] = {str(size): perplexity(model, held_out, batch, chunk_size=size, **settings) for size in sizes}
-    if full:
+    found["chunks"] = {str(size): perplexity(model, held_out, batch, chunk_size=size, **settings) for size in chunks}
+    if decoded:
         length = next(iter(held_out.values())).shape[1] - 1
         everything = torch.cat(list(held_out.values()))
         half = length // 2

@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/text_train.py --size gpu --budget 480 --out DIR
 
-Reads the data that text_data.py packed. Every job is a process of its own (text_job.py), all on the same device: one
-run of a small model leaves a GPU idle between its small operations. Each stage ends at its share of the time, whatever the
+Reads the data that text_data.py packed. Every job is a process of its own (text_job.py), all on the same device: one run
+of a small model leaves a GPU idle between its small operations. Each stage ends at its share of the time, whatever the
 device's speed, with its schedule finished, and writes a checkpoint in bf16. ``--out`` receives results.tar.gz (figures,
 metrics, logs; renewed as the run goes on) and the weights in the order of KEPT while they fit ``--most-bytes``.
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,51 +25,46 @@ import typer
 from text_runs import MAIN, ROWS, SEEDS, SIZES, content
 
 HERE = Path(__file__).resolve().parent
-# Shares of the time at which stages end.
-MAIN_ENDS = {"teacher": 0.36, "phase1": 0.52, "phase2": 0.83, "gate": 0.86}
-ROW_ENDS = {"phase1": 0.60, "phase2": 0.85}
-KEPT = (
-    "main-0/gate",
-    "main-0/teacher",
-    "main-1/gate",
-    "main-1/teacher",
-    "main-0/phase1",
-    "gate-0/phase2",
-    "main-1/phase1",
-)
+# Shares of the time at which stages end; what remains is for measuring.
+ENDS = {
+    "main": {"teacher": 0.42, "phase1": 0.58, "phase2": 0.86, "gate": 0.88},
+    "ablations": {"phase1": 0.36, "phase2": 0.8},
+}
+# Weights to bring back, the most useful first.
+KEPT = {
+    "main": ("main-0/gate", "main-0/teacher", "main-1/gate", "main-1/teacher"),
+    "ablations": ("main-0/phase1", "main-1/phase1", "gate-0/phase2", "last-0/phase2"),
+}
+# A teacher's large batches profit from bf16; a student's many small operations would be joined by as many conversions.
+PRECISIONS = {"teacher": "bf16", "phase1": "tf32", "phase2": "tf32", "gate": "tf32"}
 _TURN = 2.0  # seconds
 _RENEW = 45.0
 _GRACE = 25.0  # seconds after the budget, before jobs are ended
 
 
-def plan_of(size: str, budget: float, data: Path, root: Path, ablations: bool, held_out: int) -> dict[str, Any]:
-    """Return the jobs of a run: rows, stages with the share of the time at which each ends, what each waits for."""
-    sizes = SIZES[size]
-    jobs: dict[str, Any] = {
-        f"{MAIN.name}-{seed}": {
-            "rows": {f"{MAIN.name}-{seed}": content(MAIN, seed, sizes, data, root)},
-            "stages": MAIN_ENDS,
-        }
-        for seed in SEEDS
-    }
-    if ablations:
-        seed = SEEDS[0]
-        first = f"{MAIN.name}-{seed}"
-        teacher = root / first / "teacher"
-        rows = {f"{row.name}-{seed}": content(row, seed, sizes, data, root, teacher=teacher) for row in ROWS}
-        jobs["ablations"] = {"rows": rows, "stages": ROW_ENDS, "needs": str(teacher), "after": first}
+def plan_of(size: str, budget: float, data: Path, root: Path, jobs: str, held_out: int) -> dict[str, Any]:
+    """Return the processes of a call: their rows, and the share of the time at which each stage ends."""
+    sizes, made = SIZES[size], {}
+    for seed in SEEDS:
+        if jobs == "main":
+            rows = {f"{MAIN.name}-{seed}": content(MAIN, seed, sizes, data, root)}
+        else:
+            teacher = root / f"{MAIN.name}-{seed}" / "teacher"
+            rows = {f"{row.name}-{seed}": content(row, seed, sizes, data, root, teacher=teacher) for row in ROWS}
+        made[f"{jobs}-{seed}"] = {"rows": rows, "stages": ENDS[jobs]}
     return {
         "size": size,
         "budget": budget,
         "begun": time.time(),
         "held_out": held_out,
         "eval_batch": 160 if size == "gpu" else 16,
-        "jobs": jobs,
+        "precisions": PRECISIONS,
+        "jobs": made,
     }
 
 
-def pack(root: Path, out: Path, most: int) -> None:
-    """Copy figures and logs, and those of the weights of KEPT that there are and that fit, into ``out``."""
+def pack(root: Path, out: Path, most: int, kept: Sequence[str]) -> None:
+    """Copy figures and logs, and those of the weights of ``kept`` that there are and that fit, into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.results.partial")
     with tarfile.open(partial, "w:gz") as tar:
@@ -77,7 +73,7 @@ def pack(root: Path, out: Path, most: int) -> None:
                 tar.add(path, path.relative_to(root))
     os.replace(partial, out / "results.tar.gz")
     free = most - (out / "results.tar.gz").stat().st_size
-    for name in KEPT:
+    for name in kept:
         source, target = root / name / "model.safetensors", out / f"{name.replace('/', '-')}.safetensors"
         if source.is_file() and not target.exists() and source.stat().st_size <= free:
             shutil.copyfile(source, partial)
@@ -92,17 +88,21 @@ def main(
     root: Annotated[Path, typer.Option(help="Where the runs are written.")] = Path("build/text/runs"),
     out: Annotated[Path | None, typer.Option(help="Where figures and weights are copied.")] = None,
     most_bytes: Annotated[int, typer.Option(help="Bytes for `--out`.")] = 66_000_000,
-    ablations: Annotated[bool, typer.Option(help="Train the ablations too.")] = True,
+    jobs: Annotated[str, typer.Option(help="main, or after it ablations.")] = "main",
     held_out: Annotated[int, typer.Option(help="Held-out sequences per source.")] = 48,
     threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 3,
 ) -> None:
     """Train, measure and collect, within the budget."""
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
+    if jobs not in ENDS or size not in SIZES:
+        raise typer.BadParameter(f"jobs are {', '.join(ENDS)}; sizes are {', '.join(SIZES)}")
+    plan = plan_of(size, budget, data, root, jobs, held_out)
+    for job in plan["jobs"].values():
+        for row in job["rows"]:
+            shutil.rmtree(root / row, ignore_errors=True)
     for stale in out.glob("*.safetensors") if out is not None else ():
         stale.unlink()
-    plan = plan_of(size, budget, data, root, ablations, held_out)
-    (root / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / f"{jobs}.json").write_text(json.dumps(plan), encoding="utf-8")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -110,34 +110,31 @@ def main(
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    jobs: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, subprocess.Popen[bytes]] = {}
     for name in plan["jobs"]:
         with (root / f"{name}.txt").open("wb") as log:
-            command = [sys.executable, str(HERE / "text_job.py"), str(root / "plan.json"), name]
-            jobs[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            command = [sys.executable, str(HERE / "text_job.py"), str(root / f"{jobs}.json"), name]
+            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     renewed = time.time()
-    failed = False
-    while any(job.poll() is None for job in jobs.values()):
+    while any(job.poll() is None for job in running.values()):
         time.sleep(_TURN)
         if out is not None and time.time() - renewed > _RENEW:
             renewed = time.time()
-            pack(root, out, most_bytes)
-        before = {job.get("after") for job in plan["jobs"].values()}
-        needed = [name for name, job in jobs.items() if job.poll() and name in before]
-        if needed or time.time() > plan["begun"] + budget + _GRACE:
-            print(f"{needed[0]} failed" if needed else "the time is over", "; unfinished jobs are ended", flush=True)
-            for job in jobs.values():
+            pack(root, out, most_bytes, KEPT[jobs])
+        broken = [name for name, job in running.items() if job.poll()]
+        if broken or time.time() > plan["begun"] + budget + _GRACE:
+            print(f"{broken[0]} failed" if broken else "the time is over; unfinished jobs are ended", flush=True)
+            for job in running.values():
                 job.terminate()
             break
-    for name, job in jobs.items():
-        failed |= job.wait() != 0
-        print(
-            f"== {name}: exit {job.returncode}\n{(root / f'{name}.txt').read_text(errors='replace')[-2500:]}",
-            flush=True,
-        )
+    failed = any([job.wait() != 0 for job in running.values()])
+    for name, job in running.items():
+        log_end = (root / f"{name}.txt").read_text(errors="replace")[-3000:]
+        print(f"== {name}: exit {job.returncode}\n{log_end}", flush=True)
     if out is not None:
-        pack(root, out, most_bytes)
+        pack(root, out, most_bytes, KEPT[jobs])
         print("\n".join(f"{path.stat().st_size:>10} {path.name}" for path in sorted(out.iterdir())), flush=True)
     if failed:
         raise typer.Exit(1)

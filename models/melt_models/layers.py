@@ -37,8 +37,8 @@ class RMSNorm(nn.Module):
         self.eps = float(eps)  # PyTorch takes no whole number of more than 64 bits
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype == self.weight.dtype == torch.float32:  # one kernel instead of seven; never exported
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda and self.weight.dtype == torch.float32:  # one kernel instead of seven; never exported
+            return F.rms_norm(widen(x), self.weight.shape, self.weight, self.eps)
         wide = widen(x)
         wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # ONNX Runtime fuses this form
         return self.weight * wide.to(x.dtype)

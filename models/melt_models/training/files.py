@@ -203,7 +203,7 @@ class TokenStream:
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of datasets for a damaged file. StopIteration: no row to infer the fields from."""
+    """Return the errors of datasets for a damaged file; StopIteration: it found no row to infer the fields from."""
     from datasets.exceptions import DatasetGenerationError
 
     return ValueError, OSError, StopIteration, DatasetGenerationError
