@@ -1,7 +1,7 @@
 """Free texts that Debian's packages bring, as plain-text documents with names and licences.
 
-Each source turns an unpacked package into documents. Nothing of a document's text is invented: markup, verse numbers
-and footnotes are removed, and lines are joined to paragraphs.
+Each source turns an unpacked package into documents: markup, verse numbers and footnotes are removed, and lines are
+joined to paragraphs.
 """
 
 from __future__ import annotations

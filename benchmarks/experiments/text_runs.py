@@ -1,4 +1,4 @@
-"""The runs on text: a LoopLM teacher per seed, its MELT, and one seed's ablations. Sections are those of `melt-train`.
+"""The runs on text: a LoopLM teacher per seed, its MELT, and ablations. Sections are those of `melt-train`.
 
 A size gives the model and the batches; everything else is the same on a GPU and on two CPU cores.
 """

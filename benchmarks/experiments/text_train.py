@@ -1,9 +1,10 @@
-"""Trains a looped model on text within a number of seconds: teachers, MELTs and ablations side by side on one device.
+"""Trains looped models on text within a number of seconds: a teacher and its MELT per seed, then ablations.
 
-    python benchmarks/experiments/text_train.py --size gpu --budget 480 --out DIR
+    python benchmarks/experiments/text_train.py --size gpu --budget 430 --out DIR
+    python benchmarks/experiments/text_train.py --size gpu --budget 200 --out DIR --jobs ablations
 
-Reads the data that text_data.py packed. Every job is a process of its own (text_job.py), all on the same device: one run
-of a small model leaves a GPU idle between its small operations. Each stage ends at its share of the time, whatever the
+Reads the data that text_data.py packed. Every seed is a process of its own (text_job.py), all on one device: one run of
+a small model leaves a GPU idle between its small operations. Each stage ends at its share of the time, whatever the
 device's speed, with its schedule finished, and writes a checkpoint in bf16. ``--out`` receives results.tar.gz (figures,
 metrics, logs; renewed as the run goes on) and the weights in the order of KEPT while they fit ``--most-bytes``.
 """
@@ -129,7 +130,8 @@ def main(
             for job in running.values():
                 job.terminate()
             break
-    failed = any([job.wait() != 0 for job in running.values()])
+    codes = [job.wait() for job in running.values()]
+    failed = any(code != 0 for code in codes)
     for name, job in running.items():
         log_end = (root / f"{name}.txt").read_text(errors="replace")[-3000:]
         print(f"== {name}: exit {job.returncode}\n{log_end}", flush=True)
