@@ -165,7 +165,6 @@ def all_runs(root: Path, quick: bool = False) -> list[Run]:
     runs += [make.depths(last, first), *(make.depths(depths, seed) for seed in others)]
     for seed in others:
         runs += [make.even_teacher(seed), make.even(seed)]
-    runs += [make.depths(last, seed) for seed in others]
     return runs
 
 
