@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,7 +41,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(directory: Path, kind: str, documents: list[str] = DOCUMENTS) -> list[str]:
-    """The documents in two files of a kind; of token files, their tokens."""
+    """The documents in two files of a kind; of token files, their tokens. Or a directory of three such files."""
+    if kind == "dataset":
+        place = directory / "set" / "data"
+        place.mkdir(parents=True)
+        for part in range(3):
+            rows = "".join(json.dumps({"text": text}) + "\n" for text in documents[part::3])
+            (place / f"train-{part:05d}-of-00003.jsonl").write_text(rows)
+        return [str(directory / "set")]
     names = []
     for part, texts in enumerate((documents[:25], documents[25:])):
         file = directory / f"part{part}[{kind}]"  # datasets takes file names for patterns
@@ -61,7 +71,9 @@ def write(directory: Path, kind: str, documents: list[str] = DOCUMENTS) -> list[
 
 def options(directory: Path, kind: str, tokenizer: Path, **more: Any) -> dict[str, Any]:
     source = {"npy": "tokens", "bin": "tokens"}.get(kind, kind)
-    made = {source: write(directory, kind), "tokenizer": str(tokenizer), "sequence_length": LENGTH, **more}
+    files = write(directory, kind)
+    made = {source: files[0] if kind == "dataset" else files, "tokenizer": str(tokenizer), "sequence_length": LENGTH}
+    made |= more
     made |= {"dtype": "uint16"} if kind == "bin" else {}
     return made if source == "tokens" else {"shuffle_buffer": 6, **made}
 
@@ -83,8 +95,8 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.input_ids, b.input_ids) and torch.equal(a.targets, b.targets)
 
 
-kinds = pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "npy", "bin"])
-documents_only = pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+kinds = pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "dataset", "npy", "bin"])
+documents_only = pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "dataset"])
 
 
 # Tasks
@@ -259,6 +271,98 @@ def test_file_batches_save_the_tokenizer_that_they_read_with(tmp_path: Path, tok
     batches.save_tokenizer(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("abc")["input_ids"] == [IDS[c] for c in "abc"]
     assert (batches.vocab_size, batches.pad_token_id, batches.eos_token_id) == (len(CHARACTERS), 0, 1)
+
+
+# Data sets
+
+
+def saved(directory: Path) -> Path:
+    """A directory that save_to_disk wrote, with the splits train and tests."""
+    parts = {
+        name: datasets.Dataset.from_dict(
+            {"text": texts}, features=datasets.Features({"text": datasets.Value("string")})
+        )
+        for name, texts in (("train", DOCUMENTS), ("tests", ["kept apart", "this too"]))
+    }
+    datasets.DatasetDict(parts).save_to_disk(directory, num_shards={"train": 4, "tests": 1})
+    return directory
+
+
+def test_a_saved_data_set_is_read_and_a_split_of_it_held_out(tmp_path: Path, tokenizer: Path) -> None:
+    given = {"dataset": str(saved(tmp_path / "saved")), "tokenizer": str(tokenizer), "sequence_length": LENGTH}
+    given["held_out"] = "tests"
+    tokens = sum(len(text) + 1 for text in DOCUMENTS)
+    assert sorted(documents(stream(make_batches(given, seed=0), tokens))) == sorted(DOCUMENTS)
+    apart = set(documents(stream(make_batches(given, seed=0, held_out=True), 60)))
+    assert apart == {"kept apart", "this too"}
+
+
+def test_a_saved_data_set_resumes_within_a_shard(tmp_path: Path, tokenizer: Path) -> None:
+    given = {"dataset": str(saved(tmp_path / "saved")), "tokenizer": str(tokenizer), "sequence_length": LENGTH}
+    given["shuffle_buffer"] = 6
+    whole, first = make_batches(given, seed=5), make_batches(given, seed=5)
+    expected = [whole.take(3, 0.0) for _ in range(60)]
+    for batch in expected[:20]:
+        assert same(first.take(3, 0.0), batch)
+    resumed = make_batches(given, seed=5)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert all(same(resumed.take(3, 0.0), batch) for batch in expected[20:])
+
+
+HUB = """
+import sys, json
+import datasets
+from pathlib import Path
+from melt_models.training.data import make_batches
+
+asked, local = [], datasets.load_dataset
+
+def load_dataset(name, subset=None, *, split, revision=None, streaming):
+    asked.append([name, subset, split, revision, streaming])
+    return local(sys.argv[1], split="train", streaming=streaming)
+
+datasets.load_dataset = load_dataset
+given = {"dataset": "org/set@abc", "subset": "en", "split": "part", "tokenizer": sys.argv[2], "sequence_length": 7}
+ids = make_batches(given, seed=0).take(2, 0.0).input_ids
+print(json.dumps([asked[0], list(ids.shape)]))
+"""
+
+
+def test_a_data_set_of_a_hub_is_asked_for_by_name_subset_split_and_revision(tmp_path: Path, tokenizer: Path) -> None:
+    (directory,) = write(tmp_path, "dataset")
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, directory, str(tokenizer)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["org/set", "en", "part", "abc", True], [2, 7]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"dataset": "nowhere"},
+            "data set nowhere, split train, cannot be read: it is no directory, and no name on a hub",
+        ),
+        ({"dataset": "no-such/thing"}, "data set no-such/thing, split train, cannot be read: "),
+        ({"split": "test"}, r"data set .*set, split test, cannot be read: .*train"),
+        ({"subset": "english"}, r"split train, cannot be read: .*english"),
+        ({"field": "body"}, "there is no field 'body', only text"),
+        ({"held_out": "train"}, "the split train is both trained on and held out"),
+        ({"held_out": ["a.txt"]}, r"held_out is \['a.txt'\]; it must be a name"),
+        ({"held_out": "test", "held_out_percent": 3}, "held_out and held_out_percent exclude each other"),
+        ({"dataset": ["a", "b"]}, "must be a name on a hub or a directory"),
+        ({"document": "line"}, "data from a dataset has no option document"),
+    ],
+)
+def test_data_sets_that_cannot_be_read_are_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=said) as error:
+        make_batches(options(tmp_path, "dataset", tokenizer) | change, seed=0)
+    assert "\n" not in str(error.value)
 
 
 # Refusals

@@ -12,6 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from melt_hub import Kind, local_directory
+
+from .documents import DataSet
 from .tasks import END, PAD, Task, make_task
 
 if TYPE_CHECKING:
@@ -24,7 +27,11 @@ FILE_OPTIONS = {
     "jsonl": ("field", "shuffle_buffer", "held_out_percent", "held_out"),
     "parquet": ("field", "shuffle_buffer", "held_out_percent", "held_out"),
     "tokens": ("dtype", "held_out_percent", "held_out"),
+    "dataset": ("split", "subset", "field", "shuffle_buffer", "held_out_percent", "held_out"),
 }
+_WORDS = {kind: "a dataset" if kind == "dataset" else f"{kind} files" for kind in FILE_OPTIONS}
+# Files of a tokenizer, which may be named on a hub.
+_TOKENIZER = Kind("tokenizer", ("*.json", "*.jinja", "*.model", "merges.txt"), ("*/*",))
 
 
 class Batch(NamedTuple):
@@ -118,11 +125,11 @@ def character_tokenizer(vocabulary: tuple[str, ...], length: int) -> PreTrainedT
 
 
 class FileBatches:
-    """Packed sequences from files, epoch after epoch, each in another order.
+    """Packed sequences from files or a data set, epoch after epoch, each in another order.
 
-    ``kind`` is text, jsonl or parquet (documents, each followed by eos; see ``DocumentStream``) or tokens (flat ids;
-    see ``TokenStream``); ``options`` are those of FILE_OPTIONS. ``tokenizer`` is a directory with the checkpoint's
-    tokenizer. A sequence begins with the last token of the one before, so that every token is a target. ``held_out``
+    ``kind`` is text, jsonl, parquet or dataset (documents, each followed by eos; see ``DocumentStream``) or tokens
+    (flat ids; see ``TokenStream``); ``options`` are those of FILE_OPTIONS. ``tokenizer`` is a directory with the
+    checkpoint's tokenizer. A sequence begins with the last token of the one before, so that every token is a target. ``held_out``
     reads the part that is not trained on. Raises ValueError for unusable options or files, in take() for faults found
     while reading.
     """
@@ -130,14 +137,14 @@ class FileBatches:
     def __init__(
         self,
         kind: str,
-        files: list[Path],
+        files: list[Path] | DataSet,
         tokenizer: Path,
         sequence_length: int,
         seed: int,
         held_out: bool = False,
         **options: Any,
     ):
-        from .files import DocumentStream, TokenStream
+        from .files import DocumentStream, TokenStream, file_source
 
         if type(sequence_length) is not int or sequence_length < 1:
             raise ValueError(f"sequence_length is {sequence_length!r}; it must be a whole number from 1")
@@ -148,9 +155,12 @@ class FileBatches:
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self.stream: TokenStream | DocumentStream
         if kind == "tokens":
+            assert isinstance(files, list)
             self.stream = TokenStream(files, sequence_length, seed, held_out, **options)
-        else:
-            self.stream = DocumentStream(kind, files, self._encode, sequence_length, seed, held_out, **options)
+            return
+        unit = {"document": options.pop("document")} if "document" in options else {}
+        source = files if isinstance(files, DataSet) else file_source(kind, files, **unit)
+        self.stream = DocumentStream(source, self._encode, sequence_length, seed, held_out, **options)
 
     @property
     def epoch(self) -> int:
@@ -201,9 +211,10 @@ def read_tokenizer(directory: Path) -> Any:
 def make_batches(options: Mapping[str, Any], seed: int, held_out: bool = False) -> Batches:
     """Make batches from the ``data`` section of a run's YAML file, for training or from the held-out part.
 
-    The section names a task and its options, or exactly one of text, jsonl, parquet and tokens with one file or a list,
-    with ``tokenizer``, ``sequence_length`` and options of FILE_OPTIONS. ``held_out`` names files that are held out, in
-    place of a percentage of the others. Raises ValueError.
+    The section names a task and its options; or one of text, jsonl, parquet and tokens with one file or a list, or a
+    dataset by its name, with ``tokenizer``, ``sequence_length`` and options of FILE_OPTIONS. ``held_out`` names files,
+    or a split, that are held out in place of a percentage of the others. Raises ValueError, and OSError where a hub is
+    asked in vain for a tokenizer.
     """
     sources = [name for name in ("task", *FILE_OPTIONS) if name in options]
     if len(sources) != 1:
@@ -216,23 +227,28 @@ def make_batches(options: Mapping[str, Any], seed: int, held_out: bool = False) 
     known = ("tokenizer", "sequence_length", *FILE_OPTIONS[kind])
     unknown = [name for name in rest if name not in known]
     if unknown:
-        raise ValueError(f"data from {kind} files has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ValueError(f"data from {_WORDS[kind]} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     missing = [name for name in known[:2] if name not in rest]
     if missing:
-        raise ValueError(f"data from {kind} files needs {' and '.join(missing)}")
+        raise ValueError(f"data from {_WORDS[kind]} needs {' and '.join(missing)}")
     directory, length = rest.pop("tokenizer"), rest.pop("sequence_length")
     if not isinstance(directory, str):
         raise ValueError(f"data: tokenizer is {directory!r}; it must be a directory's name")
+    place = local_directory(directory, _TOKENIZER)
+    if "held_out" in rest and "held_out_percent" in rest:
+        raise ValueError("data: held_out and held_out_percent exclude each other")
+    if kind == "dataset":
+        split_apart = "held_out" in rest
+        split = _split(source, rest, held_out)
+        return FileBatches(kind, split, place, length, seed, held_out and not split_apart, **rest)
     files = _files(kind, source)
     if "held_out" in rest:
-        if "held_out_percent" in rest:
-            raise ValueError("data: held_out and held_out_percent exclude each other")
         apart = _files("held_out", rest.pop("held_out"))
         both = {file.resolve() for file in files} & {file.resolve() for file in apart}
         if both:
             raise ValueError(f"data: {min(both)} is both trained on and held out")
         files, held_out, rest["held_out_percent"] = apart if held_out else files, False, 0.0
-    return FileBatches(kind, files, Path(directory), length, seed, held_out, **rest)
+    return FileBatches(kind, files, place, length, seed, held_out, **rest)
 
 
 def _files(key: str, names: Any) -> list[Path]:
@@ -240,3 +256,19 @@ def _files(key: str, names: Any) -> list[Path]:
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"data: {key} must be a file's name or a list of them")
     return [Path(name) for name in names]
+
+
+def _split(name: Any, rest: dict[str, Any], held_out: bool) -> DataSet:
+    """Take a data set's own keys out of ``rest`` and return the split to read. Raises ValueError."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"data: dataset is {name!r}; it must be a name on a hub or a directory")
+    split, subset, apart = rest.pop("split", "train"), rest.pop("subset", None), rest.pop("held_out", None)
+    for key, value in (("split", split), ("subset", subset), ("held_out", apart)):
+        if not isinstance(value, str) and not (value is None and key != "split"):
+            raise ValueError(f"data: {key} is {value!r}; it must be a name")
+    if apart is None:
+        return DataSet(name, split, subset)
+    if apart == split:
+        raise ValueError(f"data: the split {split} is both trained on and held out")
+    rest["held_out_percent"] = 0.0
+    return DataSet(name, apart if held_out else split, subset)

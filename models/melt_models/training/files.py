@@ -1,9 +1,8 @@
-"""Endless streams of packed sequences from documents (through ``datasets``) or token files, which resume exactly."""
+"""Endless streams of packed sequences from documents or token files, which resume exactly."""
 
 from __future__ import annotations
 
 import copy
-import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .documents import Files, Source, named, reading_errors
 
 DOCUMENTS = {"line": "line", "paragraph": "paragraph", "file": "document"}  # ours -> the word of datasets
 DTYPES = ("uint16", "uint32")
@@ -22,38 +23,32 @@ def is_held_out(text: str, percent: float) -> bool:
 
 
 class DocumentStream:
-    """Documents of text, jsonl or parquet files, shuffled, tokenized and packed without padding.
+    """Documents of a source, shuffled, tokenized and packed without padding.
 
-    Each epoch reads the files in a new order and shuffles the documents within blocks of ``shuffle_buffer`` documents;
+    Each epoch reads the source in a new order and shuffles the documents within blocks of ``shuffle_buffer`` documents;
     only one block is in memory. (The shuffle of ``datasets`` loses its buffer when it resumes.) A position is small:
     the start of a block, the document in it, the token in the document. ``encode`` returns a document's tokens (n,)
-    int64, eos included. Blank documents are skipped. ``document`` is the unit of a text file (a key of DOCUMENTS; a
-    paragraph ends at an empty line). Raises ValueError for files that cannot be read.
+    int64, eos included. ``field`` holds a row's document; blank ones are skipped. Raises ValueError for what cannot be
+    read.
     """
 
     def __init__(
         self,
-        kind: str,
-        files: list[Path],
+        source: Source,
         encode: Callable[[str], np.ndarray],
         sequence_length: int,
         seed: int,
         held_out: bool,
         field: str = "text",
-        document: str = "line",
         shuffle_buffer: int = 1000,
         held_out_percent: float = 1.0,
     ):
-        _check_files(files)
         _check_percent(held_out_percent)
-        if document not in DOCUMENTS:
-            raise ValueError(f"document is {document!r}; it must be one of {', '.join(DOCUMENTS)}")
         if type(shuffle_buffer) is not int or shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer is {shuffle_buffer!r}; it must be a whole number from 1")
-        self.builder = "json" if kind == "jsonl" else kind
-        self.how = {"sample_by": DOCUMENTS[document]} if kind == "text" else {}
-        self.files, self.encode, self.sequence_length, self.seed = files, encode, sequence_length, seed
+        self.source, self.encode, self.sequence_length, self.seed = source, encode, sequence_length, seed
         self.field, self.block_size, self.held_out, self.percent = field, shuffle_buffer, held_out, held_out_percent
+        self.begins: dict[str, Any] | None = None
         self.encoded: np.ndarray | None = None  # tokens of the current document, encoded on demand
         self.load_state_dict({"epoch": 0, "block": 0, "begins": None, "document": 0, "token": 0, "last": None})
 
@@ -61,7 +56,7 @@ class DocumentStream:
         return {
             "epoch": self.epoch,
             "block": self.block,  # blocks of this epoch before the current one
-            "begins": copy.deepcopy(self.begins),  # position of datasets at the start of the block
+            "begins": copy.deepcopy(self.begins),  # position of the source at the start of the block
             "document": self.document,  # finished documents of the block
             "token": self.token,  # used tokens of the next document
             "last": self.last,  # the token that begins the next sequence
@@ -97,7 +92,7 @@ class DocumentStream:
             self.document, self.token, self.encoded = self.document + 1, 0, None
 
     def _next_block(self) -> None:
-        self.begins, self.block = self.dataset.state_dict(), self.block + 1
+        self.begins, self.block = self.rows.state_dict(), self.block + 1
         self._read_block()
         if not self.texts:
             self.epoch, self.block = self.epoch + 1, 0
@@ -105,17 +100,10 @@ class DocumentStream:
             self._read_block()
 
     def _open(self, begins: dict[str, Any] | None) -> None:
-        """Open this epoch's files, at a saved position of ``datasets`` or at the beginning."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
-        from datasets import load_dataset  # token files need no datasets
-
-        names = [glob.escape(str(self.files[index])) for index in order]  # datasets reads names as patterns
-        try:
-            self.dataset = load_dataset(self.builder, data_files=names, split="train", streaming=True, **self.how)
-        except _reading_errors() as error:
-            raise self._unreadable(error) from error
+        """Open this epoch's rows, at a saved position of the source or at the beginning."""
+        self.rows = self.source.open(self.seed, self.epoch)
         if begins is not None:
-            self.dataset.load_state_dict(begins)
+            self.rows.load_state_dict(begins)
         self.begins, self.documents = begins, self._read()
 
     def _read_block(self) -> None:
@@ -123,15 +111,15 @@ class DocumentStream:
         read = list(islice(self.documents, self.block_size))
         if not read and self.block == 0:
             part = "is held out" if self.held_out else "is left to train on"
-            raise ValueError(f"no document of {_named(self.files)} {part}; give more or change held_out_percent")
+            raise ValueError(f"no document of {self.source} {part}; give more or change held_out_percent")
         order = np.random.default_rng([self.seed, self.epoch, self.block]).permutation(len(read))
         self.texts, self.document, self.token = [read[index] for index in order], 0, 0
         self.encoded = None
 
     def _read(self) -> Iterator[str]:
-        """Yield the documents of this side, training or held out, in the order of the files."""
+        """Yield the documents of this side, training or held out, in the order of the source."""
         try:
-            for row in self.dataset:
+            for row in self.rows:
                 if self.field not in row:
                     raise ValueError(f"there is no field {self.field!r}, only {', '.join(row)}")
                 text = row[self.field]
@@ -139,12 +127,20 @@ class DocumentStream:
                     raise ValueError(f"field {self.field!r} holds {text!r}, which is not text")
                 if text and not text.isspace() and is_held_out(text, self.percent) == self.held_out:
                     yield text
-        except _reading_errors() as error:
-            raise self._unreadable(error) from error
+        except reading_errors() as error:
+            raise self.source.unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> ValueError:
-        reason = (str(error).splitlines() or ["there is nothing in it"])[0]
-        return ValueError(f"{_named(self.files)} cannot be read as {self.builder}: {reason}")
+
+def file_source(kind: str, files: list[Path], document: str = "line") -> Files:
+    """Return text, jsonl or parquet files as a source.
+
+    ``document`` is the unit of a text file (a key of DOCUMENTS; a paragraph ends at an empty line). Raises ValueError.
+    """
+    _check_files(files)
+    if document not in DOCUMENTS:
+        raise ValueError(f"document is {document!r}; it must be one of {', '.join(DOCUMENTS)}")
+    how = (("sample_by", DOCUMENTS[document]),) if kind == "text" else ()
+    return Files("json" if kind == "jsonl" else kind, tuple(files), how)
 
 
 class TokenStream:
@@ -177,7 +173,7 @@ class TokenStream:
         if not self.ends[-1]:
             part = "held-out part" if held_out else "training part"
             raise ValueError(
-                f"the {part} of {_named(files)} has no {sequence_length + 1} tokens in a row; give longer files, a "
+                f"the {part} of {named(files)} has no {sequence_length + 1} tokens in a row; give longer files, a "
                 f"smaller sequence_length or another held_out_percent"
             )
 
@@ -200,13 +196,6 @@ class TokenStream:
         before = int(self.ends[part - 1]) if part else 0
         start = int(self.starts[part]) + (index - before) * self.sequence_length
         return self.parts[part][start : start + self.sequence_length + 1].astype(np.int64)
-
-
-def _reading_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of datasets for a damaged file; StopIteration: it found no row to infer the fields from."""
-    from datasets.exceptions import DatasetGenerationError
-
-    return ValueError, OSError, StopIteration, DatasetGenerationError
 
 
 def _map_tokens(file: Path, dtype: str | None) -> np.ndarray:
@@ -241,7 +230,3 @@ def _check_files(files: list[Path]) -> None:
 def _check_percent(percent: Any) -> None:
     if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent < 100:
         raise ValueError(f"held_out_percent is {percent!r}; it must be a number from 0 to less than 100")
-
-
-def _named(files: list[Path]) -> str:
-    return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
