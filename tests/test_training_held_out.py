@@ -326,7 +326,7 @@ def test_the_end_of_a_phase_shows_it_beside_its_teacher(whole: Path, capsys: pyt
 
 def cells(line: dict[str, Any], loops: int) -> list[str]:
     figures = (line[f"eval_{name}_{loops}"] for name in ("loss", "perplexity", "exact"))
-    return [shown.format(figure) for shown, figure in zip(("{:.4f}", "{:.4g}", "{:.1%}"), figures, strict=True)]
+    return [shown.format(figure) for shown, figure in zip(("{:.4f}", "{:,.3f}", "{:.1%}"), figures, strict=True)]
 
 
 def test_data_without_a_held_out_part_are_trained_on_and_that_is_said(

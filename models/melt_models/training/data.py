@@ -129,9 +129,9 @@ class FileBatches:
 
     ``kind`` is text, jsonl, parquet or dataset (documents, each followed by eos; see ``DocumentStream``) or tokens
     (flat ids; see ``TokenStream``); ``options`` are those of FILE_OPTIONS. ``tokenizer`` is a directory with the
-    checkpoint's tokenizer. A sequence begins with the last token of the one before, so that every token is a target. ``held_out``
-    reads the part that is not trained on. Raises ValueError for unusable options or files, in take() for faults found
-    while reading.
+    checkpoint's tokenizer. A sequence begins with the last token of the one before, so that every token is a target.
+    ``held_out`` reads the part that is not trained on. Raises ValueError for unusable options or files, in take() for
+    faults found while reading.
     """
 
     def __init__(

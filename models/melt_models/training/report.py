@@ -47,7 +47,7 @@ def _table(models: Mapping[str, Evaluation], exact: bool) -> Table:
 def _cells(depth: DepthScore | None, exact: bool) -> list[str]:
     if depth is None:
         return ["–"] * (3 if exact else 2)
-    return [f"{depth.loss:.4f}", f"{depth.perplexity:.4g}", *([f"{depth.exact:.1%}"] if exact else [])]
+    return [f"{depth.loss:.4f}", f"{depth.perplexity:,.3f}", *([f"{depth.exact:.1%}"] if exact else [])]
 
 
 def to_json(models: Mapping[str, Evaluation]) -> dict[str, Any]:
