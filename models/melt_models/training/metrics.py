@@ -31,7 +31,7 @@ class Recorder:
         write_text(self.path, "".join(line + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.trackers: list[Tracker] = trackers(directory, stage, step)
-        self.quality = ""
+        self.evaluation: Evaluation | None = None
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -44,19 +44,19 @@ class Recorder:
     def step(self, done: int, figures: dict[str, Any], evaluation: Evaluation | None = None, *, log: bool) -> None:
         """Record a finished step (counted from 1), as a line of the file if ``log`` or if the model was evaluated."""
         if evaluation is not None:
-            figures, self.quality = figures | evaluation.figures(), _quality(evaluation)
+            figures, self.evaluation = figures | evaluation.figures(), evaluation
         if log or evaluation is not None:
             self.file.write(json.dumps({"step": done, **figures}) + "\n")
             self.file.flush()
             for tracker in self.trackers:
                 tracker.log(done, figures)
-        loss = f"{figures['loss']:.4f}{self.quality}"
+        loss = f"{figures['loss']:.4f}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, loss=loss)
+            self.bar.update(self.task, completed=done, loss=loss + _quality(self.evaluation, short=True))
         elif done == self.steps or time.monotonic() - self.spoken > _QUIET_SECONDS:
             now = time.monotonic()
             left = (now - self.begun) / (done - self.first) * (self.steps - done)
-            line = f"{self.stage}: step {done}/{self.steps}, loss {loss}, {left:.0f} s left"
+            line = f"{self.stage}: step {done}/{self.steps}, loss {loss}{_quality(self.evaluation)}, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
             self.spoken = now
 
@@ -84,8 +84,13 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _quality(evaluation: Evaluation) -> str:
-    """Return the quality at full depth in words: ", held-out 3.2100 (perplexity 24.8), 81.5% exact"."""
+def _quality(evaluation: Evaluation | None, *, short: bool = False) -> str:
+    """Return the quality at full depth in words, ", held-out 3.2100 (perplexity 24.8), 81.5% exact", or to fit beside a
+    bar: " eval 3.2100 ppl 24.8 exact 81.5%"."""
+    if evaluation is None:
+        return ""
     full = evaluation.depths[-1]
-    exact = "" if full.exact is None else f", {full.exact:.1%} exact"
+    exact = "" if full.exact is None else f" exact {full.exact:.1%}" if short else f", {full.exact:.1%} exact"
+    if short:
+        return f" eval {full.loss:.4f} ppl {full.perplexity:.4g}{exact}"
     return f", held-out {full.loss:.4f} (perplexity {full.perplexity:.4g}){exact}"

@@ -72,6 +72,7 @@ class WandB:
             id=file.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(directory),
+            settings={"console": "off"},  # figures alone, not what the terminal shows
         )
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
