@@ -21,6 +21,7 @@ from melt_models.training.data import IGNORE, TaskBatches, character_tokenizer
 from melt_models.training.errors import ConfigError, TrainingDivergedError
 from melt_models.training.evaluate import exact_match, perplexity
 from melt_models.training.files import is_held_out
+from melt_models.training.gate import GateOptions
 from melt_models.training.held_out import DepthScore, Evaluation, HeldOut
 from melt_models.training.objectives import DistillOptions, TeacherOptions
 from melt_models.training.stages import run
@@ -403,6 +404,8 @@ def test_chunk_sizes_that_do_not_teach_decoding_are_named(options: dict[str, Any
     found = chunk_warnings(DistillOptions(**options), MeltConfig(chunk_size=4), tokens=12)
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+    if "chunk_wise" not in options:
+        assert chunk_warnings(GateOptions(**options), MeltConfig(chunk_size=4), tokens=12) == found
     assert chunk_warnings(TeacherOptions(), LoopLMConfig(), tokens=12) == []
 
 

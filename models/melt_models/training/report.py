@@ -18,11 +18,12 @@ _SIDE_BY_SIDE = 3  # models in a table
 def print_evaluations(models: Mapping[str, Evaluation], file: TextIO) -> None:
     """Print loss, perplexity and exact match of every model, all evaluated on the same held-out data."""
     some = next(iter(models.values()))
-    problems = f", {some.problems} problems" if some.problems else ""
+    counts = {"sequence": some.sequences, "target": some.targets, "problem": some.problems}
+    counted = ", ".join(f"{count:,} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
     console = Console(file=file)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH
-    console.print(f"held out: {some.sequences} sequences, {some.targets} targets{problems}", highlight=False)
+    console.print(f"held out: {counted}", highlight=False)
     items = list(models.items())
     for at in range(0, len(items), _SIDE_BY_SIDE):
         console.print(_table(dict(items[at : at + _SIDE_BY_SIDE]), bool(some.problems)))
