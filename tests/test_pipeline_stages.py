@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FAMILY_SIZES, MakeFamily, MakePackage
+from melt_models.convert import convert
+from melt_models.decoding import greedy_tokens
+from melt_models.melt import MeltForCausalLM
 from melt_runtime import ArgumentError, LoopSettings, PrefixCache, Request, Runtime, Scheduler
 from melt_runtime.decoding.pipeline import PipelineCounts, Pipelining
 from melt_runtime.package.specs import DIALECTS
 from test_pipeline import greedy
 
+from melt_export.checkpoint import Checkpoint
 from melt_export.quantization.options import CacheOptions, WeightOptions
 
 KINDS = ["huginn", "llama", "olmo", "nanbeige_skip"]
@@ -188,10 +192,56 @@ def test_more_loops_than_a_chunk_holds_are_pipelined_in_part(
     assert runtime.generate(PROMPT, pipeline="on", **ASKED) == known
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("kind", ["huginn", "llama", "nanbeige", "nanbeige_skip", "melt"])
+def test_where_loops_share_their_caches_tokens_and_runs_are_those_of_pytorch(
+    kind: str, dialect: str, make_family: MakeFamily, make_package: MakePackage, tmp_path: Path
+) -> None:
+    """As of any MELT: its tokens may be others than those of plain decoding, so it must be asked for."""
+    checkpoint, options = make_family("huginn" if kind == "melt" else kind), {}
+    if kind == "melt":
+        convert(checkpoint, tmp_path / "melt", chunk_size=8)
+        checkpoint = tmp_path / "melt"
+    else:
+        options = {"share_caches": "last"}
+    opened = Checkpoint.of(checkpoint)
+    model = (opened.sharing() if options else opened).load().float()
+    assert isinstance(model, MeltForCausalLM)
+    runtime = Runtime.load(make_package(checkpoint, **FAMILY_SIZES, dialect=dialect, **options))
+    most = runtime.manifest.loops
+    for prompt in prompts(3):
+        assert runtime.generate(prompt, **ASKED).pipeline is None
+        for loops in (2, most):
+            expected = greedy_tokens(
+                model, prompt, 20, decode="staggered", num_loops=loops, chunk_size=8, lanes=min(loops, most)
+            )
+            found = runtime.generate(prompt, pipeline="on", loops=loops, **ASKED)
+            assert list(found.token_ids) == expected.tokens
+            assert found.pipeline is not None
+            assert found.pipeline.runs == expected.runs
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_tokens_in_flight_in_one_loop_are_plain_decoding_where_caches_are_shared(
+    dialect: str, make_runtime: Callable[..., Runtime]
+) -> None:
+    """With one token in flight at a time nothing is staggered, so all caches are those of plain decoding."""
+    runtime = make_runtime("huginn", share_caches="last", dialect=dialect)
+    settings, drivers = LoopSettings(3, start_seed=5), [runtime.driver(), runtime.driver()]
+    token, _ = (int(driver.append([PROMPT], settings)[0].argmax()) for driver in drivers)
+    for _ in range(6):
+        piped = drivers[0].advance([[token]], settings, pipelining=Pipelining(lambda logits, ahead: None)).row(0)
+        np.testing.assert_allclose(piped, drivers[1].append([[token]], settings)[0], rtol=1e-5, atol=1e-6)
+        length = int(drivers[0].lengths[0])
+        kept = [driver.state.read_positions(0, 0, length) for driver in drivers]
+        for name, values in kept[0].items():
+            np.testing.assert_allclose(values, kept[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+        token = int(piped.argmax())
+
+
 def test_what_cannot_be_pipelined_says_why(make_family: MakeFamily, make_package: MakePackage) -> None:
     for options, why in (
         ({"chunk": 1}, "chunk is 1"),
-        ({"share_caches": "last", "chunk": 8}, "its loops share their caches"),
         ({"dialect": "standard", "max_batch": 1, "chunk": 8}, "--max-batch 1"),
     ):
         runtime = Runtime.load(make_package(make_family("huginn"), max_seq_len=64, **options))

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from melt_runtime import LoopDriver, LoopSettings, Runtime
 from melt_runtime.backends.bindings import lane_window
-from melt_runtime.backends.lanes import ChunkLanes, Lane
+from melt_runtime.backends.lane_stages import Lane
+from melt_runtime.backends.lanes import ChunkLanes
+from melt_runtime.decoding.start import start_row
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.staggered_cost import StaggeredCost
 from melt_runtime.progress import Step
@@ -80,8 +82,12 @@ def package_runs(driver: LoopDriver, tokens: Sequence[int], loops: int, lanes: i
     The driver's lengths stay as they are.
     """
     flight, start = ChunkLanes(driver.state), int(driver.lengths[0])
+    settings = LoopSettings(loops)
     for final, before in schedule(len(tokens), loops, lanes):
         given = [Lane(tokens[final + at], ran) for at, ran in enumerate(before)]
+        if before[-1] == 0:
+            at = start + final + len(before) - 1
+            given[-1] = given[-1]._replace(start=start_row(driver.manifest, settings, at))
         [reads] = flight.run([given], np.array([start + final], np.int64))
         logits, after = np.stack([read.logits for read in reads]), tuple(ran + 1 for ran in before)
         yield StaggeredRun(after, flight.hidden(), logits)

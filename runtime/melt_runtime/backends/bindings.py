@@ -90,7 +90,7 @@ def lane_window(manifest: Manifest) -> int:
     if manifest.cache_loops is not None:
         # The tokens in flight are one chunk of the coda.
         return min(manifest.cache_loops, manifest.chunk) if manifest.has_coda else manifest.cache_loops
-    return min(manifest.loops, manifest.chunk) if manifest.staggers and not manifest.has_stages else 1
+    return min(manifest.loops, manifest.chunk) if manifest.staggers else 1
 
 
 def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
@@ -114,8 +114,8 @@ def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     if not by_loop:
         shapes |= {"first_loop": ("bool", (rows,)), "active": ("bool", (rows,))}
     shapes |= _control_shape(manifest, "", rows, 1)
-    if by_loop and manifest.has_stages:
-        shapes |= _stage_shapes(manifest, batch, rows, window)
+    if manifest.has_stages:
+        shapes |= _stage_shapes(manifest, batch if by_loop else 1, rows, window)
     return {LANES + name: size_of(shape, dtype) for name, (dtype, shape) in shapes.items()}
 
 
@@ -127,17 +127,21 @@ def _control_shape(manifest: Manifest, prefix: str, batch: int, chunk: int) -> S
 
 
 def _stage_shapes(manifest: Manifest, batch: int, rows: int, window: int) -> Shapes:
-    """Return type and shape of what the stages around a LoopLM's lanes need (see ``lane_stages.py``)."""
+    """Return type and shape of what the stages around the lanes need (see ``lane_stages.py``).
+
+    A MELT's coda reads the loop step's own inputs.
+    """
     hidden = manifest.states[0]
     shapes: Shapes = {}
     if manifest.injects:
         shapes |= dict.fromkeys(("injected", "injected/moved"), (hidden.dtype, (rows, hidden.shape[-1])))
         shapes["start"] = (hidden.dtype, (batch, hidden.shape[-1]))
-    for stage, chunk in ((PRELUDE, 1), (CODA, window)):
+    for stage, chunk in ((PRELUDE, 1), (CODA, window)) if manifest.cache_loops else ((PRELUDE, 1),):
         shapes[f"{stage}/lengths"] = ("int64", (batch,))
         shapes |= _control_shape(manifest, f"{stage}/", batch, chunk)
-    for which in (0, 1):
-        shapes[f"{CODA}/{buffer_name(hidden, which)}"] = (hidden.dtype, (batch * window, hidden.shape[-1]))
+    if manifest.cache_loops:
+        gathered = (hidden.dtype, (batch * window, hidden.shape[-1]))
+        shapes |= {f"{CODA}/{buffer_name(hidden, which)}": gathered for which in (0, 1)}
     return shapes
 
 

@@ -25,7 +25,6 @@ from .bindings import (
     cache_places,
     embed_bindings,
     head_bindings,
-    lane_window,
     loop_bindings,
     placed,
     rows_name,
@@ -34,6 +33,7 @@ from .bindings import (
     state_buffers,
 )
 from .control import LoopControl
+from .lanes_fit import why_no_lanes
 from .positions import CachedPositions, StridedRegion, host_dtype
 
 _MAX_BINDINGS, _MAX_LANE_BINDINGS = 32, 128
@@ -137,35 +137,7 @@ class BufferState(CachedPositions):
 
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None if it can."""
-        if lane_window(self.manifest) == 1:
-            return self._why_no_lanes()
-        if self.manifest.cache_loops is None:
-            return self._chunk_lanes_fit()
-        if self.first or self.batch != self.pitch:
-            return "the caches of these sequences do not lie side by side"
-        if any(self.pitch * step % self.alignment for step in slot_bytes(self.manifest).values()):
-            return f"its caches do not begin at multiples of {self.alignment} bytes"
-        if self.manifest.dialect == "standard" and self.manifest.cache_rows == self.manifest.max_seq_len:
-            return "a package exported with --max-batch 1 has no spare position for loops without a token"
-        return None
-
-    def _why_no_lanes(self) -> str:
-        """Return why the package's tokens never run in different loops."""
-        manifest = self.manifest
-        if manifest.cache_loops is not None:
-            return "the package's chunk is 1, and its coda reads the tokens in flight as one chunk: export a larger one"
-        if manifest.staggers and manifest.has_stages:
-            return "its loops share their caches, and it has layers, or a norm, outside its loops"
-        return "the package runs one loop, or was exported without a first_loop for each token"
-
-    def _chunk_lanes_fit(self) -> str | None:
-        """Return why a MELT's tokens cannot share a chunk in different loops, or None if they can."""
-        if self.batch > 1:
-            return "a shared cache takes the tokens in flight of one sequence only"
-        swapped = [state for state in self.manifest.states if state.kind == "swap"]
-        if any(int(state.shape[-1]) * ITEM_BYTES[state.dtype] % self.alignment for state in swapped):
-            return f"its hidden states or latents do not begin at multiples of {self.alignment} bytes"
-        return None
+        return why_no_lanes(self.manifest, self.batch, self.first, self.pitch, self.alignment)
 
     def lane_outputs(self) -> tuple[str, ...]:
         """Return the names of further outputs of the head."""

@@ -1,6 +1,6 @@
-"""The stages around a LoopLM's lanes: new tokens enter through the prelude, and all in flight are read by the coda.
+"""The stages around lanes: new tokens enter through the prelude, and all in flight are read by the coda.
 
-The prelude runs once per token, and what it gives moves with the token from loop to loop. The coda takes a sequence's
+The prelude runs once per token, and what it gives moves with the token from lane to lane. The coda takes a sequence's
 tokens in flight as one chunk, behind those in the cache. So the oldest token, where it has run all its loops, reads
 final tokens only. What the others write into the coda's caches is written over by every run until they are the oldest.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..package.specs import CODA, ITEM_BYTES, PRELUDE
-from .bindings import LANES, buffer_name
+from .bindings import LANES, Bindings, buffer_name, embed_bindings
 from .buffers import FLOAT32, BufferState, narrowed
 from .control import LoopControl
 from .positions import StridedRegion
@@ -50,10 +50,11 @@ def new_tokens(lanes: Sequence[Sequence[Lane]]) -> NDArray[np.int64]:
 
 
 class Entrance:
-    """Embeds the new tokens of all sequences, at most one each, into the lanes of the first loop."""
+    """Embeds the new tokens of all sequences, at most one each, and begins their loops."""
 
     def __init__(self, state: BufferState, names: Sequence[str]):
         self._state, self._injects = lane_state(state, names, f"{LANES}{PRELUDE}/"), state.manifest.injects
+        self._around = self._state.places  # where everything but the embedding's outputs lies
         self._size = int(state.hidden.shape[-1])
         self._step = self._size * ITEM_BYTES[state.hidden.dtype]
         self._context, self._starts = 0, list[int]()  # sequences whose hidden state is not what the embedding gives
@@ -79,26 +80,48 @@ class Entrance:
                     self._starts.append(slot)
             state.put(LANES + "start", narrowed(starts, state.hidden.dtype))
 
-    def run(self) -> None:
-        """Run the embedding, with the prelude, and set the hidden states before the first loop."""
-        state = self._state
-        state.perform((PRELUDE, self._context), lambda: state.run_embed(self._context))
+    def run(self, which: int = 0, row: int = 0, injected: int = 0) -> None:
+        """Run the embedding, with the prelude, and set the hidden states before the first loop.
+
+        Hidden states go to the lanes' swap buffer ``which``, from ``row`` on; what is injected into the loops goes to
+        its buffer, from row ``injected`` on.
+        """
+        state, context, step = self._state, self._context, self._step
+        target = LANES + buffer_name(state.hidden, which)
+
+        def bindings() -> Bindings:
+            hidden, given = (target, row * step), (LANES + "injected", injected * step)
+            state.places = self._around | {buffer_name(state.hidden, 0): hidden, "injected": given}
+            return embed_bindings(state.manifest, state.batch, 1, context)
+
+        where = (context, which, row, injected)
+        state.perform((PRELUDE, *where), lambda: state.run_bound(("embed", *where), bindings))
         if self._control is not None:
             state.commit(self._control, PRELUDE)
         if not self._injects:
             return
-        target = LANES + buffer_name(state.hidden, 0)
         if len(self._starts) < state.batch:
-            whole = state.batch * self._step
-            state.copy(StridedRegion(target, 0, whole), StridedRegion(LANES + "injected", 0, whole), whole, 1)
+            self._copy(target, row, LANES + "injected", injected, state.batch)
         for slot in self._starts:
-            at = slot * self._step
-            source = StridedRegion(LANES + "start", at, self._step)
-            state.copy(StridedRegion(target, at, self._step), source, self._step, 1)
+            self._copy(target, row + slot, LANES + "start", slot, 1)
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Move what is injected: ``count`` rows from row ``source`` on to row ``target`` on."""
+        if self._injects and count:
+            # Not in place: no backend copies between overlapping regions.
+            self._copy(LANES + "injected/moved", source, LANES + "injected", source, count)
+            self._copy(LANES + "injected", target, LANES + "injected/moved", source, count)
+
+    def _copy(self, to: str, row: int, of: str, first: int, count: int) -> None:
+        """Copy rows from one buffer to another."""
+        size = count * self._step
+        self._state.copy(
+            StridedRegion(to, row * self._step, size), StridedRegion(of, first * self._step, size), size, 1
+        )
 
 
 class Reading:
-    """Reads the hidden states of all tokens in flight by the coda and the head."""
+    """Reads the hidden states of a LoopLM's tokens in flight by the coda and the head."""
 
     def __init__(self, state: BufferState, names: Sequence[str]):
         self._state = lane_state(state, names, f"{LANES}{CODA}/")

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..package.specs import ITEM_BYTES
+from ..package.specs import CODA, ITEM_BYTES
 from .bindings import LANES, Bindings, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
 from .buffers import FLOAT32, BufferState
 from .control import LoopControl
@@ -151,17 +151,12 @@ class LoopLanes:
     def _move(self, first: int, last: int) -> None:
         """Move hidden states, and what is injected, on by a loop."""
         moving = min(last + 1, self.loops - 1) - first
-        if not moving:
-            return
-        moves = [(self._source, first, self._target, first + 1)]
-        if self.state.manifest.injects:
-            # Not in place: no backend copies between overlapping regions.
-            injected, moved = LANES + "injected", LANES + "injected/moved"
-            moves += [(injected, first, moved, first), (moved, first, injected, first + 1)]
-        count = moving * self._step
-        for source, of, target, to in moves:
-            begin, end = (StridedRegion(name, at * self._step, count) for name, at in ((source, of), (target, to)))
-            self.state.copy(end, begin, count, 1)
+        if moving:
+            source = StridedRegion(self._source, first * self._step, moving * self._step)
+            target = StridedRegion(self._target, (first + 1) * self._step, moving * self._step)
+            self.state.copy(target, source, moving * self._step, 1)
+            if self._entrance is not None:
+                self._entrance.move(first * self.slots, (first + 1) * self.slots, moving * self.slots)
 
     def _make(self, first: int, last: int) -> BufferState:
         """Make the state whose batch is loops ``first`` to ``last`` of all sequences."""
@@ -178,14 +173,17 @@ class ChunkLanes:
     """The lanes of a MELT's only sequence, one column of the chunk each.
 
     Hidden states and latents have buffers of their own, read from the oldest token's column on and written from the
-    first. The keys and values of tokens in flight are written anew by every run.
+    first. The keys and values of tokens in flight are written anew by every run; a coda's too, which reads the chunk
+    after every run.
     """
 
     slots = 1
 
     def __init__(self, state: BufferState):
         self.state, self.window = state, lane_window(state.manifest)
-        self._lanes = lane_state(state, lane_names(state))
+        names = lane_names(state)
+        self._lanes = lane_state(state, names)
+        self._entrance = Entrance(state, names) if state.manifest.has_prelude or state.manifest.injects else None
         self._around = self._lanes.places  # where everything but hidden states and latents lies
         self._swapped = [one for one in state.manifest.states if one.kind == "swap"]
         self._current = self._first = 0  # the swap buffer of the last run's results, and the oldest token's column
@@ -196,9 +194,11 @@ class ChunkLanes:
         [tokens] = lanes
         state, width, kept = self._lanes, len(tokens), sum(lane.ran > 0 for lane in tokens)
         current, first = self._current, self._first if kept else 0
-        entering = width > kept
-        if entering:
+        embeds = width > kept and self._entrance is None
+        if embeds:
             state.put(LANES + "input_ids", np.array([[tokens[-1].token]]))
+        if self._entrance is not None:
+            self._enter(lanes, lengths, current, first, kept)
         first_loop = np.array([[not lane.ran for lane in tokens]])
         state.put(LANES + "first_loop", first_loop)
         active = np.array([[lane.active for lane in tokens]])
@@ -206,10 +206,12 @@ class ChunkLanes:
         _, context = state.begin_loops(self._control)
 
         def work() -> None:
-            if entering:
+            if embeds:
                 self._embed(current, first + kept)
             self._loop(width, context, current, first)
-            self._head(1 - current, width)
+            if state.manifest.has_coda:
+                self._coda(width, context, 1 - current)
+            self._head(current if state.manifest.has_coda else 1 - current, width)
 
         state.perform(("lanes", width, context, current, first, kept), work)
         self._current, self._first = 1 - current, 0
@@ -220,13 +222,25 @@ class ChunkLanes:
     def left(self, slot: int) -> None:
         """Copy the oldest token's keys and values into read-only caches, and begin with the next column."""
         self._first += 1
-        self._lanes.commit(replace(self._control, chunk_lengths=np.array([self._first])))
+        for stage in ("core", CODA):
+            self._lanes.commit(replace(self._control, chunk_lengths=np.array([self._first])), stage)
 
     def hidden(self) -> NDArray[np.floating]:
         """Return a copy of the hidden states after the last run (tokens, d)."""
         self._place(self._current, 0)
         self._lanes.current, self._lanes.width = self._current, self._control.active.shape[1]
         return self._lanes.read("hidden")[0]  # type: ignore[no-any-return]
+
+    def _enter(
+        self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64], current: int, first: int, kept: int
+    ) -> None:
+        """Bring what is injected to the first columns, and run the prelude of the new token, if there is one."""
+        assert self._entrance is not None
+        if first:
+            self._entrance.move(first, 0, kept)
+        if len(lanes[0]) > kept:
+            self._entrance.begin(lanes, lengths)
+            self._entrance.run(current, first + kept, kept)
 
     def _embed(self, current: int, column: int) -> None:
         """Embed the new token into a column of the hidden states that the next run reads."""
@@ -244,6 +258,15 @@ class ChunkLanes:
             return loop_bindings(self.state.manifest, 1, width, context, current)
 
         self._lanes.run_bound(("loop_step", width, context, current, first), bindings)
+
+    def _coda(self, width: int, context: int, current: int) -> None:
+        """Run the coda on all tokens, from the newest hidden states to the other buffer."""
+
+        def bindings() -> Bindings:
+            self._place(current, 0)
+            return loop_bindings(self.state.manifest, 1, width, context, current, step=CODA)
+
+        self._lanes.run_bound((CODA, width, context, current), bindings)
 
     def _head(self, current: int, width: int) -> None:
         """Run the head on all tokens, as a batch."""

@@ -29,7 +29,7 @@ from ..results import PipelineUse
 from .early_exit import has_left, stays
 from .exit_criteria import CRITERIA
 from .settings import GenerationOptions, LoopSettings
-from .start import start_hidden
+from .start import start_row
 
 
 class Draft(Protocol):
@@ -200,12 +200,11 @@ class Pipeline:
 
     def _lanes_of(self, slot: int, how: Advancing | None) -> list[Lane]:
         """Return a sequence's tokens in flight as the backend runs them."""
-        flights, manifest = self._sequences[slot].flights, self.lanes.state.manifest
+        flights = self._sequences[slot].flights
         made = [Lane(one.token, one.ran, not one.left) for one in flights]
-        if manifest.injects and how is not None and not made[-1].ran:
-            at = self.driver.lengths[slot : slot + 1] + len(made) - 1
-            start = start_hidden(manifest, [how.settings], at, np.ones(1, np.int64))
-            made[-1] = made[-1]._replace(start=None if start is None else start[0, 0])
+        if how is not None and not made[-1].ran:
+            at = int(self.driver.lengths[slot]) + len(made) - 1
+            made[-1] = made[-1]._replace(start=start_row(self.lanes.state.manifest, how.settings, at))
         return made
 
     def _count(self, slot: int, settings: LoopSettings, reads: Sequence[Read]) -> None:

@@ -12,6 +12,15 @@ from .settings import LoopSettings
 from .start_state import start_noise
 
 
+def start_row(manifest: Manifest, settings: LoopSettings, position: int) -> NDArray[np.float32] | None:
+    """Return the start state of one token (d,), by its place in the sequence; None where its loops start from what the
+    embedding gives."""
+    if not manifest.injects:
+        return None
+    hidden = start_hidden(manifest, [settings], np.array([position]), np.ones(1, np.int64))
+    return None if hidden is None else hidden[0, 0]
+
+
 def start_hidden(
     manifest: Manifest, settings: Sequence[LoopSettings], lengths: NDArray[np.int64], counts: NDArray[np.int64]
 ) -> NDArray[np.float32] | None:
