@@ -183,13 +183,35 @@ def test_tensorrt_pipelines_with_the_tokens_of_the_cpu(
     assert results == [cpu.generate(prompt, pipeline="off", **ASKED) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("dialect", ["standard", "portable"])
+def test_tensorrt_pipelines_shared_caches_with_the_tokens_of_the_cpu(
+    dialect: str, graphs: bool, make_family: MakeFamily, make_package: MakePackage, tmp_path: Path, device: HostDevice
+) -> None:
+    source = make_package(make_family("huginn"), **FAMILY_SIZES, dialect=dialect, share_caches="last")
+    cpu, ours = Runtime.load(source, backend="onnxruntime"), on_device(source, tmp_path, graphs=graphs)
+    for options in ({}, {"temperature": 0.8, "seed": 3, "start_state": "zeros"}):
+        for prompt in PROMPTS:
+            expected = cpu.generate(prompt, pipeline="on", **ASKED, **options)
+            found = ours.generate(prompt, pipeline="on", **ASKED, **options)
+            assert found == expected
+            assert found.pipeline == expected.pipeline
+
+
 @pytest.mark.parametrize("backend", [OnStandIn, ControlsOnTheHost])
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("kind", ["huginn", "nanbeige_skip"])
+@pytest.mark.parametrize(
+    ("kind", "more"), [("huginn", {}), ("nanbeige_skip", {}), ("huginn", {"share_caches": "last"})]
+)
 def test_onnx_runtime_on_a_device_pipelines_with_the_tokens_of_the_cpu(
-    kind: str, dialect: str, backend: type[OnStandIn], make_family: MakeFamily, make_package: MakePackage
+    kind: str,
+    more: dict[str, Any],
+    dialect: str,
+    backend: type[OnStandIn],
+    make_family: MakeFamily,
+    make_package: MakePackage,
 ) -> None:
-    package = make_package(make_family(kind), **FAMILY_SIZES, dialect=dialect)
+    package = make_package(make_family(kind), **FAMILY_SIZES, dialect=dialect, **more)
     cpu, ours = Runtime.load(package), Runtime(Package.open(package), backend(Package.open(package)), None)
     for prompt in PROMPTS:
         expected = cpu.generate(prompt, pipeline="on", **ASKED)

@@ -54,6 +54,7 @@ class Entrance:
 
     def __init__(self, state: BufferState, names: Sequence[str]):
         self._state, self._injects = lane_state(state, names, f"{LANES}{PRELUDE}/"), state.manifest.injects
+        self._state.steered = False  # the prelude freezes no tokens
         self._around = self._state.places  # where everything but the embedding's outputs lies
         self._size = int(state.hidden.shape[-1])
         self._step = self._size * ITEM_BYTES[state.hidden.dtype]
