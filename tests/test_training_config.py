@@ -105,6 +105,7 @@ def test_a_teacher_that_exists_is_named_by_its_directory(tmp_path: Path) -> None
         ("chunk_sizes: [4, 8]", "chunk_sizes: [0]", "section phase2: chunk_sizes are [0]"),
         ("chunk_sizes: [4, 8]", "distill: none", "section phase2: distill is 'none'"),
         ("hidden_size: 16", "hidden_size: -16", "section model: hidden_size is -16"),
+        ("embedding_std: 1", "branch_scale: 0", "section model: branch_scale is 0.0; it must be above 0"),
         ("embedding_std: 1", "embedding_std: 0", "section model: embedding_std is 0.0; it must be above 0"),
         ("chunk_size: 4", "chunk_size: 0", "section melt: chunk_size is 0"),
         ("melt: {chunk_size: 4}", "melt: 4", "section melt is 4; it must be a mapping"),

@@ -101,7 +101,7 @@ def sword(module: str, marks: str) -> Callable[[Path], Documents]:
 def without_osis(text: str) -> str:
     """Return the prose of an OSIS text: headings, notes and tables are dropped, paragraphs kept."""
     for element in ("note", "title", "table"):
-        text = re.sub(rf"<{element}\b[^>]*[^/]>.*?</{element}>", " ", text, flags=re.DOTALL)
+        text = re.sub(rf"<{element}\b(?:[^>]*[^/])?>.*?</{element}>", " ", text, flags=re.DOTALL)
     text = re.sub(r'<div [sS]ID="[^"]*" type="x-p"/>|<(?:chapter|lg|p)\b[^>]*>', "\n\n", text)
     return paragraphs(html.unescape(re.sub(r"<[^>]*>", "", text)))
 

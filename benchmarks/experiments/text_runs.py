@@ -42,6 +42,7 @@ def _model(hidden: int, middle: int, layers: int, heads: int) -> Section:
         # Embeddings are small because the head reads them too, and enter the first layer with a deviation of 1.
         "embedding_std": round(hidden**-0.5, 4),
         "embedding_scale": float(round(hidden**0.5)),
+        "branch_scale": 0.3,  # leaves more of the embedding after several loops
     }
 
 
@@ -71,7 +72,7 @@ STUDENT: Section = {
     "warmup_steps": 10,
 }
 PHASE1: Section = {"steps": 600, "interpolation_share": 0.6}
-PHASE2: Section = {"steps": 1000, "attention_weight": 0.01}
+PHASE2: Section = {"steps": 1000, "attention_weight": 0.002}  # a sum over the width: 0.1 would outweigh the divergence
 # What the shipped model has beyond the paper: every depth is useful.
 ADAPTIVE: Section = {"teacher_loop": "last", "random_depth": 0.5, "exit_weight": 0.1}
 GATE: Section = {"steps": 200, "learning_rate": 1e-2}
@@ -104,9 +105,10 @@ ROWS = (
 )
 
 
-def data_section(folder: Path, size: Size) -> Section:
-    """Return the data section for a folder that text_data.py wrote."""
-    names = json.loads((folder / "data.json").read_text(encoding="utf-8"))["sources"]
+def data_section(folder: Path, size: Size, about: Section | None = None) -> Section:
+    """Return the data section for a folder of text_data.py. ``about``: the content of its data.json, if known."""
+    about = about or json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    names = about["sources"]
     return {
         "tokens": [str(folder / f"{name}.bin") for name in names],
         "held_out": [str(folder / f"{name}-held-out.bin") for name in names],
@@ -116,8 +118,17 @@ def data_section(folder: Path, size: Size) -> Section:
     }
 
 
-def content(row: Row, seed: int, size: Size, data: Path, root: Path, *, teacher: Path | None = None) -> Section:
-    """Return a run's file. ``teacher``: of another run; None: the run trains its own."""
+def content(
+    row: Row,
+    seed: int,
+    size: Size,
+    data: Path,
+    root: Path,
+    *,
+    teacher: Path | None = None,
+    names: Section | None = None,
+) -> Section:
+    """Return a run's file. ``teacher``: of another run; None: the run trains its own. ``names``: see data_section."""
     own: Section = {"teacher": {**TEACHER, "batch_size": size.batch}, "model": size.model}
     batch = size.batch if teacher is None else size.row_batch
     both = {**STUDENT, "batch_size": batch, "chunk_sizes": list(size.chunks), **row.both}
@@ -125,7 +136,7 @@ def content(row: Row, seed: int, size: Size, data: Path, root: Path, *, teacher:
         "output": str(root / f"{row.name}-{seed}"),
         "seed": seed,
         "precision": "tf32",
-        "data": data_section(data, size),
+        "data": data_section(data, size, names),
         **(own if teacher is None else {"teacher": {"checkpoint": str(teacher)}}),
         "melt": {"chunk_size": size.chunk, **row.melt},
         "phase1": {**PHASE1, **both, **row.phase1},

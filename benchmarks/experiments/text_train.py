@@ -40,7 +40,6 @@ KEPT = {
 PRECISIONS = {"teacher": "bf16", "phase1": "tf32", "phase2": "tf32", "gate": "tf32"}
 _TURN = 2.0  # seconds
 _RENEW = 45.0
-_GRACE = 25.0  # seconds after the budget, before jobs are ended
 
 
 def plan_of(size: str, budget: float, data: Path, root: Path, jobs: str, held_out: int) -> dict[str, Any]:
@@ -92,6 +91,7 @@ def main(
     jobs: Annotated[str, typer.Option(help="main, or after it ablations.")] = "main",
     held_out: Annotated[int, typer.Option(help="Held-out sequences per source.")] = 48,
     threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 3,
+    grace: Annotated[float, typer.Option(help="Seconds after the budget, before processes are ended.")] = 25,
 ) -> None:
     """Train, measure and collect, within the budget."""
     if jobs not in ENDS or size not in SIZES:
@@ -125,7 +125,7 @@ def main(
             renewed = time.time()
             pack(root, out, most_bytes, KEPT[jobs])
         broken = [name for name, job in running.items() if job.poll()]
-        if broken or time.time() > plan["begun"] + budget + _GRACE:
+        if broken or time.time() > plan["begun"] + budget + grace:
             print(f"{broken[0]} failed" if broken else "the time is over; unfinished jobs are ended", flush=True)
             for job in running.values():
                 job.terminate()

@@ -103,8 +103,10 @@ class RunConfig:
     """A run: its file, its data and its stages.
 
     ``model`` holds fields of LoopLMConfig for a new teacher, ``embedding_std`` the standard deviation of its initial
-    embeddings. ``melt`` holds the fields of MeltConfig that a student does not take from its teacher. ``teacher`` is a
-    stage, or the directory of an existing LoopLM; None if only the gate of an existing checkpoint is trained.
+    embeddings, ``branch_scale`` the initial weights of the norms after attention and MLP, of sandwich norms: below 1
+    more of the token's embedding is left after several loops. ``melt`` holds the fields of MeltConfig that a student
+    does not take from its teacher. ``teacher`` is a stage, or the directory of an existing LoopLM; None if only the
+    gate of an existing checkpoint is trained.
     """
 
     file: Path
@@ -115,6 +117,7 @@ class RunConfig:
     threads: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     embedding_std: float | None = None
+    branch_scale: float | None = None
     melt: dict[str, Any] = field(default_factory=dict)
     teacher: Stage | Path | None = None
     phase1: Stage | None = None
@@ -141,7 +144,8 @@ _OPTIONS: dict[str, type[TeacherOptions | DistillOptions | GateOptions]] = {
     "phase2": DistillOptions,
     "gate": GateOptions,
 }
-_MODEL_FIELDS = {*LoopedConfig.__annotations__, *LoopLMConfig.__annotations__, "rope_theta", "embedding_std"} - {
+_INITIAL = ("embedding_std", "branch_scale")  # beside the fields of LoopLMConfig
+_MODEL_FIELDS = {*LoopedConfig.__annotations__, *LoopLMConfig.__annotations__, "rope_theta", *_INITIAL} - {
     "keys_to_ignore_at_inference",
     "model_type",
     "default_theta",
@@ -168,10 +172,11 @@ def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
         raise ConfigError(f"{file}: threads must be 1 or more and seed 0 or more")
     model = {key: _plain(value) for key, value in content.get("model", {}).items()}
     check_keys(model, _MODEL_FIELDS, f"{file}: section model")
-    std = model.pop("embedding_std", None)
-    std = None if std is None else _convert(std, float, f"{file}: section model: embedding_std")
-    if std is not None and std <= 0:
-        raise ConfigError(f"{file}: section model: embedding_std is {std}; it must be above 0")
+    for name in _INITIAL:
+        value = model.pop(name, None)
+        top[name] = None if value is None else _convert(value, float, f"{file}: section model: {name}")
+        if value is not None and top[name] <= 0:
+            raise ConfigError(f"{file}: section model: {name} is {top[name]}; it must be above 0")
     melt = {key: _plain(value) for key, value in content.get("melt", {}).items()}
     check_keys(melt, _MELT_FIELDS, f"{file}: section melt")
     for section, kind, fields in (("model", LoopLMConfig, model), ("melt", MeltConfig, melt)):
@@ -184,7 +189,7 @@ def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
     }
     if not model and isinstance(made.get("teacher"), Stage):
         raise ConfigError(f"{file}: section model is missing; it says what teacher to train, in LoopLMConfig's fields")
-    return RunConfig(file=file, data=dict(content["data"]), model=model, embedding_std=std, melt=melt, **top, **made)
+    return RunConfig(file=file, data=dict(content["data"]), model=model, melt=melt, **top, **made)
 
 
 def _check_sections(content: Mapping[str, Any], file: Path) -> None:

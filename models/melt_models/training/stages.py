@@ -144,6 +144,7 @@ class _Start:
 
     config: LoopLMConfig | MeltConfig
     embedding_std: float | None = None
+    branch_scale: float | None = None
     source: Path | None = None
     teacher: Path | None = None
 
@@ -153,7 +154,7 @@ class _Start:
         if name == "teacher":
             ids = {"pad_token_id": batches.pad_token_id, "eos_token_id": batches.eos_token_id}
             fields = {"vocab_size": batches.vocab_size, **ids, **run.model}
-            start = cls(LoopLMConfig(**fields), run.embedding_std)
+            start = cls(LoopLMConfig(**fields), run.embedding_std, run.branch_scale)
         elif name == "gate":
             start = cls._of_gate(run)
         else:
@@ -211,7 +212,8 @@ class _Start:
             for what, path in (("starting", self.source), ("teacher's", self.teacher))
             if path is not None
         }
-        values = {"precision": run.precision, "data": run.data, "embedding_std": self.embedding_std} | model | weights
+        initial = {"embedding_std": self.embedding_std, "branch_scale": self.branch_scale}
+        values = {"precision": run.precision, "data": run.data} | initial | model | weights
         return values | {key: value for key, value in told.items() if key not in FREE_TO_CHANGE}
 
     def objective(self, stage: Stage) -> Objective:
@@ -220,6 +222,8 @@ class _Start:
             model = LoopLMForCausalLM(cast(LoopLMConfig, self.config))
             if self.embedding_std is not None:
                 torch.nn.init.normal_(model.model.embed_tokens.weight, std=self.embedding_std)
+            if self.branch_scale is not None:
+                _scale_branches(model, self.branch_scale)
             return TeacherObjective(model.train(), stage.options)
         assert self.source is not None
         if isinstance(stage.options, GateOptions):
@@ -268,6 +272,16 @@ class _Start:
             for name in COMPANIONS:
                 if origin is not None and (origin / name).is_file() and not (build / name).exists():
                     shutil.copyfile(origin / name, build / name)
+
+
+def _scale_branches(model: LoopLMForCausalLM, scale: float) -> None:
+    """Set the weights of the norms after attention and MLP. Raises ConfigError if the model's layout has none."""
+    if model.config.norm_layout != "sandwich":
+        raise ConfigError(f"branch_scale needs norm_layout: sandwich, not {model.config.norm_layout}")
+    layers: Any = model.model.layers
+    for layer in layers:
+        for norm in (layer.input_layernorm_2, layer.post_attention_layernorm_2):
+            torch.nn.init.constant_(norm.weight, scale)
 
 
 def _check_melt(run: RunConfig, melt: MeltConfig, source: Path) -> None:
