@@ -12,6 +12,7 @@ from melt_models.checkpoint import load_model
 from melt_models.decoding import greedy_tokens
 from melt_models.melt import MeltForCausalLM
 from melt_runtime import ArgumentError, Request, Runtime, Scheduler
+from melt_runtime.decoding.generator import TokenSequence
 from melt_runtime.decoding.loop_driver import LoopDriver
 
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9], [5, 6], [40, 2, 7, 7], [1]]
@@ -120,7 +121,51 @@ def test_a_scheduler_of_one_slot_gives_the_same_tokens(runtime: Runtime) -> None
             handle.result()
 
 
-def test_what_it_does_not_know_is_refused(runtime: Runtime) -> None:
-    for name in ("exit_change", "exit_kl", "exit_same"):
-        with pytest.raises(ArgumentError, match=name):
-            runtime.generate(PROMPTS[0], pipeline="on", **{name: 1})
+# Criteria by which some tokens of this model leave after one loop, and others do not.
+CRITERIA: list[dict[str, Any]] = [
+    {"exit_threshold": 0.5},
+    {"exit_change": 0.9},
+    {"exit_kl": 0.005},
+    {"exit_same": 1},
+    {"exit_threshold": 0.7, "exit_kl": 0.002, "min_loops": 2},
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+def test_over_two_loops_tokens_and_depths_are_those_of_plain_decoding(
+    runtime: Runtime, criterion: dict[str, Any]
+) -> None:
+    """In its last two loops a token sees the one before it as plain decoding does."""
+    for prompt in PROMPTS:
+        asked = {"max_tokens": 24, "ignore_eos": True, "loops": 2, "exit_threshold": 1.0, **criterion}
+        plain = runtime.generate(prompt, pipeline="off", **asked)
+        piped = runtime.generate(prompt, pipeline="on", **asked)
+        assert (piped.token_ids, piped.depth) == (plain.token_ids, plain.depth)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+def test_a_token_leaves_in_flight_by_what_it_would_leave_by_alone(
+    runtime: Runtime, criterion: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without drafts a token is alone in flight, and the result is that of plain decoding at any depth."""
+    monkeypatch.setattr(TokenSequence, "draft", lambda self, logits, ahead: None)
+    depths = set[int]()
+    for prompt in PROMPTS:
+        asked = {"max_tokens": 24, "ignore_eos": True, "loops": 4, "exit_threshold": 1.0, **criterion}
+        plain = runtime.generate(prompt, pipeline="off", **asked)
+        piped = runtime.generate(prompt, pipeline="on", **asked)
+        assert (piped.token_ids, piped.depth) == (plain.token_ids, plain.depth)
+        assert piped.pipeline is not None
+        assert piped.pipeline.runs == sum(piped.depth[len(prompt) :])
+        depths |= set(piped.depth[len(prompt) :])
+    assert depths & {1, 2, 3}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+def test_what_leaves_early_saves_runs(runtime: Runtime, criterion: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "pipeline": "on", "loops": 4}
+    for prompt in PROMPTS:
+        early = runtime.generate(prompt, **{"exit_threshold": 1.0, **asked, **criterion})
+        assert early.pipeline is not None
+        assert early.pipeline.tokens == 23
+        assert early.pipeline.runs <= sum(early.depth[len(prompt) :])

@@ -50,6 +50,9 @@ class Lanes(Protocol):
     def left(self, slot: int) -> None:
         """Keep a sequence's oldest token in the cache. The next run begins with the one after it."""
 
+    def hidden(self) -> NDArray[np.floating]:
+        """Return a copy of the hidden states of the only sequence's tokens after the last run (tokens, d)."""
+
 
 def make_lanes(state: BufferState) -> Lanes:
     """Return the lanes of a state, for which ``lanes_fit`` returned None."""
@@ -109,6 +112,10 @@ class LoopLanes:
 
     def left(self, slot: int) -> None:
         """Do nothing: the token is in the caches of all loops."""
+
+    def hidden(self) -> NDArray[np.floating]:
+        """Not read: tokens of a LoopLM run all loops."""
+        raise NotImplementedError
 
     def _run(
         self,
@@ -226,7 +233,7 @@ class ChunkLanes:
             self._lanes.commit(replace(self._control, chunk_lengths=np.array([self._first])), stage)
 
     def hidden(self) -> NDArray[np.floating]:
-        """Return a copy of the hidden states after the last run (tokens, d)."""
+        """Return a copy of the hidden states after the last run (see ``Lanes.hidden``)."""
         self._place(self._current, 0)
         self._lanes.current, self._lanes.width = self._current, self._control.active.shape[1]
         return self._lanes.read("hidden")[0]  # type: ignore[no-any-return]

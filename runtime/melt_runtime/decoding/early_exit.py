@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +19,6 @@ def depth_warnings(manifest: Manifest, loops: int) -> tuple[str, ...]:
         return ()
     known = "1 loop" if trained == 1 else f"{trained} loops"
     return (f"loops is {loops}, but the model was trained for {known} per token: its answers may make no sense",)
-
-
-def stays(remaining: Any, exit_probability: Any) -> Any:
-    """Return the probability that a token is still in the loops, after one more of them: a float32, or an array."""
-    return remaining * (np.float32(1) - exit_probability)
-
-
-def has_left(remaining: Any, threshold: Any) -> Any:
-    """Whether the cumulative exit probability has reached a threshold: of float32 values, or of arrays."""
-    return (np.float32(1) - remaining) >= threshold
 
 
 class Depth:
@@ -74,8 +63,8 @@ class Depth:
         self.loop += 1
         self.spent += self.active
         if exit_probability is not None:
-            self._remaining = stays(self._remaining, exit_probability)
-        leaves = self._gated & has_left(self._remaining, self._threshold)
+            self._remaining = self._remaining * (np.float32(1) - exit_probability)
+        leaves = self._gated & (np.float32(1) - self._remaining >= self._threshold)
         if self._watched:
             leaves |= self._settled(hidden().astype(np.float32, copy=False))
         if (self._heard & self.active.any(axis=1)).any():

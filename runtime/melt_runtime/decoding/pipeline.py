@@ -26,8 +26,7 @@ from ..backends.lanes import Read, make_lanes
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..results import PipelineUse
-from .early_exit import has_left, stays
-from .exit_criteria import CRITERIA
+from .early_exit import Depth
 from .settings import GenerationOptions, LoopSettings
 from .start import start_row
 
@@ -95,7 +94,6 @@ class Sequences(Protocol):
         """Count one more token of a sequence, whose keys and values are in the cache of every loop."""
 
 
-_WHOLE = np.float32(1)
 _UNKNOWN = -1  # the version of a sequence whose tokens in flight must not be used
 
 
@@ -103,16 +101,16 @@ _UNKNOWN = -1  # the version of a sequence whose tokens in flight must not be us
 class _Flight:
     """A token in flight. ``by``: the loop whose prediction it was; 0: it was sampled.
 
-    ``ran``: its loops so far. ``remaining``: the probability that it has not left. ``left``: it runs no more loops.
-    ``logits``: the head's after it in the last run; None before its first.
+    ``ran``: its loops so far. ``left``: it runs no more loops. ``logits``: the head's after it in the last run; None
+    before its first. ``depth``: decides whether it leaves early, as it would alone in a chunk; None until asked.
     """
 
     token: int
     by: int = 0
     ran: int = 0
-    remaining: np.float32 = _WHOLE
     left: bool = False
     logits: NDArray[np.float32] | None = None
+    depth: Depth | None = None
 
 
 class _Sequence:
@@ -210,15 +208,23 @@ class Pipeline:
     def _count(self, slot: int, settings: LoopSettings, reads: Sequence[Read]) -> None:
         """Note what a run did to a sequence's tokens, and which have left the loops."""
         one = self._sequences[slot]
-        for flight, read in zip(one.flights, reads, strict=True):
+        for index, (flight, read) in enumerate(zip(one.flights, reads, strict=True)):
             flight.logits = read.logits
             if flight.left:
                 continue
             flight.ran += 1
-            flight.remaining = stays(flight.remaining, read.exit_probability)
-            early = settings.exit_threshold < 1 and has_left(flight.remaining, np.float32(settings.exit_threshold))
-            flight.left = flight.ran >= settings.loops or bool(early and flight.ran >= settings.min_loops)
+            flight.left = flight.ran >= settings.loops or (
+                settings.adaptive and self._leaves(flight, settings, index, read)
+            )
         one.version = int(self.driver.versions[slot])
+
+    def _leaves(self, flight: _Flight, settings: LoopSettings, index: int, read: Read) -> bool:
+        """Return whether a token of the only sequence leaves after the loop that has just run. ``index``: its place in
+        flight; ``read``: what that run says of it."""
+        depth = flight.depth = flight.depth or Depth([settings], np.ones((1, 1), np.bool_))
+        gate = np.array([[read.exit_probability]]) if self.lanes.state.manifest.has_exit_gate else None
+        depth.ran(gate, lambda: self.lanes.hidden()[None, None, index], lambda: read.logits[None])
+        return not depth.active.any()
 
     def _arrive(self, slot: int) -> bool:
         """Commit a sequence's oldest token. Returns True."""
@@ -259,15 +265,7 @@ def cannot_pipeline(why: str) -> ArgumentError:
 
 def may_pipeline(manifest: Manifest, options: GenerationOptions) -> bool:
     """Return whether a request's tokens may be pipelined. Where that changes them, as with a shared cache, it must be
-    asked for.
-
-    Raises ArgumentError if they must be and the request's depth forbids it.
-    """
+    asked for."""
     if options.loops.loops == 1 or options.pipeline == "off":
         return False
-    if options.pipeline == "auto":
-        return manifest.cache_loops is not None
-    for one in CRITERIA.values():
-        if one.reads != "gate" and getattr(options.loops, one.option) != one.never:
-            raise ArgumentError(f"pipeline is 'on', where tokens leave by exit_threshold only, not by {one.option}")
-    return True
+    return options.pipeline == "on" or manifest.cache_loops is not None
