@@ -9,6 +9,7 @@ Sections, all by default:
 - trained: held-out additions of a trained LoopLM, greedy and sampled: the same tokens, runs per token, which loops'
   drafts hold. The checkpoint is that of ``melt-train teacher --config examples/addition.yaml`` (10 minutes).
 - melt: the same with the MELT of examples/addition-melt, whose tokens are staggered and may differ.
+- adaptive: that MELT where tokens leave the loops early, by several criteria, one after the other and pipelined.
 - speed: tokens/s at the 1.4B shape, plain and pipelined in turn in one process, with drafts as good as those of
   "trained"; and what a run of several tokens costs. With 8 layers it takes a quarter of an hour on two cores, after
   making its package, which ``--packages`` keeps.
@@ -30,6 +31,7 @@ from typing import Annotated, Any
 import typer
 from common import command_line, loaded_machine, save, versions
 from melt_runtime.progress import Step, shown_progress
+from pipelined_adaptive import adaptive
 from pipelined_speed import speed
 from pipelined_tokens import identity, staggered, trained
 from rich.console import Console
@@ -81,7 +83,13 @@ QUICK: dict[str, Any] = {
     "tokens": 6,
 }
 Measure = Callable[[Path, Any, Step, dict[str, Any]], dict[str, Any]]
-SECTIONS: dict[str, Measure] = {"identity": identity, "trained": trained, "melt": staggered, "speed": speed}
+SECTIONS: dict[str, Measure] = {
+    "identity": identity,
+    "trained": trained,
+    "melt": staggered,
+    "adaptive": adaptive,
+    "speed": speed,
+}
 
 
 def run(chosen: list[str], settings: Settings, directory: Path, step: Step, report: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from melt_export.quantization.options import CacheOptions, WeightOptions
 
 TRAINED_BY = "melt-train teacher --config examples/addition.yaml"
 MELT_BY = "melt-train all --config examples/addition.yaml"
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "addition-melt"
+MELT = Path(__file__).resolve().parent.parent / "examples" / "addition-melt"
 _TINY = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 256}
 _SMALL = {"vocab_size": 499, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 256}
 SHAPES = {
@@ -151,7 +151,7 @@ def _difference(
 
 def trained(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
     """Answer held-out additions with a trained LoopLM, whose tokens pipelined decoding must not change."""
-    runtime, task = _runtime(settings.teacher, directory / "teacher"), Addition()
+    runtime, task = loaded(settings.teacher, directory / "teacher"), Addition()
     problems = [
         problem for hard in KINDS_OF_PROBLEMS.values() for problem in task.test_set(settings.problems, hard=hard)
     ]
@@ -167,11 +167,11 @@ def trained(directory: Path, settings: Any, step: Step, report: dict[str, Any]) 
 
 def staggered(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
     """Answer held-out additions with the MELT that the repository ships, whose loops share a cache."""
-    runtime = _runtime(EXAMPLE, directory / "melt")
+    runtime = loaded(MELT, directory / "melt")
     return {"trained_by": MELT_BY, **_answers(runtime, settings.problems, step)}
 
 
-def _runtime(checkpoint: Path, package: Path) -> Runtime:
+def loaded(checkpoint: Path, package: Path) -> Runtime:
     """Load a checkpoint's package, exported unless it exists."""
     if not package.is_dir():
         with building(checkpoint, package, ExportOptions()):

@@ -13,6 +13,7 @@ from melt_runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import pipelined
+import pipelined_adaptive
 import pipelined_docs
 import pipelined_tokens
 from pipelined_speed import Turns, run_costs, speed
@@ -137,6 +138,18 @@ def test_the_document_and_the_picture_show_every_section(report: dict[str, Any],
     assert (tmp_path / "pipelined.png").stat().st_size > 10_000
     pipelined_docs.plot({"trained": report["trained"]}, tmp_path / "alone.png")
     assert "### Tokens per second" not in pipelined_docs.part({"trained": report["trained"]})
+
+
+def test_tokens_that_leave_early_are_counted_both_ways(report: dict[str, Any]) -> None:
+    section = report["adaptive"]
+    assert len(section["results"]) == len(pipelined_adaptive.CRITERIA)
+    none, *others = section["results"]
+    assert none["plain"]["runs_per_token"] == none["plain"]["loops_per_token"] == LOOPS
+    assert none["pipelined"]["runs_per_token"] < LOOPS
+    for row in others:
+        assert row["plain"]["loops_per_token"] < LOOPS
+        assert row["pipelined"]["runs_per_token"] <= row["plain"]["runs_per_token"]
+    assert "| `exit_kl` 0.01 |" in pipelined_docs.part(report)
 
 
 def test_a_melt_has_its_place_beside_the_looplm(report: dict[str, Any]) -> None:
