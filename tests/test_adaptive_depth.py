@@ -173,6 +173,23 @@ def test_a_looplms_tokens_leave_by_no_rule(looplm: Runtime) -> None:
     assert driver.lengths.tolist() == [1, 2]
 
 
+def test_depth_is_checked_again_after_a_part_has_changed_a_looplms_sequence(looplm: Runtime) -> None:
+    driver, deep = looplm.driver(2), LoopSettings(4)
+    driver.append([[5], [6]], deep)
+    for _ in range(2):
+        driver.append([[7], [8]], deep)
+    part = driver.part(1, 1)
+    assert part is not None
+    part.clear(0)
+    part.append([[6]], LoopSettings(2))
+    with pytest.raises(ArgumentError, match="tokens in the cache ran 2"):
+        driver.append([[7], [8]], deep)
+    part.clear(0)
+    part.append([[6, 8, 8]], deep)
+    driver.append([[7], [8]], deep)
+    assert driver.depth == [[4] * 4] * 2
+
+
 def test_a_request_may_set_them(tiny_package: Path) -> None:
     runtime = Runtime.load(tiny_package)
     result = runtime.generate([5, 6, 7], max_tokens=5, loops=6, min_loops=3, exit_change=1e9, ignore_eos=True)

@@ -68,8 +68,9 @@ class LoopDriver:
         self._each_one = Chunk(self._ids, self._one, self._all, self._column)
         self._steady = LoopControl(self._all, self._column, self.lengths, self._one)
         self._fixed: LoopSettings | None = None  # settings already checked, with a fixed number of loops
+        self._checked: list[int] = []  # a LoopLM's versions at which every sequence's caches are as deep as those
         self._drafted: LoopSettings | None = None  # settings already checked for pipelined decoding after these tokens
-        self._injects = manifest.injects
+        self._injects, self._looplm = manifest.injects, manifest.cache_loops is not None
 
     @cached_property
     def pipeline(self) -> Pipeline | None:
@@ -264,6 +265,8 @@ class LoopDriver:
             return False
         if settings is not fixed and (isinstance(settings, LoopSettings) or settings.count(fixed) != self.batch):
             return False
+        if self._looplm and self._checked != self.versions.tolist():
+            return False
         start = self._start(self._each_one, [fixed] * self.batch) if self._injects else None
         self.moves += 1
         for slot in range(self.batch):
@@ -273,6 +276,8 @@ class LoopDriver:
             at = self._lengths[slot]
             self._loops[slot, at] = fixed.loops
             self._lengths[slot] = at + 1
+        if self._looplm:
+            self._checked = self.versions.tolist()
         return True
 
     def each(self, settings: Settings) -> Sequence[LoopSettings]:
@@ -365,12 +370,12 @@ class LoopDriver:
             return
         self._check_depth(chunk, each)
         loops = asked[0].loops
-        if self.manifest.cache_loops is None:
-            self._fixed = asked[0]
+        self._fixed = asked[0]
         self._change(chunk)
         control = LoopControl(self._all, chunk.present, self.lengths, chunk.counts)
         self.state.run_chunk(chunk.ids, control, loops, any(chunk.last.tolist()), between, self._start(chunk, each))
         self._count([[loops] * count for count in counts])
+        self._checked = self.versions.tolist() if len(asked) == self.batch else []
 
     def _groups(self, chunk: Chunk, each: Sequence[LoopSettings]) -> list[Chunk]:
         """Split a LoopLM's chunk by number of loops, because its graph cannot freeze tokens. Other chunks stay
