@@ -71,7 +71,8 @@ EvalText = Annotated[
 EvalAnswers = Annotated[
     Path | None,
     typer.Option(
-        help='Problems to count a quantized package\'s exact answers on: JSON lines with "prompt" and "answer".',
+        help="Problems to count exact answers on, of a quantized package and of staggered decoding: JSON lines with "
+        '"prompt" and "answer".',
         exists=True,
         dir_okay=False,
     ),
@@ -194,8 +195,8 @@ def export(
             "--block, --head, --embedding, --method, --keep, --int8, --int8-share, --asymmetric and --activations need "
             "quantized weights: add --weights"
         )
-    if weights is None and cache is None and (calibration or eval_answers):
-        raise ArgumentError("--calibration and --eval-answers need quantization: add --weights or --cache")
+    if weights is None and cache is None and calibration:
+        raise ArgumentError("--calibration needs quantization: add --weights or --cache")
     stored = None
     if weights is not None:
         kept, wide, chosen = tuple(keep or ()), tuple(int8 or ()), str(method or "gptq")
@@ -233,6 +234,10 @@ def export(
         if eval_text is not None and weights is None and cache is None and not (shared or staggers(opened.config)):
             raise ArgumentError(
                 "--eval-text needs quantization, or a MELT of several loops, whose staggered decoding is measured"
+            )
+        if eval_answers is not None and weights is None and cache is None and not staggers(opened.config):
+            raise ArgumentError(
+                "--eval-answers needs quantization, or a MELT of several loops, whose staggered answers are counted"
             )
         with building(opened, output, options, force=force, progress=step) as directory:
             if not no_verify:
@@ -337,9 +342,13 @@ def verify_command(
                 "--eval-text needs a quantized package, or one of a MELT of several loops, whose staggered decoding is "
                 "measured"
             )
-        chosen = (eval_answers, max_kl, max_perplexity_change)
-        if any(option is not None for option in chosen) and not manifest.quantized:
-            raise ArgumentError("--eval-answers and the limits need a quantized package; this one is not quantized")
+        if eval_answers is not None and not (manifest.quantized or manifest.staggers):
+            raise ArgumentError(
+                "--eval-answers needs a quantized package, or one of a MELT of several loops, whose staggered answers "
+                "are counted"
+            )
+        if (max_kl, max_perplexity_change) != (None, None) and not manifest.quantized:
+            raise ArgumentError("the limits need a quantized package; this one is not quantized")
         checkpoint = _fetched(checkpoint)
 
         from .parity.quality import limits_of

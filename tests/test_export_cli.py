@@ -397,7 +397,7 @@ def test_a_package_that_is_not_there_is_refused(run: Commands, checkpoint: Path,
     [
         (["--cache", "int8", "--dialect", "standard"], "--cache int8 needs the dialect onnxruntime at precision fp32"),
         (["--method", "rtn"], "need quantized weights: add --weights"),
-        (["--calibration", __file__], "need quantization: add --weights or --cache"),
+        (["--calibration", __file__], "needs quantization: add --weights or --cache"),
     ],
 )
 def test_options_of_quantization_that_say_nothing_are_refused(

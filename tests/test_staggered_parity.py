@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -161,7 +162,45 @@ def test_inspect_shows_what_it_costs_unless_the_report_is_of_another_export(pack
     assert "in flight" not in CliRunner().invoke(run_app, ["inspect", str(package_copy)]).stdout
 
 
-@pytest.mark.parametrize("change", [{"kl": "high"}, {"top1": 3}, {"lanes": 0}, {"more": 1}, {"chunk_kl": None}])
+def test_staggered_answers_are_counted_beside_plain_ones(
+    tiny_checkpoint: Path, package_copy: Path, make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    runtime = Runtime.load(package_copy)
+    asked: dict[str, Any] = {"max_tokens": 4, "exit_threshold": 1.0}
+    prompts = ["one", "two and", "three", "four"]
+    # Half the answers are what staggered decoding writes; those that it does not write are answered by neither.
+    answers = [runtime.generate(prompt, pipeline="on", **asked).text for prompt in prompts[:2]] + ["no", "none"]
+    problems = tmp_path / "problems.jsonl"
+    lines = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    problems.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    expected = [0.0, 0.0]
+    for line in lines:
+        assert runtime.tokenizer is not None
+        count = len(runtime.tokenizer.encode(line["answer"], add_special_tokens=False)) + 1
+        for at, pipeline in enumerate(("off", "on")):
+            written = runtime.generate(line["prompt"], max_tokens=count, exit_threshold=1.0, pipeline=pipeline)
+            expected[at] += (written.text == line["answer"]) / 4
+    order = [str(package_copy), "--checkpoint", str(tiny_checkpoint), "--tokens", "2", "--eval-answers", str(problems)]
+    result = CliRunner().invoke(verify_app, order)
+    assert result.exit_code == 0, result.output
+    cost = StaggeredCost(**json.loads((package_copy / "parity.json").read_text())["staggered"])
+    assert (cost.problems, cost.plain_right, cost.right) == (4, *expected)
+    said = f"{cost.right:.1%} of 4 answers right, plainly {cost.plain_right:.1%}"
+    assert said in " ".join(result.stdout.split())
+    shown = CliRunner().invoke(run_app, ["inspect", str(package_copy)]).stdout
+    assert said in " ".join(shown.replace("│", "").split())
+    parity = describe(Package.open(package_copy)).parity
+    assert parity is not None
+    assert parity.staggered == cost
+    looplm = str(make_package(make_looplm()))
+    refused = CliRunner().invoke(verify_app, [looplm, "--checkpoint", str(make_looplm()), *order[3:]])
+    assert "--eval-answers needs a quantized package, or one of a MELT of several loops" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"right": 2}, {"problems": -1}, {"kl": "high"}, {"top1": 3}, {"lanes": 0}, {"more": 1}, {"chunk_kl": None}],
+)
 def test_a_cost_that_is_none_is_no_report(package_copy: Path, change: dict[str, object]) -> None:
     cost = {**asdict(StaggeredCost(4, "a text", 256, 0.0124, 0.98, 8, 0.3, 0.75)), **change}
     (package_copy / "parity.json").write_text(json.dumps({"passed": True, "staggered": cost}))

@@ -69,11 +69,15 @@ def checkpoint_accuracy(
     return right / len(problems)
 
 
-def package_accuracy(runtime: Runtime, problems: list[Problem], progress: Step = no_progress) -> float:
+def package_accuracy(
+    runtime: Runtime, problems: list[Problem], progress: Step = no_progress, pipeline: str = "auto"
+) -> float:
     """Return the share of problems that a package answers, decoding greedily at full depth."""
     right = 0
     for problem in problems:
-        written = runtime.generate(list(problem.prompt), max_tokens=problem.tokens, exit_threshold=1.0)
+        written = runtime.generate(
+            list(problem.prompt), max_tokens=problem.tokens, exit_threshold=1.0, pipeline=pipeline
+        )
         right += written.text == problem.answer
         progress("package: answers", len(problems), 1)
     return right / len(problems)

@@ -19,6 +19,7 @@ from ..reference.float32_matmul import Arithmetic
 from ..reference.pytorch import Reference
 from ..reference.staggered import StaggeredRun, schedule, staggered_runs
 from .distances import Distances, agreement, log_softmax
+from .exact_match import Problem, package_accuracy
 from .quality import HeldOut, text_logits
 
 COST_TOKENS = 256  # most tokens that the cost is measured on
@@ -95,8 +96,11 @@ def package_runs(driver: LoopDriver, tokens: Sequence[int], loops: int, lanes: i
             flight.left(0)
 
 
-def staggered_cost(runtime: Runtime, held: HeldOut, loops: int, progress: Step) -> StaggeredCost | None:
-    """Run a package over text: staggered, plainly and in its chunks, each token given. None if its backend cannot."""
+def staggered_cost(
+    runtime: Runtime, held: HeldOut, problems: list[Problem], loops: int, progress: Step
+) -> StaggeredCost | None:
+    """Run a package over text: staggered, plainly and in its chunks, each token given. Count its answers to problems
+    both ways. None if its backend cannot decode staggered."""
     lanes, chunk, driver = lanes_of(runtime.manifest, loops), runtime.manifest.chunk, runtime.driver(1)
     if lanes < 2 or driver.state.lanes_fit() is not None:
         return None
@@ -111,4 +115,8 @@ def staggered_cost(runtime: Runtime, held: HeldOut, loops: int, progress: Step) 
             found[name] += zip(*agreement(log_softmax(logits), plain), strict=True)
         progress("package: staggered decoding", len(held.sequences), 1)
     (kl, top1), (chunk_kl, chunk_top1) = (np.mean(pairs, axis=0).tolist() for pairs in found.values())
-    return StaggeredCost(lanes, held.text, len(found["staggered"]), kl, top1, chunk, chunk_kl, chunk_top1)
+    cost = StaggeredCost(lanes, held.text, len(found["staggered"]), kl, top1, chunk, chunk_kl, chunk_top1)
+    if not problems:
+        return cost
+    plain_right, right = (package_accuracy(runtime, problems, progress, pipeline) for pipeline in ("off", "on"))
+    return replace(cost, problems=len(problems), right=right, plain_right=plain_right)

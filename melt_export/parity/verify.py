@@ -71,7 +71,7 @@ def verify(
     - ``loops`` None: as many as the package was trained for.
     - ``tokens`` None: 256, or 16 for a large package, whose tokens take PyTorch seconds each.
     - ``eval_text`` None: a built-in text to measure a quantized package on.
-    - ``eval_answers``: problems to count a quantized package's answers on.
+    - ``eval_answers``: problems to count the answers of a quantized package on, and those of staggered decoding.
     - ``limits`` None: the usual ones, of a quantized package's loss.
 
     Raises CheckpointError, PackageError, BackendError, ArgumentError for a text or a backend that cannot be used,
@@ -86,10 +86,9 @@ def verify(
     manifest = manifest if loops is None else replace(manifest, loops=loops)
     manifest.check_depth(manifest.loops, 1.0)
     large = sum(spec.bytes for spec in manifest.files.values()) > LARGE_BYTES
-    check = None
+    check, problems = None, [] if eval_answers is None else read_problems(eval_answers, opened)
     if manifest.quantized:
         held = held_out(package, manifest, eval_text, LARGE_TOKENS if large else TOKENS)
-        problems = [] if eval_answers is None else read_problems(eval_answers, opened)
         check = QualityCheck(held, problems, limits_of(manifest) if limits is None else limits)
     tokens = (16 if large else 256) if tokens is None else tokens
     table = source.weights.tensor(EMBEDDING)
@@ -112,7 +111,7 @@ def verify(
         compare(runtime, expected, report, progress)
         if lanes > 1:
             text = held_out(package, manifest, eval_text, LARGE_TOKENS if large else COST_TOKENS)
-            report.staggered = staggered_cost(runtime, text, manifest.loops, progress)
+            report.staggered = staggered_cost(runtime, text, problems, manifest.loops, progress)
         _compare_embeddings(runtime, table, report)
         if check is not None and target.activations == "int8":
             float_kl = check.measure(runtime, manifest.loops, progress).kl

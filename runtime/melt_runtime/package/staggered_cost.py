@@ -18,6 +18,7 @@ class StaggeredCost:
     - ``kl``: mean KL(plain || staggered) of the next token's distribution, in nats.
     - ``top1``: share (0 to 1) of positions with the same best token.
     - ``chunk_kl``, ``chunk_top1``: the same of prefill in chunks of ``chunk`` tokens.
+    - ``right``, ``plain_right``: shares (0 to 1) of ``problems`` that staggered and plain decoding answer exactly.
     """
 
     lanes: int
@@ -28,14 +29,18 @@ class StaggeredCost:
     chunk: int
     chunk_kl: float
     chunk_top1: float
+    problems: int = 0
+    right: float = 0.0
+    plain_right: float = 0.0
 
     def summary(self) -> str:
         """Describe the cost in one line."""
+        answers = f"; {self.right:.1%} of {self.problems:,} answers right, plainly {self.plain_right:.1%}"
         return (
             f"KL {self.kl:.1e}, top-1 {self.top1:.1%} with {self.lanes} tokens in flight; "
             f"KL {self.chunk_kl:.1e}, top-1 {self.chunk_top1:.1%} in chunks of {self.chunk} "
             f"(against plain decoding, on {self.positions:,} positions of {self.text})"
-        )
+        ) + (answers if self.problems else "")
 
 
 def _name(value: Any, where: str) -> str:
@@ -55,5 +60,9 @@ STAGGERED_COST = record(
         "chunk": whole(),
         "chunk_kl": _KL,
         "chunk_top1": _SHARE,
+        "problems": whole(0),
+        "right": _SHARE,
+        "plain_right": _SHARE,
     },
+    {"problems": 0, "right": 0.0, "plain_right": 0.0},
 )
