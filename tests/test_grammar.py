@@ -383,7 +383,7 @@ def test_a_schema_that_was_refused_leaves_its_share() -> None:
 
 def test_large_schemas_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = grammars(byte_level)
-    monkeypatch.setattr(chosen, "_waiting", grammar._MAX_TURNS)
+    monkeypatch.setattr(chosen._budget, "_waiting", grammar._MAX_TURNS)
     with pytest.raises(BusyError, match="large JSON schemas"):
         chosen.constraint({"enum": [f"value {i}" for i in range(40_000)]})
     assert chosen.constraint(ADDRESS).mask([]).any()

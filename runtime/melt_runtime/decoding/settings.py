@@ -107,7 +107,8 @@ class GenerationOptions:
     """The options of one request: depth, number of tokens, sampling, stopping.
 
     ``pipeline``: whether several successive tokens run at once, each in a loop of its own: "on", "off", or "auto":
-    where the tokens are the same and it is faster.
+    where the tokens are the same and it is faster. ``shown_ids``: special tokens that the text has, although it leaves
+    out others.
     """
 
     loops: LoopSettings
@@ -117,6 +118,7 @@ class GenerationOptions:
     stop_ids: frozenset[int] = frozenset()
     warnings: tuple[str, ...] = field(default=(), compare=False)  # sentences that the reply should carry
     pipeline: str = "auto"
+    shown_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         whole_number("max_tokens", self.max_tokens)

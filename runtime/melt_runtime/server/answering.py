@@ -23,7 +23,9 @@ from .streaming import EventStream, Feed
 
 async def answer(service: Service, request: Request, call: CompletionBody | ChatBody, job: Job) -> Response:
     chat = isinstance(call, ChatBody)
-    reply_format = ReplyFormat(chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer)
+    reply_format = ReplyFormat(
+        chat, request_id(request), service.name, service.fingerprint, service.runtime.tokenizer, job.reading
+    )
     feed = Feed(service.scheduler, job.requests, service.backlog)
     note(request, choices=len(job.requests), prompt_tokens=job.prompt_tokens, stream=bool(call.stream))
     if call.stream:

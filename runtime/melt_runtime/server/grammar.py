@@ -1,4 +1,4 @@
-"""JSON output by a schema, enforced with llguidance."""
+"""JSON output and calls of functions by their schemas, enforced with llguidance."""
 
 from __future__ import annotations
 
@@ -31,13 +31,51 @@ _HEAVY = 1_000  # above this, compiling takes over 0.1 s and waits for its turn
 _MAX_TURNS = 4  # heavy schemas that may wait for their turn
 
 
+class Budget:
+    """The room that all live grammars share. Raises BusyError if other calls' grammars take it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._weight = 0  # of all live grammars
+        self._returned: deque[int] = deque()  # weights of freed grammars; the garbage collector may append any time
+        self._waiting = 0  # heavy schemas waiting to be compiled
+        self._turn = threading.Lock()
+
+    def reserve(self, weight: int) -> _Share:
+        """Count a grammar's weight while the returned share is alive."""
+        with self._lock:
+            while self._returned:
+                self._weight -= self._returned.popleft()
+            if self._weight + weight > _MAX_WEIGHT:
+                raise BusyError("the JSON schemas of other calls take all the room there is; try again", 1.0)
+            self._weight += weight
+        share = _Share()
+        weakref.finalize(share, self._returned.append, weight).atexit = False
+        return share
+
+    @contextmanager
+    def heavy_turn(self) -> Iterator[None]:
+        """Wait to compile a heavy schema; one is compiled at a time."""
+        with self._lock:
+            if self._waiting >= _MAX_TURNS:
+                raise BusyError(f"{self._waiting} large JSON schemas are being compiled; try again", 1.0)
+            self._waiting += 1
+        try:
+            with self._turn:
+                yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+
 class Grammars:
     """A factory of constraints for a package's requests.
 
-    Raises ArgumentError for a package without tokenizer or end token, or without llguidance.
+    ``shown``: special tokens whose text grammars may spell. ``budget``: shared with other factories. Raises
+    ArgumentError for a package without tokenizer or end token, or without llguidance.
     """
 
-    def __init__(self, runtime: Runtime):
+    def __init__(self, runtime: Runtime, shown: Collection[int] = (), budget: Budget | None = None):
         try:
             import llguidance
         except ImportError as error:
@@ -48,13 +86,9 @@ class Grammars:
         self._library = llguidance
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_STATES, verbose_errors=False)
         self._stop_ids = frozenset(i for i in ends if i < runtime.manifest.vocab_size)
-        self._vocabulary = _Vocabulary(runtime.tokenizer, runtime.manifest.vocab_size, self._stop_ids)
+        self._vocabulary = _Vocabulary(runtime.tokenizer, runtime.manifest.vocab_size, self._stop_ids, shown)
         self._tokenizer = self._vocabulary.tokenizer(llguidance)
-        self._lock = threading.Lock()
-        self._weight = 0  # of all live grammars
-        self._returned: deque[int] = deque()  # weights of freed grammars; the garbage collector may append any time
-        self._waiting = 0  # heavy schemas waiting to be compiled
-        self._turn = threading.Lock()
+        self._budget = budget or Budget()
 
     def constraint(self, schema: dict[str, Any] | bool) -> JsonConstraint:
         """Make a constraint for one sequence. Raises as ``constraints`` does."""
@@ -68,13 +102,22 @@ class Grammars:
         ``stop_ids``: the ids that end a sequence, if not the package's. Raises ArgumentError for a schema that is too
         large or that llguidance refuses, BusyError if other calls' grammars take all room.
         """
-        weight = weigh(schema)
+        # Without no_forcing, llguidance would force the tokenizer's spelling of determined text.
+        return self.by_lark(
+            lambda: f'%llguidance {{"no_forcing": true}}\nstart: {json_rule(schema)}', weigh(schema), count, stop_ids
+        )
+
+    def by_lark(
+        self, grammar: Callable[[], str], weight: int, count: int, stop_ids: Collection[int] = ()
+    ) -> list[JsonConstraint]:
+        """Make constraints as ``constraints`` does, from the Lark grammar that ``grammar`` writes. ``weight``: of its
+        schemas."""
         total = weight + count * (_BASE_WEIGHT + weight // _COPY_SHARE)
         if total > _MAX_WEIGHT:
             raise ArgumentError(f"the JSON schema is too large for {count} choices at once; ask for fewer")
-        share = self._reserve(total)
-        with self._heavy_turn() if weight > _HEAVY else _no_turn():
-            matcher = self._compile(schema)
+        share = self._budget.reserve(total)
+        with self._budget.heavy_turn() if weight > _HEAVY else _no_turn():
+            matcher = self._compile(grammar())
         ends = [i for i in sorted(stop_ids) if i < self._vocabulary.size] or sorted(self._stop_ids)
         copies = [matcher, *(matcher.deep_copy() for _ in range(count - 1))]
         made = [JsonConstraint(one, self._vocabulary, ends, share) for one in copies]
@@ -82,15 +125,7 @@ class Grammars:
             raise ArgumentError(f"the JSON schema: {_NOTHING}")
         return made
 
-    def _compile(self, schema: dict[str, Any] | bool) -> Any:
-        if schema is False:
-            raise ArgumentError("the JSON schema: no JSON fits false")
-        asked: dict[str, Any] = {} if schema is True else schema
-        options = asked.get("x-guidance")
-        blanks = {"whitespace_pattern": _BLANKS, **(options if isinstance(options, dict) else {})}
-        text = _guarded(lambda: json.dumps({**asked, "x-guidance": blanks}))
-        # Without no_forcing, llguidance would force the tokenizer's spelling of determined text.
-        lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {text}'
+    def _compile(self, lark: str) -> Any:
         make = self._library.LLMatcher
         matcher = _guarded(
             lambda: make(self._tokenizer, make.grammar_from_lark(lark), log_level=0, limits=self._limits)
@@ -98,31 +133,15 @@ class Grammars:
         _check(matcher, "the JSON schema cannot be used")
         return matcher
 
-    def _reserve(self, weight: int) -> _Share:
-        """Count a grammar's weight while the returned share is alive."""
-        with self._lock:
-            while self._returned:
-                self._weight -= self._returned.popleft()
-            if self._weight + weight > _MAX_WEIGHT:
-                raise BusyError("the JSON schemas of other calls take all the room there is; try again", 1.0)
-            self._weight += weight
-        share = _Share()
-        weakref.finalize(share, self._returned.append, weight).atexit = False
-        return share
 
-    @contextmanager
-    def _heavy_turn(self) -> Iterator[None]:
-        """Wait to compile a heavy schema; one is compiled at a time."""
-        with self._lock:
-            if self._waiting >= _MAX_TURNS:
-                raise BusyError(f"{self._waiting} large JSON schemas are being compiled; try again", 1.0)
-            self._waiting += 1
-        try:
-            with self._turn:
-                yield
-        finally:
-            with self._lock:
-                self._waiting -= 1
+def json_rule(schema: dict[str, Any] | bool) -> str:
+    """Return the Lark rule of JSON by a schema. Raises ArgumentError."""
+    if schema is False:
+        raise ArgumentError("the JSON schema: no JSON fits false")
+    asked: dict[str, Any] = {} if schema is True else schema
+    options = asked.get("x-guidance")
+    blanks = {"whitespace_pattern": _BLANKS, **(options if isinstance(options, dict) else {})}
+    return "%json " + _guarded(lambda: json.dumps({**asked, "x-guidance": blanks}))
 
 
 class JsonConstraint:
@@ -176,13 +195,13 @@ class _Vocabulary:
     """The tokens as llguidance reads them: bytes per token, and a second entry if a token has other bytes at a text's
     start.
 
-    Tokens without text and stop ids occur in no JSON.
+    Tokens without text and stop ids occur in no JSON. ``spelled``: special tokens that have text nevertheless.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, size: int, stop_ids: Collection[int]):
+    def __init__(self, tokenizer: TextTokenizer, size: int, stop_ids: Collection[int], spelled: Collection[int] = ()):
         self.size = size
         of = tokenizer.token_bytes
-        shown = [i for i in range(size) if i not in stop_ids and tokenizer.shows(i, skip_special_tokens=True)]
+        shown = [i for i in range(size) if i not in stop_ids and (i in spelled or tokenizer.shows(i, True))]
         self._entries = [b""] * size
         self._first = np.arange(size)
         for token in shown:

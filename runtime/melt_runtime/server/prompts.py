@@ -7,21 +7,41 @@ from collections.abc import Sequence
 from ..errors import ArgumentError, PromptError
 from ..runtime import Runtime
 from .chat_schema import ChatBody
+from .reply_parser import Reading
 from .schema import CompletionBody
+from .tool_formats import ModelFormat
+from .tool_grammar import output_format
+from .tool_prompts import rendered, thinking
 
 _CHARACTERS = 16  # characters per free token that are tokenized at first; most text has 3 to 5 per token
 
 
-def encoded(runtime: Runtime, call: CompletionBody | ChatBody) -> Sequence[list[int]]:
-    """Return the token ids of a call's prompts. Raises PromptError, ArgumentError."""
-    if isinstance(call, ChatBody):
-        return [_chat(runtime, call)]
+def encoded(runtime: Runtime, call: CompletionBody) -> Sequence[list[int]]:
+    """Return the token ids of a completion's prompts. Raises PromptError."""
     prompt = call.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [_one(runtime, prompt)]  # type: ignore[arg-type]
     if not prompt:
         raise PromptError("there is no prompt")
     return [_one(runtime, one) for one in prompt]  # type: ignore[arg-type]
+
+
+def chat_encoded(runtime: Runtime, call: ChatBody, format: ModelFormat | None) -> tuple[list[int], Reading | None]:
+    """Return the token ids of a chat, and how its answers are taken apart. Raises PromptError, ArgumentError."""
+    room = runtime.manifest.max_seq_len
+    if len(call.messages) > room:
+        raise PromptError(f"{len(call.messages)} messages do not fit: the cache has room for {room} tokens")
+    if runtime.tokenizer is None or format is None:
+        raise ArgumentError("the package has no tokenizer, so no chat template")
+    messages = [message.plain() for message in call.messages]
+    text = rendered(runtime.tokenizer, format, messages, call.offered, call.chat_template_kwargs or {})
+    check_length(runtime, text)
+    ids = runtime.tokenizer.encode(text, add_special_tokens=False)
+    names = frozenset(tool.function.name for tool in call.offered)
+    begun = thinking(text, format)
+    if not names and begun is None:
+        return ids, None
+    return ids, Reading(output_format(format.tools, call.must_call), names, begun)
 
 
 def prompt_texts(runtime: Runtime, call: CompletionBody, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
@@ -38,18 +58,6 @@ def _one(runtime: Runtime, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
         check_length(runtime, prompt)
     return runtime.encode(prompt)
-
-
-def _chat(runtime: Runtime, call: ChatBody) -> list[int]:
-    room = runtime.manifest.max_seq_len
-    if len(call.messages) > room:
-        raise PromptError(f"{len(call.messages)} messages do not fit: the cache has room for {room} tokens")
-    if runtime.tokenizer is None:
-        raise ArgumentError("the package has no tokenizer, so no chat template")
-    variables = call.chat_template_kwargs or {}
-    text = runtime.tokenizer.render_chat([message.plain() for message in call.messages], **variables)
-    check_length(runtime, text)
-    return runtime.tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_length(runtime: Runtime, text: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from ..results import Generation, Logprobs, TextDelta
 from ..text.token_bytes import Offsets
 from ..text.tokenizer import TextTokenizer
+from .messages import MessageWriter
+from .reply_parser import Reading
 
 Entry = dict[str, Any]  # one token's logprobs
 
@@ -30,13 +32,14 @@ class Echo:
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """The format of one call's replies. ``id``: the call's id."""
+    """The format of one call's replies. ``id``: the call's id. ``reading``: how a chat's replies are taken apart."""
 
     chat: bool
     id: str
     model: str
     fingerprint: str
     tokenizer: TextTokenizer | None
+    reading: Reading | None = None
 
     def frame(self, choices: Sequence[dict[str, Any]], part: bool, **more: Any) -> dict[str, Any]:
         """Return a whole reply, or a part of a stream."""
@@ -56,9 +59,10 @@ class ReplyFormat:
     ) -> dict[str, Any]:
         """Return a finished choice."""
         text = end.text if echo is None else echo.text + end.text
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        writer = MessageWriter(self.reading)
+        said: dict[str, Any] = {"message": writer.whole(text)} if self.chat else {"text": text}
         logprobs = _Logprobs(self, echo)
-        return self.choice(index, said, deltas, [*logprobs.add(deltas), *logprobs.rest()], end)
+        return self.choice(index, said, deltas, [*logprobs.add(deltas), *logprobs.rest()], end, writer.calls > 0)
 
     def choice(
         self,
@@ -67,9 +71,10 @@ class ReplyFormat:
         deltas: Sequence[TextDelta],
         entries: Sequence[Entry],
         end: Generation | None,
+        calls: bool = False,
     ) -> dict[str, Any]:
         """Return a choice or a part of one. ``said``: its text. ``entries``: its logprobs. ``end``: set if this is its
-        end."""
+        end. ``calls``: whether it calls a function."""
         logprobs: dict[str, Any] | None = None
         if entries and self.chat:
             logprobs = {"content": list(entries), "refusal": None}
@@ -79,7 +84,7 @@ class ReplyFormat:
             "index": index,
             **said,
             "logprobs": logprobs,
-            "finish_reason": None if end is None else _reason(end),
+            "finish_reason": None if end is None else _reason(end, calls),
             "depth": [delta.depth for delta in deltas],
             "token_ids": [delta.token_id for delta in deltas],
             **({} if end is None else {"saved": end.saved}),
@@ -132,6 +137,7 @@ class StreamedChoice:
         """``echo``: returns the prompt that the text begins with, when the first part is made."""
         self._format, self._index, self._echo = format, index, echo
         self._logprobs = _Logprobs(format)
+        self._writer = MessageWriter(format.reading)
         self._told = 0  # characters already sent
         self._first = True
 
@@ -143,7 +149,10 @@ class StreamedChoice:
         if echo is not None:
             self._logprobs = _Logprobs(self._format, echo)
         role = {"role": "assistant"} if self._first else {}
-        said: dict[str, Any] = {"delta": {**role, "content": text}} if self._format.chat else {"text": text}
+        chat = self._format.chat
+        said: dict[str, Any] = (
+            {"delta": {**role, **self._writer.part(text, end is not None)}} if chat else {"text": text}
+        )
         deltas = [] if delta is None else [delta]
         entries = self._logprobs.add(deltas)
         if end is not None:
@@ -152,7 +161,7 @@ class StreamedChoice:
         self._first = False
         if echo is not None:
             said = {"text": echo.text + text}
-        return self._format.choice(self._index, said, deltas, entries, end)
+        return self._format.choice(self._index, said, deltas, entries, end, self._writer.calls > 0)
 
 
 class _Logprobs:
@@ -203,8 +212,10 @@ class _Logprobs:
         return [self._format.completion_entry(*self._waiting.popleft(), start + offset) for offset in offsets]
 
 
-def _reason(end: Generation) -> str:
+def _reason(end: Generation, calls: bool) -> str:
     """Return the finish reason in OpenAI's terms, which have no deadline."""
+    if end.finish_reason == "stop" and calls:
+        return "tool_calls"
     return "length" if end.finish_reason == "deadline" else end.finish_reason
 
 

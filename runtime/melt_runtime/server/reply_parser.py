@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
+from ..text.tokenizer import TextTokenizer
 from .call_reader import CallReader
 from .said import Said
 from .tool_formats import THINK, THOUGHT, ToolFormat
@@ -19,6 +20,12 @@ class Reading(NamedTuple):
     format: ToolFormat
     names: Collection[str]
     thinking: bool | None
+
+    def shown(self, tokenizer: TextTokenizer) -> frozenset[int]:
+        """Return the special tokens whose text belongs to a reply."""
+        wanted = {THINK, THOUGHT} if self.thinking is not None else set()
+        wanted.update(self.format.markers if self.names else ())
+        return frozenset(token for token, text in tokenizer.special.items() if text in wanted)
 
 
 class ReplyParser:

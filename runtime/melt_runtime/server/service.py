@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +12,18 @@ from ..package.reader import source_hash
 from ..package.specs import MAX_LOOPS
 from ..results import Generation
 from ..runtime import Runtime
-from ..sampling.constraint import Constraint
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .chat_schema import ChatBody
+from .constraints import Constraints
 from .failures import ApiError
-from .grammar import Grammars
 from .limits import LOOP_FACTOR, MAX_SECONDS, MAX_UNREAD, STALLED
-from .prompts import encoded, prompt_texts
+from .prompts import chat_encoded, encoded, prompt_texts
 from .replies import Echo
+from .reply_parser import Reading
 from .schema import CompletionBody, RequestBody
 from .streaming import Backlog
+from .tool_formats import model_format
 
 COMPLETION_TOKENS = 16  # a completion's default; a chat's is the maximum
 _DEPTH = (
@@ -47,13 +47,15 @@ _PASSED = (*_DEPTH, *_SAMPLING, "stop")
 @dataclass(frozen=True)
 class Job:
     """The requests of one call: ``choices`` for each prompt, of which ``told`` are returned. ``prompt_tokens``: of all
-    prompts, each counted once. ``echoes``: by prompt, the text that replies begin with."""
+    prompts, each counted once. ``echoes``: by prompt, the text that replies begin with. ``reading``: how replies are
+    taken apart."""
 
     requests: tuple[Request, ...]
     choices: int
     prompt_tokens: int
     told: int
     echoes: tuple[str, ...] = ()
+    reading: Reading | None = None
 
     def echo(self, index: int) -> Echo | None:
         """Return the prompt that a request's reply begins with; None: it begins with the answer."""
@@ -98,8 +100,8 @@ class Service:
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
         self.pipeline = pipeline
-        self._grammars: Grammars | None = None
-        self._lock = threading.Lock()
+        self.format = None if runtime.tokenizer is None else model_format(runtime.tokenizer)
+        self._constraints = Constraints(runtime)
 
     def check_model(self, name: str) -> None:
         """Raise ApiError 404 for another model's name."""
@@ -119,15 +121,23 @@ class Service:
         if _prompts(call) * count > most:
             raise ApiError(400, f"{_prompts(call) * count} choices are more than the {most} that can run and wait", "n")
         options, deadline = self._options(call), self._deadline(call)
-        chosen = self._by_seed(self.runtime.options(**options, seed=call.seed), count)
-        prompts = encoded(self.runtime, call)
+        reading: Reading | None = None
+        asked = self.runtime.options(**options, seed=call.seed)
+        if isinstance(call, ChatBody):
+            prompt, reading = chat_encoded(self.runtime, call, self.format)
+            prompts: Sequence[list[int]] = [prompt]
+            if reading is not None and self.runtime.tokenizer is not None:
+                asked = replace(asked, shown_ids=reading.shown(self.runtime.tokenizer))
+        else:
+            prompts = encoded(self.runtime, call)
+        chosen = self._by_seed(asked, count)
         logprobs = 0 if count > (call.n or 1) and _logprobs(call) is None else _logprobs(call)  # best_of compares them
         requests = [Request(tuple(prompt), one, deadline, logprobs) for prompt in prompts for one in chosen]
         for request in requests[::count]:
             request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
         if completion is not None:
             requests = [_scored(request, completion) for request in requests]
-        constraints = self._constraints(call, len(requests), chosen[0].stop_ids)
+        constraints = self._constraints.of(call, reading, len(requests), asked.stop_ids)
         pairs = zip(requests, constraints, strict=True)
         echoes = () if completion is None or not completion.echo else prompt_texts(self.runtime, completion, prompts)
         return Job(
@@ -136,6 +146,7 @@ class Service:
             sum(map(len, prompts)),
             call.n or 1,
             echoes,
+            reading,
         )
 
     def _by_seed(self, options: GenerationOptions, count: int) -> list[GenerationOptions]:
@@ -175,16 +186,6 @@ class Service:
             message = f"max_seconds is {call.max_seconds:g}; this server allows {self.max_seconds:g}"
             raise ApiError(400, message, "max_seconds")
         return call.max_seconds
-
-    def _constraints(self, call: RequestBody, count: int, stop_ids: Collection[int]) -> Sequence[Constraint | None]:
-        """Return the constraint of each choice."""
-        schema = None if call.response_format is None else call.response_format.schema_asked
-        if schema is None:
-            return [None] * count
-        with self._lock:
-            if self._grammars is None:
-                self._grammars = Grammars(self.runtime)
-        return self._grammars.constraints(schema, count, stop_ids)
 
 
 def _prompts(call: CompletionBody | ChatBody) -> int:

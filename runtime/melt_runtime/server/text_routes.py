@@ -13,6 +13,7 @@ from ..text.tokenizer import TextTokenizer
 from .intake import Intake
 from .service import Service
 from .text_schema import DetokenizeBody, TokenizeBody
+from .tool_prompts import rendered
 
 DISTRIBUTION = "melt-export"
 
@@ -47,7 +48,9 @@ def _tokenized(service: Service, call: TokenizeBody) -> dict[str, Any]:
         variables = {**(call.chat_template_kwargs or {})}
         if call.add_generation_prompt is not None:
             variables["add_generation_prompt"] = call.add_generation_prompt
-        text = tokenizer.render_chat([message.plain() for message in call.messages], **variables)
+        messages = [message.plain() for message in call.messages]
+        assert service.format is not None
+        text = rendered(tokenizer, service.format, messages, call.tools or (), variables)
         special = bool(call.add_special_tokens)
     ids = tokenizer.encode(text, add_special_tokens=special)
     names = [tokenizer.backend_tokenizer.id_to_token(one) for one in ids] if call.return_token_strs else None

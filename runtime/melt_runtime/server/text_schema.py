@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from .chat_schema import Message
 from .fields import Name, Strict, Tokens, invalid
+from .tool_schema import Tools
 
 
 class TokenizeBody(Strict):
@@ -20,6 +21,7 @@ class TokenizeBody(Strict):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -36,11 +36,6 @@ class ToolFormat:
     markers: tuple[str, ...] = ()
     id_length: int | None = None
 
-    def shown(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """Return the special tokens whose text belongs to a reply."""
-        wanted = {*self.markers, THINK, THOUGHT}
-        return frozenset(token for token, text in tokenizer.special.items() if text in wanted)
-
 
 HERMES = ToolFormat(
     "hermes", "each", re.compile(r"<tool_call>(?!\\n<function=|\n<function=)"), "<tool_call>", "</tool_call>",

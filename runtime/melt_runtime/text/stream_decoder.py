@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from ..errors import PromptError
 from .token_bytes import BYTE_PIECE
 from .tokenizer import TextTokenizer
@@ -16,16 +18,19 @@ class StreamDecoder:
     byte fallback, and joining with spaces. Byte-fallback tokens are held until their run ends, because decode()
     replaces the whole run if one of its characters is incomplete. Each push decodes a short window of the latest ids,
     so its time does not depend on the length of the text.
+
+    ``shown``: special tokens that are written out, although others are skipped.
     """
 
     # UTF-8 has at most 4 bytes per character and a byte-level token at least one byte, so 8 tokens contain a
     # boundary after which decoding from mid-text agrees with decoding everything.
     _CONTEXT = 8
 
-    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True, shown: Container[int] = ()) -> None:
         # Kept as attributes: this runs per token, when the processor's caches are full of weights.
         self._tokenizer, self._skip = tokenizer.backend_tokenizer, skip_special_tokens
         self._hidden = tokenizer.special if skip_special_tokens else {}
+        self._written_out = shown
         self._byte_fallback = tokenizer.token_bytes.byte_fallback
         self._window: list[int] = []
         self._shown = 0  # characters of the decoded window already returned
@@ -34,7 +39,7 @@ class StreamDecoder:
         """Add a token. Return the text that is now certain; "" while a character is incomplete."""
         token_id = int(token_id)
         if token_id in self._hidden:
-            return ""
+            return self.flush() + self._hidden[token_id] if token_id in self._written_out else ""
         try:
             token = self._tokenizer.id_to_token(token_id)
         except OverflowError as error:
