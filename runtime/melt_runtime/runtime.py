@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Unpack, overload
 
+from .awaiting import Awaiting
 from .backends.base import Backend
 from .decoding.generator import Generator, check_not_empty, check_request
 from .decoding.loop_driver import LoopDriver
@@ -34,6 +36,12 @@ class Runtime(LoadedModel):
         for delta in runtime.stream("Once upon a time", max_tokens=64):
             print(delta, end="")
 
+    and in a coroutine, whose event loop goes on meanwhile::
+
+        print((await runtime.agenerate("2+2=", loops=4)).text)
+        async for delta in runtime.astream("Once upon a time", max_tokens=64):
+            print(delta, end="")
+
     Safe for any number of threads; concurrent calls do not change each other's results. Calls of ``generate`` run one
     after another. ``generate`` and ``stream`` share one set of state buffers, allocated at the first call. A stream
     that starts while they are in use gets its own until it ends; if there is no memory for that, it takes over the
@@ -45,6 +53,10 @@ class Runtime(LoadedModel):
         super().__init__(package, backend, tokenizer, backend_reason)
         self._states = StatePool(self.driver)
         self._generating = threading.RLock()
+
+    @cached_property
+    def _awaiting(self) -> Awaiting:
+        return Awaiting()
 
     def session(self, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]) -> Session:
         """Open a conversation with its own state. Raises ArgumentError, BackendError.
@@ -97,6 +109,32 @@ class Runtime(LoadedModel):
         same as if it ran alone. With a temperature, sampling depends on the seed and the prompt's place in the list, so
         that a prompt given several times gets several answers.
         """
+        return self._generate(prompt, options)
+
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+        self, prompt: str, **options: Unpack[GenerateOptions]
+    ) -> Generation: ...
+    @overload
+    async def agenerate(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> Generation: ...
+    @overload
+    async def agenerate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+    ) -> list[Generation]: ...
+    @overload
+    async def agenerate(self, prompt: Array, **options: Unpack[GenerateOptions]) -> Any: ...
+    async def agenerate(self, prompt: Any, **options: Unpack[GenerateOptions]) -> Generation | list[Generation]:
+        """Generate as ``generate`` does, without blocking the event loop.
+
+        A call whose task is cancelled ends at its next token, or is not begun. For many requests at once, ``Scheduler``
+        runs them together.
+        """
+        return await self._awaiting.call(lambda left: self._generate(prompt, options, left))
+
+    def _generate(
+        self, prompt: Any, options: GenerateOptions, left: threading.Event | None = None
+    ) -> Generation | list[Generation]:
+        """Generate until the end, or until ``left`` is set, when nobody reads the result."""
         given, single = separate(prompt)
         prompts = [self.encode(one) for one in given]
         request = self.options(**options)
@@ -107,14 +145,19 @@ class Runtime(LoadedModel):
         results: list[Generation] = []
         with self._generating:
             for start in range(0, len(prompts), self.manifest.max_batch):
-                results += self._together(prompts[start : start + self.manifest.max_batch], request, start)
-        return results[0] if single else results
+                results += self._together(prompts[start : start + self.manifest.max_batch], request, start, left)
+        return results[0] if single and results else results
 
-    def _together(self, prompts: list[list[int]], request: GenerationOptions, first: int) -> list[Generation]:
+    def _together(
+        self, prompts: list[list[int]], request: GenerationOptions, first: int, left: threading.Event | None
+    ) -> list[Generation]:
+        if left is not None and left.is_set():
+            return []
         with self._states.lease(len(prompts)) as lease, lease.step() as driver:
             generator = Generator(driver, prompts, request, self.tokenizer, streamed=False, first=first)
             for _ in generator:
-                pass
+                if left is not None and left.is_set():
+                    return []
             return generator.results()
 
     def loops(
@@ -155,3 +198,11 @@ class Runtime(LoadedModel):
             return filter(None, map(attrgetter("text"), Generator(driver, [ids], request, self.tokenizer)))
 
         return self._states.steps(1, begin)
+
+    def astream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGenerator[str, None]:
+        """Continue one prompt as ``stream`` does, for ``async for``, without blocking the event loop.
+
+        The prompt is checked at the call. A stream whose task is cancelled ends after its current token. To end it
+        early, close it (``aclose``, or ``contextlib.aclosing``).
+        """
+        return self._awaiting.iterate(self.stream(prompt, **options))

@@ -18,7 +18,7 @@ from .guard import note, request_id
 from .replies import ReplyFormat, StreamedChoice, usage
 from .schema import CompletionBody
 from .service import Job, Service
-from .streaming import EventStream, Feed
+from .streaming import Event, EventStream, Feed
 
 
 async def answer(service: Service, request: Request, call: CompletionBody | ChatBody, job: Job) -> Response:
@@ -39,7 +39,7 @@ async def answer(service: Service, request: Request, call: CompletionBody | Chat
             if isinstance(event, TextDelta):
                 deltas[index].append(event)
             else:
-                ends[index] = _ended(event)
+                ends[index] = ended(event)
     generated = _log_tokens(request, [delta for one in deltas for delta in one], ends)
     choices = await run_in_threadpool(_choices, reply_format, job, deltas, ends, _asks_logprobs(call))
     counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
@@ -106,7 +106,7 @@ async def _stream(
                     continue
                 part = await made(index, event)
             else:
-                ends[index] = _ended(event)
+                ends[index] = ended(event)
                 part = await made(index, last.get(index), ends[index])
             await send_event(reply_format.frame([part], part=True, **blank))
     except (MeltError, ApiError) as error:
@@ -121,9 +121,10 @@ async def _stream(
     await send_event("[DONE]")
 
 
-def _ended(event: Generation | MeltError) -> Generation:
+def ended(event: Event) -> Generation:
     """Return a request's Generation. Raises the error that ended it before any output, or ApiError if it was
     cancelled."""
+    assert not isinstance(event, TextDelta)
     if isinstance(event, MeltError):
         raise event
     if event.finish_reason == "cancelled":

@@ -19,6 +19,7 @@ from ..errors import MeltError
 from .answering import answer
 from .chat_schema import ChatBody
 from .docs import add_docs
+from .embeddings import EmbeddingBody, embed, requests_of
 from .failures import ApiError, as_api_error
 from .guard import Guard, Keys
 from .intake import Intake, Preparation
@@ -76,6 +77,11 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         call, job = await intake.prepare(request, ChatBody, lambda call: (call, service.job(call)))
         return await answer(service, request, call, job)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        call, requests = await intake.prepare(request, EmbeddingBody, lambda call: (call, requests_of(service, call)))
+        return JSONResponse(await embed(service, request, call, requests))
 
     return app
 

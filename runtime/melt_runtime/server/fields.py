@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any
 
@@ -74,3 +74,9 @@ def by_kind(kinds: dict[type, str | Callable[[Any], str]], sentence: str) -> Dis
         custom_error_message="{sentence}",
         custom_error_context={"sentence": sentence},
     )
+
+
+def prompt_kind(value: Sequence[Any]) -> str:
+    """Return the tag of a list of prompts, or of a prompt's token ids, by its first item."""
+    first = value[0] if value else 0
+    return "~texts" if isinstance(first, str) else "~lists" if isinstance(first, list) else "~ids"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import ArgumentError, PromptError
 from ..runtime import Runtime
@@ -16,14 +17,13 @@ from .tool_prompts import rendered, thinking
 _CHARACTERS = 16  # characters per free token that are tokenized at first; most text has 3 to 5 per token
 
 
-def encoded(runtime: Runtime, call: CompletionBody) -> Sequence[list[int]]:
-    """Return the token ids of a completion's prompts. Raises PromptError."""
-    prompt = call.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [_one(runtime, prompt)]  # type: ignore[arg-type]
-    if not prompt:
+def prompts_encoded(runtime: Runtime, given: str | Sequence[Any]) -> Sequence[list[int]]:
+    """Return the token ids of one prompt or several, as text or ids. Raises PromptError."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [_one(runtime, given)]  # type: ignore[arg-type]
+    if not given:
         raise PromptError("there is no prompt")
-    return [_one(runtime, one) for one in prompt]  # type: ignore[arg-type]
+    return [_one(runtime, one) for one in given]
 
 
 def chat_encoded(runtime: Runtime, call: ChatBody, format: ModelFormat | None) -> tuple[list[int], Reading | None]:

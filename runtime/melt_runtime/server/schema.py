@@ -5,13 +5,27 @@ Unsupported fields are refused unless they request nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, model_validator
 
 from ..text.stop_strings import MAX_STOP_STRINGS
-from .fields import MOST, Count, Name, Number, Seconds, Seed, Share, Stop, Strict, Tokens, by_kind, invalid, unsupported
+from .fields import (
+    MOST,
+    Count,
+    Name,
+    Number,
+    Seconds,
+    Seed,
+    Share,
+    Stop,
+    Strict,
+    Tokens,
+    by_kind,
+    invalid,
+    prompt_kind,
+    unsupported,
+)
 
 _MAX_BIASES = 16_384  # tokens in a logit_bias
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -121,12 +135,6 @@ class RequestBody(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-def _prompts(value: Sequence[Any]) -> str:
-    """Return the kind of prompts in a list, by its first."""
-    first = value[0] if value else 0
-    return "~texts" if isinstance(first, str) else "~lists" if isinstance(first, list) else "~ids"
-
-
 class CompletionBody(RequestBody):
     """A completion request with one or several prompts: text or token ids."""
 
@@ -135,7 +143,7 @@ class CompletionBody(RequestBody):
         | Annotated[list[str], Field(fail_fast=True), Tag("~texts")]
         | Annotated[Tokens, Tag("~ids")]
         | Annotated[list[Tokens], Field(fail_fast=True), Tag("~lists")],
-        by_kind({str: "~text", list: _prompts}, "a prompt is text, token ids, or a list of either"),
+        by_kind({str: "~text", list: prompt_kind}, "a prompt is text, token ids, or a list of either"),
     ]
     max_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

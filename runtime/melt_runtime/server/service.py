@@ -17,8 +17,9 @@ from ..scheduler.scheduler import Scheduler
 from .chat_schema import ChatBody
 from .constraints import Constraints
 from .failures import ApiError
+from .fields import Strict
 from .limits import LOOP_FACTOR, MAX_SECONDS, MAX_UNREAD, STALLED
-from .prompts import chat_encoded, encoded, prompt_texts
+from .prompts import chat_encoded, prompt_texts, prompts_encoded
 from .replies import Echo
 from .reply_parser import Reading
 from .schema import CompletionBody, RequestBody
@@ -41,7 +42,6 @@ _DEPTH = (
     "start_state",
 )
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
-_PASSED = (*_DEPTH, *_SAMPLING, "stop")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Service:
         most = self.scheduler.slots + self.scheduler.max_waiting
         if _prompts(call) * count > most:
             raise ApiError(400, f"{_prompts(call) * count} choices are more than the {most} that can run and wait", "n")
-        options, deadline = self._options(call), self._deadline(call)
+        options, deadline = self._options(call), self.deadline(call.max_seconds)
         reading: Reading | None = None
         asked = self.runtime.options(**options, seed=call.seed)
         if isinstance(call, ChatBody):
@@ -129,7 +129,7 @@ class Service:
             if reading is not None and self.runtime.tokenizer is not None:
                 asked = replace(asked, shown_ids=reading.shown(self.runtime.tokenizer))
         else:
-            prompts = encoded(self.runtime, call)
+            prompts = prompts_encoded(self.runtime, call.prompt)
         chosen = self._by_seed(asked, count)
         logprobs = 0 if count > (call.n or 1) and _logprobs(call) is None else _logprobs(call)  # best_of compares them
         requests = [Request(tuple(prompt), one, deadline, logprobs) for prompt in prompts for one in chosen]
@@ -164,14 +164,12 @@ class Service:
             asked = 1  # of a request that ends before it
         if asked is not None and asked > self.max_tokens:
             raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
-        if call.loops is not None and call.loops > self.max_loops:
-            raise ApiError(400, f"loops is {call.loops}; this server allows {self.max_loops}", "loops")
         usual = self.max_tokens if isinstance(call, ChatBody) else min(COMPLETION_TOKENS, self.max_tokens)
-        passed = {name: getattr(call, name) for name in _PASSED if getattr(call, name) is not None}
+        passed = {name: getattr(call, name) for name in (*_SAMPLING, "stop") if getattr(call, name) is not None}
         if isinstance(call, ChatBody) and not call.ignore_eos:
             passed["stop_ids"] = self.runtime.chat_stop_ids
         return {
-            "loops": min(self.runtime.manifest.loops, self.max_loops),
+            **self.depth(call),
             **passed,
             "max_tokens": asked or usual,
             "temperature": 1.0 if call.temperature is None else call.temperature,
@@ -179,13 +177,27 @@ class Service:
             "pipeline": self.pipeline,
         }
 
-    def _deadline(self, call: RequestBody) -> float:
-        if call.max_seconds is None:
+    def depth(self, call: Strict) -> dict[str, Any]:
+        """Return the options of depth that a call asks for. Raises ApiError."""
+        asked = {name: getattr(call, name) for name in _DEPTH if getattr(call, name, None) is not None}
+        if asked.get("loops", 0) > self.max_loops:
+            raise ApiError(400, f"loops is {asked['loops']}; this server allows {self.max_loops}", "loops")
+        return {"loops": min(self.runtime.manifest.loops, self.max_loops), **asked}
+
+    def deadline(self, asked: float | None) -> float:
+        """Return the seconds that a call may take. Raises ApiError."""
+        if asked is None:
             return self.max_seconds
-        if call.max_seconds > self.max_seconds:
-            message = f"max_seconds is {call.max_seconds:g}; this server allows {self.max_seconds:g}"
+        if asked > self.max_seconds:
+            message = f"max_seconds is {asked:g}; this server allows {self.max_seconds:g}"
             raise ApiError(400, message, "max_seconds")
-        return call.max_seconds
+        return asked
+
+    def check_width(self, dimensions: int | None) -> None:
+        """Raise ApiError for embeddings of another size than the hidden state's."""
+        width = int(self.runtime.manifest.states[0].shape[-1])
+        if dimensions not in (None, width):
+            raise ApiError(400, f"dimensions is {dimensions}; this model's embeddings have {width}", "dimensions")
 
 
 def _prompts(call: CompletionBody | ChatBody) -> int:
