@@ -40,7 +40,7 @@ async def answer(service: Service, request: Request, call: CompletionBody | Chat
                 deltas[index].append(event)
             else:
                 ends[index] = ended(event)
-    generated = _log_tokens(request, [delta for one in deltas for delta in one], ends)
+    generated = log_tokens(request, [delta for one in deltas for delta in one], ends)
     choices = await run_in_threadpool(_choices, reply_format, job, deltas, ends, _asks_logprobs(call))
     counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
     return JSONResponse(reply_format.frame(choices, part=False, usage=counts))
@@ -114,7 +114,7 @@ async def _stream(
         await send_event((as_api_error(error) if isinstance(error, MeltError) else error).body())
         return
     finally:
-        generated = _log_tokens(request, deltas, ends)
+        generated = log_tokens(request, deltas, ends)
     if counted:
         counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
         await send_event(reply_format.frame([], part=True, usage=counts))
@@ -134,7 +134,7 @@ def ended(event: Event) -> Generation:
     return event
 
 
-def _log_tokens(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
+def log_tokens(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
     """Log the number of generated tokens and return it."""
     loops = sum(delta.depth for delta in deltas)
     late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}

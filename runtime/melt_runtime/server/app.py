@@ -26,6 +26,8 @@ from .intake import Intake, Preparation
 from .metrics import CONTENT_TYPE, prometheus
 from .origins import allow_origins
 from .process import trim_memory
+from .responses import respond
+from .responses_schema import ResponsesBody
 from .schema import CompletionBody
 from .service import Service
 from .text_routes import add_text_routes
@@ -77,6 +79,11 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         call, job = await intake.prepare(request, ChatBody, lambda call: (call, service.job(call)))
         return await answer(service, request, call, job)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        call, job = await intake.prepare(request, ResponsesBody, lambda call: (call, service.job(call.chat())))
+        return await respond(service, request, call, job)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:

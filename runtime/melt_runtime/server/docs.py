@@ -13,6 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from .chat_schema import ChatBody
 from .embeddings import EmbeddingBody
 from .fields import Strict
+from .responses_schema import ResponsesBody
 from .schema import CompletionBody
 from .text_schema import DetokenizeBody, TokenizeBody
 
@@ -34,6 +35,7 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("/v1/chat/completions", "Answer a chat.", ChatBody),
+    Route("/v1/responses", "Answer in items: text, reasoning, and calls of functions.", ResponsesBody),
     Route("/v1/completions", "Continue prompts.", CompletionBody),
     Route("/v1/embeddings", "Return the mean of the last loop's hidden states of texts.", EmbeddingBody),
     Route("/tokenize", "Return the tokens of a text or a chat.", TokenizeBody),

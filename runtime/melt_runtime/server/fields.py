@@ -60,6 +60,12 @@ def unsupported(sentence: str, *allowed: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+class _Kinds(Discriminator):
+    """A discriminator that may stand within a union: unions compare their branches' annotations by hash."""
+
+    __hash__ = object.__hash__
+
+
 def by_kind(kinds: dict[type, str | Callable[[Any], str]], sentence: str) -> Discriminator:
     """Choose a union's branch by the value's JSON type (a tag, or a function that returns one), so that only its errors
     show."""
@@ -68,7 +74,7 @@ def by_kind(kinds: dict[type, str | Callable[[Any], str]], sentence: str) -> Dis
         found = next((kinds[kind] for kind in kinds if type(value) is kind), None)
         return found if found is None or isinstance(found, str) else found(value)
 
-    return Discriminator(
+    return _Kinds(
         tag,
         custom_error_type="not_supported",
         custom_error_message="{sentence}",

@@ -125,7 +125,10 @@ class Intake:
             call = parsed(kind, body)
             if self._log_prompts:
                 note(request, **call.model_dump(include=PROMPTS))
-            return work(call)
+            try:
+                return work(call)
+            except ValidationError as error:  # of a call that is made from this one
+                raise as_refusal(error) from error
 
         return await self._preparation.run(prepared, len(body))
 

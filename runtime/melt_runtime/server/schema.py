@@ -72,8 +72,8 @@ class ResponseFormat(Strict):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class RequestBody(Strict):
-    """The common fields of completions and chats.
+class CommonFields(Strict):
+    """The fields of every call that generates.
 
     ``loops``, ``exit_threshold``, ``min_loops``, ``exit_change``, ``exit_kl``, ``exit_same``, ``exit_entropy``,
     ``exit_margin``, ``exit``, ``exit_at_step``, ``start_seed``, ``start_state``, ``top_k``, ``min_p``,
@@ -83,7 +83,6 @@ class RequestBody(Strict):
     model: Name
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
     temperature: Number | None = None
     top_p: Number | None = None
     seed: Seed | None = None
@@ -93,8 +92,6 @@ class RequestBody(Strict):
         | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("~texts")],
         by_kind({type(None): "~none", str: "~text", list: "~texts"}, "stop is text or a list of texts"),
     ] = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    response_format: ResponseFormat | None = None
     loops: Count | None = None
     exit_threshold: Share | None = None
     min_loops: Count | None = None
@@ -118,13 +115,12 @@ class RequestBody(Strict):
     # For the client's records and for load balancing; accepted and not stored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    store: Annotated[None, unsupported("this server stores no replies; only false is possible", False)] = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
-    def _streamed(self) -> RequestBody:
+    def _streamed(self) -> CommonFields:
         if self.stream_options is not None and not self.stream:
             raise invalid("they belong to a stream", "stream_options")
         return self
@@ -133,6 +129,15 @@ class RequestBody(Strict):
     def usage_in_stream(self) -> bool:
         """Whether a stream ends with token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class RequestBody(CommonFields):
+    """The common fields of completions and chats."""
+
+    max_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    response_format: ResponseFormat | None = None
+    store: Annotated[None, unsupported("this server stores no replies; only false is possible", False)] = None
 
 
 class CompletionBody(RequestBody):

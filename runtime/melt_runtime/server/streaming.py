@@ -18,6 +18,7 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 
 Event = TextDelta | Generation | MeltError
+SendEvent = Callable[..., Awaitable[None]]
 
 
 class Backlog:
@@ -119,12 +120,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A response of server-sent events. ``messages``: called with a function that sends one event; returns at the
-    end."""
+    """A response of server-sent events. ``messages``: called with a function that sends one event, by its content and
+    its name, if it has one; returns at the end."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, messages: Callable[[Callable[[Any], Awaitable[None]]], Awaitable[None]]):
+    def __init__(self, feed: Feed, messages: Callable[[SendEvent], Awaitable[None]]):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._feed, self._messages = feed, messages
@@ -132,9 +133,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events."""
 
-        async def send_event(message: Any) -> None:
+        async def send_event(message: Any, name: str | None = None) -> None:
             text = message if isinstance(message, str) else json.dumps(message, separators=(",", ":"))
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+            head = "" if name is None else f"event: {name}\n"
+            await send({"type": "http.response.body", "body": f"{head}data: {text}\n\n".encode(), "more_body": True})
 
         async with self._feed.for_client(receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
