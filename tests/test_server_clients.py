@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_styles import QWEN_3
+from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import Runtime
+from scripted import scripted_server, with_template
 from serving import WAIT, Server
 
 PYTHON = os.environ.get("MELT_CLIENTS", sys.executable)
@@ -57,3 +60,54 @@ def test_lm_eval_scores_and_continues_texts_and_needs_no_tokenizer_of_its_own(
     says = log_softmax(served_runtime, ids)
     assert found["rolling"] == [pytest.approx(sum(says[at - 1, ids[at]] for at in range(1, len(ids))), abs=1e-3)]
     assert found["texts"] == [served_runtime.generate("abc", max_tokens=5).text]
+
+
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+CALLED = ["weather", {"city": "Ulm", "days": 2}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm", "days": 2}}\n</tool_call>'
+ASKED = f"<think>\nUlm it is.\n</think>\n\n{CALL}"
+
+
+@pytest.fixture(scope="module")
+def qwen(make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package whose chat template knows tools and reasoning."""
+    checkpoint = make_checkpoint(vocab_size=104, max_position_embeddings=8192, alphabet=ALPHABET)
+    made = with_template(checkpoint, tmp_path_factory.mktemp("qwen") / "model", QWEN_3.replace("\\n", "\n"))
+    return make_package(made, max_batch=4)
+
+
+def test_openais_client_calls_functions(qwen: Path) -> None:
+    with scripted_server(qwen, [ASKED, "Sun.", ASKED]) as server:
+        found = run_client("openai_tools.py", "openai", server.url)
+    assert found == {"calls": [CALLED], "reason": "tool_calls", "answer": "Sun.", "streamed": [CALLED]}
+
+
+def test_langchain_binds_tools_streams_and_embeds(qwen: Path) -> None:
+    structured = '<tool_call>\n{"name": "Answer", "arguments": {"right": true}}\n</tool_call>'
+    with scripted_server(qwen, [ASKED, "Sun.", ASKED, structured, ASKED]) as server:
+        found = run_client("langchain_tools.py", "langchain_openai", server.url)
+    vectors = found.pop("vectors")
+    assert found == {
+        "calls": [CALLED],
+        "reason": "tool_calls",
+        "answer": "Sun.",
+        "streamed": [CALLED],
+        "structured": True,
+        "responses": [CALLED],
+    }
+    runtime = Runtime.load(qwen)
+    for vector, text in zip(vectors, ["abc", "Hello"], strict=True):
+        expected = runtime.loops(text, logits=False).hidden[-1].mean(axis=0)
+        assert vector == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
+
+
+def test_litellm_calls_functions_and_shows_reasoning(qwen: Path) -> None:
+    with scripted_server(qwen, [ASKED, "Sun.", ASKED]) as server:
+        found = run_client("litellm_tools.py", "litellm", server.url)
+    assert found == {
+        "calls": [CALLED],
+        "reason": "tool_calls",
+        "reasoning": "Ulm it is.",
+        "answer": "Sun.",
+        "streamed": [CALLED],
+    }
