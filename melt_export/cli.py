@@ -27,7 +27,7 @@ from rich.console import Console
 
 from melt_hub import CHECKPOINT, local_directory
 
-from .options import SHARED, ExportOptions
+from .options import SHARED, ExitOptions, ExportOptions
 from .quantization.options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, WeightOptions
 from .tables import package_table, parity_table
 
@@ -175,6 +175,23 @@ def export(
         typer.Option(help="Quantize the engine's weights; default: as in the package."),
     ] = None,
     compute_capability: CapabilityOption = None,
+    exit: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibrate when tokens leave the loops early, for --exit auto of melt-run: auto:N% lets the "
+            "perplexity grow by N percent, auto:Npt lets N of 100 answers or next tokens differ from those of all "
+            "loops."
+        ),
+    ] = None,
+    exit_text: Annotated[
+        Path | None,
+        typer.Option(
+            help='UTF-8 text to calibrate the exit on, or problems: a .jsonl file with lines of "prompt" and "answer". '
+            "Default: Python's own documentation.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.")] = False,
     verify_tokens: Tokens = None,
     eval_text: EvalText = None,
@@ -216,7 +233,12 @@ def export(
     caches = None if cache is None else CacheOptions(str(cache), calibration)
     shared = None if share_caches is None else str(share_caches)
     text = eval_text if shared else None
-    options = ExportOptions(str(precision), spelled, max_seq_len, max_batch, chunk, stored, caches, shared, text)
+    if exit_text is not None and exit is None:
+        raise ArgumentError("--exit-text needs --exit, such as --exit auto:1pt")
+    leaving = None if exit is None else ExitOptions(exit, exit_text)
+    options = ExportOptions(
+        str(precision), spelled, max_seq_len, max_batch, chunk, stored, caches, shared, text, leaving
+    )
     if weights is not None and engine_weights is not None:
         raise ArgumentError("--weights and --engine-weights quantize the same weights; give one of them")
     build = _engine_options(options, engine, engine_weights, compute_capability)

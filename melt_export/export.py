@@ -38,6 +38,7 @@ from .graph.trace import (
 )
 from .options import ExportOptions
 from .package_files import check_graph, copy_companions, hash_files, plain, save_graph, write_manifest
+from .parity.exit_calibration import calibrated_exit
 from .parity.shared_caches import sharing_loss
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
@@ -103,6 +104,10 @@ def build_package(
         loss = sharing_loss(opened, directory, manifest, options.eval_text, progress)
         manifest = replace(manifest, shared_caches=loss)
     write_manifest(manifest, directory)
+    if options.exit is not None:
+        found = calibrated_exit(directory, manifest, options.exit, opened.weights, progress)
+        manifest = replace(manifest, exit=found)
+        write_manifest(manifest, directory)
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,45 @@ from .errors import ExportError
 from .quantization.options import CacheOptions, WeightOptions
 
 SHARED = ("last",)
+_EXIT = re.compile(r"auto:(\d{1,4}(?:\.\d{1,6})?)(%|pt)")
+
+
+@dataclass(frozen=True)
+class ExitOptions:
+    """The quality that an early exit must keep, as ``--exit`` spells it.
+
+    ``quality``: "auto:0.5%", the most by which the perplexity may grow, or "auto:1pt", the most points (of 100) of
+    answers or next tokens that may differ from those of all loops. ``text``: what to measure on, UTF-8 text or, if it
+    ends in .jsonl, problems; None: a built-in text.
+    """
+
+    quality: str
+    text: Path | None = None
+
+    def __post_init__(self) -> None:
+        found = _EXIT.fullmatch(self.quality)
+        if found is None:
+            raise ExportError(
+                f"--exit is {self.quality!r}; it must be auto:N% (perplexity) or auto:Npt (points of agreement), such "
+                "as auto:0.5% or auto:1pt"
+            )
+        if self.most > 100 and self.unit == "pt":
+            raise ExportError(f"--exit is {self.quality!r}; agreement has 100 points")
+
+    @property
+    def most(self) -> float:
+        """The most that may be lost, in ``unit``: "%" or "pt"."""
+        return float(self._parts[0])
+
+    @property
+    def unit(self) -> str:
+        return self._parts[1]
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        found = _EXIT.fullmatch(self.quality)
+        assert found is not None
+        return found.group(1), found.group(2)
 
 
 @dataclass(frozen=True)
@@ -23,6 +63,7 @@ class ExportOptions:
     - ``weights``, ``cache`` None: not quantized.
     - ``share_caches`` "last": a model that was trained with caches per loop rewrites one cache per layer, so that the
       last loop counts. ``eval_text``: what its loss is measured on (UTF-8); None: a built-in text.
+    - ``exit``: the quality that tokens may lose by leaving the loops early; None: the exit is not calibrated.
     """
 
     precision: str = "fp32"
@@ -34,6 +75,7 @@ class ExportOptions:
     cache: CacheOptions | None = None
     share_caches: str | None = None
     eval_text: Path | None = None
+    exit: ExitOptions | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_runtime.package.manifest import Manifest
-from melt_runtime.package.manifest_facts import arithmetic_of, sharing_of, unread_parts
+from melt_runtime.package.manifest_facts import arithmetic_of, exit_of, sharing_of, unread_parts
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -39,6 +39,8 @@ def package_table(output: Path, manifest: Manifest, report: ParityReport | None)
     )
     if "tokenizer.json" not in manifest.files:
         table.add_row("prompts", "token ids only: the checkpoint has no tokenizer.json")
+    if manifest.exit:
+        table.add_row("exit auto", exit_of(manifest))
     if manifest.shared_caches:
         table.add_row("shared caches", sharing_of(manifest))
     table.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")

@@ -27,15 +27,18 @@ class Problem:
     tokens: int
 
 
-def read_problems(path: Path, package: Package) -> list[Problem]:
-    """Read problems from JSON lines with "prompt" and "answer". Raises ArgumentError for an invalid line."""
+def read_problems(path: Path, package: Package, option: str = "--eval-answers") -> list[Problem]:
+    """Read problems from JSON lines with "prompt" and "answer". Raises ArgumentError for an invalid line.
+
+    ``option``: the command-line option of the file, for messages.
+    """
     if not (package.directory / "tokenizer.json").is_file():
-        raise ArgumentError("--eval-answers needs a tokenizer, and the package has none")
+        raise ArgumentError(f"{option} needs a tokenizer, and the package has none")
     tokenizer, found = TextTokenizer.load(package.directory, package.manifest.files), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--eval-answers {path} cannot be read: {error}") from error
+        raise ArgumentError(f"{option} {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
@@ -51,7 +54,7 @@ def read_problems(path: Path, package: Package) -> list[Problem]:
             )
         found.append(Problem(tuple(prompt), answer, tokens))
     if not found:
-        raise ArgumentError(f"--eval-answers {path} has no line")
+        raise ArgumentError(f"{option} {path} has no line")
     return found
 
 

@@ -33,7 +33,7 @@ def calibration_tokens(checkpoint: Checkpoint, path: Path | None) -> list[list[i
     """
     config, directory = checkpoint.config, checkpoint.directory
     room = min(_SEQUENCE, config.max_position_embeddings)
-    ids = encode_text(directory, path, _documentation, option="--calibration", refused=ExportError, most=_LARGEST_TEXT)
+    ids = encode_text(directory, path, documentation, option="--calibration", refused=ExportError, most=_LARGEST_TEXT)
     if ids is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(config.vocab_size, (_RANDOM_SEQUENCES, room), generator=generator).tolist()  # type: ignore[no-any-return]
@@ -41,7 +41,7 @@ def calibration_tokens(checkpoint: Checkpoint, path: Path | None) -> list[list[i
     return [ids[at : at + room] for at in range(0, len(ids), step)][:_SEQUENCES]
 
 
-def _documentation() -> str:
+def documentation() -> str:
     from pydoc_data.topics import topics
 
     return "\n".join(str(topics[name]) for name in sorted(topics))

@@ -141,6 +141,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "owned_by": "melt",
         "loops": manifest.loops,
         "exit_threshold": manifest.exit_threshold,
+        "exit": manifest.exit.get("criteria"),
         "max_seq_len": manifest.max_seq_len,
         "max_tokens": service.max_tokens,
         "max_seconds": service.max_seconds,

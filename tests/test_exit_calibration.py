@@ -1,0 +1,149 @@
+"""``--exit auto:Q``: the exit that saves the most loops and keeps the quality that was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MakeCheckpoint, MakePackage
+from melt_models.checkpoint import open_checkpoint
+from melt_runtime import ArgumentError, Package, Runtime
+from melt_runtime.progress import no_progress
+from typer.testing import CliRunner
+
+from melt_export.cli import export_app
+from melt_export.errors import ExportError
+from melt_export.options import ExitOptions
+from melt_export.parity.exit_calibration import Run, calibrate, calibrated_exit, lost
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ADDITION, PROBLEMS = EXAMPLES / "addition-melt", EXAMPLES / "addition_problems.jsonl"
+
+
+def export(output: Path, *arguments: str) -> Any:
+    request = ["--checkpoint", str(ADDITION), "--output", str(output), "--no-verify", *arguments]
+    return CliRunner().invoke(export_app, request)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The addition package, exported with a calibrated exit, and what the export printed."""
+    output = tmp_path_factory.mktemp("calibrated") / "package"
+    done = export(output, "--exit", "auto:1pt", "--exit-text", str(PROBLEMS))
+    assert done.exit_code == 0, done.output
+    return output, " ".join(done.output.split())
+
+
+def test_the_exit_saves_half_the_loops_and_is_said(calibrated: tuple[Path, str]) -> None:
+    package, printed = calibrated
+    found = Package.open(package).manifest.exit
+    assert found["quality"] == "1pt"
+    assert found["loss"] <= 1.0
+    assert found["loops"] < 0.6 * found["full_loops"]
+    assert f"{found['criteria']} keeps 1pt" in printed
+
+
+def test_auto_answers_as_all_loops_do_but_for_the_points_that_were_given(calibrated: tuple[Path, str]) -> None:
+    runtime = Runtime.load(calibrated[0])
+    prompts = [json.loads(line)["prompt"] for line in PROBLEMS.read_text().splitlines()]
+    full, early = (runtime.generate(prompts, max_tokens=9, exit=exits) for exits in ("never", "auto"))
+    differing = sum(a.text != b.text for a, b in zip(full, early, strict=True))
+    assert differing <= 0.01 * len(prompts)
+    assert sum(sum(g.depth) for g in early) < sum(sum(g.depth) for g in full)
+
+
+def test_a_text_calibrates_by_perplexity(tmp_path: Path) -> None:
+    text = tmp_path / "sums.txt"
+    text.write_text("".join(json.loads(line)["prompt"] for line in PROBLEMS.read_text().splitlines()))
+    done = export(tmp_path / "package", "--exit", "auto:5%", "--exit-text", str(text))
+    assert done.exit_code == 0, done.output
+    found = Package.open(tmp_path / "package").manifest.exit
+    assert found["quality"] == "5%"
+    assert found["loss"] <= 5.0
+    assert found["text"] == "sums.txt"
+
+
+@pytest.mark.parametrize("text", ["auto", "auto:1", "1pt", "auto:1 pt", "auto:-1pt", "auto:200pt", "auto:x%", "never"])
+def test_a_quality_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(ExportError, match="--exit is"):
+        ExitOptions(text)
+
+
+def test_a_quality_says_how_much_of_what() -> None:
+    assert [(one.most, one.unit) for one in map(ExitOptions, ("auto:0.5%", "auto:1pt"))] == [(0.5, "%"), (1.0, "pt")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--exit-text", str(PROBLEMS)], "--exit-text needs --exit"),
+        (["--exit", "auto:1pt"], "--exit needs --exit-text"),
+        (["--exit", "auto:1%", "--exit-text", str(PROBLEMS)], "on which --exit takes points"),
+        (["--exit", "sometimes"], "it must be auto:N%"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_a_sentence(tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = export(tmp_path / "package", *arguments)
+    assert isinstance(done.exception, ArgumentError | ExportError)
+    assert says in str(done.exception)
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_looplm_and_a_model_of_one_loop_have_no_exit_to_calibrate(
+    make_looplm: MakeCheckpoint, make_checkpoint: MakeCheckpoint, make_package: MakePackage
+) -> None:
+    for checkpoint, says in ((make_looplm(), "LoopLM"), (make_checkpoint(total_ut_steps=1), "one loop")):
+        package = make_package(checkpoint)
+        manifest, weights = Package.open(package).manifest, open_checkpoint(checkpoint)[1]
+        with pytest.raises(ArgumentError, match=says):
+            calibrated_exit(package, manifest, ExitOptions("auto:1pt"), weights)
+
+
+def run(loss: float, same: float, loops: float, items: int = 8) -> Run:
+    """Items of ten tokens: their mean loss per token, the share that agrees with all loops, and mean loops."""
+    agrees = round(10 * same)
+    said = [tuple([0] * agrees + [1] * (10 - agrees))] * items
+    tokens = np.full(items, 10)
+    return Run(np.full(items, 10 * loss), said, np.full(items, round(10 * loops)), tokens)
+
+
+def test_what_is_lost_is_perplexity_in_percent_or_points_of_tokens_or_of_whole_answers() -> None:
+    full, early = run(1.0, 1.0, 4), run(1.1, 0.9, 2)
+    assert lost(early, full, "%", whole=False) == pytest.approx(100 * (np.exp(0.1) - 1))
+    assert lost(early, full, "pt", whole=False) == pytest.approx(10.0)
+    assert lost(early, full, "pt", whole=True) == pytest.approx(100.0)
+
+
+class Graded:
+    """A sample whose agreement grows, and whose loops grow, with the strictness of the margin; others lose all."""
+
+    name, whole = "a graded sample", False
+
+    def run(self, exits: str) -> Run:
+        if exits == "never":
+            return run(1.0, 1.0, 4)
+        criterion, _, value = exits.partition(":")
+        if criterion != "margin":
+            return run(9.0, 0.0, 1)
+        return run(1.0, min(1.0, 0.5 + float(value)), 1 + 2 * float(value))
+
+
+def chosen(quality: str, share: float = 0.0) -> dict[str, Any]:
+    manifest: Any = SimpleNamespace(loops=4, vocab_size=50, has_exit_gate=True, untrained=())
+    return calibrate(Graded(), manifest, ExitOptions(quality), share, no_progress)
+
+
+def test_the_cheapest_threshold_that_keeps_the_quality_is_chosen() -> None:
+    strict, loose = chosen("auto:1pt"), chosen("auto:30pt")
+    assert strict["criteria"].startswith("margin:")
+    assert strict["loss"] <= 1.0
+    assert 1.0 < loose["loops"] < strict["loops"] < 4.0
+    assert loose["loss"] <= 30.0
+
+
+def test_a_head_that_costs_more_than_the_loops_that_it_saves_is_not_asked() -> None:
+    assert chosen("auto:1pt", share=10.0)["criteria"] == "never"
