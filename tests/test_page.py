@@ -295,3 +295,16 @@ CONTRAST = """() => {
   }
   return found;
 }"""
+
+
+def test_tokens_leave_by_the_criterion_that_is_chosen(page: Visit, package: Path) -> None:
+    page.page.locator("#by").select_option("entropy")
+    page.page.locator("#exit").fill("0.7")
+    answer = page.answer(PROBLEM)
+    expected = Runtime.load(package).generate(PROBLEM, exit="entropy:0.30")
+    assert answer.text_content() == expected.text
+    tokens = [token.get_attribute("title") for token in answer.locator(".token").all()]
+    said = expected.depth[expected.prompt_tokens - 1 :]
+    assert [int(str(title).split()[0]) for title in tokens][: len(said)] == list(said[: len(tokens)])
+    assert min(said) < 4
+    assert not page.complaints
