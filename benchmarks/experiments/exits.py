@@ -1,0 +1,180 @@
+"""Measures early exit: quality against mean loops, for every criterion beside fixed depths, and writes docs/exits.json.
+
+    python benchmarks/experiments/exits.py addition ROW=CHECKPOINT[,CHECKPOINT...] ...
+    python benchmarks/experiments/exits.py text ROW=CHECKPOINT[,...] --held-out FILE ... [--device cuda]
+
+A row is a way of training; its checkpoints are seeds. Results are merged into the file, row by row. Afterwards
+exit_docs.py writes docs/adaptive-depth.md. Minutes on one core for addition.
+
+Prompts run all loops, for fixed depths and for every criterion, so that only the written tokens differ; "prompt too"
+are the fixed depths that the prompt shares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from melt_models.atomic import write_text
+from melt_models.checkpoint import load_model
+from melt_models.exits import ExitCriteria
+from melt_models.training.tasks import END, Example, make_task
+from shared import machine, versions
+from text_sequences import held_out_sequences
+from torch import Tensor
+
+PROBLEMS = 500
+PROMPT, WRITTEN = 96, 32  # tokens of a text's sequence
+SEQUENCES = 12  # per held-out file
+GRID: dict[str, tuple[float, ...]] = {
+    "gate": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999),
+    "entropy": (3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005),
+    "margin": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995),
+    "kl": (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001),
+    "change": (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2),
+    "same": (1, 2),
+}
+Figures = dict[str, Any]
+# Quality and mean loops per written token, of tokens that run at most so many loops and leave by these criteria.
+# ``shared``: whether the prompt has the same depth.
+Measure = Callable[[int, ExitCriteria, bool], Figures]
+
+
+def head_share(model: Any) -> float:
+    """Return the weights of the head as a share of those of a loop: what reading it once more costs."""
+    loop = sum(weight.numel() for weight in model.model.layers.parameters())
+    return float(model.lm_head.weight.numel() / loop)
+
+
+def of_addition(model: Any, count: int) -> Measure:
+    """Measure exact answers: ``quality`` is the share, 0 to 1, over problems drawn evenly and with long carries."""
+    task = make_task(task="addition", digits=7)
+    ids = {token: index for index, token in enumerate(task.vocabulary)}
+    kinds = {"even": task.test_set(count), "long": task.test_set(count, hard=True)}
+
+    def measure(loops: int, criteria: ExitCriteria, shared: bool) -> Figures:
+        found = {kind: _answers(model, examples, ids, loops, criteria, shared) for kind, examples in kinds.items()}
+        shares = {kind: right for kind, (right, _) in found.items()}
+        mean = sum(shares.values()) / len(shares)
+        depth = sum(depth for _, depth in found.values()) / len(found)
+        return {
+            "quality": round(mean, 5),
+            "loops": round(depth, 4),
+            **{kind: round(x, 5) for kind, x in shares.items()},
+        }
+
+    return measure
+
+
+@torch.no_grad()
+def _answers(
+    model: Any, examples: list[Example], ids: dict[str, int], loops: int, criteria: ExitCriteria, shared: bool
+) -> tuple[float, float]:
+    """Return the share of exact answers, and the mean loops per token that is run to write them."""
+    prompts = torch.tensor([[ids[c] for c in x.prompt] for x in examples], device=model.device)
+    answers = torch.tensor([[*(ids[c] for c in x.answer), ids[END]] for x in examples], device=model.device)
+    most = loops if shared else model.config.total_ut_steps
+    output = model(prompts, num_loops=most, exit_threshold=1.0, logits_to_keep=1)
+    tokens, depths = [output.logits[:, -1].argmax(-1)], []
+    for _ in range(answers.shape[1] - 1):
+        cache = output.past_key_values
+        output = model(tokens[-1][:, None], past_key_values=cache, num_loops=loops, exit_threshold=1.0, exits=criteria)
+        tokens.append(output.logits[:, -1].argmax(-1))
+        depths.append(output.depth[:, 0].double())
+    right = (torch.stack(tokens, 1) == answers).all(1).double().mean()
+    return float(right), float(torch.stack(depths).mean())
+
+
+def of_text(model: Any, sequences: Tensor) -> Measure:
+    """Measure the loss of text that is read token by token behind a prompt: ``quality`` is the loss, negated.
+
+    sequences: (n, PROMPT + WRITTEN + 1).
+    """
+    ids = sequences.to(model.device)
+
+    @torch.no_grad()
+    def measure(loops: int, criteria: ExitCriteria, shared: bool) -> Figures:
+        most = loops if shared else model.config.total_ut_steps
+        output = model(ids[:, :PROMPT], num_loops=most, exit_threshold=1.0, logits_to_keep=1)
+        loss, depth = 0.0, 0.0
+        for at in range(PROMPT, PROMPT + WRITTEN):
+            cache = output.past_key_values
+            output = model(
+                ids[:, at : at + 1], past_key_values=cache, num_loops=loops, exit_threshold=1.0, exits=criteria
+            )
+            loss += float(F.cross_entropy(output.logits[:, -1].double(), ids[:, at + 1]))
+            depth += float(output.depth.double().mean())
+        loss, depth = loss / WRITTEN, depth / WRITTEN
+        return {"quality": round(-loss, 6), "loops": round(depth, 4), "perplexity": round(math.exp(loss), 4)}
+
+    return measure
+
+
+def curves(model: Any, measure: Measure) -> Figures:
+    """Return the fixed depths and the curve of every criterion. ``cost``: loops, and what further heads cost."""
+    most, share = model.config.total_ut_steps, head_share(model)
+    found: Figures = {"loops": most, "head_share": round(share, 4)}
+    for name, shared in (("fixed", False), ("fixed, prompt too", True)):
+        found[name] = [{**measure(loops, ExitCriteria(), shared), "setting": loops} for loops in range(1, most + 1)]
+        for point in found[name]:
+            point["cost"] = point["loops"]
+    found["criteria"] = {}
+    for name, values in GRID.items():
+        points = [{**measure(most, ExitCriteria(**{name: x}), False), "setting": x} for x in values]  # type: ignore[arg-type]
+        for point in points:
+            heads = 0.0 if name in ("gate", "change") else share * min(point["loops"], most - 1)
+            point["cost"] = round(point["loops"] + heads, 4)
+        found["criteria"][name] = points
+    return found
+
+
+def main(
+    task: Annotated[str, typer.Argument(help="addition or text.")],
+    rows: Annotated[list[str], typer.Argument(help="ROW=CHECKPOINT[,CHECKPOINT...], seed by seed.")],
+    held_out: Annotated[list[str] | None, typer.Option(help="Token files (uint16) of held-out text.")] = None,
+    device: Annotated[str, typer.Option(help="What PyTorch computes on.")] = "cpu",
+    problems: Annotated[int, typer.Option(help="Problems of each kind.")] = PROBLEMS,
+    sequences: Annotated[int, typer.Option(help="Sequences per held-out file.")] = SEQUENCES,
+    output: Annotated[Path, typer.Option(help="The file to merge the results into.")] = Path("docs/exits.json"),
+) -> None:
+    """Measure early exit of trained checkpoints."""
+    if task not in ("addition", "text") or (task == "text" and not held_out):
+        raise typer.BadParameter("the task is addition, or text with --held-out")
+    torch.set_num_threads(1)
+    content: Figures = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"tasks": {}}
+    for row in rows:
+        name, _, places = row.partition("=")
+        found, begun = [], time.monotonic()
+        for place in places.split(","):
+            model: Any = load_model(Path(place), dtype=torch.float32).eval().to(device)  # type: ignore[arg-type]
+            if task == "addition":
+                measure = of_addition(model, problems)
+            else:
+                measure = of_text(model, torch.cat(held_out_sequences(held_out or [], PROMPT + WRITTEN, sequences)))
+            found.append(curves(model, measure))
+        figures = {"seeds": found, "seconds": round(time.monotonic() - begun), "sample": _sample(task, problems, found)}
+        content["tasks"].setdefault(task, {})[name] = figures
+        content |= {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": machine(),
+            "versions": versions(),
+        }
+        write_text(output, json.dumps(content, separators=(",", ":")).replace('{"quality"', '\n{"quality"') + "\n")
+
+
+def _sample(task: str, problems: int, found: list[Figures]) -> str:
+    if task == "addition":
+        return f"{problems} held-out problems drawn evenly and {problems} with long carries"
+    return f"held-out text, {WRITTEN} tokens each behind {PROMPT}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
