@@ -34,7 +34,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.export
 
 demo: $(VENV)/.export
-	$(BIN)/melt-export --checkpoint examples/addition-melt --output build/addition --max-batch 32 --force
+	$(BIN)/melt-export --checkpoint examples/addition-melt --output build/addition --max-batch 32 --exit auto:1pt --exit-text examples/addition_calibration.jsonl --force
 	$(BIN)/python examples/demo.py build/addition
 
 demo-chat: $(VENV)/.dev

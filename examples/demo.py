@@ -1,4 +1,5 @@
-"""Demo: an exported addition model answers held-out problems with 1, 2, 3 and 4 loops, without PyTorch.
+"""Demo: an exported addition model answers held-out problems with 1, 2, 3 and 4 loops, and with as many as each token
+needs, without PyTorch.
 
 python examples/demo.py PACKAGE
 """
@@ -6,8 +7,10 @@ python examples/demo.py PACKAGE
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, NamedTuple
 
 import typer
@@ -18,6 +21,7 @@ from rich.table import Table
 
 SHOWN = 6
 EXIT_THRESHOLD = 0.99
+UNCALIBRATED = "entropy:0.3"  # where the package was exported without --exit
 PROBLEMS = Path(__file__).with_name("addition_problems.jsonl")
 
 
@@ -39,6 +43,29 @@ def answers(runtime: Runtime, problems: list[Problem], loops: int, exit_threshol
     return runtime.generate(prompts, max_tokens=12, loops=loops, exit_threshold=exit_threshold)
 
 
+def adaptive_answers(runtime: Runtime, problems: list[Problem], criteria: str) -> list[Generation]:
+    """Generate an answer to each problem, each token with as many loops as the criteria give it."""
+    return runtime.generate([problem.prompt for problem in problems], max_tokens=12, exit=criteria)
+
+
+def answers_behind(runtime: Runtime, problems: list[Problem], loops: int) -> list[Generation]:
+    """Generate an answer to each problem with ``loops`` loops per token, after a prompt that runs all loops."""
+    found = []
+    for problem in problems:
+        session = runtime.session()
+        session.append(problem.prompt, exit="never")
+        found.append(session.generate(max_tokens=12, loops=loops, exit="never"))
+    return found
+
+
+def mixed_accuracy(runtime: Runtime, problems: list[Problem], loops: float) -> float:
+    """Return the accuracy, 0 to 1, of fixed depths at this mean: a share of the problems at the depth below it, the
+    others at the depth above."""
+    low, high = math.floor(loops), math.ceil(loops)
+    below, above = (accuracy(problems, answers_behind(runtime, problems, depth)) for depth in (low, high))
+    return below + (above - below) * (loops - low)
+
+
 def accuracy(problems: list[Problem], generations: list[Generation]) -> float:
     """Return the share of exact answers, 0 to 1."""
     return sum(g.text == problem.answer for problem, g in zip(problems, generations, strict=True)) / len(problems)
@@ -46,8 +73,12 @@ def accuracy(problems: list[Problem], generations: list[Generation]) -> float:
 
 def mean_depth(generations: list[Generation]) -> float:
     """Return the mean loops per written token."""
-    depths = [depth for g in generations for depth in g.depth[g.prompt_tokens :]]
-    return sum(depths) / len(depths)
+    return fmean(depth for g in generations for depth in g.depth[g.prompt_tokens :])
+
+
+def prompt_depth(generations: list[Generation]) -> float:
+    """Return the mean loops per token of the prompts."""
+    return fmean(depth for g in generations for depth in g.depth[: g.prompt_tokens])
 
 
 def main(
@@ -59,7 +90,8 @@ def main(
     runtime = Runtime.load(package)
     problems = held_out_problems()[:count]
     rows = {f"{loops} loop{'s' * (loops > 1)}": (loops, 1.0) for loops in range(1, runtime.manifest.loops + 1)}
-    rows[f"up to {runtime.manifest.loops}, exit at {EXIT_THRESHOLD}"] = (runtime.manifest.loops, EXIT_THRESHOLD)
+    most = runtime.manifest.loops
+    rows[f"gate, exit at {EXIT_THRESHOLD}"] = (most, EXIT_THRESHOLD)
 
     found: dict[str, list[Generation]] = {}
     for name, (loops, threshold) in track(rows.items(), "answering", console=Console(stderr=True)):
@@ -72,10 +104,18 @@ def main(
         shown.add_row(problem.prompt.rstrip("="), *marked)
     console.print(shown)
 
-    table = Table("depth", "exactly right", "loops per token", title=f"{count} held-out problems with long carries")
+    criteria = str(runtime.manifest.exit.get("criteria", UNCALIBRATED))
+    found[criteria] = adaptive = adaptive_answers(runtime, problems, criteria)
+    title = f"{count} held-out problems with long carries"
+    table = Table("depth", "right", "loops per written token", "per prompt token", title=title)
     for name, generations in found.items():
-        table.add_row(name, f"{accuracy(problems, generations):.1%}", f"{mean_depth(generations):.2f}")
+        depths = f"{mean_depth(generations):.2f}", f"{prompt_depth(generations):.2f}"
+        table.add_row(name, f"{accuracy(problems, generations):.1%}", *depths)
+    mean = mean_depth(adaptive)
+    fixed = mixed_accuracy(runtime, problems, mean)
+    table.add_row("fixed depths, as many", f"{fixed:.1%}", f"{mean:.2f}", f"{most:.2f}")
     console.print(table)
+    console.print("The last line is the mixture of the two nearest fixed depths, behind prompts that run all loops.")
     console.print(f"state: {runtime.state_bytes():,} bytes for one sequence, whatever the number of loops")
     if "torch" in sys.modules:
         raise SystemExit("torch was imported; the runtime must not need it")

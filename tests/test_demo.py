@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import MakePackage
 from melt_models.checkpoint import load_model, read_config
-from melt_models.training.tasks import Addition
+from melt_models.training.tasks import Addition, Example
 from melt_runtime import Package, Runtime
 from melt_runtime.cli.demo import PROBLEMS, demo_package
 from melt_runtime.cli.main import app
@@ -18,9 +19,10 @@ from typer.testing import CliRunner
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from demo import accuracy, answers, held_out_problems, mean_depth  # noqa: E402
+from demo import accuracy, adaptive_answers, answers, held_out_problems, mean_depth, mixed_accuracy  # noqa: E402
 
 CHECKPOINT = EXAMPLES / "addition-melt"
+DEPTHS = ("1 loop", "2 loops", "3 loops", "4 loops")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,29 @@ def test_the_demos_problems_are_held_out_of_training() -> None:
     assert all(example.held_out for example in expected)
 
 
+def test_the_exit_is_calibrated_on_other_held_out_problems() -> None:
+    lines = (EXAMPLES / "addition_calibration.jsonl").read_text().splitlines()
+    found = {json.loads(line)["prompt"] for line in lines}
+    assert len(found) == 200
+    assert not found & {problem.prompt for problem in held_out_problems()}
+    assert all(Example(prompt, "").held_out for prompt in found)
+
+
+def test_each_token_with_the_loops_it_needs_beats_fixed_depths_of_as_many_loops(package: Path) -> None:
+    runtime = Runtime.load(package)
+    problems = held_out_problems()[:100]
+    adaptive = adaptive_answers(runtime, problems, "entropy:0.3")
+    mean = mean_depth(adaptive)
+    assert mean < 2.1
+    assert accuracy(problems, adaptive) >= accuracy(problems, answers(runtime, problems, 4)) - 0.01
+    assert accuracy(problems, adaptive) >= mixed_accuracy(runtime, problems, mean) + 0.05
+
+
 def test_the_demo_script_prints_the_table(package: Path) -> None:
     script = [sys.executable, str(EXAMPLES / "demo.py"), str(package), "--count", "32"]
     result = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    for row in ("1 loop", "2 loops", "3 loops", "4 loops", "exit at 0.99"):
+    for row in (*DEPTHS, "exit at 0.99", "entropy:0.3", "fixed depths, as many"):
         assert row in result.stdout
 
 

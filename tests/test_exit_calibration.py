@@ -113,9 +113,9 @@ def run(loss: float, same: float, loops: float, items: int = 8) -> Run:
 
 def test_what_is_lost_is_perplexity_in_percent_or_points_of_tokens_or_of_whole_answers() -> None:
     full, early = run(1.0, 1.0, 4), run(1.1, 0.9, 2)
-    assert lost(early, full, "%", whole=False) == pytest.approx(100 * (np.exp(0.1) - 1))
-    assert lost(early, full, "pt", whole=False) == pytest.approx(10.0)
-    assert lost(early, full, "pt", whole=True) == pytest.approx(100.0)
+    assert lost(early, full, "%", whole=False).value == pytest.approx(100 * (np.exp(0.1) - 1))
+    assert lost(early, full, "pt", whole=False).value == pytest.approx(10.0)
+    assert lost(early, full, "pt", whole=True).value == pytest.approx(100.0)
 
 
 class Graded:
@@ -147,3 +147,12 @@ def test_the_cheapest_threshold_that_keeps_the_quality_is_chosen() -> None:
 
 def test_a_head_that_costs_more_than_the_loops_that_it_saves_is_not_asked() -> None:
     assert chosen("auto:1pt", share=10.0)["criteria"] == "never"
+
+
+def test_few_items_must_lose_less_because_a_standard_error_is_added() -> None:
+    full = run(1.0, 1.0, 4, items=100)
+    one_wrong = Run(full.loss, [(9,) * 10, *full.said[1:]], full.loops, full.tokens)
+    loss = lost(one_wrong, full, "pt", whole=True)
+    assert loss.value == pytest.approx(1.0)
+    assert loss.sure == pytest.approx(2.0)
+    assert lost(full, full, "pt", whole=True).sure == 0.0

@@ -19,6 +19,7 @@ import yaml
 from distance import PAPER_DISTANCE
 from measure import problems
 from melt_models.atomic import new_directory
+from melt_models.training.tasks import Example, Task, make_task
 from results import KINDS
 from run import REPOSITORY, directory, result_of
 from runs import MODEL, Run, all_runs
@@ -28,6 +29,7 @@ PROBLEMS = 200  # of the demo
 LOOPS = MODEL["total_ut_steps"]
 CARD = Path(__file__).with_name("card.md")
 EXAMPLES = REPOSITORY / "examples"
+CALIBRATION = EXAMPLES / "addition_calibration.jsonl"
 Figures = dict[str, Any]
 
 
@@ -84,6 +86,16 @@ def card(run: Run, teacher: Run, result: Figures) -> str:
     )
 
 
+def calibration_problems(task: Task, shown: list[Example]) -> list[Example]:
+    """Return other held-out problems of the kind that the demo shows: what its early exit is calibrated on."""
+    return [example for example in task.test_set(2 * PROBLEMS, seed=1, hard=True) if example not in shown][:PROBLEMS]
+
+
+def write_problems(examples: list[Example], file: Path) -> None:
+    lines = [json.dumps({"prompt": example.prompt, "answer": example.answer}) + "\n" for example in examples]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
 def main(
     name: Annotated[str | None, typer.Option(help="Take this run instead of the best.")] = None,
     root: Annotated[Path, typer.Option(help="Where runs are written.")] = Path("build/experiments"),
@@ -104,8 +116,8 @@ def main(
         shutil.copytree(directory(run) / "phase2", build, dirs_exist_ok=True)
         (build / "README.md").write_text(card(run, runs[str(run.needs)], results[best]), encoding="utf-8")
     examples = problems(run.content["data"], PROBLEMS)[0]["long"]
-    lines = [json.dumps({"prompt": example.prompt, "answer": example.answer}) + "\n" for example in examples]
-    (EXAMPLES / "addition_problems.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_problems(examples, EXAMPLES / "addition_problems.jsonl")
+    write_problems(calibration_problems(make_task(**run.content["data"]), examples), CALIBRATION)
     typer.echo(f"{best} is the demo checkpoint; long carries right at 1 to {LOOPS} loops, best run first:")
     for key in sorted(ranks, key=lambda key: ranks[key], reverse=True):
         typer.echo(f"  {key}: {', '.join(f'{share:.1%}' for share in right(results[key]))}")

@@ -106,16 +106,28 @@ class ProblemSample:
         return Run(np.zeros(len(written)), said, loops, np.maximum(count, 1))
 
 
-def lost(run: Run, full: Run, unit: str, whole: bool) -> float:
-    """Return what was lost against all loops: the growth of the perplexity in %, or disagreement in points."""
+@dataclass(frozen=True)
+class Loss:
+    """What was lost against all loops: growth of the perplexity in %, or disagreement in points.
+
+    ``sure``: the same plus a standard error, which few items make large.
+    """
+
+    value: float
+    sure: float
+
+
+def lost(run: Run, full: Run, unit: str, whole: bool) -> Loss:
+    """Compare a run with one of all loops. ``whole``: whether an item is right or wrong as a whole."""
     if unit == "%":
-        return 100 * math.expm1(float((run.loss - full.loss).sum() / full.tokens.sum()))
-    if whole:
-        return 100 * float(np.mean([mine != theirs for mine, theirs in zip(run.said, full.said, strict=True)]))
-    pairs = [
-        (a, b) for mine, theirs in zip(run.said, full.said, strict=True) for a, b in zip(mine, theirs, strict=True)
-    ]
-    return 100 * float(np.mean([a != b for a, b in pairs]))
+        per_item = (run.loss - full.loss) / full.tokens
+    else:
+        pairs = zip(run.said, full.said, strict=True)
+        per_item = np.array([a != b if whole else np.mean(np.array(a) != np.array(b)) for a, b in pairs], np.float64)
+    mean = float(per_item.mean())
+    error = float(per_item.std(ddof=1) / math.sqrt(len(per_item))) if len(per_item) > 1 else 0.0
+    scale = math.expm1 if unit == "%" else float
+    return Loss(100 * scale(mean), 100 * scale(mean + error))
 
 
 def thresholds(name: str, vocabulary: int) -> list[float]:
@@ -140,9 +152,9 @@ def head_share(weights: Weights) -> float:
 def calibrate(sample: Sample, manifest: Manifest, options: ExitOptions, share: float, progress: Step) -> dict[str, Any]:
     """Return the manifest's entry: the cheapest criterion that keeps ``options`` on both halves of a sample.
 
-    A criterion's threshold is searched on one half; while the other half loses more, a stricter one is taken. What
-    reads the head costs ``share`` of a loop after every loop but the last. Every value that is stated is of the second
-    half.
+    A criterion's threshold is searched on one half; while the other half loses more, a stricter one is taken. A half
+    keeps the quality if its loss plus a standard error does. What reads the head costs ``share`` of a loop after every
+    loop but the last. Every value that is stated is of the second half.
     """
     full = sample.run(NEVER)
     names = [name for name, one in CRITERIA.items() if not one.whole and (name != "gate" or _has_gate(manifest))]
@@ -152,8 +164,8 @@ def calibrate(sample: Sample, manifest: Manifest, options: ExitOptions, share: f
         grid, runs = thresholds(name, manifest.vocab_size), dict[int, Run]()
 
         def keeps(at: int, half: int, name: str = name, grid: list[float] = grid, runs: dict[int, Run] = runs) -> bool:
-            runs[at] = runs.get(at) or sample.run(f"{name}:{grid[at]:.6g}")
-            return lost(runs[at].half(half), full.half(half), options.unit, sample.whole) <= options.most
+            runs[at] = runs.get(at) or sample.run(f"{name}:{grid[at]:.4g}")
+            return lost(runs[at].half(half), full.half(half), options.unit, sample.whole).sure <= options.most
 
         low, high = 0, len(grid)  # the first that keeps it, if the loss falls with strictness
         while low < high:
@@ -165,8 +177,8 @@ def calibrate(sample: Sample, manifest: Manifest, options: ExitOptions, share: f
         run = runs[chosen].half(1)
         heads = share * min(run.mean_loops, manifest.loops - 1) if CRITERIA[name].reads == "head" else 0.0
         if run.mean_loops + heads < best[0]:
-            loss = lost(run, full.half(1), options.unit, sample.whole)
-            best = (run.mean_loops + heads, f"{name}:{grid[chosen]:.6g}", loss, run.mean_loops)
+            loss = lost(run, full.half(1), options.unit, sample.whole).value
+            best = (run.mean_loops + heads, f"{name}:{grid[chosen]:.4g}", loss, run.mean_loops)
     _, criteria, loss, loops = best
     return {
         "criteria": criteria,
