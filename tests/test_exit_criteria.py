@@ -201,3 +201,12 @@ def test_the_command_line_takes_the_same_words(package: Path, tmp_path: Path) ->
     assert "entropy:3.65 keeps 1pt: 2.50 of 4 loops, 0.50 points of agreement lost" in " ".join(
         shown.output.replace("│", " ").split()
     )
+
+
+def test_the_head_is_not_asked_after_the_last_loop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, asked = runtime.driver(), list[int]()
+    real = driver._first_logits
+    monkeypatch.setattr(driver, "_first_logits", lambda control: asked.append(1) or real(control))  # type: ignore[func-returns-value]
+    driver.append([[5]], runtime.options(exit="entropy:0.000001", loops=4).loops)
+    assert driver.depth[0] == [4]
+    assert len(asked) == 3

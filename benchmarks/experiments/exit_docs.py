@@ -48,7 +48,7 @@ def shown(task: str, quality: float) -> float:
 def section(task: str, name: str, row: Figures) -> Figures:
     """Return what the template needs of a row."""
     seeds = row["seeds"]
-    found = {criterion: gains(seeds, criterion) for criterion in seeds[0]["criteria"]}
+    found = {criterion: gains(seeds, criterion) for criterion in _compared(name)}
     above = {criterion: [gain.depth for gain in each_depth if gain.above] for criterion, each_depth in found.items()}
     return {
         "title": ROWS.get(name, name),
@@ -62,6 +62,11 @@ def section(task: str, name: str, row: Figures) -> Figures:
         "partly": [f"{CRITERIA[one][0]} (at {_listed(d)})" for one, d in above.items() if 0 < len(d) < len(found[one])],
         "never": [CRITERIA[one][0] for one, depths in above.items() if not depths],
     }
+
+
+def _compared(name: str) -> tuple[str, ...]:
+    """Return a row's criteria: after the stage gate only the gate is another."""
+    return ("gate",) if name.endswith("-gate") else tuple(CRITERIA)
 
 
 def _listed(depths: list[int]) -> str:
@@ -108,18 +113,19 @@ def draw(content: Figures, docs: Path) -> None:
             figure, axes = plt.subplots(len(rows), seeds, figsize=size, layout="constrained", squeeze=False)
             for line, (name, row) in zip(axes, rows.items(), strict=True):
                 for panel, seed in zip(line, row["seeds"], strict=False):
-                    _panel(panel, task, seed)
+                    _panel(panel, task, seed, _compared(name))
                     panel.set_title(f"{ROWS.get(name, name)}, seed {row['seeds'].index(seed)}", fontsize=9.5)
             figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
             figure.savefig(docs / f"exits_{task}.png", dpi=130, facecolor="white", metadata={"Software": ""})
             plt.close(figure)
 
 
-def _panel(panel: Any, task: str, seed: Figures) -> None:
+def _panel(panel: Any, task: str, seed: Figures, criteria: tuple[str, ...]) -> None:
     fixed = [(point["cost"], shown(task, point["quality"])) for point in seed["fixed"]]
     panel.plot(*zip(*fixed, strict=True), color=FAINT, marker="x", linestyle="--", label="fixed depth and mixtures")
     values = [value for _, value in fixed]
-    for criterion, (title, _, color, marker) in CRITERIA.items():
+    for criterion in criteria:
+        title, _, color, marker = CRITERIA[criterion]
         points = sorted((p["cost"], shown(task, p["quality"])) for p in seed["criteria"][criterion])
         dashes = "-" if criterion in _HEADS else (0, (3, 1))
         panel.plot(

@@ -62,12 +62,13 @@ class Depth:
         """
         self.loop += 1
         self.spent += self.active
+        undecided = self.active & (self.loop < self._loops)  # the others leave in any case
         if exit_probability is not None:
             self._remaining = self._remaining * (np.float32(1) - exit_probability)
         leaves = self._gated & (np.float32(1) - self._remaining >= self._threshold)
-        if self._watched:
+        if self._watched and undecided.any():
             leaves |= self._settled(hidden().astype(np.float32, copy=False))
-        if (self._heard & self.active.any(axis=1)).any():
+        if (self._heard & undecided.any(axis=1)).any():
             leaves[:, 0] |= self._heard & self._agreed(logits())
         leaves &= self.loop >= self._least
         self.active = self.active & ~leaves & (self.loop < self._loops)
