@@ -82,7 +82,7 @@ EvalAnswers = Annotated[
 @export_app.command(epilog=_EPILOG)
 def export(
     places: Annotated[
-        list[Path] | None, typer.Argument(metavar="[CHECKPOINT] [OUTPUT]", help="As --checkpoint and --output.")
+        list[Path] | None, typer.Argument(metavar="CHECKPOINT OUTPUT", help="As --checkpoint and --output.")
     ] = None,
     checkpoint: CheckpointOption = None,
     output: Annotated[

@@ -27,7 +27,8 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
     code = 0
     try:
         with reported_errors(name, refused):
-            result = app(prog_name=name, standalone_mode=False)
+            prefix = name.upper().replace("-", "_")  # of variables such as MELT_RUN_SERVE_PORT, one per option
+            result = app(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
             code = result if isinstance(result, int) else 0
             sys.stdout.flush()  # a failed write is reported here, not by Python's own exit
     except typer.Exit as end:
@@ -50,6 +51,11 @@ def _end(number: int, frame: object) -> NoReturn:
 
 class ReportedGroup(TyperGroup):
     """A command line whose commands end as ``reported_errors`` describes, however it is run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the command."""
+        with reported_errors(self.name or ctx.info_name):
+            return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""

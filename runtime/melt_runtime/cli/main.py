@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from ..text.tokenizer import Message
 from .bench import bench_command
 from .build_engine import build_engine_command
 from .chat import Chat, notice
+from .config import config_read
 from .demo import demo_command
 from .errors import ReportedGroup, for_terminal, run_app
 from .inspect import describe
@@ -53,6 +55,14 @@ def options(
         bool,
         typer.Option("--version", callback=version_shown("melt-run"), is_eager=True, help="Show the version and exit."),
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=config_read,
+            is_eager=True,
+            help="A TOML file of options: a section per command, such as [serve], and a key per option, such as port.",
+        ),
+    ] = None,
 ) -> None:
     """Run MELT packages: looped language models in constant memory, without PyTorch."""
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import stat
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +22,15 @@ from ..package.specs import MAX_LOOPS
 from ..runtime import Runtime
 from ..scheduler.scheduler import Scheduler
 from ..server.limits import MAX_SECONDS, MAX_UNREAD, STALLED
+from ..server.logs import FORMATS, LEVELS, configure, log
 from ..untrusted import shown
 from .options import LoadOptions, PackageDirectory, PipelineMode, grouped, short_name
 
 _YEAR = 365 * 86_400  # seconds
 _MOST_STALL = (2**31 - 1) // 1000  # seconds: the system counts milliseconds in 32 bits
 KEYS_VARIABLE = "MELT_API_KEYS"
+LogLevel = StrEnum("LogLevel", {name: name for name in LEVELS})  # type: ignore[misc]
+LogFormat = StrEnum("LogFormat", {name: name for name in FORMATS})  # type: ignore[misc]
 PREFIX_BYTES = 64 << 20  # default size of the prefix cache
 
 
@@ -96,6 +100,12 @@ def serve_command(
     ] = 30,
     pipeline: PipelineMode = "auto",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="The least that is logged; debug has health checks, too.")] = (
+        LogLevel.info  # type: ignore[attr-defined]
+    ),
+    log_format: Annotated[LogFormat, typer.Option(help="A line of the log: json, or text for people.")] = (
+        LogFormat.json  # type: ignore[attr-defined]
+    ),
     loading: LoadOptions,
 ) -> None:
     """Serve a package over HTTP: OpenAI's completions and chats, metrics, and a page to try it."""
@@ -106,7 +116,6 @@ def serve_command(
         from ..server.connection import HEADER_BYTES, bounded, room
         from ..server.guard import Keys, is_loopback
         from ..server.lifecycle import DrainingServer
-        from ..server.logs import configure, log
         from ..server.origins import check_origins
         from ..server.process import configure_process
         from ..server.service import Service
@@ -135,7 +144,7 @@ def serve_command(
     name = name or short_name(package)
     service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog, pipeline)
     app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts, origins))
-    configure()
+    configure(str(log_level), str(log_format))
     config = uvicorn.Config(
         app,
         http=bounded(allowed.connections),

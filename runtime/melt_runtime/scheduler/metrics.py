@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from ..results import PipelineUse
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+WHOLE_SECONDS = (
+    *SECONDS,
+    120.0,
+    300.0,
+    600.0,
+)  # of a request
 OUTCOMES = ("stop", "length", "cancelled", "deadline", "failed", "refused")
 DEEPEST = 64  # this depth and greater ones share a bucket
 _RECENT = 0.2  # weight of the newest request in the moving average behind retry_after
@@ -30,6 +36,9 @@ class Histogram:
         return sum(self.counts)
 
 
+NOTHING = Histogram(WHOLE_SECONDS, (0,) * (len(WHOLE_SECONDS) + 1), 0.0)
+
+
 @dataclass(frozen=True)
 class SchedulerMetrics:
     """The counters of a scheduler at one moment, since it was opened.
@@ -41,6 +50,8 @@ class SchedulerMetrics:
     (DEEPEST: that many or more). ``first_token``: seconds from submission to the first token. ``inter_token``: seconds
     between tokens of one request. ``state_bytes``: state of all slots. ``weights_bytes``: as stored. ``pipeline_runs``,
     ``pipeline_tokens``, ``drafts_held``, ``drafts_dropped``: of ended requests, as in ``PipelineUse``.
+    ``queued``: seconds from submission to a slot. ``whole``: seconds from submission to the end, of every request that
+    was not refused.
     """
 
     waiting: int
@@ -61,6 +72,8 @@ class SchedulerMetrics:
     pipeline_tokens: int = 0
     drafts_held: tuple[int, ...] = ()
     drafts_dropped: tuple[int, ...] = ()
+    queued: Histogram = NOTHING
+    whole: Histogram = NOTHING
 
 
 class Meter:
@@ -71,7 +84,8 @@ class Meter:
         self._requests = dict.fromkeys(OUTCOMES, 0)
         self._prompt = self._generated = self._hits = self._reused = 0
         self._depth: Counter[int] = Counter()
-        self._first, self._inter = _Times(), _Times()
+        self._first, self._inter = _Times(SECONDS), _Times(SECONDS)
+        self._queued, self._whole = _Times(WHOLE_SECONDS), _Times(WHOLE_SECONDS)
         self._held: float | None = None
         self._runs = self._piped = 0
         self._drafts_held, self._drafts_dropped = Counter[int](), Counter[int]()
@@ -86,10 +100,18 @@ class Meter:
             self._drafts_held.update(dict(enumerate(use.held)))
             self._drafts_dropped.update(dict(enumerate(use.dropped)))
 
-    def ended(self, outcome: str, held: float | None = None) -> None:
-        """Count an ended request. ``held``: seconds in a slot; None if it never had one."""
+    def admitted(self, queued: float) -> None:
+        """Count a request that got a slot. ``queued``: seconds since its submission."""
+        with self._lock:
+            self._queued.add(queued)
+
+    def ended(self, outcome: str, held: float | None = None, whole: float | None = None) -> None:
+        """Count an ended request. ``held``: seconds in a slot; None if it never had one. ``whole``: seconds since its
+        submission; None if it was refused."""
         with self._lock:
             self._requests[outcome] += 1
+            if whole is not None:
+                self._whole.add(whole)
             if held is not None:
                 self._held = held if self._held is None else self._held + _RECENT * (held - self._held)
 
@@ -143,16 +165,18 @@ class Meter:
                 self._piped,
                 tuple(self._drafts_held[loop] for loop in sorted(self._drafts_held)),
                 tuple(self._drafts_dropped[loop] for loop in sorted(self._drafts_dropped)),
+                self._queued.histogram(),
+                self._whole.histogram(),
             )
 
 
 class _Times:
-    def __init__(self) -> None:
-        self.counts, self.total = [0] * (len(SECONDS) + 1), 0.0
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
 
     def add(self, seconds: float) -> None:
-        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
     def histogram(self) -> Histogram:
-        return Histogram(SECONDS, tuple(self.counts), self.total)
+        return Histogram(self.bounds, tuple(self.counts), self.total)

@@ -212,7 +212,7 @@ class Scheduler:
             self._waiting = deque(handle for handle, reason in over if reason is None)
         for handle, reason in over:
             if reason is not None:
-                self._meter.ended(reason)
+                self._meter.ended(reason, whole=now - handle.submitted)
                 request = handle.request
                 handle.finish(Generation("", (), reason, len(request.prompt), (), request.options.loops.loops))
         for running in list(self._slots.running.values()):
@@ -229,10 +229,11 @@ class Scheduler:
                 handle = self._waiting.popleft()
                 try:
                     self._slots.admit(handle)
+                    self._meter.admitted(monotonic() - handle.submitted)
                     continue
                 except Exception as error:
                     failure = _as_melt(error)
-            self._meter.ended("failed")
+            self._meter.ended("failed", whole=monotonic() - handle.submitted)
             handle.fail(failure)
             if self._slots.moving:
                 self._fail_running(failure)
@@ -263,14 +264,16 @@ class Scheduler:
     def _finish(self, running: RunningRequest, reason: str | None = None, in_step: bool = False) -> None:
         with self._changed:
             result = (self._slots.stop if in_step else self._slots.end)(running, reason)
-        self._meter.ended(result.finish_reason, monotonic() - running.started)
+        now = monotonic()
+        self._meter.ended(result.finish_reason, now - running.started, now - running.handle.submitted)
         self._meter.pipelined(result.pipeline)
         running.handle.finish(result)
 
     def _fail(self, running: RunningRequest, error: MeltError, tell: bool = True) -> None:
         with self._changed:
             self._slots.release(running)
-        self._meter.ended("failed", monotonic() - running.started)
+        now = monotonic()
+        self._meter.ended("failed", now - running.started, now - running.handle.submitted)
         running.handle.fail(error, tell)
 
     def _fail_running(self, error: MeltError) -> None:
@@ -288,7 +291,7 @@ class Scheduler:
             self._waiting.clear()
         for handle in handles:
             if not handle.done:
-                self._meter.ended("failed")
+                self._meter.ended("failed", whole=monotonic() - handle.submitted)
             handle.fail(error)
 
 

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..errors import MeltError
+from ..machine import installed_versions
 from .answering import answer
 from .chat_schema import ChatBody
 from .docs import add_docs
@@ -150,6 +151,15 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "example_prompt": service.runtime.example_prompt,
     }
 
+    build = {
+        "version": installed_versions(["melt-export"]).get("melt-export", ""),
+        "model": service.name,
+        "package": service.runtime.package.hash[:12],
+        "dialect": manifest.dialect,
+        "precision": manifest.precision,
+        "backend": service.runtime.backend.name,
+    }
+
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
@@ -164,7 +174,9 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(prometheus(scheduler.metrics(), service.backlog.unread), media_type=CONTENT_TYPE)
+        return PlainTextResponse(
+            prometheus(scheduler.metrics(), service.backlog.unread, build), media_type=CONTENT_TYPE
+        )
 
     @app.get("/v1/state")
     async def state() -> Response:

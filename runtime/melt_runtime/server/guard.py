@@ -15,9 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ArgumentError
 from .failures import ApiError
-from .logs import log
+from .logs import LEVELS, log
 
 OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/openapi.json")  # paths that need no key
+PROBES = ("/health", "/ready", "/metrics")  # asked by machines every few seconds
 _FACTS = "melt_facts"  # the scope's key for the fields of the request's log line
 
 
@@ -98,7 +99,9 @@ class Guard:
             refusal = self._refusal(scope)
             await (self._app if refusal is None else refusal.response())(scope, receive, watched)
         finally:
-            log("request", **facts, status=status, seconds=round(perf_counter() - started, 4))
+            quiet = scope["path"] in PROBES and status < 400
+            level = LEVELS["debug" if quiet else "info"]
+            log("request", level, **facts, status=status, seconds=round(perf_counter() - started, 4))
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])

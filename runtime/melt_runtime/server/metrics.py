@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -15,22 +15,29 @@ from ..scheduler.metrics import DEEPEST, Histogram, SchedulerMetrics
 __all__ = ["CONTENT_TYPE", "prometheus"]
 
 
-def prometheus(metrics: SchedulerMetrics, unread: int) -> str:
-    """Return the page of /metrics. ``unread``: tokens that clients have not taken."""
-    registry = CollectorRegistry()  # of its own, because the library's global one adds figures of the process
-    registry.register(_Counters(metrics, unread))
+def prometheus(metrics: SchedulerMetrics, unread: int, build: Mapping[str, str] | None = None) -> str:
+    """Return the page of /metrics, with the memory and time of this process where the system tells them.
+
+    ``unread``: tokens that clients have not taken. ``build``: what runs here, as labels.
+    """
+    registry = CollectorRegistry()  # of its own, because several applications may share a process
+    registry.register(_Counters(metrics, unread, build or {}))
+    ProcessCollector(registry=registry)
     return generate_latest(registry).decode()
 
 
 class _Counters(Collector):
     """The metrics of one moment."""
 
-    def __init__(self, metrics: SchedulerMetrics, unread: int):
-        self.metrics, self.unread = metrics, unread
+    def __init__(self, metrics: SchedulerMetrics, unread: int, build: Mapping[str, str]):
+        self.metrics, self.unread, self.build = metrics, unread, build
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric, in the order of the page."""
         now = self.metrics
+        built = GaugeMetricFamily("melt_build_info", "What runs here; always 1.", labels=list(self.build))
+        built.add_metric(list(self.build.values()), 1)
+        yield built
         yield GaugeMetricFamily("melt_requests_waiting", "Requests in the queue.", now.waiting)
         yield GaugeMetricFamily("melt_requests_running", "Requests that have a slot.", now.running)
         yield GaugeMetricFamily("melt_slots", "Requests that can run at once.", now.slots)
@@ -44,6 +51,8 @@ class _Counters(Collector):
         yield GaugeMetricFamily("melt_prefix_bytes", "Size of the prefix cache.", now.prefix_bytes)
         yield CounterMetricFamily("melt_generated_tokens", "Generated tokens.", now.generated_tokens)
         yield GaugeMetricFamily("melt_unread_tokens", "Generated tokens that no client has read.", self.unread)
+        yield _times("melt_queue_seconds", "From submission to a slot.", now.queued)
+        yield _times("melt_request_seconds", "From submission to the end, whatever the outcome.", now.whole)
         yield _times("melt_first_token_seconds", "From submission to the first token.", now.first_token)
         yield _times("melt_inter_token_seconds", "From a token to the next.", now.inter_token)
         yield _depth(now.depth)
