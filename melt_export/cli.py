@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from melt_models.atomic import TargetExistsError, check_target
@@ -29,7 +29,10 @@ from melt_hub import CHECKPOINT, local_directory
 
 from .options import SHARED, ExitOptions, ExportOptions
 from .quantization.options import ACTIVATIONS, BITS, BLOCKS, METHODS, CacheOptions, WeightOptions
-from .tables import package_table, parity_table
+from .tables import package_table, parity_table, plan_tables
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 Precision = StrEnum("Precision", {name: name for name in PRECISIONS})  # type: ignore[misc]
 ActivationKind = StrEnum("ActivationKind", {name: name for name in ACTIVATIONS})  # type: ignore[misc]
@@ -197,6 +200,13 @@ def export(
     eval_text: EvalText = None,
     eval_answers: EvalAnswers = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Write nothing, and say what would be written, needed and compared. Exit code 1 if it lacks room.",
+        ),
+    ] = False,
     show_version: Version = False,
 ) -> None:
     """Export a looped model's checkpoint to a verified ONNX package.
@@ -246,6 +256,11 @@ def export(
     checkpoint = _fetched(checkpoint)
 
     from .checkpoint import Checkpoint
+
+    if plan:
+        _plan(Checkpoint(checkpoint), output, options, verified=not no_verify, tokens=verify_tokens)
+        return
+
     from .export import building
     from .graph.trace import staggers
     from .parity.verify import require_parity, verify
@@ -279,6 +294,20 @@ def export(
         print(f"melt-export: {missing}", file=sys.stderr)
     if built:
         _TEXT.print(built)
+
+
+def _plan(checkpoint: Checkpoint, output: Path, options: ExportOptions, *, verified: bool, tokens: int | None) -> None:
+    """Print what an export would do. Exits with 1 if this machine lacks something for it."""
+    from .plan import plan_export
+
+    with shown_progress() as step:
+        plan = plan_export(checkpoint, output, options, verified=verified, tokens=tokens, progress=step)
+    for table in plan_tables(plan, output):
+        _TEXT.print(table)
+    for lack in (lacking := plan.lacking()):
+        print(f"melt-export: {lack}", file=sys.stderr)
+    if lacking:
+        raise typer.Exit(1)
 
 
 def _fetched(checkpoint: Path) -> Path:

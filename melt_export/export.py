@@ -16,6 +16,7 @@ from melt_models.configuration import LoopedConfig
 from melt_runtime.backends.choose import too_old
 from melt_runtime.backends.devices import onnxruntime_version
 from melt_runtime.machine import ONNX_RUNTIMES, installed_versions
+from melt_runtime.package.files import FileSpec
 from melt_runtime.package.manifest import Manifest, version_for
 from melt_runtime.package.specs import CODA, NOISE, PRECISIONS, GraphSpec, StateSpec
 from melt_runtime.progress import Step as Progress
@@ -88,18 +89,19 @@ def build_package(
     if options.share_caches is not None:
         opened = opened.sharing(default_depth(opened.own))
     sizes = package_sizes(opened.config, options)
-    _check(opened, options)
+    check_options(opened, options)
     copy_companions(opened, directory)
     statistics, cache_scales = _calibrate(opened, sizes, options, progress)
-    graphs, states = _trace(opened, sizes, options, statistics.raised, progress)
+    graphs, states = trace_graphs(opened, sizes, options, statistics.raised, progress)
     if cache_scales is not None:
         graphs, states = quantize_caches(graphs, states, cache_scales)
-    weights_record = _quantize_weights(graphs, options, statistics, opened.config.tie_word_embeddings)
+    weights_record = quantize_graphs(graphs, options, statistics, opened.config.tie_word_embeddings)
     _write_weights(graphs, opened.weights, options, directory, progress)
     specs = {name: save_graph(name, graph, directory) for name, graph in graphs.items()}
     for name in ("loop_step", *(name for name in ("embed", CODA) if name in specs and len(specs[name].inputs) > 1)):
         _optimize(directory / specs[name].file, options, progress)
-    manifest = _manifest(opened, sizes, options, states, specs, weights_record, directory, progress)
+    files = hash_files(directory, progress)
+    manifest = manifest_of(opened, sizes, options, states, specs, weights_record, files)
     if options.share_caches is not None:
         loss = sharing_loss(opened, directory, manifest, options.eval_text, progress)
         manifest = replace(manifest, shared_caches=loss)
@@ -111,7 +113,7 @@ def build_package(
     return manifest
 
 
-def _check(checkpoint: Checkpoint, options: ExportOptions) -> None:
+def check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Raise ExportError if ONNX Runtime, the dialect or the checkpoint's weights do not support the options."""
     old = too_old(options.dialect, onnxruntime_version())
     if old:
@@ -146,7 +148,7 @@ def _calibrate(
     return statistics, scales
 
 
-def _trace(
+def trace_graphs(
     checkpoint: Checkpoint, sizes: Sizes, options: ExportOptions, apart: Container[str], progress: Progress
 ) -> tuple[dict[str, TracedGraph], list[StateSpec]]:
     """Trace the graphs, without weights, and list the states of all stages."""
@@ -166,7 +168,7 @@ def _trace(
     return graphs, [*states, *prelude, *coda]
 
 
-def _quantize_weights(
+def quantize_graphs(
     graphs: dict[str, TracedGraph], options: ExportOptions, statistics: Statistics, tied: bool
 ) -> dict[str, Any]:
     """Quantize the graphs' matmuls in place, if asked for. Returns the manifest's entry."""
@@ -203,17 +205,16 @@ def _optimize(graph: Path, options: ExportOptions, progress: Progress) -> None:
         check_graph(graph)
 
 
-def _manifest(
+def manifest_of(
     checkpoint: Checkpoint,
     sizes: Sizes,
     options: ExportOptions,
     states: list[StateSpec],
     graphs: dict[str, GraphSpec],
     weights_record: dict[str, Any],
-    directory: Path,
-    progress: Progress,
+    files: dict[str, FileSpec],
 ) -> Manifest:
-    """Build the manifest of a package whose other files are written."""
+    """Build the manifest of a package with these other files."""
     config = checkpoint.config
     return Manifest(
         dialect=options.dialect,
@@ -228,7 +229,7 @@ def _manifest(
         model=plain(config.to_dict()),
         states=tuple(states),
         graphs=graphs,
-        files=hash_files(directory, progress),
+        files=files,
         untrained=tuple(config.untrained) if isinstance(config, MeltConfig) else (),
         libraries=installed_versions(_LIBRARIES),
         format_version=version_for(states, graphs),

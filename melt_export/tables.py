@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .parity.report import ParityReport
+    from .plan import Plan
 
 
 def package_table(output: Path, manifest: Manifest, report: ParityReport | None) -> Table:
@@ -73,3 +75,40 @@ def parity_table(report: ParityReport) -> Table:
             shown = ("" if error is None else f"{error.own:.1e}" for error in errors)
             table.add_row("  of PyTorch's float32", *shown)
     return table
+
+
+def plan_tables(plan: Plan, output: Path) -> Iterator[Table]:
+    """Describe what an export would do: what it writes, needs and compares, and the state by length and batch."""
+    manifest = plan.manifest
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column()
+    facts.add_row("would write", str(output))
+    for name, size in plan.files.items():
+        facts.add_row("", name if size is None else f"{name}, {decimal(size, precision=2)}")
+    facts.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
+    facts.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
+    facts.add_row("disk", f"{decimal(plan.disk_bytes)} of {decimal(plan.free_bytes)} free")
+    facts.add_row("peak memory, about", decimal(plan.peak_bytes))
+    facts.add_row("time, about", f"{_duration(plan.seconds)} on this machine, within a factor of three")
+    for phase in plan.phases:
+        facts.add_row("", f"{phase.name}: {_duration(phase.seconds)}, {decimal(phase.peak_bytes)}")
+    for number, sentence in enumerate(plan.compared):
+        facts.add_row("" if number else "would compare", sentence)
+    if not plan.compared:
+        facts.add_row("would compare", "nothing")
+    yield facts
+    batches = sorted({1, min(4, manifest.max_batch), manifest.max_batch})
+    state = Table("state, by tokens", *(f"batch {batch}" for batch in batches))
+    most = manifest.max_seq_len
+    for tokens in sorted({max(most // 16, 1), max(most // 4, 1), most}):
+        sizes = (decimal(plan.state_bytes(tokens, batch), precision=2) for batch in batches)
+        state.add_row(f"{tokens:,}", *sizes)
+    yield state
+
+
+def _duration(seconds: float) -> str:
+    """Format seconds in a unit that a person would say."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -85,14 +85,7 @@ def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[i
 
     ``progress`` is called with the size of each written tensor in bytes. Raises ExportError, OSError.
     """
-    users: dict[tuple[str, bool], list[ir.Value]] = {}
-    for index, model in enumerate(models):
-        for value in model.graph.initializers.values():
-            assert value.const_value is not None
-            if value.const_value.nbytes < _INLINE_BYTES:
-                continue
-            name = value.meta.get(CHECKPOINT_NAME, f"{index}/{value.name}")
-            users.setdefault((name, bool(value.meta.get(TRANSPOSED))), []).append(value)
+    users = _users(models)
     tensors = [values[0].const_value for values in users.values()]
 
     def written(tensor: ir.TensorProtocol, _: object) -> None:
@@ -110,6 +103,24 @@ def write_weights(models: list[ir.Model], directory: Path, progress: Callable[[i
     for tensor, values in zip(external, users.values(), strict=True):
         for value in values:
             value.const_value = _shaped(tensor, value)
+
+
+def stored_bytes(models: list[ir.Model]) -> int:
+    """Return the bytes that ``write_weights`` writes."""
+    return sum(values[0].const_value.nbytes for values in _users(models).values() if values[0].const_value is not None)
+
+
+def _users(models: list[ir.Model]) -> dict[tuple[str, bool], list[ir.Value]]:
+    """Return the large initializers, those that are one tensor in the file together."""
+    users: dict[tuple[str, bool], list[ir.Value]] = {}
+    for index, model in enumerate(models):
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            if value.const_value.nbytes < _INLINE_BYTES:
+                continue
+            name = value.meta.get(CHECKPOINT_NAME, f"{index}/{value.name}")
+            users.setdefault((name, bool(value.meta.get(TRANSPOSED))), []).append(value)
+    return users
 
 
 def _shaped(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:

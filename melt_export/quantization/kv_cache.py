@@ -91,10 +91,16 @@ def quantize_caches(
     graphs: dict[str, TracedGraph], states: list[StateSpec], cache_scales: CacheScales
 ) -> tuple[dict[str, TracedGraph], list[StateSpec]]:
     """Return all graphs and states with quantized caches. Changes the graphs' models in place."""
-    small = {state.input: _small(state, cache_scales.bits) for state in states if state.kind != "swap"}
+    quantized = quantized_states(states, cache_scales.bits)
+    small = {state.input: state for state in quantized if state.kind != "swap"}
     order = cache_order(small)
     changed = {name: _quantized(graph, small, cache_scales, order) for name, graph in graphs.items()}
-    return changed, [small.get(state.input, state) for state in states]
+    return changed, quantized
+
+
+def quantized_states(states: list[StateSpec], bits: int) -> list[StateSpec]:
+    """Return the states with caches of so many bits."""
+    return [state if state.kind == "swap" else _small(state, bits) for state in states]
 
 
 def _quantized(
