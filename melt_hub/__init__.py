@@ -35,7 +35,7 @@ class Kind:
 
     name: str
     files: tuple[str, ...]
-    not_files: tuple[str, ...] = ()
+    not_files: tuple[str, ...]
 
 
 CHECKPOINT = Kind(
@@ -43,7 +43,8 @@ CHECKPOINT = Kind(
     ("model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "example_prompt.txt"),
     ("*/*",),
 )
-PACKAGE = Kind("package", ("*.onnx", "*.data", "*.json", "*.jinja", "example_prompt.txt", "engines/*.plan"))
+# Engines are machine code: whoever wants them builds them.
+PACKAGE = Kind("package", ("*.onnx", "*.data", "*.json", "*.jinja", "example_prompt.txt"), ("*/*",))
 
 
 @dataclass(frozen=True)

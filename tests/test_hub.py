@@ -78,6 +78,17 @@ def test_a_package_on_a_hub_answers_and_later_does_so_without_a_connection(
     assert run("main", "generate", "melt/package", PROMPT, "--max-tokens", 5, env=away).stdout == said
 
 
+def test_of_a_package_no_code_and_no_engine_is_fetched(tiny_package: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(tiny_package, tmp_path / "package"))
+    (made / "engines" / "rtx").mkdir(parents=True)
+    for name in ("engines/rtx/loop_step.plan", "engines/rtx/facts.json", "run.py", "extra.bin", "custom.so", "x.pkl"):
+        (made / name).write_text("never fetched")
+    with Hub({"melt/package": made}) as hub:
+        env = hub.environment(tmp_path / "cache")
+        assert run("main", "inspect", "melt/package", env=env).returncode == 0
+    assert sorted(hub.read) == sorted(file.name for file in tiny_package.iterdir())
+
+
 def test_a_cache_that_another_program_filled_is_read(tiny_package: Path, tmp_path: Path) -> None:
     store = tmp_path / "models--melt--package"
     for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
