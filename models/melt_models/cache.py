@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .configuration import MeltConfig
 from .layers import masked_attention, merge_heads, rotary_tables, rotate, split_heads
 
-Stored = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rows = tuple[Tensor, Tensor]  # keys and values, each (batch, kv_heads, positions, head_dim)
+Stored = Callable[[int, Tensor, Tensor], Rows]
 
 
 class MeltCache(Cache):
@@ -35,20 +37,31 @@ class MeltCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, key: Tensor, value: Tensor) -> Rows:
         """Store the open chunk's keys and values of a layer and return all positions, committed ones first.
 
         key, value: (batch, kv_heads, chunk, head_dim); returned: (batch, kv_heads, positions, head_dim) each.
         """
+        slot: Any = self.layers[layer]
+        slot.keys, slot.values = self.join(layer, self.committed(layer), key, value)
+        slot.is_initialized = True
+        return slot.keys, slot.values
+
+    def committed(self, layer: int) -> Rows | None:
+        """Return a layer's keys and values without the open chunk's; None before the first commit."""
+        if self.valid is None:
+            return None
+        slot: Any = self.layers[layer]
+        count = self.valid.shape[1]
+        return slot.keys[:, :, :count], slot.values[:, :, :count]
+
+    def join(self, layer: int, committed: Rows | None, key: Tensor, value: Tensor) -> Rows:
+        """Return what ``write`` would, and store nothing."""
         if self.stored is not None:
             key, value = self.stored(layer, key, value)
-        slot: Any = self.layers[layer]
-        committed = 0 if self.valid is None else self.valid.shape[1]
-        if committed:
-            key = torch.cat((slot.keys[:, :, :committed], key), dim=2)
-            value = torch.cat((slot.values[:, :, :committed], value), dim=2)
-        slot.keys, slot.values, slot.is_initialized = key, value, True
-        return key, value
+        if committed is None:
+            return key, value
+        return torch.cat((committed[0], key), dim=2), torch.cat((committed[1], value), dim=2)
 
     def commit(self, valid: Tensor) -> None:
         """Close the open chunk. valid: (batch, chunk) bool, True where a position holds a token."""
@@ -64,6 +77,24 @@ class MeltCache(Cache):
         super().reorder_cache(beam_idx)
         if self.valid is not None and self.lengths is not None:
             self.valid, self.lengths = self.valid[beam_idx], self.lengths[beam_idx]
+
+
+class _WrittenOnce:
+    """Writes one layer's keys and values. The second call, in a backward pass, joins them with the same committed
+    positions, and leaves the cache as it is: later chunks have been committed by then.
+
+    ``committed``: what the chunk's loops found there, for all of them.
+    """
+
+    def __init__(self, cache: MeltCache, committed: dict[int, Rows | None]):
+        self._cache, self._committed, self._written = cache, committed, False
+
+    def __call__(self, layer: int, key: Tensor, value: Tensor) -> Rows:
+        if not self._written:
+            self._written = True
+            self._committed.setdefault(layer, self._cache.committed(layer))
+            return self._cache.write(layer, key, value)
+        return self._cache.join(layer, self._committed[layer], key, value)
 
 
 class ChunkAttention:
@@ -83,9 +114,16 @@ class ChunkAttention:
         self.mask = torch.cat((past[:, None].expand(-1, chunk, -1), own), dim=-1)
         self.positions = lengths[:, None] + offset
         self.cos, self.sin = rotary_tables(config, self.positions)
+        self.write: Callable[[int, Tensor, Tensor], Rows] = cache.write
+        self._committed: dict[int, Rows | None] = {}
+
+    def repeatable(self) -> ChunkAttention:
+        made = copy(self)
+        made.write = _WrittenOnce(self.cache, self._committed)
+        return made
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (split_heads(x, self.config.head_dim) for x in (query, key, value))
         query, key = (rotate(x, self.cos, self.sin, self.config.rotary_pairs) for x in (query, key))
-        keys, values = self.cache.write(self.first + layer, key, value)
+        keys, values = self.write(self.first + layer, key, value)
         return merge_heads(masked_attention(query, keys, values, self.mask))

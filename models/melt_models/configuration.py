@@ -36,7 +36,7 @@ _COUNTS_FROM_ZERO = ("num_prelude_layers", "num_coda_layers")
 _OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # ONNX operators hold sizes and positions in 32 bits.
-MOST = 2**31 - 1
+MOST_COUNT = 2**31 - 1
 # Loops per token. Requests, packages and sessions have the same bound: each loop runs all layers.
 MOST_LOOPS = 1024
 
@@ -49,7 +49,7 @@ def check_fields(values: Mapping[str, object]) -> None:
     for field in (*COUNTS, *_COUNTS_FROM_ZERO):
         value: Any = values.get(field, 1)
         least = 0 if field in _COUNTS_FROM_ZERO else 1
-        most = MOST_LOOPS if field == "total_ut_steps" else MOST
+        most = MOST_LOOPS if field == "total_ut_steps" else MOST_COUNT
         if value is None and field in _OPTIONAL_COUNTS:
             continue
         if not (_is_whole(value) and least <= value <= most):
@@ -58,13 +58,21 @@ def check_fields(values: Mapping[str, object]) -> None:
         value = values.get(field)
         ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
         least = 0 if field == "eos_token_id" else -1  # a pad_token_id of -1 means none
-        if not all(_is_whole(one) and least <= one <= MOST for one in ids):
+        if not all(_is_whole(one) and least <= one <= MOST_COUNT for one in ids):
             whole = "a token id or a list of them" if field == "eos_token_id" else "a token id"
             raise ValueError(f"{field} is {shown(value)}; it must be {whole}")
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tell_peft(model_type: str) -> None:
+    """If PEFT is loaded, let it adapt the layers that it adapts in a Llama: they have the same names here."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, layers in vars(constants).items() if constants else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(layers, dict) and "llama" in layers:
+            layers.setdefault(model_type, layers["llama"])
 
 
 @strict
@@ -88,7 +96,14 @@ class LoopedConfig(PreTrainedConfig):
     - ``exit_gate``: whether the model has an exit gate. Without it there is no exit probability.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "loop_hidden",
+        "exit_probability",
+        "exit_distribution",
+        "depth",
+    ]
 
     vocab_size: int = 49152
     hidden_size: int = 2048
@@ -137,6 +152,10 @@ class LoopedConfig(PreTrainedConfig):
         # Set before super() runs: transformers folds the checkpoint's own RoPE keys into rope_parameters.
         kwargs.setdefault("rope_theta", self.default_theta)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        _tell_peft(self.model_type)  # PEFT reads the config here before it looks for a model's layers
+        return super().to_dict()
 
     def validate_architecture(self) -> None:
         """Raise ValueError, in one sentence, for a model that cannot be built."""

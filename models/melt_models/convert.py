@@ -17,6 +17,7 @@ from .aggregation import GATE_BIAS_INIT
 from .atomic import new_directory
 from .checkpoint import (
     CONFIG_ERRORS,
+    MODELS,
     MOST_TOKENIZER_BYTES,
     Weights,
     check_sizes,
@@ -30,6 +31,7 @@ from .checkpoint import (
 )
 from .configuration import LoopedConfig, LoopLMConfig, MeltConfig, check_fields
 from .errors import CheckpointError, UnsupportedConfigError
+from .remote_code import add_code
 
 # Files that are copied unchanged.
 COMPANIONS = (
@@ -110,9 +112,18 @@ def melt_state(config: MeltConfig, weights: Weights) -> dict[str, Tensor]:
 
 
 def convert(
-    source: Path, output: Path, *, loops: int | None = None, chunk_size: int = 128, force: bool = False
+    source: Path,
+    output: Path,
+    *,
+    loops: int | None = None,
+    chunk_size: int = 128,
+    force: bool = False,
+    remote_code: bool = False,
 ) -> MeltConfig:
-    """Write the MELT checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError."""
+    """Write the MELT checkpoint of ``source`` to ``output``. Raises CheckpointError, TargetExistsError.
+
+    ``remote_code``: with a modelling file, so that it opens where this package is not installed.
+    """
     published = read_config(source)
     config = melt_config(published, loops=loops, chunk_size=chunk_size)
     check_companions(source, config)
@@ -122,6 +133,8 @@ def convert(
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, build / name)
+        if remote_code:
+            add_code(MODELS[config.model_type], build)
     return config
 
 

@@ -31,6 +31,10 @@ def convert_checkpoint(
         int | None, typer.Option(help="Loops per token; default: the source's own, or 1 (Llama).", min=1)
     ] = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens that run their loops together.", min=1)] = 128,
+    remote_code: Annotated[
+        bool,
+        typer.Option("--remote-code", help="Add a modelling file: transformers opens it with trust_remote_code=True."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")] = False,
 ) -> None:
     """Turn a looped or Llama-shaped checkpoint into a MELT starting checkpoint. Its gates are untrained."""
@@ -41,7 +45,7 @@ def convert_checkpoint(
 
         from .convert import convert
 
-        config = convert(source, output, loops=loops, chunk_size=chunk_size, force=force)
+        config = convert(source, output, loops=loops, chunk_size=chunk_size, force=force, remote_code=remote_code)
     except (CheckpointError, TargetExistsError, OSError) as error:
         print(f"melt-convert: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -28,11 +28,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .aggregation import make_aggregation
 from .configuration import LoopedConfig, MeltConfig
 from .errors import shown
-from .layers import MLP, Attend, Attention, RMSNorm
+from .layers import MLP, Attend, Attention, RMSNorm, WritingAttend
 from .start_state import start_noise
 
 
@@ -61,8 +62,11 @@ def check_exit(config: LoopedConfig, threshold: float) -> None:
         raise ValueError(f"exit_threshold is {threshold}, but the model has no exit gate and so no exit probability")
 
 
-class DecoderLayer(nn.Module):
-    """A decoder layer with Ouro's tensor names. ``gated``: whether keys and values are projected from MELT's latent."""
+class DecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer with Ouro's tensor names. ``gated``: whether keys and values are projected from MELT's latent.
+
+    With transformers' gradient checkpointing the backward pass calls it again: see ``WritingAttend``.
+    """
 
     def __init__(self, config: LoopedConfig, layer: int, *, gated: bool = False):
         super().__init__()
@@ -117,6 +121,8 @@ class LoopedCore(nn.Module):
     Each stage takes an ``attend`` of its own and counts its layers from 0.
     """
 
+    gradient_checkpointing = False  # set by transformers, here and in every layer
+
     def __init__(self, config: LoopedConfig):
         super().__init__()
         d, gated = config.hidden_size, isinstance(config, MeltConfig)
@@ -133,8 +139,25 @@ class LoopedCore(nn.Module):
         """Run the layers before the loops. (batch, chunk, d), kept."""
         hidden = embeddings if self.config.embedding_scale == 1 else embeddings * self.config.embedding_scale
         for layer in self.prelude_layers:
-            hidden, _ = layer(hidden, attend)
+            hidden, _ = layer(hidden, self._seen(attend))
         return hidden
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the backward pass runs layers again instead of keeping their intermediates."""
+        return self.gradient_checkpointing and self.training
+
+    def caches(self, use_cache: bool | None) -> bool:
+        """Whether a forward returns its cache: by default as configured, and never where ``repeats``."""
+        return (self.config.use_cache if use_cache is None else bool(use_cache)) and not self.repeats
+
+    def shows(self, output_hidden_states: bool | None) -> bool:
+        """Whether a forward returns every loop's hidden state."""
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+    def _seen(self, attend: Attend) -> Attend:
+        """Return ``attend`` for one call of one layer."""
+        return attend.repeatable() if self.repeats and isinstance(attend, WritingAttend) else attend
 
     def start(self, injected: Tensor, positions: Tensor, seed: int | Tensor = 0, state: str | None = None) -> Tensor:
         """Return the hidden state before the first loop, (batch, chunk, d).
@@ -172,7 +195,7 @@ class LoopedCore(nn.Module):
         x = hidden if self.adapter is None else self.adapter(torch.cat((hidden, injected), dim=-1))  # type: ignore[arg-type]
         latents = []
         for index, layer in enumerate(self.layers):
-            x, h = layer(x, attend, None if latent is None else latent[index], first_loop, active)
+            x, h = layer(x, self._seen(attend), None if latent is None else latent[index], first_loop, active)
             latents.append(h)
         x = self.norm(x) if self.config.norm_between_loops else x
         hidden = x if active is None else torch.where(active.unsqueeze(-1), x, hidden)
@@ -189,5 +212,5 @@ class LoopedCore(nn.Module):
         if self.config.norm_before_coda:
             hidden = self.norm(hidden)
         for layer in self.coda_layers:
-            hidden, _ = layer(hidden, attend)
+            hidden, _ = layer(hidden, self._seen(attend))
         return self.norm(hidden) if self.config.norm_after_coda else hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ class Attend(Protocol):
     """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class WritingAttend(Attend, Protocol):
+    """An ``Attend`` that must not be called again in the backward pass, as gradient checkpointing does."""
+
+    def repeatable(self) -> Attend:
+        """Return one for a single call and its repetition, which attends over the same positions."""
+        ...
 
 
 def widen(x: Tensor) -> Tensor:

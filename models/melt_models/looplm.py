@@ -5,14 +5,17 @@ The mathematics is ``core.py``'s. These models are what MELT is converted and ta
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from .causal_lm import LoopedForCausalLM, LoopedOutput, every_state
 from .configuration import LoopLMConfig
 from .core import DEFAULT_START, LoopedCore, Start, check_exit
 from .layers import (
@@ -29,8 +32,10 @@ from .layers import (
 class _LoopAttention:
     """Attends over the caches of one stage or loop, whose first one has the number ``first``."""
 
-    def __init__(self, config: LoopLMConfig, cache: DynamicCache, positions: Tensor, mask: Tensor):
-        self.config, self.cache, self.mask, self.first = config, cache, mask, 0
+    def __init__(
+        self, config: LoopLMConfig, cache: DynamicCache | None, positions: Tensor, mask: Tensor, *, writes: bool = True
+    ):
+        self.config, self.cache, self.mask, self.first, self.writes = config, cache, mask, 0, writes
         self.cos, self.sin = rotary_tables(config, positions)
 
     def at(self, stage: str, loop: int = 0) -> _LoopAttention:
@@ -41,8 +46,24 @@ class _LoopAttention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (split_heads(x, self.config.head_dim) for x in (query, key, value))
         query, key = (rotate(x, self.cos, self.sin, self.config.rotary_pairs) for x in (query, key))
-        keys, values = self.cache.update(key, value, self.first + layer)
+        keys, values = self._extended(self.first + layer, key, value)
         return merge_heads(masked_attention(query, keys, values, self.mask))
+
+    def _extended(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a cache's keys and values with the new ones, which it keeps if ``writes``."""
+        if self.cache is None:
+            return key, value
+        if self.writes:
+            return self.cache.update(key, value, index)
+        slot: Any = self.cache.layers[index] if index < len(self.cache) else None
+        if slot is None or not slot.is_initialized:
+            return key, value
+        return torch.cat((slot.keys, key), dim=2), torch.cat((slot.values, value), dim=2)
+
+    def repeatable(self) -> _LoopAttention:
+        made = copy(self)  # keeps the caches of this stage or loop
+        made.writes = False
+        return made
 
 
 @dataclass
@@ -53,6 +74,7 @@ class LoopLMOutput(CausalLMOutputWithPast):
     - ``loop_hidden``: (loops, batch, tokens, d), the hidden state after every loop, which the coda reads.
     - ``exit_distribution``: (loops, batch, tokens); None for a model without an exit gate.
     - ``depth``: (batch, tokens), the loop whose output the head read, counted from 1.
+    - ``hidden_states``, if asked for: see ``LoopedOutput``.
     """
 
     loop_hidden: Tensor | None = None
@@ -70,10 +92,61 @@ class LoopLMModel(LoopedCore):
 
     def forward(
         self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        exit_at_step: int | None = None,
+        exit_threshold: float | None = None,
+        start_seed: int | Tensor = 0,
+        start_state: str | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> LoopedOutput:
+        """Run new tokens up to what the head reads. The arguments are those of ``LoopLMForCausalLM.forward``."""
+        embeddings: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, new, _ = embeddings.shape
+        num_loops = self.config.total_ut_steps if num_loops is None else num_loops
+        if num_loops < 1:
+            raise ValueError(f"num_loops is {num_loops}; it must be 1 or more")
+        start = Start.checked(self.config, start_seed, start_state)
+        check_exit(self.config, 1.0 if exit_threshold is None else exit_threshold)
+        cached = self.caches(use_cache)
+        cache = DynamicCache() if past_key_values is None and cached else past_key_values
+        length = 0 if cache is None else cache.get_seq_length()
+        if length and len(cache) < self.config.first_cache("core", num_loops):  # type: ignore[arg-type]
+            raise ValueError(f"the cache holds fewer than {num_loops} loops; a LoopLM cannot deepen a cache it filled")
+        total = length + new
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, total, dtype=torch.bool, device=embeddings.device)
+        if attention_mask.shape[1] != total:
+            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; cache and input hold {total}")
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        mask = causal_mask(attention_mask, new)
+        loop_hidden, exits = self.run(embeddings, mask, position_ids, cache, num_loops, start)
+
+        depth = self._depth(loop_hidden, exits, exit_at_step, exit_threshold)
+        index = (depth - 1)[None, ..., None].expand(1, -1, -1, embeddings.shape[-1])
+        read = self.read(loop_hidden.gather(0, index)[0], mask, position_ids, cache)
+        return LoopedOutput(
+            last_hidden_state=read,  # type: ignore[arg-type]
+            past_key_values=cache if cached else None,
+            hidden_states=every_state(embeddings, loop_hidden, read) if self.shows(output_hidden_states) else None,  # type: ignore[arg-type]
+            depth=depth,
+            loop_hidden=loop_hidden,
+            exit_probability=exits,
+        )
+
+    def run(
+        self,
         embeddings: Tensor,
         mask: Tensor,
         positions: Tensor,
-        cache: DynamicCache,
+        cache: DynamicCache | None,
         num_loops: int,
         start: Start = DEFAULT_START,
     ) -> tuple[Tensor, Tensor | None]:
@@ -101,114 +174,9 @@ class LoopLMModel(LoopedCore):
         hidden, _, exit_probability = self.one_loop(hidden, attend, injected)
         return hidden, exit_probability
 
-    def read(self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def read(self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None) -> Tensor:
         """Run the coda on the hidden state of the chosen loop, (b, c, d), kept."""
         return self.coda(hidden, _LoopAttention(self.config, cache, positions, mask).at("coda"))
-
-
-def exit_distribution(exit_probability: Tensor) -> Tensor:
-    """Return p_t = lambda_t * prod_{j<t}(1 - lambda_j), where the last loop takes the remainder. Shape (loops, ...)
-    kept."""
-    stay = torch.cumprod(1.0 - exit_probability, dim=0)
-    before = torch.cat((torch.ones_like(stay[:1]), stay[:-1]))
-    return torch.cat((exit_probability[:-1] * before[:-1], before[-1:]))
-
-
-def causal_mask(attention_mask: Tensor, new: int) -> Tensor:
-    """Return which columns each of the last ``new`` columns attends to: its own, and earlier ones that are not padding.
-
-    attention_mask: (b, all) -> (b, new, all) bool.
-    """
-    total = attention_mask.shape[1]
-    column = torch.arange(total, device=attention_mask.device)
-    row = column[total - new :, None]
-    return ((column <= row) & attention_mask.bool()[:, None]) | (column == row)
-
-
-class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Ouro with a language-modelling head. ``checkpoint.load_model`` reads published Ouro directories."""
-
-    config: LoopLMConfig
-    config_class = LoopLMConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["DecoderLayer"]
-    _supports_sdpa = True
-
-    def __init__(self, config: LoopLMConfig):
-        super().__init__(config)
-        self.model = LoopLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        num_loops: int | None = None,
-        exit_at_step: int | None = None,
-        exit_threshold: float | None = None,
-        start_seed: int | Tensor = 0,
-        start_state: str | None = None,
-        **kwargs: Any,
-    ) -> LoopLMOutput:
-        """Run new tokens (batch, tokens) after those in the cache.
-
-        All loops run; the exit only chooses the loop whose output the head reads, as in Ouro's released code.
-        ``exit_at_step`` counts from 0 and overrides ``exit_threshold``; both default to the config. For a model that
-        starts from noise, ``start_seed`` is its seed, for all sequences or (batch,), and ``start_state="zeros"``
-        replaces it. Raises ValueError for fewer than one loop, for an ``exit_at_step`` beyond the loops, and for an
-        ``exit_threshold`` of a model without an exit gate.
-        """
-        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, new, _ = hidden.shape
-        num_loops = self.config.total_ut_steps if num_loops is None else num_loops
-        if num_loops < 1:
-            raise ValueError(f"num_loops is {num_loops}; it must be 1 or more")
-        start = Start.checked(self.config, start_seed, start_state)
-        check_exit(self.config, 1.0 if exit_threshold is None else exit_threshold)
-        cache = DynamicCache() if past_key_values is None else past_key_values
-        if 0 < len(cache) < self.config.first_cache("core", num_loops) and cache.get_seq_length():
-            raise ValueError(f"the cache holds fewer than {num_loops} loops; a LoopLM cannot deepen a cache it filled")
-        total = cache.get_seq_length() + new
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, total, dtype=torch.bool, device=hidden.device)
-        if attention_mask.shape[1] != total:
-            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; cache and input hold {total}")
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        mask = causal_mask(attention_mask, new)
-        loop_hidden, exits = self.model(hidden, mask, position_ids, cache, num_loops, start)
-
-        depth = self._depth(loop_hidden, exits, exit_at_step, exit_threshold)
-        index = (depth - 1)[None, ..., None].expand(1, -1, -1, hidden.shape[-1])
-        chosen = self.model.read(loop_hidden.gather(0, index)[0], mask, position_ids, cache)
-        logits = self.lm_head(chosen[:, -logits_to_keep:] if logits_to_keep else chosen)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return LoopLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache if use_cache is not False else None,
-            loop_hidden=loop_hidden,
-            exit_distribution=None if exits is None else exit_distribution(exits),
-            depth=depth,
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> bool:
-        """Give generate() a cache that grows on use: a LoopLM needs an entry per layer and loop."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DynamicCache()
-        return True
 
     def _depth(
         self, loop_hidden: Tensor, exits: Tensor | None, exit_at_step: int | None, exit_threshold: float | None
@@ -233,6 +201,90 @@ class LoopLMForCausalLM(PreTrainedModel, GenerationMixin):
             remaining, leaves = leave_early(remaining, exits[loop], threshold)
             depth = torch.where(leaves & (depth == num_loops), loop + 1, depth)
         return depth
+
+
+def exit_distribution(exit_probability: Tensor) -> Tensor:
+    """Return p_t = lambda_t * prod_{j<t}(1 - lambda_j), where the last loop takes the remainder. Shape (loops, ...)
+    kept."""
+    stay = torch.cumprod(1.0 - exit_probability, dim=0)
+    before = torch.cat((torch.ones_like(stay[:1]), stay[:-1]))
+    return torch.cat((exit_probability[:-1] * before[:-1], before[-1:]))
+
+
+def causal_mask(attention_mask: Tensor, new: int) -> Tensor:
+    """Return which columns each of the last ``new`` columns attends to: its own, and earlier ones that are not padding.
+
+    attention_mask: (b, all) -> (b, new, all) bool.
+    """
+    total = attention_mask.shape[1]
+    column = torch.arange(total, device=attention_mask.device)
+    row = column[total - new :, None]
+    return ((column <= row) & attention_mask.bool()[:, None]) | (column == row)
+
+
+class LoopLMForCausalLM(LoopedForCausalLM):
+    """Ouro with a language-modelling head. ``checkpoint.load_model`` reads published Ouro directories."""
+
+    config: LoopLMConfig
+    config_class = LoopLMConfig
+    core_class = LoopLMModel
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_loops: int | None = None,
+        exit_at_step: int | None = None,
+        exit_threshold: float | None = None,
+        start_seed: int | Tensor = 0,
+        start_state: str | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> LoopLMOutput:
+        """Run new tokens (batch, tokens) after those in the cache.
+
+        All loops run; the exit only chooses the loop whose output the head reads, as in Ouro's released code.
+        ``exit_at_step`` counts from 0 and overrides ``exit_threshold``; both default to the config. For a model that
+        starts from noise, ``start_seed`` is its seed, for all sequences or (batch,), and ``start_state="zeros"``
+        replaces it. Raises ValueError for fewer than one loop, for an ``exit_at_step`` beyond the loops, and for an
+        ``exit_threshold`` of a model without an exit gate.
+        """
+        read = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            num_loops=num_loops,
+            exit_at_step=exit_at_step,
+            exit_threshold=exit_threshold,
+            start_seed=start_seed,
+            start_state=start_state,
+            output_hidden_states=output_hidden_states,
+        )
+        exits = read.exit_probability
+        return LoopLMOutput(
+            **self.said(read, labels, logits_to_keep, kwargs),
+            loop_hidden=read.loop_hidden,
+            exit_distribution=None if exits is None else exit_distribution(exits),
+            depth=read.depth,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Give generate() a cache that grows on use: a LoopLM needs an entry per layer and loop."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = DynamicCache()
+        return True
 
 
 AutoConfig.register("ouro", LoopLMConfig, exist_ok=True)

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .aggregation import GATE_BIAS_INIT, LatentGate
 from .cache import ChunkAttention, MeltCache
+from .causal_lm import LoopedForCausalLM, LoopedOutput, every_state
 from .configuration import MeltConfig
 from .core import DEFAULT_START, LoopedCore, Start, check_exit
 from .exits import ExitCriteria, Exits
@@ -139,6 +141,83 @@ class MeltModel(LoopedCore):
             if not active.any():
                 return
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MeltCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        chunk_size: int | None = None,
+        exit_threshold: float | None = None,
+        exits: ExitCriteria | None = None,
+        start_seed: int | Tensor = 0,
+        start_state: str | None = None,
+        output_hidden_states: bool | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> LoopedOutput:
+        """Run new tokens up to what the head reads. The arguments are those of ``MeltForCausalLM.forward``; ``head`` is
+        needed by criteria that read logits."""
+        embeddings: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens, _ = embeddings.shape
+        num_loops = self.config.total_ut_steps if num_loops is None else num_loops
+        chunk_size = self.config.chunk_size if chunk_size is None else chunk_size
+        threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
+        if not tokens:
+            raise ValueError("there is no token to run")
+        if num_loops < 1 or chunk_size < 1:
+            raise ValueError(f"num_loops is {num_loops} and chunk_size {chunk_size}; both must be 1 or more")
+        start_with = Start.checked(self.config, start_seed, start_state)
+        criteria = ExitCriteria() if exits is None else exits
+        criteria = replace(criteria, gate=min(criteria.gate, threshold))
+        check_exit(self.config, criteria.gate)
+        cache = MeltCache(self.config.first_cache("core", 1)) if past_key_values is None else past_key_values
+        if not isinstance(cache, MeltCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; MELT needs a MeltCache")
+
+        start, counts = _token_span(attention_mask, batch, tokens, embeddings.device)
+        column = torch.arange(tokens, device=embeddings.device)
+        hidden = embeddings
+        if start is not None:  # shift every sequence left, so that its chunks begin at its first token
+            hidden = _take(hidden, (start[:, None] + column).clamp(max=tokens - 1))
+        valid = column < counts[:, None]
+        width = int(counts.max())
+        chunks = [
+            self.run_chunk(hidden[:, at:end], valid[:, at:end], cache, num_loops, criteria, start_with, head)
+            for at in range(0, width, chunk_size)
+            for end in (min(at + chunk_size, width),)
+        ]
+        cache.columns += tokens
+
+        # A chunk whose tokens all left early ran fewer loops; they keep the state of their last one.
+        loops = [chunk.loop_hidden.shape[0] for chunk in chunks]
+        deepest = max(loops)
+        states = [
+            torch.cat((chunk.loop_hidden, chunk.loop_hidden[-1:].expand(deepest - ran, -1, -1, -1)))
+            for chunk, ran in zip(chunks, loops, strict=True)
+        ]
+        read = torch.cat([chunk.hidden for chunk in chunks], dim=1)
+        depth = torch.cat([chunk.depth for chunk in chunks], dim=1)
+        every: Tensor = torch.cat(states, dim=2)
+        found = [chunk.exit_probability for chunk in chunks if chunk.exit_probability is not None]
+        probabilities = torch.cat(found, dim=2) if found and min(loops) == deepest else None
+        if start is not None:  # shift back to the caller's columns
+            back = (column - start[:, None]).clamp(0, width - 1)
+            read, depth = _take(read, back), depth.gather(1, back)
+            every = torch.stack([_take(x, back) for x in every])
+            if probabilities is not None:
+                probabilities = torch.stack([x.gather(1, back) for x in probabilities])
+        return LoopedOutput(
+            last_hidden_state=read,  # type: ignore[arg-type]
+            past_key_values=cache if self.caches(use_cache) else None,
+            hidden_states=every_state(embeddings, every, read) if self.shows(output_hidden_states) else None,  # type: ignore[arg-type]
+            depth=depth,
+            loop_hidden=every if min(loops) == deepest else None,
+            exit_probability=probabilities,
+        )
+
     def run_chunk(
         self,
         embeddings: Tensor,
@@ -176,138 +255,6 @@ class MeltModel(LoopedCore):
         return ChunkOutput(read, depth, torch.stack(hiddens), torch.stack(probabilities) if probabilities else None)
 
 
-@dataclass
-class MeltOutput(CausalLMOutputWithPast):
-    """Output of the forward.
-
-    - ``logits``: (batch, tokens, vocab).
-    - ``depth``: (batch, tokens), the number of loops of each token.
-    - ``loop_hidden``: (loops, batch, tokens, d) and ``exit_probability``: (loops, batch, tokens); None unless every
-      chunk ran the same number of loops. A model without an exit gate has no ``exit_probability``.
-    """
-
-    depth: Tensor | None = None
-    loop_hidden: Tensor | None = None
-    exit_probability: Tensor | None = None
-
-
-class MeltForCausalLM(PreTrainedModel, GenerationMixin):
-    """MELT with a language-modelling head. ``generate()`` uses the shared cache and takes padded batches."""
-
-    config: MeltConfig
-    config_class = MeltConfig
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["DecoderLayer"]
-    _supports_sdpa = True
-
-    def __init__(self, config: MeltConfig):
-        super().__init__(config)
-        self.model = MeltModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LatentGate):
-            nn.init.constant_(module.bias, GATE_BIAS_INIT)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: MeltCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        num_loops: int | None = None,
-        chunk_size: int | None = None,
-        exit_threshold: float | None = None,
-        exits: ExitCriteria | None = None,
-        start_seed: int | Tensor = 0,
-        start_state: str | None = None,
-        **kwargs: Any,
-    ) -> MeltOutput:
-        """Run new tokens (batch, tokens), in chunks, after those in the cache.
-
-        ``num_loops`` may differ from the trained number; ``chunk_size`` and ``exit_threshold`` default to the config.
-        ``exits`` are further criteria by which tokens leave the loops, beside ``exit_threshold``.
-        ``attention_mask`` (batch, tokens, or all columns so far) marks padding on the left or on the right; a padded
-        sequence gives the same result as the sequence alone. For a model that starts from noise, ``start_seed`` is its
-        seed, for all sequences or (batch,), and ``start_state="zeros"`` replaces it. Raises ValueError for arguments
-        that cannot be used.
-        """
-        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, tokens, _ = hidden.shape
-        num_loops = self.config.total_ut_steps if num_loops is None else num_loops
-        chunk_size = self.config.chunk_size if chunk_size is None else chunk_size
-        threshold = self.config.early_exit_threshold if exit_threshold is None else exit_threshold
-        if not tokens:
-            raise ValueError("there is no token to run")
-        if num_loops < 1 or chunk_size < 1:
-            raise ValueError(f"num_loops is {num_loops} and chunk_size {chunk_size}; both must be 1 or more")
-        start_with = Start.checked(self.config, start_seed, start_state)
-        criteria = ExitCriteria() if exits is None else exits
-        criteria = replace(criteria, gate=min(criteria.gate, threshold))
-        check_exit(self.config, criteria.gate)
-        cache = MeltCache(self.config.first_cache("core", 1)) if past_key_values is None else past_key_values
-        if not isinstance(cache, MeltCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; MELT needs a MeltCache")
-
-        start, counts = _token_span(attention_mask, batch, tokens, hidden.device)
-        column = torch.arange(tokens, device=hidden.device)
-        if start is not None:  # shift every sequence left, so that its chunks begin at its first token
-            hidden = _take(hidden, (start[:, None] + column).clamp(max=tokens - 1))
-        valid = column < counts[:, None]
-        width = int(counts.max())
-        chunks = [
-            self.model.run_chunk(
-                hidden[:, at:end], valid[:, at:end], cache, num_loops, criteria, start_with, self.lm_head
-            )
-            for at in range(0, width, chunk_size)
-            for end in (min(at + chunk_size, width),)
-        ]
-        cache.columns += tokens
-
-        output = torch.cat([chunk.hidden for chunk in chunks], dim=1)
-        depth = torch.cat([chunk.depth for chunk in chunks], dim=1)
-        loop_hidden = probabilities = None
-        if len({chunk.loop_hidden.shape[0] for chunk in chunks}) == 1:
-            loop_hidden = torch.cat([chunk.loop_hidden for chunk in chunks], dim=2)
-            found = [chunk.exit_probability for chunk in chunks if chunk.exit_probability is not None]
-            probabilities = torch.cat(found, dim=2) if found else None
-        if start is not None:  # shift back to the caller's columns
-            back = (column - start[:, None]).clamp(0, width - 1)
-            output, depth = _take(output, back), depth.gather(1, back)
-            if loop_hidden is not None:
-                loop_hidden = torch.stack([_take(x, back) for x in loop_hidden])
-            if probabilities is not None:
-                probabilities = torch.stack([x.gather(1, back) for x in probabilities])
-
-        logits = self.lm_head(output[:, -logits_to_keep:] if logits_to_keep else output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MeltOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache if use_cache is not False else None,
-            depth=depth,
-            loop_hidden=loop_hidden,
-            exit_probability=probabilities,
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> bool:
-        """Give generate() a MeltCache."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MeltCache(self.config.first_cache("core", 1))
-        return True
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Gather x (batch, n, d) at index (batch, m) -> (batch, m, d)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -335,6 +282,94 @@ def _token_span(
     if int(counts.max()) == 0:
         raise ValueError("attention_mask leaves no token in the batch")
     return start, counts
+
+
+@dataclass
+class MeltOutput(CausalLMOutputWithPast):
+    """Output of the forward.
+
+    - ``logits``: (batch, tokens, vocab).
+    - ``depth``: (batch, tokens), the number of loops of each token.
+    - ``loop_hidden``: (loops, batch, tokens, d) and ``exit_probability``: (loops, batch, tokens); None unless every
+      chunk ran the same number of loops. A model without an exit gate has no ``exit_probability``.
+    - ``hidden_states``, if asked for: see ``LoopedOutput``.
+    """
+
+    depth: Tensor | None = None
+    loop_hidden: Tensor | None = None
+    exit_probability: Tensor | None = None
+
+
+class MeltForCausalLM(LoopedForCausalLM):
+    """MELT with a language-modelling head. ``generate()`` uses the shared cache and takes padded batches."""
+
+    config: MeltConfig
+    config_class = MeltConfig
+    core_class = MeltModel
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LatentGate):
+            nn.init.constant_(module.bias, GATE_BIAS_INIT)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MeltCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_loops: int | None = None,
+        chunk_size: int | None = None,
+        exit_threshold: float | None = None,
+        exits: ExitCriteria | None = None,
+        start_seed: int | Tensor = 0,
+        start_state: str | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MeltOutput:
+        """Run new tokens (batch, tokens), in chunks, after those in the cache.
+
+        ``num_loops`` may differ from the trained number; ``chunk_size`` and ``exit_threshold`` default to the config.
+        ``exits`` are further criteria by which tokens leave the loops, beside ``exit_threshold``.
+        ``attention_mask`` (batch, tokens, or all columns so far) marks padding on the left or on the right; a padded
+        sequence gives the same result as the sequence alone. For a model that starts from noise, ``start_seed`` is its
+        seed, for all sequences or (batch,), and ``start_state="zeros"`` replaces it. Raises ValueError for arguments
+        that cannot be used.
+        """
+        read = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            num_loops=num_loops,
+            chunk_size=chunk_size,
+            exit_threshold=exit_threshold,
+            exits=exits,
+            start_seed=start_seed,
+            start_state=start_state,
+            output_hidden_states=output_hidden_states,
+            head=self.lm_head,
+        )
+        return MeltOutput(
+            **self.said(read, labels, logits_to_keep, kwargs),
+            depth=read.depth,
+            loop_hidden=read.loop_hidden,
+            exit_probability=read.exit_probability,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Give generate() a MeltCache."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = MeltCache(self.config.first_cache("core", 1))
+        return True
 
 
 AutoConfig.register("melt", MeltConfig, exist_ok=True)

@@ -244,7 +244,7 @@ class TeacherForward:
         handles = [layer.self_attn.o_proj.register_forward_pre_hook(keep) for layer in layers]
         try:
             embeddings = model.embed_tokens(input_ids)
-            hidden, exits = model(embeddings, mask, positions, self.cache, self.num_loops, self.start)
+            hidden, exits = model.run(embeddings, mask, positions, self.cache, self.num_loops, self.start)
         finally:
             for handle in handles:
                 handle.remove()
