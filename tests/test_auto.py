@@ -1,0 +1,42 @@
+"""``import melt_models`` is all that transformers' Auto classes need, in any order, and stays quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).parent.parent / "examples" / "addition-melt"
+LOADS = f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(DEMO)!r})
+import melt_models
+assert type(model) is melt_models.MeltForCausalLM, type(model)
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import melt_models; import sys; assert not {'torch', 'transformers'} & set(sys.modules)",
+        "import transformers; import melt_models",
+        "from transformers import AutoModelForCausalLM; import melt_models",
+        "import melt_models.core",
+        "import melt_models; from transformers.models.llama import modeling_llama",
+    ],
+)
+def test_auto_classes_know_the_models_after_one_import(first: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"{first}\n{LOADS}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_config_alone_is_known_too() -> None:
+    code = f"""
+import melt_models
+from transformers import AutoConfig
+assert type(AutoConfig.from_pretrained({str(DEMO)!r})).__name__ == "MeltConfig"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
