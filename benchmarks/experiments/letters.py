@@ -1,8 +1,8 @@
 """Text letter by letter, for models that two cores train in minutes: a book's token files as letters, and the runs.
 
     python benchmarks/experiments/letters.py [--data build/text/data] [--root build/letters]
-    melt-train all --config build/letters/letters-0/run.yaml --resume      # then letters-1, ...: a quarter of an hour each
-
+    melt-train all --config build/letters/letters-0/run.yaml --resume      # then letters-1, ...: a quarter
+of an hour each
 ``--data`` is what text_data.py has written. The King James Bible has few enough letters (about 80) for a head that
 costs little, and whole books of it are held out.
 """
@@ -61,7 +61,11 @@ RECIPE: dict[str, Any] = {
     },
     "phase1": {**PHASE, "steps": 100, "interpolation_share": 0.6},
     "phase2": {**PHASE, "steps": 400, "attention_weight": 0.02, "teacher_loop": "last", "random_depth": 0.5},
-    "gate": {**{key: PHASE[key] for key in ("batch_size", "chunk_sizes", "save_every")}, "steps": 150, "learning_rate": 3.0e-2},
+    "gate": {
+        **{key: PHASE[key] for key in ("batch_size", "chunk_sizes", "save_every")},
+        "steps": 150,
+        "learning_rate": 3.0e-2,
+    },
 }
 
 
@@ -69,8 +73,7 @@ def letters(data: Path, root: Path) -> dict[str, Any]:
     """Write a book's letters as token files, and their tokenizer. Returns the data section of a run."""
     tokenizer = Tokenizer.from_file(str(data / "tokenizer" / "tokenizer.json"))
     texts = [
-        tokenizer.decode(np.fromfile(data / f"{SOURCE}{part}.bin", np.uint16).tolist())
-        for part in ("", "-held-out")
+        tokenizer.decode(np.fromfile(data / f"{SOURCE}{part}.bin", np.uint16).tolist()) for part in ("", "-held-out")
     ]
     vocabulary = (PAD, END, *sorted(set(texts[0])))
     ids = {letter: index for index, letter in enumerate(vocabulary)}
