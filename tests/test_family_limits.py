@@ -48,7 +48,6 @@ def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_ru
         ("huginn", {"start_seed": -1}, "whole number from 0"),
         ("huginn", {"start_seed": 2**64}, "whole number from 0"),
         ("huginn", {"start_seed": True}, "whole number from 0"),
-        ("huginn", {"pipeline": "on"}, "outside its loops"),
         ("huginn", {"loops": 4}, "caches for 3"),
         ("huginn", {"exit_kl": 1e-3}, "exit_kl is 0.001; a token of a LoopLM that left early"),
         ("huginn", {"exit_same": 2}, "exit_same is 2; a token of a LoopLM that left early"),
