@@ -221,22 +221,25 @@ def test_where_loops_share_their_caches_tokens_and_runs_are_those_of_pytorch(
             assert found.pipeline.runs == expected.runs
 
 
+@pytest.mark.parametrize("exits", [{}, {"exit_kl": 0.2}, {"exit_same": 1}, {"exit_change": 0.5}], ids=str)
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_tokens_in_flight_in_one_loop_are_plain_decoding_where_caches_are_shared(
-    dialect: str, make_runtime: Callable[..., Runtime]
+def test_one_token_in_flight_is_plain_decoding_where_caches_are_shared(
+    dialect: str, exits: dict[str, Any], make_runtime: Callable[..., Runtime]
 ) -> None:
-    """With one token in flight at a time nothing is staggered, so all caches are those of plain decoding."""
+    """With one token in flight at a time nothing is staggered, so caches and depths are those of plain decoding."""
     runtime = make_runtime("huginn", share_caches="last", dialect=dialect)
-    settings, drivers = LoopSettings(3, start_seed=5), [runtime.driver(), runtime.driver()]
+    settings, drivers = LoopSettings(5, start_seed=5, **exits), [runtime.driver(), runtime.driver()]
     token, _ = (int(driver.append([PROMPT], settings)[0].argmax()) for driver in drivers)
     for _ in range(6):
         piped = drivers[0].advance([[token]], settings, pipelining=Pipelining(lambda logits, ahead: None)).row(0)
         np.testing.assert_allclose(piped, drivers[1].append([[token]], settings)[0], rtol=1e-5, atol=1e-6)
+        assert drivers[0].depth == drivers[1].depth
         length = int(drivers[0].lengths[0])
         kept = [driver.state.read_positions(0, 0, length) for driver in drivers]
         for name, values in kept[0].items():
             np.testing.assert_allclose(values, kept[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
         token = int(piped.argmax())
+    assert (min(drivers[0].depth[0]) < 5) == bool(exits)
 
 
 def test_what_cannot_be_pipelined_says_why(make_family: MakeFamily, make_package: MakePackage) -> None:
