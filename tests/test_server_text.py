@@ -57,6 +57,7 @@ def test_special_tokens_have_text_and_ids_without_a_token_have_none(server: Serv
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
         ("/tokenize", {"prompt": 5}),
+        ("/tokenize", {"prompt": "a" * 600_000}),
         ("/tokenize", {"prompt": "a", "model": "another"}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": [1 << 40]}),

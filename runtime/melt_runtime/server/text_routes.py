@@ -10,12 +10,14 @@ from fastapi.responses import JSONResponse
 from ..errors import ArgumentError
 from ..machine import installed_versions
 from ..text.tokenizer import TextTokenizer
+from .failures import ApiError
 from .intake import Intake
 from .service import Service
 from .text_schema import DetokenizeBody, TokenizeBody
 from .tool_prompts import rendered
 
 DISTRIBUTION = "melt-export"
+_CHARACTERS, _LEAST = 64, 1 << 18  # the most characters of a text: per token of the cache, and in any case
 
 
 def add_text_routes(app: FastAPI, service: Service, intake: Intake) -> None:
@@ -39,7 +41,8 @@ def add_text_routes(app: FastAPI, service: Service, intake: Intake) -> None:
 
 
 def _tokenized(service: Service, call: TokenizeBody) -> dict[str, Any]:
-    """Return the tokens of a text of any length, so that a client can count those of one that does not fit."""
+    """Return the tokens of a text, also of one that does not fit, whose tokens a client wants to count. Raises ApiError
+    for one many times longer, which would take seconds."""
     tokenizer = _tokenizer(service, call)
     if call.messages is None:
         assert call.prompt is not None
@@ -52,11 +55,15 @@ def _tokenized(service: Service, call: TokenizeBody) -> dict[str, Any]:
         assert service.format is not None
         text = rendered(tokenizer, service.format, messages, call.tools or (), variables)
         special = bool(call.add_special_tokens)
+    room = service.runtime.manifest.max_seq_len
+    most = max(_CHARACTERS * room, _LEAST)
+    if len(text) > most:
+        raise ApiError(400, f"{len(text):,} characters are more than the {most:,} that are tokenized", "prompt")
     ids = tokenizer.encode(text, add_special_tokens=special)
     names = [tokenizer.backend_tokenizer.id_to_token(one) for one in ids] if call.return_token_strs else None
     return {
         "count": len(ids),
-        "max_model_len": service.runtime.manifest.max_seq_len,
+        "max_model_len": room,
         "tokens": ids,
         "token_strs": names,
     }
