@@ -79,7 +79,7 @@ def _calls(format: ToolFormat, several: bool) -> str:
     if format.shape == "chain":
         return 'tool ("; " tool)*' if several else "tool"
     one = f"{_quoted(format.opener)} {_after_opener(format)}"
-    return f"{one} (blank {one})*" if several else one
+    return f"{one} (blank {one})* blank" if several else one  # models like to end with a new line
 
 
 def _after_opener(format: ToolFormat) -> str:
