@@ -87,6 +87,23 @@ def test_a_scheduler_shares_runs_on_a_device(
     assert results == [cpu.generate(prompt, pipeline="off", **ASKED) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_scheduler_shares_runs_of_a_melt_on_a_device(
+    checkpoints: dict[str, Path], make_package: MakePackage, tmp_path: Path, device: HostDevice, graphs: bool
+) -> None:
+    source = make_package(checkpoints["melt"], dialect="standard", chunk=8, max_batch=12)
+    directory = Path(shutil.copytree(source, tmp_path / "package"))
+    add_plans(directory)
+    cpu = Runtime.load(source, backend="onnxruntime")
+    ours = Runtime(Package.open(directory), TensorRTBackend(Package.open(directory), graphs=graphs), None)
+    with Scheduler(ours, slots=3) as scheduler:
+        options = ours.options(pipeline="on", **ASKED)
+        handles = [scheduler.submit(Request(tuple(prompt), options)) for prompt in PROMPTS]
+        results = [handle.result() for handle in handles]
+        assert scheduler.metrics().pipeline_tokens == 3 * (ASKED["max_tokens"] - 1)
+    assert results == [cpu.generate(prompt, pipeline="on", **ASKED) for prompt in PROMPTS]
+
+
 def test_an_engine_of_too_few_rows_says_so(
     checkpoints: dict[str, Path], make_package: MakePackage, tmp_path: Path, device: HostDevice
 ) -> None:

@@ -11,7 +11,7 @@ from conftest import MakeCheckpoint, MakePackage
 from melt_models.checkpoint import load_model
 from melt_models.decoding import greedy_tokens
 from melt_models.melt import MeltForCausalLM
-from melt_runtime import ArgumentError, Request, Runtime, Scheduler
+from melt_runtime import Request, Runtime, Scheduler
 from melt_runtime.decoding.generator import TokenSequence
 from melt_runtime.decoding.loop_driver import LoopDriver
 
@@ -115,10 +115,39 @@ def test_a_scheduler_of_one_slot_gives_the_same_tokens(runtime: Runtime) -> None
         found = [handle.result() for handle in handles]
     for prompt, result in zip(PROMPTS, found, strict=True):
         assert result == runtime.generate(prompt, max_tokens=12, ignore_eos=True, pipeline="on")
-    with Scheduler(runtime, slots=2) as scheduler:
-        handle = scheduler.submit(Request((1, 2), options))
-        with pytest.raises(ArgumentError, match="one sequence only"):
-            handle.result()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.9, "seed": 5}, {"exit_kl": 0.002}, {"exit_change": 0.9}, {"loops": 3}], ids=str
+)
+def test_requests_that_share_runs_get_what_they_get_alone(runtime: Runtime, options: dict[str, Any]) -> None:
+    """Staggered and plain requests of different lengths come and go in three slots."""
+    asked = [
+        {"max_tokens": 9 + 7 * which, "ignore_eos": True, "pipeline": "off" if which == 1 else "on", **options}
+        for which in range(5)
+    ]
+    prompts = [*PROMPTS, PROMPTS[0][:6]]
+    alone = [runtime.generate(prompt, **one) for prompt, one in zip(prompts, asked, strict=True)]
+    with Scheduler(runtime, slots=3) as scheduler:
+        for _ in range(2):
+            handles = [
+                scheduler.submit(Request(tuple(prompt), runtime.options(**one)))
+                for prompt, one in zip(prompts, asked, strict=True)
+            ]
+            found = [handle.result() for handle in handles]
+            assert found == alone
+            for result, single in zip(found, alone, strict=True):
+                assert result.pipeline == single.pipeline
+
+
+def test_the_end_of_a_cache_is_no_ones_elses(make_package: MakePackage, make_checkpoint: MakeCheckpoint) -> None:
+    for dialect in ("onnxruntime", "standard", "portable"):
+        runtime = Runtime.load(make_package(make_checkpoint(), chunk=4, max_seq_len=16, max_batch=3, dialect=dialect))
+        asked: dict[str, Any] = {"max_tokens": 50, "ignore_eos": True, "pipeline": "on"}
+        alone = [runtime.generate(prompt, **asked) for prompt in PROMPTS]
+        with Scheduler(runtime, slots=3) as scheduler:
+            handles = [scheduler.submit(Request(tuple(prompt), runtime.options(**asked))) for prompt in PROMPTS]
+            assert [handle.result() for handle in handles] == alone
 
 
 # Criteria by which some tokens of this model leave after one loop, and others do not.
@@ -127,6 +156,8 @@ CRITERIA: list[dict[str, Any]] = [
     {"exit_change": 0.9},
     {"exit_kl": 0.005},
     {"exit_same": 1},
+    {"exit_entropy": 3.7},
+    {"exit_margin": 0.02},
     {"exit_threshold": 0.7, "exit_kl": 0.002, "min_loops": 2},
 ]
 

@@ -99,17 +99,17 @@ def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
     if window == 1:
         return {}
     by_loop = manifest.cache_loops is not None
-    rows = batch * (manifest.cache_loops or 1) if by_loop else window
+    rows = batch * (manifest.cache_loops or window)
     shapes: Shapes = {
-        "input_ids": ("int64", (batch if by_loop else 1,)),
-        "lengths": ("int64", (rows if by_loop else 1,)),
+        "input_ids": ("int64", (batch,)),
+        "lengths": ("int64", (rows if by_loop else batch,)),
         "exit_probability": ("float32", (rows,)),
         "logits": ("float32", (rows, manifest.vocab_size)),
     }
     for state in manifest.states:
         if state.kind == "swap":
-            # In a chunk a new token stands one column further while the oldest one's is still there.
-            shape = (rows if by_loop else rows + 1, state.shape[-1])
+            # In the chunk of one sequence a new token stands a column further while the oldest one's is still there.
+            shape = (rows if by_loop or batch > 1 else rows + 1, state.shape[-1])
             shapes |= {buffer_name(state, which): (state.dtype, shape) for which in (0, 1)}
     if not by_loop:
         shapes |= {"first_loop": ("bool", (rows,)), "active": ("bool", (rows,))}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..package.specs import CODA, ITEM_BYTES, PRELUDE
-from .bindings import LANES, Bindings, buffer_name, embed_bindings
+from .bindings import LANES, Bindings, buffer_name, embed_bindings, lane_buffers
 from .buffers import FLOAT32, BufferState, narrowed
 from .control import LoopControl
 from .positions import StridedRegion
@@ -30,6 +30,18 @@ class Lane(NamedTuple):
     ran: int
     active: bool = True
     start: NDArray[np.float32] | None = None
+
+
+class Read(NamedTuple):
+    """What a run says of a token: the head's logits (vocab,), and the loop's exit probability."""
+
+    logits: NDArray[np.float32]
+    exit_probability: np.float32
+
+
+def lane_names(state: BufferState) -> tuple[str, ...]:
+    """Return the names of a state's buffers for lanes."""
+    return (*lane_buffers(state.manifest, state.batch), *(LANES + more for more in state.lane_outputs()))
 
 
 def lane_state(state: BufferState, names: Sequence[str], prefix: str = LANES) -> BufferState:
@@ -169,8 +181,8 @@ class Reading:
     def _head(self, width: int) -> None:
         """Run the head on all tokens, as a batch."""
         state = self._state
-        state.batch = self._slots * width
         try:
+            state.batch = self._slots * width
             read = buffer_name(state.hidden, 1)
             state.run_bound(("lm_head", width), lambda: state.head_bindings(read))
         finally:

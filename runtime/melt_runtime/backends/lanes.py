@@ -4,32 +4,26 @@ Of a LoopLM the lanes are the batch (``LoopLanes``). A loop reads and writes onl
 buffer, loop after loop. Bound as one batch, row ``loop * slots + slot`` of a run is that loop of that sequence. What
 runs before the loops and after them is in ``lane_stages.py``.
 
-Of a MELT, whose loops share a cache, the lanes are the chunk (``ChunkLanes``): successive tokens, oldest first, each
-with its own ``first_loop``.
+Of a MELT, whose loops share a cache, the lanes are the chunk (``ChunkLanes``; of several sequences ``BatchLanes``):
+successive tokens, oldest first, each with its own ``first_loop``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..package.specs import CODA, ITEM_BYTES
-from .bindings import LANES, Bindings, buffer_name, embed_bindings, lane_buffers, lane_window, loop_bindings
+from .batch_lanes import BatchLanes
+from .bindings import LANES, Bindings, buffer_name, embed_bindings, lane_window, loop_bindings
 from .buffers import FLOAT32, BufferState
 from .control import LoopControl
-from .lane_stages import Entrance, Lane, Reading, lane_state, new_tokens
+from .lane_stages import Entrance, Lane, Read, Reading, lane_names, lane_state, new_tokens
 from .positions import StridedRegion
-
-
-class Read(NamedTuple):
-    """What a run says of a token: the head's logits (vocab,), and the loop's exit probability."""
-
-    logits: NDArray[np.float32]
-    exit_probability: np.float32
 
 
 class Lanes(Protocol):
@@ -50,18 +44,15 @@ class Lanes(Protocol):
     def left(self, slot: int) -> None:
         """Keep a sequence's oldest token in the cache. The next run begins with the one after it."""
 
-    def hidden(self) -> NDArray[np.floating]:
-        """Return a copy of the hidden states of the only sequence's tokens after the last run (tokens, d)."""
+    def hidden(self, slot: int) -> NDArray[np.floating]:
+        """Return a copy of the hidden states of a sequence's tokens after the last run (tokens or more, d)."""
 
 
 def make_lanes(state: BufferState) -> Lanes:
     """Return the lanes of a state, for which ``lanes_fit`` returned None."""
-    return LoopLanes(state) if state.manifest.cache_loops else ChunkLanes(state)
-
-
-def lane_names(state: BufferState) -> tuple[str, ...]:
-    """Return the names of a state's buffers for lanes."""
-    return (*lane_buffers(state.manifest, state.batch), *(LANES + more for more in state.lane_outputs()))
+    if state.manifest.cache_loops:
+        return LoopLanes(state)
+    return ChunkLanes(state) if state.batch == 1 else BatchLanes(state)
 
 
 class LoopLanes:
@@ -113,7 +104,7 @@ class LoopLanes:
     def left(self, slot: int) -> None:
         """Do nothing: the token is in the caches of all loops."""
 
-    def hidden(self) -> NDArray[np.floating]:
+    def hidden(self, slot: int) -> NDArray[np.floating]:
         """Not read: tokens of a LoopLM run all loops."""
         raise NotImplementedError
 
@@ -232,11 +223,11 @@ class ChunkLanes:
         for stage in ("core", CODA):
             self._lanes.commit(replace(self._control, chunk_lengths=np.array([self._first])), stage)
 
-    def hidden(self) -> NDArray[np.floating]:
+    def hidden(self, slot: int = 0) -> NDArray[np.floating]:
         """Return a copy of the hidden states after the last run (see ``Lanes.hidden``)."""
         self._place(self._current, 0)
         self._lanes.current, self._lanes.width = self._current, self._control.active.shape[1]
-        return self._lanes.read("hidden")[0]  # type: ignore[no-any-return]
+        return self._lanes.read("hidden")[slot]  # type: ignore[no-any-return]
 
     def _enter(
         self, lanes: Sequence[Sequence[Lane]], lengths: NDArray[np.int64], current: int, first: int, kept: int

@@ -30,8 +30,8 @@ def why_no_lanes(manifest: Manifest, batch: int, first: int, pitch: int, alignme
 
 def _why_no_chunk(manifest: Manifest, batch: int, alignment: int) -> str | None:
     """Return why a MELT's tokens cannot share a chunk in different loops, or None if they can."""
-    if batch > 1:
-        return "a shared cache takes the tokens in flight of one sequence only"
+    if batch > 1 and manifest.has_stages:
+        return "with layers outside the loops, a shared cache takes the tokens in flight of one sequence only"
     swapped = [state for state in manifest.states if state.kind == "swap"]
     if any(int(state.shape[-1]) * ITEM_BYTES[state.dtype] % alignment for state in swapped):
         return f"its hidden states or latents do not begin at multiples of {alignment} bytes"

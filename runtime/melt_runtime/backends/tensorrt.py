@@ -156,7 +156,7 @@ class TensorRTState(BufferState):
     def lanes_fit(self) -> str | None:
         """Return why one run cannot hold a token of every sequence in every loop, or None."""
         window, loops = lane_window(self.manifest), self.manifest.cache_loops
-        sizes = [(1, window), (window, 1)] if loops is None else [(self.batch * loops, 1)]
+        sizes = [(self.batch, window), (self.batch * window, 1)] if loops is None else [(self.batch * loops, 1)]
         if loops is not None and self.manifest.has_coda:
             sizes.append((self.batch, window))
         try:

@@ -395,8 +395,9 @@ class LoopDriver:
     def _change(self, chunk: Chunk) -> None:
         """Note that a chunk is about to change the caches."""
         for slot, count in enumerate(chunk.counts.tolist()):
-            # With a mask, a graph writes behind the last position of sequences without new tokens, too.
-            if count or self.state.masked:
+            # With a mask, a graph writes behind the last position of sequences without new tokens, too. A MELT's tokens
+            # in flight do not mind: every run writes their keys and values anew.
+            if count or (self.state.masked and self._looplm):
                 self.cached.change(slot)
 
     def _count(self, spent: Sequence[Sequence[int]]) -> None:

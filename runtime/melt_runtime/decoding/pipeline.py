@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.buffers import BufferState
-from ..backends.lane_stages import Lane
-from ..backends.lanes import Read, make_lanes
+from ..backends.lane_stages import Lane, Read
+from ..backends.lanes import make_lanes
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..results import PipelineUse
@@ -214,16 +214,16 @@ class Pipeline:
                 continue
             flight.ran += 1
             flight.left = flight.ran >= settings.loops or (
-                settings.adaptive and self._leaves(flight, settings, index, read)
+                settings.adaptive and self._leaves(flight, settings, slot, index, read)
             )
         one.version = int(self.driver.versions[slot])
 
-    def _leaves(self, flight: _Flight, settings: LoopSettings, index: int, read: Read) -> bool:
-        """Return whether a token of the only sequence leaves after the loop that has just run. ``index``: its place in
-        flight; ``read``: what that run says of it."""
+    def _leaves(self, flight: _Flight, settings: LoopSettings, slot: int, index: int, read: Read) -> bool:
+        """Return whether a token, at place ``index`` in flight, leaves after the loop that has just run. ``read``: what
+        that run says of it."""
         depth = flight.depth = flight.depth or Depth([settings], np.ones((1, 1), np.bool_))
         gate = np.array([[read.exit_probability]]) if self.lanes.state.manifest.has_exit_gate else None
-        depth.ran(gate, lambda: self.lanes.hidden()[None, None, index], lambda: read.logits[None])
+        depth.ran(gate, lambda: self.lanes.hidden(slot)[None, None, index], lambda: read.logits[None])
         return not depth.active.any()
 
     def _arrive(self, slot: int) -> bool:

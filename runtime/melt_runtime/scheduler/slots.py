@@ -56,7 +56,8 @@ class Slots:
 
     While all running requests decode, they may be pipelined: where a LoopLM's loops have caches of their own, and for
     this number of requests that is the faster way. For that they take the first slots, and the caches of these are laid
-    side by side per loop.
+    side by side per loop. Requests to a MELT are pipelined where they ask for it, whatever the others do, because that
+    changes their tokens.
 
     Not thread-safe. Errors of the backend propagate; after one, only ``release`` may be called for the requests that
     were running. ``prefilled`` and ``reused`` are called with numbers of prompt tokens run and restored.
@@ -179,6 +180,10 @@ class Slots:
         ready = [one for _, one in sorted(self.running.items()) if one.token is not None]
         if not ready:
             return []
+        if self.driver.manifest.cache_loops is None:
+            piped = [one for one in ready if may_pipeline(self.driver.manifest, one.sequence.options)]
+            plain = [one for one in ready if one not in piped]
+            return (self._decode_pipelined(piped) if piped else []) + (self._decode_plain(plain) if plain else [])
         if not self._may_pipeline(ready):
             return self._decode_plain(ready)
         if all(one.sequence.options.pipeline == "on" for one in ready):
