@@ -28,6 +28,7 @@ from melt_runtime.engines.store import keep_engine, new_engine
 from melt_runtime.errors import BackendError
 from melt_runtime.package.engine_spec import EngineSpec
 from melt_runtime.package.files import FileSpec, file_hash
+from melt_runtime.package.manifest_facts import lane_shape
 from melt_runtime.package.reader import Package, source_hash
 
 TYPES = {
@@ -339,7 +340,7 @@ def add_plans(directory: Path, name: str = "double", candidates: int = CANDIDATE
             precision=manifest.precision,
             weights=None,
             dialect=manifest.dialect,
-            profiles=make_profiles(manifest.max_batch, manifest.chunk, 4, buckets),
+            profiles=make_profiles(manifest.max_batch, manifest.chunk, 4, buckets, lane_shape(manifest)),
             buckets=buckets,
             options={},
             source=source_hash(manifest),

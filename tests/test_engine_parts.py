@@ -211,6 +211,20 @@ def test_decoding_and_prefill_have_a_profile_each() -> None:
     assert resolve(("batch", 1, "chunk", "context"), prefill)[2] == (8, 1, 128, 4096)
 
 
+@pytest.mark.parametrize(("lanes", "batch", "chunk"), [((4, 1), (1, 4, 8), (1, 1, 1)), ((1, 4), (1, 1, 8), (1, 4, 4))])
+def test_pipelined_runs_have_a_profile_of_their_rows_or_columns(
+    lanes: tuple[int, int], batch: tuple[int, ...], chunk: tuple[int, ...]
+) -> None:
+    profiles = make_profiles(8, 128, 16, length_buckets(4096), lanes)
+    assert [profile.name for profile in profiles] == ["decode", "pipelined", "prefill"]
+    assert (profiles[1].batch, profiles[1].chunk) == (batch, chunk)
+    assert profile_for(profiles, *lanes, 64, pipelined=True) == 1
+    assert profile_for(profiles, 1, 1, 64) == 0
+    assert profile_for(profiles, 2, 5, 4096, pipelined=True) == 2
+    assert profile_for(make_profiles(8, 128, 16, length_buckets(4096)), *lanes, 64, pipelined=True) in (0, 1)
+    assert len(make_profiles(2, 2, 16, length_buckets(4096), lanes)) == 2  # the engine holds no whole run
+
+
 def test_a_package_that_runs_token_by_token_has_one_profile() -> None:
     assert len(make_profiles(1, 1, 16, (64,))) == 1
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import melt_runtime
 import pytest
-from conftest import MakeCheckpoint, MakePackage
+from conftest import MakeCheckpoint, MakeFamily, MakePackage
 from melt_runtime import Runtime, Session
 from melt_runtime.decoding.pipeline_choice import PipelineChoice
 
@@ -30,6 +30,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "looplm pipelined": {"pipeline": "on"},
     "looplm sampled pipelined": {"pipeline": "on", "temperature": 1.2, "seed": 4},
     "looplm choosing": {},
+    "staged pipelined": {"pipeline": "on"},
 }
 
 
@@ -73,8 +74,11 @@ class Raised:
 
 
 @pytest.fixture(scope="module")
-def runtimes(make_package: MakePackage, make_checkpoint: MakeCheckpoint, make_looplm: MakeCheckpoint) -> Any:
-    made = {"melt": make_checkpoint(), "looplm": make_looplm()}
+def runtimes(
+    make_package: MakePackage, make_checkpoint: MakeCheckpoint, make_looplm: MakeCheckpoint, make_family: MakeFamily
+) -> Any:
+    """A model of each kind; "staged" has layers before and after its loops, and reads its input in every loop."""
+    made = {"melt": make_checkpoint(), "looplm": make_looplm(), "staged": make_family("huginn")}
     return {name: Runtime.load(make_package(one, chunk=8), threads=1) for name, one in made.items()}
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from device_double import HostDevice, add_plans, stand_in
 from melt_runtime import ArgumentError, Package, Request, Runtime, Scheduler
+from melt_runtime.backends.execution import Bound
 from melt_runtime.backends.tensorrt import TensorRTBackend
 from test_device_state import ControlsOnTheHost, OnStandIn
 
@@ -36,9 +37,17 @@ def test_tensorrt_gives_the_tokens_of_the_cpu(
     make_package: MakePackage,
     tmp_path: Path,
     device: HostDevice,
+    monkeypatch: pytest.MonkeyPatch,
     kind: str,
     graphs: bool,
 ) -> None:
+    profiles, bound = set[tuple[str, int]](), Bound.of
+
+    def noted(graph: str, profile: int, *rest: Any) -> Bound:
+        profiles.add((graph, profile))
+        return bound(graph, profile, *rest)
+
+    monkeypatch.setattr(Bound, "of", noted)
     source = make_package(checkpoints[kind], dialect="standard", chunk=8)
     directory = Path(shutil.copytree(source, tmp_path / "package"))
     add_plans(directory)
@@ -53,8 +62,11 @@ def test_tensorrt_gives_the_tokens_of_the_cpu(
             assert found.pipeline == expected.pipeline
     with ours._states.lease(1) as lease:
         assert lease.driver is not None
-        captured = [key for key in lease.driver.state.captured() if key[0] == "lanes"]  # type: ignore[attr-defined]
+        state: Any = lease.driver.state
+        captured = [key for key in state.captured() if key[0] == "lanes"]
     assert bool(captured) is graphs
+    used = {state.spec.profiles[profile].name for graph, profile in profiles if graph == "loop_step"}
+    assert used == {"prefill", "pipelined"}
 
 
 @pytest.mark.parametrize("backend", [OnStandIn, ControlsOnTheHost])

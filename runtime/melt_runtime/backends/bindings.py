@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..package.manifest import Manifest
+from ..package.manifest_facts import lane_window
 from ..package.specs import CODA, PRELUDE, Shape, StateSpec, TensorSpec, size_of
 
 
@@ -83,14 +84,6 @@ def scratch_buffers(manifest: Manifest, batch: int) -> dict[str, int]:
         shapes["attention_mask"] = ("bool", ("batch", "chunk", manifest.cache_rows))
     sizes = {name: size_of(shape, dtype, batch=batch, chunk=manifest.chunk) for name, (dtype, shape) in shapes.items()}
     return sizes | lane_buffers(manifest, batch)
-
-
-def lane_window(manifest: Manifest) -> int:
-    """Return the most tokens of a sequence that one run can hold in different loops: 1 if it cannot."""
-    if manifest.cache_loops is not None:
-        # The tokens in flight are one chunk of the coda.
-        return min(manifest.cache_loops, manifest.chunk) if manifest.has_coda else manifest.cache_loops
-    return min(manifest.loops, manifest.chunk) if manifest.staggers else 1
 
 
 def lane_buffers(manifest: Manifest, batch: int) -> dict[str, int]:

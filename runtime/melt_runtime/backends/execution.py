@@ -18,7 +18,9 @@ from .bindings import Bindings
 from .cuda import Graph, Stream
 
 TOP_OUTPUTS = {"top_logits": "float32", "top_ids": "int32", "log_sum": "float32"}  # a head may have them
-_MAX_RECORDINGS = 16  # enough for each attention length of a cache of 16,384 positions
+# Enough for each attention length of a cache of 16,384 positions, and for the about 20 different pipelined runs of a
+# MELT of four loops at one length.
+_MAX_RECORDINGS = 32
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class TensorRTState(BufferState):
         """Collect shapes, addresses and profile."""
         width = next((b.shape[1] for b in inputs if b.tensor in ("input_ids", "active", "hidden")), 1)
         context = next((b.shape[-1] for b in inputs if b.tensor == "attention_mask"), self.spec.buckets[0])
-        profile = profile_for(self.spec.profiles, self.batch, width, context)
+        profile = profile_for(self.spec.profiles, self.batch, width, context, bool(self.prefix))
         return Bound.of(graph, profile, (inputs, outputs), self.buffers.address)
 
     def run(self, graph: str, bound: Bound) -> None:

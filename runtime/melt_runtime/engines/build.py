@@ -15,6 +15,7 @@ from ..errors import ArgumentError, BackendError
 from ..package.engine_spec import WEIGHTS, EngineSpec, ProfileSpec, plan_path
 from ..package.files import FileSpec, file_hash, new_file
 from ..package.manifest import Manifest
+from ..package.manifest_facts import lane_shape
 from ..package.reader import Package, source_hash
 from ..progress import Step, no_progress
 from .library import Library, current_capability, open_library
@@ -154,7 +155,9 @@ def plan_shapes(manifest: Manifest, options: EngineOptions) -> tuple[tuple[Profi
     """Return the profiles and attention lengths of a package's engine."""
     buckets = length_buckets(manifest.cache_rows)
     heads = int(manifest.model.get("num_attention_heads", 1))
-    return make_profiles(options.max_batch or manifest.max_batch, manifest.chunk, heads, buckets), buckets
+    return make_profiles(
+        options.max_batch or manifest.max_batch, manifest.chunk, heads, buckets, lane_shape(manifest)
+    ), buckets
 
 
 def target_capabilities(options: EngineOptions, library: Library) -> tuple[str, ...]:

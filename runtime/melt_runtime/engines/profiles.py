@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..errors import ArgumentError
 from ..package.engine_spec import ProfileSpec
 
+PIPELINED = "pipelined"  # the name of the profile of pipelined runs
 _SMALLEST_BUCKET = 64
 # With fewer heads TensorRT-RTX 1.7 has no fused attention for a fixed chunk of one token (found by experiment), but
 # it has for a chunk of one or two.
@@ -36,23 +37,39 @@ def bucket_for(buckets: tuple[int, ...], length: int) -> int:
     return buckets[at]
 
 
-def make_profiles(max_batch: int, chunk: int, heads: int, buckets: tuple[int, ...]) -> tuple[ProfileSpec, ...]:
-    """Make the profiles: decode for one token and, if the package has a chunk, prefill for up to a chunk."""
+def make_profiles(
+    max_batch: int, chunk: int, heads: int, buckets: tuple[int, ...], lanes: tuple[int, int] = (1, 1)
+) -> tuple[ProfileSpec, ...]:
+    """Make the profiles: decode for one token, pipelined for the tokens of a sequence in flight and, if the package has
+    a chunk, prefill for up to a chunk.
+
+    ``lanes``: rows and columns of a pipelined run; (1, 1), or more than the engine holds: none.
+    """
     batch = (1, 1, max_batch)
     context = (buckets[0], buckets[len(buckets) // 2], buckets[-1])
     widest = 1 if heads >= _FUSED_ONE_TOKEN_HEADS else 2
-    decode = ProfileSpec("decode", batch, (1, 1, widest), context)
-    return (decode, ProfileSpec("prefill", batch, (1, chunk, chunk), context)) if chunk > 1 else (decode,)
+    made = [ProfileSpec("decode", batch, (1, 1, widest), context)]
+    rows, columns = lanes
+    if 1 < rows <= max_batch or 1 < columns <= chunk:
+        made.append(ProfileSpec(PIPELINED, (1, rows, max_batch), (1, columns, max(columns, widest)), context))
+    return (*made, ProfileSpec("prefill", batch, (1, chunk, chunk), context)) if chunk > 1 else tuple(made)
 
 
-def profile_for(profiles: tuple[ProfileSpec, ...], batch: int, chunk: int, context: int) -> int:
-    """Return the index of the first profile that allows these sizes. Raises ArgumentError if none does."""
+def profile_for(
+    profiles: tuple[ProfileSpec, ...], batch: int, chunk: int, context: int, pipelined: bool = False
+) -> int:
+    """Return the index of the first profile that allows these sizes. Raises ArgumentError if none does.
+
+    ``pipelined``: of a pipelined run, for which its own profile comes first. Engines built before have none.
+    """
 
     def admits(profile: ProfileSpec) -> bool:
         sizes = ((profile.batch, batch), (profile.chunk, chunk), (profile.context, context))
         return all(least <= size <= most for (least, _, most), size in sizes)
 
-    found = next((index for index, profile in enumerate(profiles) if admits(profile)), None)
+    fitting = [index for index, profile in enumerate(profiles) if admits(profile)]
+    fitting.sort(key=lambda index: (profiles[index].name == PIPELINED) is not pipelined)
+    found = fitting[0] if fitting else None
     if found is None:
         last = profiles[-1]
         raise ArgumentError(

@@ -87,3 +87,17 @@ def unread_parts(model: Mapping[str, Any], loops: int) -> tuple[str, ...]:
         return ()
     starts_at_input = model.get("latent_init", "first_input") == "first_input"
     return ("early_exit_gate", "latent_gate") if starts_at_input else ("early_exit_gate",)
+
+
+def lane_window(manifest: Manifest) -> int:
+    """Return the most tokens of a sequence that one run can hold in different loops: 1 if it cannot."""
+    if manifest.cache_loops is not None:
+        # The tokens in flight are one chunk of the coda.
+        return min(manifest.cache_loops, manifest.chunk) if manifest.has_coda else manifest.cache_loops
+    return min(manifest.loops, manifest.chunk) if manifest.staggers else 1
+
+
+def lane_shape(manifest: Manifest) -> tuple[int, int]:
+    """Return rows and columns of a pipelined run of one sequence; (1, 1) where there is none."""
+    window = lane_window(manifest)
+    return (1, window) if manifest.cache_loops is None or window == 1 else (manifest.cache_loops, 1)
