@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, MakeFamily, write_tokenizer
+from conftest import TINY, MakeFamily, MakePackage, write_tokenizer
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_models.checkpoint import load_model
 from melt_runtime import ArgumentError
@@ -25,6 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from melt_runtime.lm_eval import MeltRun
 
+ROOT = Path(__file__).parent.parent
 ROOM = 32  # tokens per sequence
 LONG = "the quick brown fox jumps over the lazy dog again and again"
 PAIRS = [
@@ -153,31 +154,28 @@ def test_the_model_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_harness_runs_a_task_on_a_package_and_on_its_checkpoint(make_family: MakeFamily, tmp_path: Path) -> None:
-    write_checkpoint("melt", tmp_path / "checkpoint", make_family)
-    with building(tmp_path / "checkpoint", tmp_path / "package", ExportOptions()):
-        pass
-    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(3)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sums.yaml").write_text(
-        "task: sums\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'sums.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
-        "doc_to_choice: ['0', '1', '2', '3', '4']\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
-    )
-
-    def accuracy(module: str, model: str, arguments: str) -> float:
-        options = ["--model", model, "--model_args", arguments, "--tasks", "sums", "--include_path", str(tmp_path)]
-        place = tmp_path / model
+def test_the_harness_says_the_same_of_a_package_and_of_its_checkpoint(
+    make_package: MakePackage, tmp_path: Path
+) -> None:
+    def results(module: str, model: str, arguments: str) -> dict[str, Any]:
+        options = ["--model", model, "--model_args", arguments, "--include_path", "examples/lm_eval", "--device", "cpu"]
+        asked = ["--tasks", "addition,addition_scored", "--limit", "16", "--output_path", str(tmp_path / model)]
         done = subprocess.run(
-            [sys.executable, "-m", module, "run", *options, "--output_path", str(place), "--device", "cpu"],
+            [sys.executable, "-m", module, "run", *options, *asked],
             capture_output=True,
             text=True,
+            cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        (file,) = place.rglob("results*.json")
-        return float(json.loads(file.read_text())["results"]["sums"]["acc,none"])
+        (file,) = (tmp_path / model).rglob("results*.json")
+        found: dict[str, Any] = json.loads(file.read_text())["results"]
+        return found
 
-    ours = accuracy("melt_runtime.lm_eval", "melt_run", f"package={tmp_path / 'package'}")
-    assert ours == accuracy("melt_export.lm_eval", "hf", f"pretrained={tmp_path / 'checkpoint'}")
+    demo = "examples/addition-melt"
+    ours = results("melt_runtime.lm_eval", "melt_run", f"package={make_package(ROOT / demo)},loops=3")
+    plain = results("melt_export.lm_eval", "hf", f"pretrained={demo},dtype=float32,total_ut_steps=3")
+    assert ours["addition"]["exact_match,none"] == plain["addition"]["exact_match,none"] > 0.5
+    assert ours["addition_scored"]["acc,none"] == plain["addition_scored"]["acc,none"] > 0.5
+    scores = [one["addition_scored"]["perplexity,none"] for one in (ours, plain)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
