@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 import exit_docs  # noqa: E402
 from exit_lines import clear, cost_of, gains, quality_at, upper_line  # noqa: E402
-from exits import PROMPT, WRITTEN, curves, head_share, of_addition, of_text  # noqa: E402
+from exits import curves, head_share, of_addition, of_text  # noqa: E402
 
 FIXED = [(1.0, 0.0), (2.0, 0.8), (3.0, 0.9), (4.0, 0.9)]
 
@@ -81,12 +81,12 @@ def test_an_untrained_model_is_measured_with_every_criterion(make_checkpoint: Ma
 
 def test_text_is_measured_by_the_loss_of_tokens_that_run_one_by_one(make_checkpoint: MakeCheckpoint) -> None:
     model: Any = load_model(make_checkpoint(max_position_embeddings=256), dtype=torch.float32)
-    ids = torch.randint(model.config.vocab_size, (2, PROMPT + WRITTEN + 1), generator=torch.Generator().manual_seed(0))
-    found = of_text(model, ids)(model.config.total_ut_steps, ExitCriteria(), False)
+    ids = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    found = of_text(model, ids, 16)(model.config.total_ut_steps, ExitCriteria(), False)
     with torch.no_grad():
-        cache = model(ids[:, :PROMPT], exit_threshold=1.0).past_key_values
-        logits = model(ids[:, PROMPT:-1], past_key_values=cache, chunk_size=1, exit_threshold=1.0).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, PROMPT + 1 :].flatten())
+        cache = model(ids[:, :16], exit_threshold=1.0).past_key_values
+        logits = model(ids[:, 16:-1], past_key_values=cache, chunk_size=1, exit_threshold=1.0).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 17:].flatten())
     assert found["quality"] == pytest.approx(-float(loss), rel=1e-4)
 
 

@@ -33,10 +33,12 @@ CRITERIA: dict[str, tuple[str, str, str, str]] = {
 ROWS = {
     "even": "the shipped recipe",
     "even-gate": "the shipped recipe, then the stage gate",
-    "melt": "MELT on text",
-    "melt-gate": "MELT on text, then the stage gate",
+    "letters": "a MELT of 0.2 million weights on the King James Bible",
+    "letters-gate": "the same, then the stage gate",
+    "text": "the MELT of 6.9 million weights",
+    "text-gate": "the same, then the stage gate",
 }
-TASKS = {"addition": "Addition", "text": "Text"}
+TASKS = {"addition": "Addition", "letters": "Text, letter by letter", "text": "Text"}
 _HEADS = ("entropy", "margin", "kl", "same")
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/experiments/exits.py addition ROW=CHECKPOINT[,CHECKPOINT...] ...
     python benchmarks/experiments/exits.py text ROW=CHECKPOINT[,...] --held-out FILE ... [--device cuda]
+    python benchmarks/experiments/exits.py letters ROW=CHECKPOINT[,...] --held-out FILE --prompt 16 --written 48
 
 A row is a way of training; its checkpoints are seeds. Results are merged into the file, row by row. Afterwards
 exit_docs.py writes docs/adaptive-depth.md. Minutes on one core for addition.
@@ -28,11 +29,10 @@ from melt_models.checkpoint import load_model
 from melt_models.exits import ExitCriteria
 from melt_models.training.tasks import END, Example, make_task
 from shared import machine, versions
-from text_sequences import held_out_sequences
+from text_measure import held_out_sequences
 from torch import Tensor
 
 PROBLEMS = 500
-PROMPT, WRITTEN = 96, 32  # tokens of a text's sequence
 SEQUENCES = 12  # per held-out file
 GRID: dict[str, tuple[float, ...]] = {
     "gate": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 0.99999),
@@ -93,26 +93,27 @@ def _answers(
     return float(right), float(torch.stack(depths).mean())
 
 
-def of_text(model: Any, sequences: Tensor) -> Measure:
+def of_text(model: Any, sequences: Tensor, prompt: int) -> Measure:
     """Measure the loss of text that is read token by token behind a prompt: ``quality`` is the loss, negated.
 
-    sequences: (n, PROMPT + WRITTEN + 1).
+    sequences: (n, tokens), of which ``prompt`` run at once, and the last is not run.
     """
     ids = sequences.to(model.device)
 
     @torch.no_grad()
     def measure(loops: int, criteria: ExitCriteria, shared: bool) -> Figures:
         most = loops if shared else model.config.total_ut_steps
-        output = model(ids[:, :PROMPT], num_loops=most, exit_threshold=1.0, logits_to_keep=1)
+        output = model(ids[:, :prompt], num_loops=most, exit_threshold=1.0, logits_to_keep=1)
         loss, depth = 0.0, 0.0
-        for at in range(PROMPT, PROMPT + WRITTEN):
+        for at in range(prompt, ids.shape[1] - 1):
             cache = output.past_key_values
             output = model(
                 ids[:, at : at + 1], past_key_values=cache, num_loops=loops, exit_threshold=1.0, exits=criteria
             )
             loss += float(F.cross_entropy(output.logits[:, -1].double(), ids[:, at + 1]))
             depth += float(output.depth.double().mean())
-        loss, depth = loss / WRITTEN, depth / WRITTEN
+        written = ids.shape[1] - 1 - prompt
+        loss, depth = loss / written, depth / written
         return {"quality": round(-loss, 6), "loops": round(depth, 4), "perplexity": round(math.exp(loss), 4)}
 
     return measure
@@ -137,30 +138,36 @@ def curves(model: Any, measure: Measure) -> Figures:
 
 
 def main(
-    task: Annotated[str, typer.Argument(help="addition or text.")],
+    task: Annotated[str, typer.Argument(help="addition, text or letters.")],
     rows: Annotated[list[str], typer.Argument(help="ROW=CHECKPOINT[,CHECKPOINT...], seed by seed.")],
     held_out: Annotated[list[str] | None, typer.Option(help="Token files (uint16) of held-out text.")] = None,
     device: Annotated[str, typer.Option(help="What PyTorch computes on.")] = "cpu",
     problems: Annotated[int, typer.Option(help="Problems of each kind.")] = PROBLEMS,
+    prompt: Annotated[int, typer.Option(help="Tokens of a text that run at once.")] = 96,
+    written: Annotated[int, typer.Option(help="Tokens of a text that run one by one behind them.")] = 32,
     sequences: Annotated[int, typer.Option(help="Sequences per held-out file.")] = SEQUENCES,
     output: Annotated[Path, typer.Option(help="The file to merge the results into.")] = Path("docs/exits.json"),
 ) -> None:
     """Measure early exit of trained checkpoints."""
-    if task not in ("addition", "text") or (task == "text" and not held_out):
-        raise typer.BadParameter("the task is addition, or text with --held-out")
+    if task not in ("addition", "text", "letters") or (task != "addition" and not held_out):
+        raise typer.BadParameter("the task is addition, or text or letters with --held-out")
     torch.set_num_threads(1)
     content: Figures = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"tasks": {}}
     for row in rows:
         name, _, places = row.partition("=")
         found, begun = [], time.monotonic()
+        sample = f"{problems} held-out problems drawn evenly and {problems} with long carries"
         for place in places.split(","):
             model: Any = load_model(Path(place), dtype=torch.float32).eval().to(device)  # type: ignore[arg-type]
             if task == "addition":
                 measure = of_addition(model, problems)
             else:
-                measure = of_text(model, torch.cat(held_out_sequences(held_out or [], PROMPT + WRITTEN, sequences)))
+                by_file = held_out_sequences(held_out or [], prompt + written, sequences)
+                measure = of_text(model, torch.cat(list(by_file.values())), prompt)
+                count = sum(map(len, by_file.values()))
+                sample = f"{count} places of held-out text, {written} tokens each behind {prompt}"
             found.append(curves(model, measure))
-        figures = {"seeds": found, "seconds": round(time.monotonic() - begun), "sample": _sample(task, problems, found)}
+        figures = {"seeds": found, "seconds": round(time.monotonic() - begun), "sample": sample}
         content["tasks"].setdefault(task, {})[name] = figures
         content |= {
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -168,12 +175,6 @@ def main(
             "versions": versions(),
         }
         write_text(output, json.dumps(content, separators=(",", ":")).replace('{"quality"', '\n{"quality"') + "\n")
-
-
-def _sample(task: str, problems: int, found: list[Figures]) -> str:
-    if task == "addition":
-        return f"{problems} held-out problems drawn evenly and {problems} with long carries"
-    return f"held-out text, {WRITTEN} tokens each behind {PROMPT}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Text letter by letter, for models that two cores train in minutes: a book's token files as letters, and the runs.
 
     python benchmarks/experiments/letters.py [--data build/text/data] [--root build/letters]
-    melt-train all --config build/letters/letters-0/run.yaml --resume      # then letters-1, ...: a quarter
-of an hour each
+    melt-train all --config build/letters/letters-0/run.yaml --resume    # then letters-1, ...: minutes each
+
 ``--data`` is what text_data.py has written. The King James Bible has few enough letters (about 80) for a head that
 costs little, and whole books of it are held out.
 """
