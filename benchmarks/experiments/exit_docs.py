@@ -77,7 +77,9 @@ def _listed(depths: list[int]) -> str:
 
 def _fixed(task: str, seeds: list[Figures], at: int) -> list[str]:
     values = [[shown(task, seed[line][at]["quality"]) for seed in seeds] for line in ("fixed", "fixed, prompt too")]
-    return [str(at + 1), *(f"{statistics.fmean(one):.1f} ({each(one)})" for one in values)]
+    digits = 1 if task == "addition" else 2
+    show = f"{{:.{digits}f}}".format
+    return [str(at + 1), *(f"{show(statistics.fmean(one))} ({each(one, show)})" for one in values)]
 
 
 def _line(task: str, criterion: str, found: list[Gain]) -> list[str]:

@@ -4,7 +4,8 @@
     python benchmarks/experiments/exits.py text ROW=CHECKPOINT[,...] --held-out FILE ... [--device cuda]
     python benchmarks/experiments/exits.py letters ROW=CHECKPOINT[,...] --held-out FILE --prompt 16 --written 48
 
-A row is a way of training; its checkpoints are seeds. Results are merged into the file, row by row. Afterwards
+A row is a way of training; its checkpoints are seeds. Of a row that ends in -gate only the gate is measured: the other
+criteria are those of the row without. Results are merged into the file, row by row. Afterwards
 exit_docs.py writes docs/adaptive-depth.md. Minutes on one core for addition.
 
 Prompts run all loops, for fixed depths and for every criterion, so that only the written tokens differ; "prompt too"
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,8 +120,8 @@ def of_text(model: Any, sequences: Tensor, prompt: int) -> Measure:
     return measure
 
 
-def curves(model: Any, measure: Measure) -> Figures:
-    """Return the fixed depths and the curve of every criterion. ``cost``: loops, and what further heads cost."""
+def curves(model: Any, measure: Measure, criteria: Sequence[str] = tuple(GRID)) -> Figures:
+    """Return the fixed depths and the curves of criteria. ``cost``: loops, and what further heads cost."""
     most, share = model.config.total_ut_steps, head_share(model)
     found: Figures = {"loops": most, "head_share": round(share, 4)}
     for name, shared in (("fixed", False), ("fixed, prompt too", True)):
@@ -128,7 +129,8 @@ def curves(model: Any, measure: Measure) -> Figures:
         for point in found[name]:
             point["cost"] = point["loops"]
     found["criteria"] = {}
-    for name, values in GRID.items():
+    for name in criteria:
+        values = GRID[name]
         points = [{**measure(most, ExitCriteria(**{name: x}), False), "setting": x} for x in values]  # type: ignore[arg-type]
         for point in points:
             heads = 0.0 if name in ("gate", "change") else share * min(point["loops"], most - 1)
@@ -166,7 +168,7 @@ def main(
                 measure = of_text(model, torch.cat(list(by_file.values())), prompt)
                 count = sum(map(len, by_file.values()))
                 sample = f"{count} places of held-out text, {written} tokens each behind {prompt}"
-            found.append(curves(model, measure))
+            found.append(curves(model, measure, ("gate",) if name.endswith("-gate") else tuple(GRID)))
         figures = {"seeds": found, "seconds": round(time.monotonic() - begun), "sample": sample}
         content["tasks"].setdefault(task, {})[name] = figures
         content |= {
