@@ -58,6 +58,27 @@ def test_logprobs_are_those_of_the_model_whatever_runs_beside(runtime: Runtime) 
         assert [one.result().token_ids for one in others] == alone
 
 
+def test_logprobs_are_right_while_others_are_pipelined(make_package: MakePackage, make_looplm: MakeCheckpoint) -> None:
+    """Pipelined requests lay the caches of their slots side by side, and back for each visitor."""
+    runtime = Runtime.load(make_package(make_looplm(), chunk=8, max_seq_len=64, max_batch=3))
+    logits = runtime.loops(PROMPT).logits
+    assert logits is not None
+    expected = log_softmax(logits[-1])
+    options = runtime.options(max_tokens=40, ignore_eos=True, pipeline="on", frequency_penalty=0.5)
+    with Scheduler(runtime, slots=3) as scheduler:
+        others = [scheduler.submit(Request((5, 6 + i), options)) for i in range(2)]
+        next(iter(others[1]))
+        for _ in range(3):
+            found = PromptLogprobs(PROMPT)
+            scheduler.submit(Request(tuple(PROMPT), options, reading=found, prompt_only=True)).result()
+            values = [one.token for one in found if one is not None]
+            right = [expected[at, PROMPT[at + 1]] for at in range(len(PROMPT) - 1)]
+            assert values == pytest.approx(right, abs=2e-3)
+        plain = {"max_tokens": 40, "ignore_eos": True, "pipeline": "off", "frequency_penalty": 0.5}
+        for i, one in enumerate(others):
+            assert one.result().token_ids == runtime.generate([5, 6 + i], **plain).token_ids  # type: ignore[call-overload]
+
+
 def test_a_read_prompt_is_continued_as_any_other(runtime: Runtime) -> None:
     options = runtime.options(max_tokens=9, ignore_eos=True)
     with Scheduler(runtime, slots=2) as scheduler:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from melt_runtime.server.reply_parser import Reading, ReplyParser
+from melt_runtime.server.reply_parser import Reading, ReplyParser, reasoning_tokens
 from melt_runtime.server.tool_formats import FORMATS, HERMES, JSON_LIST, ToolFormat
 
 BY_NAME = {one.name: one for one in (*FORMATS, JSON_LIST)}
@@ -136,6 +136,23 @@ def test_text_behind_a_broken_second_call_is_not_lost() -> None:
 )  # fmt: skip
 def test_reasoning_is_split_off_at_the_beginning(text: str, begun: bool, expected: Parts) -> None:
     assert read("hermes", text, begun) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "begun", "count"),
+    [
+        (["<think>", "a", "b", "</think>", "\n", "c"], False, 4),
+        (["a", "b</think>c", "d"], True, 2),
+        (["a", "b"], True, 2),
+        (["<think>", "a"], False, 2),
+        (["a", "<think>", "b"], False, 0),
+        (["<th"], False, 0),
+        ([], True, 0),
+        (["a"], None, None),
+    ],
+)
+def test_tokens_of_reasoning_are_counted_with_its_tags(texts: list[str], begun: bool | None, count: int | None) -> None:
+    assert reasoning_tokens(Reading(HERMES, NAMES, begun), texts) == count
 
 
 def test_arguments_arrive_as_they_are_written() -> None:

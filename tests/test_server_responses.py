@@ -90,6 +90,8 @@ def test_reasoning_text_and_calls_are_items_and_can_be_sent_back(qwen: Path) -> 
         assert kinds == ["reasoning", "message", "function_call", "function_call"]
         assert made.output[0].content[0].text == "Ulm it is."  # type: ignore[union-attr, index]
         assert made.output_text == "I ask."
+        assert made.usage is not None
+        assert made.usage.output_tokens_details.reasoning_tokens == len("<think>\nUlm it is.\n</think>")
         assert made.output[2].arguments == '{"city": "Ulm"}'  # type: ignore[union-attr]
         with client.responses.stream(**asked, input=ask) as stream:
             seen = [event.type for event in stream]

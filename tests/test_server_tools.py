@@ -97,8 +97,12 @@ def test_calls_text_and_reasoning_are_told_apart_whole_and_streamed(qwen: Path) 
     reply = f"<think>\nUlm, two days.\n</think>\n\nI ask.\n{CALL}\n{second}"
     with scripted_server(qwen, [reply, reply, "Hello <tool>", "Hello <tool>"]) as server:
         client = server.client()
-        choice = client.chat.completions.create(**asked()).choices[0]
+        made = client.chat.completions.create(**asked())
+        choice = made.choices[0]
         assert choice.finish_reason == "tool_calls"
+        assert made.usage is not None
+        assert made.usage.completion_tokens_details is not None
+        assert made.usage.completion_tokens_details.reasoning_tokens == len("<think>\nUlm, two days.\n</think>")
         message = choice.message
         assert (message.content, message.model_extra) == ("I ask.", {"reasoning_content": "Ulm, two days."})
         assert message.tool_calls is not None

@@ -16,6 +16,7 @@ from .chat_schema import ChatBody
 from .failures import ApiError, as_api_error
 from .guard import note, request_id
 from .replies import ReplyFormat, StreamedChoice, usage
+from .reply_parser import reasoning_tokens
 from .schema import CompletionBody
 from .service import Job, Service
 from .streaming import Event, EventStream, Feed
@@ -40,9 +41,9 @@ async def answer(service: Service, request: Request, call: CompletionBody | Chat
                 deltas[index].append(event)
             else:
                 ends[index] = ended(event)
-    generated = log_tokens(request, [delta for one in deltas for delta in one], ends)
+    generated = log_tokens(request, deltas, ends)
     choices = await run_in_threadpool(_choices, reply_format, job, deltas, ends, _asks_logprobs(call))
-    counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
+    counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends), _reasoning(job, deltas))
     return JSONResponse(reply_format.frame(choices, part=False, usage=counts))
 
 
@@ -71,6 +72,13 @@ def _likelihood(deltas: Sequence[TextDelta]) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
+def _reasoning(job: Job, deltas: Sequence[Sequence[TextDelta]]) -> int | None:
+    """Return how many tokens of all choices are reasoning; None: the model does not reason aloud."""
+    counts = [reasoning_tokens(job.reading, (delta.text for delta in one)) for one in deltas]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
 def _asks_logprobs(call: CompletionBody | ChatBody) -> bool:
     return bool(call.logprobs) if isinstance(call, ChatBody) else call.logprobs is not None
 
@@ -86,7 +94,7 @@ async def _stream(
     """Send each token as an event as it comes. An error that ends the stream early is sent instead of [DONE]."""
     choices = [StreamedChoice(reply_format, index, partial(job.echo, index)) for index in range(len(job.requests))]
     last: dict[int, TextDelta] = {}  # sent with the end, which follows at once
-    deltas: list[TextDelta] = []
+    deltas: list[list[TextDelta]] = [[] for _ in job.requests]
     ends: dict[int, Generation] = {}
     blank = {"usage": None} if counted else {}
     echoing = set(range(len(choices))) if job.echoes else set()  # a prompt's logprobs take a while
@@ -100,7 +108,7 @@ async def _stream(
     try:
         async for index, event in feed:
             if isinstance(event, TextDelta):
-                deltas.append(event)
+                deltas[index].append(event)
                 if event.finish_reason is not None:
                     last[index] = event
                     continue
@@ -116,7 +124,7 @@ async def _stream(
     finally:
         generated = log_tokens(request, deltas, ends)
     if counted:
-        counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends))
+        counts = usage(job.prompt_tokens, generated, job.cached_tokens(ends), _reasoning(job, deltas))
         await send_event(reply_format.frame([], part=True, usage=counts))
     await send_event("[DONE]")
 
@@ -134,9 +142,10 @@ def ended(event: Event) -> Generation:
     return event
 
 
-def log_tokens(request: Request, deltas: list[TextDelta], ends: Mapping[int, Generation]) -> int:
-    """Log the number of generated tokens and return it."""
-    loops = sum(delta.depth for delta in deltas)
+def log_tokens(request: Request, deltas: Sequence[Sequence[TextDelta]], ends: Mapping[int, Generation]) -> int:
+    """Log the number of tokens that were generated for all choices and return it."""
+    count = sum(map(len, deltas))
+    loops = sum(delta.depth for one in deltas for delta in one)
     late = {"deadline": True} if any(end.finish_reason == "deadline" for end in ends.values()) else {}
-    note(request, completion_tokens=len(deltas), mean_depth=round(loops / max(len(deltas), 1), 3), **late)
-    return len(deltas)
+    note(request, completion_tokens=count, mean_depth=round(loops / max(count, 1), 3), **late)
+    return count

@@ -219,15 +219,20 @@ def _reason(end: Generation, calls: bool) -> str:
     return "length" if end.finish_reason == "deadline" else end.finish_reason
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning: int | None = None
+) -> dict[str, Any]:
     """Return a call's token counts.
 
     Prompts count once, whatever the number of choices. ``completion_tokens``: sampled tokens, end tokens included.
-    ``cached_tokens``: prompt tokens that did not have to run.
+    ``cached_tokens``: prompt tokens that did not have to run. ``reasoning``: sampled tokens that are reasoning; None:
+    the model does not reason aloud.
     """
+    details = {} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        **details,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ..text.tokenizer import TextTokenizer
@@ -62,6 +62,17 @@ class _Reasoning:
         self._state = self._thinking if begun else self._before
         self._held = ""
         self._begun = False  # whether any reasoning was returned
+        self._over: bool | None = None
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the reply is in the midst of its reasoning."""
+        return self._state == self._thinking
+
+    @property
+    def over(self) -> bool | None:
+        """Whether the reasoning has ended; False: there was none; None: that is not known yet."""
+        return self._over
 
     def feed(self, text: str, end: bool) -> tuple[str, str]:
         """Return the reasoning and the text that are certain."""
@@ -75,14 +86,14 @@ class _Reasoning:
         if THINK.startswith(begun) and not end:
             self._held = text
             return "", ""
-        self._state, self._held = self._after_all, ""
+        self._state, self._held, self._over = self._after_all, "", False
         return "", text
 
     def _thinking(self, text: str, end: bool) -> tuple[str, str]:
         text = text if self._begun else text.lstrip(_BLANK)
         thought, found, rest = text.partition(THOUGHT)
         if found:
-            self._state = self._after
+            self._state, self._over = self._after, True
             return thought.rstrip(_BLANK), self._after(rest, end)[1]
         held = 0 if end else _overlap(text, THOUGHT)
         shown = text[: len(text) - held].rstrip(_BLANK)
@@ -97,6 +108,19 @@ class _Reasoning:
 
     def _after_all(self, text: str, end: bool) -> tuple[str, str]:
         return "", text
+
+
+def reasoning_tokens(reading: Reading | None, texts: Iterable[str]) -> int | None:
+    """Return how many tokens of a reply are its reasoning, from the text of each; None: the model does not reason
+    aloud."""
+    if reading is None or reading.thinking is None:
+        return None
+    reasoning, count = _Reasoning(reading.thinking), 0
+    for count, text in enumerate(texts, 1):
+        reasoning.feed(text, end=False)
+        if reasoning.over is not None:
+            return count if reasoning.over else 0
+    return count if reasoning.thinking else 0
 
 
 def _overlap(text: str, marker: str) -> int:

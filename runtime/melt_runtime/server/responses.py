@@ -17,7 +17,7 @@ from .answering import ended, log_tokens
 from .failures import ApiError, as_api_error
 from .guard import note, request_id
 from .replies import usage
-from .reply_parser import Reading, ReplyParser
+from .reply_parser import Reading, ReplyParser, reasoning_tokens
 from .responses_schema import ResponsesBody
 from .said import Said
 from .service import Job, Service
@@ -135,7 +135,7 @@ async def respond(service: Service, request: Request, call: ResponsesBody, job: 
             else:
                 end = ended(event)
     assert end is not None
-    log_tokens(request, deltas, {0: end})
+    log_tokens(request, [deltas], {0: end})
     writer.take(end.text, end=True)
     writer.close(_status(end))
     return JSONResponse(frame(writer.items, _status(end), _facts(job, deltas, end)))
@@ -169,7 +169,7 @@ async def _stream(request: Request, frame: Any, feed: Feed, job: Job, send_event
         await send({"type": "error", "code": failure.code, "message": str(failure), "param": failure.param})
         return
     finally:
-        log_tokens(request, deltas, {} if end is None else {0: end})
+        log_tokens(request, [deltas], {} if end is None else {0: end})
     assert end is not None
     for one in [*writer.take(end.text[told:], end=True), *writer.close(_status(end))]:
         await send(one)
@@ -188,7 +188,9 @@ def _facts(job: Job, deltas: list[TextDelta], end: Generation) -> Fields:
         "input_tokens": counts["prompt_tokens"],
         "input_tokens_details": counts["prompt_tokens_details"],
         "output_tokens": counts["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {
+            "reasoning_tokens": reasoning_tokens(job.reading, (delta.text for delta in deltas)) or 0
+        },
         "total_tokens": counts["total_tokens"],
     }
     late = {"deadline": True} if end.finish_reason == "deadline" else {}
