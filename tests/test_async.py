@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from melt_runtime import ArgumentError, Generation, PromptError, Runtime
+from melt_runtime import (
+    ArgumentError,
+    CancelledError,
+    DeadlineError,
+    Generation,
+    PromptError,
+    Request,
+    RequestHandle,
+    Runtime,
+    Scheduler,
+)
 from melt_runtime.decoding.generator import TokenSequence
 
 LIMIT = 120.0  # seconds; a hang limit
@@ -148,3 +158,61 @@ def test_a_session_of_its_own_is_not_needed_and_not_disturbed(runtime: Runtime) 
     session.append("abc")
     run(runtime.agenerate("xyz", max_tokens=9, **GO_ON))
     assert session.generate().text == runtime.generate("abc", max_tokens=5, **GO_ON).text
+
+
+def test_requests_to_a_scheduler_are_awaited_together(runtime: Runtime) -> None:
+    prompts = ["abc", "xyz", "Hello", "de"]
+
+    async def read(scheduler: Scheduler, prompt: str) -> tuple[str, Generation]:
+        request = Request(tuple(runtime.encode(prompt)), runtime.options(max_tokens=20, **GO_ON))
+        handle = scheduler.submit(request)
+        text = "".join([delta.text async for delta in handle])
+        return text, await handle.aresult()
+
+    async def work() -> list[tuple[str, Generation]]:
+        with Scheduler(runtime, 4) as scheduler:
+            return await asyncio.gather(*(read(scheduler, prompt) for prompt in prompts))
+
+    expected = [runtime.generate(prompt, max_tokens=20, **GO_ON) for prompt in prompts]
+    assert run(work()) == [(one.text, one) for one in expected]
+
+
+@pytest.mark.parametrize("way", ["stream", "result", "left"])
+def test_a_request_is_cancelled_with_the_task_that_awaits_it(runtime: Runtime, sampled: list[int], way: str) -> None:
+    async def read(handle: RequestHandle) -> None:
+        if way == "result":
+            await handle.aresult()
+        async for _ in handle:
+            if way == "left":
+                break
+
+    async def work() -> str:
+        with Scheduler(runtime, 1) as scheduler:
+            handle = scheduler.submit(Request((5, 6), runtime.options(max_tokens=4000, **GO_ON)))
+            task = asyncio.create_task(read(handle))
+            while len(sampled) < 5 and way != "left":
+                await asyncio.sleep(0.001)
+            if way != "left":
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            while not handle.done:
+                await asyncio.sleep(0.001)
+            with pytest.raises(CancelledError) as caught:
+                await handle.aresult()
+            return caught.value.generation.finish_reason
+
+    assert run(work()) == "cancelled"
+
+
+def test_an_awaited_request_raises_what_ended_it(runtime: Runtime) -> None:
+    async def work() -> None:
+        with Scheduler(runtime, 1) as scheduler:
+            options = runtime.options(max_tokens=4000, **GO_ON)
+            with pytest.raises(DeadlineError):
+                await scheduler.submit(Request((5, 6), options, deadline=0.05)).aresult()
+            with pytest.raises(DeadlineError):
+                async for _ in scheduler.submit(Request((5, 6), options, deadline=0.05)):
+                    pass
+
+    run(work())

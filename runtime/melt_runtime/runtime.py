@@ -7,9 +7,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from .awaiting import Awaiting
 from .backends.base import Backend
 from .decoding.generator import Generator, check_not_empty, check_request
 from .decoding.loop_driver import LoopDriver
@@ -26,6 +25,9 @@ from .results import Generation, LoopStates
 from .session.session import Session
 from .text.prompts import Array, Prompt, separate
 from .text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from .awaiting import Awaiting
 
 
 class Runtime(LoadedModel):
@@ -56,6 +58,8 @@ class Runtime(LoadedModel):
 
     @cached_property
     def _awaiting(self) -> Awaiting:
+        from .awaiting import Awaiting  # asyncio is large, and most programs do without it
+
         return Awaiting()
 
     def session(self, *, prefixes: Prefixes | None = None, **options: Unpack[GenerateOptions]) -> Session:

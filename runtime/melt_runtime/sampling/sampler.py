@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
@@ -86,12 +87,12 @@ class SamplingParams:
         assert isinstance(self.logit_bias, Biases)
         self.logit_bias.check(vocab)
 
-    @property
+    @cached_property
     def counts(self) -> bool:
         """Whether tokens generated before are penalised by their number."""
         return self.frequency_penalty != 0 or self.presence_penalty != 0
 
-    @property
+    @cached_property  # asked for every token
     def adjusts(self) -> bool:
         """Whether logits are changed before the likeliest token is looked for."""
         return self.repetition_penalty != 1.0 or self.counts or bool(self.logit_bias)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from ..decoding.generator import check_request
 from ..decoding.prompt_reading import PromptReading
@@ -17,6 +19,9 @@ from ..package.manifest import Manifest
 from ..results import Generation, TextDelta
 from ..sampling.constraint import Constraint
 from ..text.prompts import token_ids
+
+if TYPE_CHECKING:
+    import asyncio
 
 Listener = Callable[[TextDelta | Generation | MeltError], None]
 
@@ -63,7 +68,8 @@ class Request:
 class RequestHandle:
     """A submitted request. Iterate it for its deltas; with several iterators, each delta goes to one of them.
 
-    It always ends, with a Generation or with an error.
+    It always ends, with a Generation or with an error. In a coroutine, ``async for`` gives the deltas and
+    ``await handle.aresult()`` the Generation; both cancel the request if they are left before its end.
     """
 
     def __init__(self, request: Request, listener: Listener | None, wake: Callable[[], None]):
@@ -73,6 +79,7 @@ class RequestHandle:
         self.cancelled = False
         self._listener, self._wake = listener, wake
         self._deltas: SimpleQueue[TextDelta | None] = SimpleQueue()  # None: the end
+        self._watchers: list[Callable[[], object]] = []  # called after each delta and at the end
         self._lock, self._over = threading.Lock(), threading.Event()
         self._outcome: Generation | MeltError | None = None
 
@@ -108,6 +115,50 @@ class RequestHandle:
         if isinstance(self._outcome, MeltError) and not self.cancelled:
             raise self._outcome
 
+    async def __aiter__(self) -> AsyncIterator[TextDelta]:
+        """Yield deltas as iterating does, without blocking the event loop."""
+        with self._watching() as changed:
+            while True:
+                changed.clear()
+                try:
+                    delta = self._deltas.get_nowait()
+                except Empty:
+                    await changed.wait()
+                    continue
+                if delta is None:
+                    break
+                yield delta
+        self._deltas.put(None)  # for other iterators
+        if isinstance(self._outcome, MeltError) and not self.cancelled:
+            raise self._outcome
+
+    async def aresult(self) -> Generation:
+        """Wait for the end as ``result`` does, without blocking the event loop."""
+        with self._watching() as changed:
+            while not self.done:
+                await changed.wait()
+                changed.clear()
+        return self.result()
+
+    @contextmanager
+    def _watching(self) -> Iterator[asyncio.Event]:
+        """Set an event after each delta and at the end. Leaving the block before the end cancels the request."""
+        import asyncio  # large, and most programs do without it
+
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            with suppress(RuntimeError):  # the loop may be closed
+                loop.call_soon_threadsafe(changed.set)
+
+        self._watchers.append(notify)
+        try:
+            yield changed
+        finally:
+            self._watchers.remove(notify)
+            if not self.done:
+                self.cancel()
+
     def reason(self, now: float) -> str | None:
         """Return why the request must end now: "cancelled", "deadline" or None."""
         if self.cancelled:
@@ -119,6 +170,7 @@ class RequestHandle:
         if self.done:
             return
         self._deltas.put(delta)
+        self._notify()
         listener = self._listener
         if listener is not None:
             listener(delta)
@@ -151,3 +203,8 @@ class RequestHandle:
         finally:
             self._over.set()
             self._deltas.put(None)
+            self._notify()
+
+    def _notify(self) -> None:
+        for watcher in list(self._watchers) if self._watchers else ():
+            watcher()
