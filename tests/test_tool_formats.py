@@ -7,6 +7,8 @@ from typing import Any
 import chat_styles
 import pytest
 from melt_runtime.server.tool_formats import model_format
+from melt_runtime.server.tool_prompts import rendered
+from melt_runtime.server.tool_schema import Tool
 from melt_runtime.text.tokenizer import TextTokenizer
 from tokenizers import Tokenizer, models
 
@@ -40,3 +42,25 @@ def test_the_template_shows_how_calls_are_written(template: str | None, expected
 def test_a_template_for_tools_alone_counts() -> None:
     found: Any = model_format(tokenizer("{{ messages }}", "{{ tools }}<tool_call>"))
     assert (found.tools.name, found.native) == ("hermes", True)
+
+
+CLOCK = Tool.model_validate({"type": "function", "function": {"name": "clock"}})
+USER = "{% if m.role == 'user' %}[{{ m.content }}]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}" + USER + "{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + USER
+        + "{% endfor %}",
+    ],
+    ids=["left out", "refused"],
+)
+def test_tools_are_explained_to_the_user_where_a_template_takes_no_system_message(template: str) -> None:
+    ours = tokenizer(template)
+    text = rendered(ours, model_format(ours), [{"role": "user", "content": "What time is it?"}], [CLOCK], {})
+    assert text.startswith("[You can call these functions")
+    assert '"name": "clock"' in text
+    assert text.endswith("What time is it?]")

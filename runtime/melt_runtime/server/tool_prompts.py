@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..errors import PackageError, PromptError
@@ -20,6 +21,8 @@ To call one, write its name and arguments as a JSON object between tags:
 {{"name": "...", "arguments": {{...}}}}
 </tool_call>
 Write nothing after a call. What the function returns then comes to you between <tool_response> tags."""
+
+_END_OF_TOOLS = "</tools>"
 
 
 def rendered(
@@ -40,10 +43,11 @@ def rendered(
     if not tools:
         return tokenizer.render_chat(messages, **variables)
     explanation = explained(tools)
-    try:
-        return tokenizer.render_chat(_with_system(messages, explanation), **variables)
-    except (PromptError, PackageError):  # many templates refuse the role system
-        return tokenizer.render_chat(_before_first(messages, explanation), **variables)
+    with suppress(PromptError, PackageError):  # many templates refuse the role system, and some leave it out
+        text = tokenizer.render_chat(_with_system(messages, explanation), **variables)
+        if _END_OF_TOOLS in text:
+            return text
+    return tokenizer.render_chat(_before_first(messages, explanation), **variables)
 
 
 def thinking(text: str, format: ModelFormat) -> bool | None:
