@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,13 @@ assert type(AutoConfig.from_pretrained({str(DEMO)!r})).__name__ == "MeltConfig"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_documents_snippets_run_as_written(tmp_path: Path) -> None:
+    page = (DEMO.parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    snippets = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "not run" not in code]
+    (tmp_path / "examples").symlink_to(DEMO.parent)
+    code = "\n".join(snippets)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "5401747+2556359=7958106"
