@@ -144,7 +144,7 @@ def test_what_huginns_loader_cannot_do_is_refused(tmp_path: Path) -> None:
     directory = family("huginn").write(tmp_path)
     with pytest.raises(ValueError, match="device_map is not supported"):
         AutoModelForCausalLM.from_pretrained(directory, device_map="cpu")
-    with pytest.raises(ValueError, match="nowhere is not a directory"):
+    with pytest.raises(OSError, match="nowhere is neither a directory nor a checkpoint"):
         type(load_model(directory)).from_pretrained(tmp_path / "nowhere")
     (directory / "model.safetensors").unlink()
     assert AutoConfig.from_pretrained(directory).norm_layout == "norm_of_sum", "the config alone says enough"

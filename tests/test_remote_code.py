@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, MakeFamily
-from melt_models import LoopLMConfig, LoopLMForCausalLM
+from melt_models import HuginnForCausalLM, LoopLMConfig, LoopLMForCausalLM
 from melt_models.checkpoint import load_model
 from melt_models.convert_cli import app
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 IDS = [[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 1, 2]]
@@ -146,3 +147,19 @@ def test_two_modules_that_share_a_name_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "read_text", doubled)
     with pytest.raises(RuntimeError, match="cache and melt both define _take"):
         modelling_source(MeltForCausalLM)
+
+
+def test_a_saved_huginn_opens_by_its_name_on_the_hub(make_family: MakeFamily, tmp_path: Path) -> None:
+    own = tmp_path / "models--org--name"
+    model: Any = load_model(make_family("huginn"))
+    model.save_pretrained(own / "snapshots" / "1234")
+    (own / "refs").mkdir()
+    (own / "refs" / "main").write_text("1234")
+    found = AutoModelForCausalLM.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
+    with torch.no_grad():
+        assert torch.equal(found(torch.tensor(IDS)).logits, model(torch.tensor(IDS)).logits)
+
+
+def test_a_huginn_that_is_nowhere_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="org/other is neither a directory nor a checkpoint"):
+        HuginnForCausalLM.from_pretrained("org/other", cache_dir=tmp_path, local_files_only=True)

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..configuration import check_fields
@@ -40,6 +42,7 @@ _KNOWN = {
 }
 _REFUSED = {"sliding_window": "attention over a sliding window"}
 _OF_TRANSFORMERS = ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit")
+_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _TABLE = "transformer.wte.weight"
 # What each kind changes in the core's configuration.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -223,6 +226,19 @@ def _tied(content: Mapping[str, Any], weights: Weights | None) -> bool:
     return same and torch.equal(weights.tensor(HEAD), weights.tensor(_TABLE))
 
 
+def _local(name: Any, options: Mapping[str, Any]) -> Path:
+    """Return a checkpoint's directory; a name on the hub is downloaded, without code or pickles. Raises OSError."""
+    if Path(name).is_dir():
+        return Path(name)
+    asked = {key: options[key] for key in _OF_THE_HUB if options.get(key) is not None}
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"], **asked))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise OSError(
+            f"{name} is neither a directory nor a checkpoint that can be had from the hub: {error}"
+        ) from error
+
+
 class HuginnForCausalLM(LoopLMForCausalLM):
     """Huginn, or a model retrofitted with its recurrence, with a language-modelling head.
 
@@ -235,13 +251,12 @@ class HuginnForCausalLM(LoopLMForCausalLM):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, dtype: Any = None, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint directory, published or saved by this package. ``dtype`` None: the stored one.
+        """Load a checkpoint, published or saved by this package: a directory, or a name on the hub.
 
-        Raises CheckpointError, and ValueError for anything but a local directory and for ``device_map`` and its like.
+        ``dtype`` None: the stored one. Raises CheckpointError, OSError for a name that cannot be had, and ValueError
+        for ``device_map`` and its like with the published layout.
         """
-        directory = Path(pretrained_model_name_or_path)
-        if not directory.is_dir():
-            raise ValueError(f"{directory} is not a directory; download the checkpoint and give the directory")
+        directory = _local(pretrained_model_name_or_path, kwargs)
         weights = Weights(directory)
         config = HuginnConfig.from_pretrained(directory) if config is None else config
         asked = next((name for name in _OF_TRANSFORMERS if kwargs.get(name) is not None), None)
