@@ -199,7 +199,7 @@ class LoopLMReference(Reference):
                 mask = causal_mask(torch.ones(1, seen, dtype=torch.bool), len(ids))
                 positions = torch.arange(seen - len(ids), seen)[None]
                 embedded = core.embed_tokens(torch.tensor([list(ids)]))
-                hidden, exits = core(embedded, mask, positions, cache, loops)
+                hidden, exits = core.run(embedded, mask, positions, cache, loops)
                 chunk: list[LoopTrace] = []
                 for loop in range(loops):
                     for layer in cache.layers[first("coda") : first("core")]:
