@@ -1,7 +1,8 @@
 """What an export would write, need and compare, from the checkpoint's shape alone. Nothing is written.
 
 Bytes of weights and state are exact, because the graphs are traced and quantized as an export does, without reading the
-weights. Memory and time are estimates from the shape; this machine's speed is measured for a moment.
+weights. Memory and time are estimates from the shape; this machine's speed is measured for a moment. Memory leaves out
+the mapped pages of the checkpoint, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _IN_FLIGHT_BYTES = 1 << 28  # of weights while they are written
 _CALIBRATION_TOKENS = 32 * 256
 _GREEDY_PROMPTS = 4
 _WRITE_BYTES_S = 2.5e8  # read, cast or quantize, write and hash
-_GPTQ_VALUES_S = 4e6  # weights of a matmul rounded by GPTQ
+_GPTQ_VALUES_S, _RTN_VALUES_S = 4e6, 5e7  # weights of matmuls that are rounded
 _PYTORCH_OVERHEAD_S = 2e-3  # per layer and pass, beyond the arithmetic
 
 
@@ -202,18 +203,33 @@ class _Work:
             return []
         runs = (1 if self._options.cache is not None else 0) + ((2 if weights and weights.share else 1) if gptq else 0)
         passes = runs * self._flops_time(_CALIBRATION_TOKENS) * loops
+        peak = _BASE_BYTES + self._hessian_bytes() + 4 * self._largest
+        if weights is not None and weights.share:  # gradients keep every weight that was widened to float32
+            peak = max(peak, _BASE_BYTES + 4 * self._core * loops + 4 * self._largest)
+        return [Phase("calibrate", passes, peak)]
+
+    def _hessian_bytes(self) -> int:
+        """Return the bytes of GPTQ's Hessians, which stay until the weights are written.
+
+        Matmuls of a layer share that of an input: query, key and value one, gate and up another.
+        """
+        weights = self._options.weights
+        if weights is None or weights.method != "gptq":
+            return 0
         inputs = {size for size, _ in self._matmuls.values()}
-        # Matmuls of a layer share the Hessian of an input: query, key and value one, gate and up another.
-        hessians = 4 * self._layers * (3 * min(inputs) ** 2 + max(inputs) ** 2) if gptq else 0
-        return [Phase("calibrate", passes, _BASE_BYTES + hessians + 4 * self._largest)]
+        return 4 * self._layers * (3 * min(inputs) ** 2 + max(inputs) ** 2)
 
     def writing(self) -> Phase:
         """Return writing of graphs and weights, with rounding by GPTQ."""
         weights = self._options.weights
         seconds = self._weights_bytes / _WRITE_BYTES_S
-        if weights is not None and weights.method == "gptq":
-            seconds += sum(map(prod, self._matmuls.values())) / _GPTQ_VALUES_S
-        return Phase("write", seconds, _BASE_BYTES + min(_IN_FLIGHT_BYTES, self._weights_bytes) + 3 * self._largest)
+        if weights is not None:
+            rate = _GPTQ_VALUES_S if weights.method == "gptq" else _RTN_VALUES_S
+            seconds += sum(map(prod, self._matmuls.values())) / rate
+        hessians = self._hessian_bytes()
+        copies = 7 if hessians else 3  # of the weight that is being rounded or cast
+        held = min(_IN_FLIGHT_BYTES, self._weights_bytes) + hessians + copies * self._largest
+        return Phase("write", seconds, _BASE_BYTES + held)
 
     def comparison(self, tokens: int) -> Phase:
         """Return the comparison with PyTorch, and that of quality where weights or caches are quantized."""

@@ -90,7 +90,7 @@ def plan_tables(plan: Plan, output: Path) -> Iterator[Table]:
     facts.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
     facts.add_row("disk", f"{decimal(plan.disk_bytes)} of {decimal(plan.free_bytes)} free")
     facts.add_row("peak memory, about", decimal(plan.peak_bytes))
-    facts.add_row("time, about", f"{_duration(plan.seconds)} on this machine, within a factor of three")
+    facts.add_row("time, about", f"{_duration(plan.seconds)} on this machine if it is quiet, roughly")
     for phase in plan.phases:
         facts.add_row("", f"{phase.name}: {_duration(phase.seconds)}, {decimal(phase.peak_bytes)}")
     for number, sentence in enumerate(plan.compared):

@@ -47,6 +47,13 @@ def test_the_command_line_wins_then_the_environment_then_the_file(served_package
     assert (model["max_tokens"], model["max_loops"], model["max_seconds"]) == (9, 7, 70.5)
 
 
+def test_a_file_may_be_named_behind_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "melt.toml"
+    file.write_text(f'[serve]\npackage = "{tmp_path / "absent"}"\nport = 0\n')
+    for arguments in (["--config", file, "serve"], ["serve", "--config", file]):
+        assert "absent does not exist" in refused(run(*arguments))
+
+
 def test_a_file_has_options_of_every_command_the_package_among_them(tiny_package: Path, tmp_path: Path) -> None:
     file = tmp_path / "melt.toml"
     file.write_text(

@@ -22,6 +22,15 @@ def config_read(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+def section_read(context: typer.Context, file: Path | None) -> Path | None:
+    """Let a file's options for one command be its defaults. The callback of that command's own ``--config``. Raises
+    ArgumentError."""
+    if file is not None and context.parent is not None:
+        found = read_config(file, context.parent.command).get(str(context.info_name), {})
+        context.default_map = {**(context.default_map or {}), **found}
+    return file
+
+
 def read_config(file: Path, program: Any) -> dict[str, dict[str, Any]]:
     """Read a file of options for the commands of a program, by command and parameter.
 

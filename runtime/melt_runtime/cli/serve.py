@@ -24,6 +24,7 @@ from ..scheduler.scheduler import Scheduler
 from ..server.limits import MAX_SECONDS, MAX_UNREAD, STALLED
 from ..server.logs import FORMATS, LEVELS, configure, log
 from ..untrusted import shown
+from .config import section_read
 from .options import LoadOptions, PackageDirectory, PipelineMode, grouped, short_name
 
 _YEAR = 365 * 86_400  # seconds
@@ -38,6 +39,10 @@ PREFIX_BYTES = 64 << 20  # default size of the prefix cache
 def serve_command(
     *,
     package: PackageDirectory,
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=section_read, is_eager=True, help="As melt-run --config: a TOML file with [serve]."),
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name to clients; default: as called here.")] = None,
@@ -145,7 +150,7 @@ def serve_command(
     service = Service(runtime, scheduler, name, max_tokens, max_seconds, max_unread, max_loops, watchdog, pipeline)
     app = build_app(service, Limits(max_body, keys, is_loopback(host) and not keys, log_prompts, origins))
     configure(str(log_level), str(log_format))
-    config = uvicorn.Config(
+    settings = uvicorn.Config(
         app,
         http=bounded(allowed.connections),
         backlog=allowed.backlog,
@@ -158,8 +163,8 @@ def serve_command(
         ssl_keyfile=tls_key,
         timeout_graceful_shutdown=1,  # DrainingServer has already waited
     )
-    config.load()
-    server = DrainingServer(config, scheduler, drain)
+    settings.load()
+    server = DrainingServer(settings, scheduler, drain)
     server.take_signals()
     scheme = "http" if tls_cert is None else "https"
     where = f"[{host}]" if ":" in host else host
