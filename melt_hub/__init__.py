@@ -6,10 +6,14 @@ pickles, into huggingface_hub's own cache, which other programs share.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
-import threading
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +27,14 @@ _REFERENCE = re.compile(
 )
 _SPARE = 1 << 26  # bytes that a download leaves free
 _POLL_SECONDS = 0.5
+_PROGRAM = """
+import json, sys
+from huggingface_hub import snapshot_download
+try:
+    snapshot_download(**json.loads(sys.argv[1]))
+except Exception as error:
+    sys.exit(print(str(error) or type(error).__name__) or 1)
+"""
 
 
 class HubError(OSError):
@@ -143,29 +155,27 @@ class _Hub:
             )
 
     def _download(self, commit: str | None, missing: int, progress: Progress | None) -> Path:
-        """Fetch what is missing. The files arrive in a thread of their own, so that Ctrl-C ends a download at once and
-        progress is the growth of the cache, whatever way the library takes."""
-        blobs = self._cache / f"models--{self._wanted.name.replace('/', '--')}" / "blobs"
-        outcome: list[str | Exception] = []
+        """Fetch what is missing, and return the snapshot's directory. Raises HubError.
 
-        def run() -> None:
-            try:
-                outcome.append(self._snapshot(commit or self._wanted.revision))
-            except Exception as error:
-                outcome.append(error)
-
-        before = seen = _size(blobs)
-        thread = threading.Thread(target=run, name="melt-hub", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            if progress is not None and missing:
-                now = min(_size(blobs), before + missing)
-                progress(f"fetching {self._wanted}", missing, max(now - seen, 0))
-                seen = max(now, seen)
-        if isinstance(outcome[0], Exception):
-            raise self._refused(outcome[0]) from outcome[0]
-        return Path(outcome[0])
+        The files arrive in a process of their own, because the library's threads would outlive a Ctrl-C. Progress is
+        the growth of the cache, whatever way the library takes.
+        """
+        revision = commit or self._wanted.revision
+        if missing:
+            blobs = self._cache / f"models--{self._wanted.name.replace('/', '--')}" / "blobs"
+            before = seen = _size(blobs)
+            with _downloading(self._arguments(revision)) as process:
+                while (why := _failure(process, _POLL_SECONDS)) is None:
+                    now = min(_size(blobs), before + missing)
+                    if progress is not None:
+                        progress(f"fetching {self._wanted}", missing, max(now - seen, 0))
+                    seen = max(now, seen)
+            if why:
+                raise self._refused(OSError(why))
+        try:
+            return Path(self._snapshot(revision, local_files_only=True))
+        except Exception as error:
+            raise self._refused(error) from error
 
     def _cached(self, answer: BaseException | None) -> Path:
         """Return the snapshot that this machine has. ``answer``: why the hub gave nothing. Raises HubError."""
@@ -184,14 +194,17 @@ class _Hub:
             ) from error
 
     def _snapshot(self, revision: str | None, **how: Any) -> Any:
-        return self._library.snapshot_download(
-            self._wanted.name,
-            revision=revision,
-            allow_patterns=list(self._kind.files),
-            ignore_patterns=list(self._kind.not_files),
-            tqdm_class=_silent_bars(self._library),
-            **how,
-        )
+        return self._library.snapshot_download(**self._arguments(revision), tqdm_class=_silent_bars(), **how)
+
+    def _arguments(self, revision: str | None) -> dict[str, Any]:
+        """Return the arguments that say which files are meant."""
+        files, others = list(self._kind.files), list(self._kind.not_files)
+        return {
+            "repo_id": self._wanted.name,
+            "revision": revision,
+            "allow_patterns": files,
+            "ignore_patterns": others,
+        }
 
     def _refused(self, error: Exception) -> HubError:
         """Say in one sentence why the hub gave nothing."""
@@ -209,10 +222,34 @@ class _Hub:
         return HubError(f"{self._here}{self._wanted} cannot be fetched from the hub: {why}")
 
 
-def _silent_bars(library: Any) -> type:
-    """Return a class of progress bars that draws nothing."""
+@contextmanager
+def _downloading(arguments: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """Run ``snapshot_download`` in a process that ends with the block."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as made:
+        try:
+            yield made
+        finally:
+            made.kill()
 
-    class Silent(library.utils.tqdm):  # type: ignore[misc,name-defined]
+
+def _failure(process: subprocess.Popen[str], seconds: float) -> str | None:
+    """Wait for a download. Return why it failed, an empty text if it did not, and None while it runs."""
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    return "" if process.returncode == 0 else said.strip() or f"the download ended with code {process.returncode}"
+
+
+def _silent_bars() -> type:
+    """Return a class of progress bars that draws nothing."""
+    bars: Any = import_module("huggingface_hub.utils").tqdm
+
+    class Silent(bars):
         def __init__(self, *positional: Any, **options: Any):
             super().__init__(*positional, **{**options, "disable": True})
 

@@ -21,11 +21,18 @@ class Hub:
     """A hub with a repository per directory, at one commit. ``read``: the names of files that were sent.
 
     ``claimed``: sizes that the hub claims, by file name. ``gated``: names of repositories that nobody may read.
+    ``cut``: a file whose connection ends halfway. ``stalled``: one whose second half never comes.
     """
 
     def __init__(
-        self, repositories: Mapping[str, Path], claimed: Mapping[str, int] | None = None, gated: tuple[str, ...] = ()
+        self,
+        repositories: Mapping[str, Path],
+        claimed: Mapping[str, int] | None = None,
+        gated: tuple[str, ...] = (),
+        cut: str = "",
+        stalled: str = "",
     ):
+        self.cut, self.stalled, self.ended = cut, stalled, threading.Event()
         self.repositories, self.claimed, self.gated = dict(repositories), dict(claimed or {}), gated
         self.read: list[str] = []
         hub = self
@@ -55,6 +62,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -97,6 +105,13 @@ class Hub:
             self.read.append(file)
         size = self.claimed.get(file, len(content))
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if body and file in (self.cut, self.stalled):
+            self._send(request, 200, content[: len(content) // 2], headers, body, size)
+            request.wfile.flush()
+            if file == self.stalled:
+                self.ended.wait(120)
+            request.close_connection = True
+            return
         self._send(request, 200, content, headers, body, size)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 from hub_double import COMMIT, Hub
 from melt_runtime import PackageError, Runtime
 from melt_runtime.cli.options import short_name
+from processes import started
+from serving import eventually
 
 from melt_hub import CHECKPOINT, Reference, local_directory, reference
 
@@ -153,6 +156,28 @@ def test_what_the_disk_cannot_hold_is_refused_before_anything_is_fetched(reposit
         result = run("convert", "melt/tiny", tmp_path / "melt", env=hub.environment(tmp_path / "cache"))
         assert "takes 1,000,000,0" in refusal(result)
         assert hub.read == []
+
+
+def test_a_connection_that_ends_halfway_is_one_line(tiny_package: Path, tmp_path: Path) -> None:
+    with Hub({"melt/package": tiny_package}, cut="weights.data") as hub:
+        result = run("main", "generate", "melt/package", PROMPT, env=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("fetching melt/package")]
+    assert len(lines) == 1, lines
+    assert "cannot be fetched from the hub" in lines[0]
+
+
+def test_ctrl_c_ends_a_download_with_its_process(tiny_package: Path, tmp_path: Path) -> None:
+    program = "import sys; sys.argv[1:] = ['generate', 'melt/package', 'a']\n" + COMMANDS + "\nmain()"
+    with Hub({"melt/package": tiny_package}, stalled="weights.data") as hub:
+        env = hub.environment(tmp_path / "cache")
+        with started([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=env) as process:
+            eventually(lambda: "weights.data" in hub.read)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=30)  # the library alone would wait for a minute
+            assert not hub.ended.is_set()
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "melt-run: interrupted"
 
 
 def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path) -> None:
