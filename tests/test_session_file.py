@@ -109,6 +109,14 @@ def test_a_file_holds_the_used_rows_and_little_else(runtime: Runtime, path: Path
     assert rows < path.stat().st_size < rows + 6000 < runtime.state_bytes()
 
 
+def test_biases_by_token_are_the_same_in_a_loaded_session(runtime: Runtime, path: Path) -> None:
+    """JSON has no keys but texts."""
+    session = runtime.session(max_tokens=8, ignore_eos=True, logit_bias={30: 3.0, 3: -100.0}, presence_penalty=0.5)
+    session.append([5, 6, 7])
+    session.save(path)
+    assert runtime.load_session(path).generate().token_ids == session.generate().token_ids
+
+
 def test_an_empty_session_can_be_saved(runtime: Runtime, path: Path) -> None:
     runtime.session(loops=2, stop=("ab", "c"), stop_ids={4, 5}).save(path)
     session = runtime.load_session(path)
