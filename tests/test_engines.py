@@ -65,7 +65,7 @@ def test_the_demo_checkpoint_becomes_an_engine(make_package: MakePackage, tmp_pa
     package = Package.open(directory)
     assert package.manifest.engines == {f"tensorrt-rtx-{precision}": spec}
     assert (spec.precision, spec.weights, spec.dialect) == (precision, None, "standard")
-    assert [profile.name for profile in spec.profiles] == ["decode", "prefill"]
+    assert [profile.name for profile in spec.profiles] == ["decode", "pipelined", "prefill"]
     assert spec.buckets == length_buckets(package.manifest.cache_rows)
     plans = open_engine(package, f"tensorrt-rtx-{precision}", version=spec.version)
     assert list(plans) == ["embed", "loop_step", "lm_head"]
