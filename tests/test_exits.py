@@ -63,9 +63,10 @@ def test_a_quality_that_is_not_reached_saves_nothing() -> None:
 
 
 def test_one_seed_is_never_clear() -> None:
-    assert not clear([1.0])
-    assert not clear([0.1, 2.0])
-    assert clear([1.0, 1.1])
+    assert not clear([1.0], 0.0)
+    assert not clear([0.1, 2.0], 0.0)
+    assert clear([1.0, 1.1], 0.0)
+    assert not clear([0.0005, 0.0006], 0.001)
 
 
 def test_an_untrained_model_is_measured_with_every_criterion(make_checkpoint: MakeCheckpoint) -> None:

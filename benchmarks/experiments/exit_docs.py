@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import matplotlib
 import typer
-from exit_lines import Gain, clear, gains
+from exit_lines import LEAST_LOOPS, LEAST_QUALITY, Gain, clear, gains
 from results import each
 from shared import FAINT, STYLE, render
 
@@ -91,7 +91,8 @@ def _line(task: str, criterion: str, found: list[Gain]) -> list[str]:
         spread = f" ± {statistics.stdev(saved):.2f}" if len(saved) == len(gain.loops) > 1 else ""
         reached = len(saved) == len(gain.loops)
         better = _better(task, gain)
-        cells.append(f"{_bold(text + spread, reached and clear(saved))}; {_bold(better, clear(gain.quality))}")
+        loops_clear, better_clear = reached and clear(saved, LEAST_LOOPS), clear(gain.quality, LEAST_QUALITY)
+        cells.append(f"{_bold(text + spread, loops_clear)}; {_bold(better, better_clear)}")
     return [CRITERIA[criterion][0], CRITERIA[criterion][1], *cells]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+LEAST_LOOPS = 0.01  # smaller differences, on any seed, are none
+LEAST_QUALITY = 0.001  # 0.1 points, or 0.1% of a perplexity
 Points = list[tuple[float, float]]  # (cost in loops per token, quality), by cost
 
 
@@ -65,12 +67,12 @@ class Gain:
         """Whether the criterion saves loops on every seed, by more than the standard deviation over seeds, or is better
         at equal cost in that way."""
         reached = [one for one in self.loops if one is not None]
-        return (len(reached) == len(self.loops) and clear(reached)) or clear(self.quality)
+        return (len(reached) == len(self.loops) and clear(reached, LEAST_LOOPS)) or clear(self.quality, LEAST_QUALITY)
 
 
-def clear(values: list[float]) -> bool:
-    """Whether values, by seed, are all above 0, and their mean is above their standard deviation."""
-    if len(values) < 2 or min(values) <= 0:
+def clear(values: list[float], least: float) -> bool:
+    """Whether values, by seed, are all above ``least``, and their mean is above their standard deviation."""
+    if len(values) < 2 or min(values) <= least:
         return False
     return statistics.fmean(values) > statistics.stdev(values)
 

@@ -60,10 +60,10 @@ RECIPE: dict[str, Any] = {
         "save_every": 100,
     },
     "phase1": {**PHASE, "steps": 80, "interpolation_share": 0.6},
-    "phase2": {**PHASE, "steps": 250, "attention_weight": 0.02, "teacher_loop": "last", "random_depth": 0.5},
+    "phase2": {**PHASE, "steps": 180, "attention_weight": 0.02, "teacher_loop": "last", "random_depth": 0.5},
     "gate": {
         **{key: PHASE[key] for key in ("batch_size", "chunk_sizes", "save_every")},
-        "steps": 80,
+        "steps": 60,
         "learning_rate": 3.0e-2,
     },
 }
