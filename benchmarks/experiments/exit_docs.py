@@ -119,8 +119,8 @@ def draw(content: Figures, docs: Path) -> None:
             for line, (name, row) in zip(axes, rows.items(), strict=True):
                 for panel, seed in zip(line, row["seeds"], strict=False):
                     _panel(panel, task, seed, _compared(name))
-                    panel.set_title(f"{ROWS.get(name, name)}, seed {row['seeds'].index(seed)}", fontsize=9.5)
-            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+                    panel.set_title(f"{name}, seed {row['seeds'].index(seed)}", fontsize=9.5)
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * seeds - 1)
             figure.savefig(docs / f"exits_{task}.png", dpi=130, facecolor="white", metadata={"Software": ""})
             plt.close(figure)
 
