@@ -18,7 +18,7 @@ def test_the_api_reference_names_all_that_the_package_exports_and_nothing_else()
 
 
 def test_the_readme_is_short_and_every_page_is_reached_from_the_index() -> None:
-    assert len((DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines()) < 170
+    assert len((DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines()) < 175
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     tree = {line for block in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in block.split()}
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
