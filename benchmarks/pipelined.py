@@ -43,7 +43,8 @@ class Settings:
 
     - ``identity_tokens``: tokens of all random models together; ``identity_loops``: their loops.
     - ``teacher``: a trained LoopLM for addition; ``problems``: how many it answers.
-    - ``layers``, ``hidden``, ``vocabulary``, ``loops``: the measured shape; ``contexts``: tokens in its cache.
+    - ``layers``, ``hidden``, ``vocabulary``, ``loops``: the measured shape; ``contexts``: tokens in its cache;
+      ``caches``: what keys and values are stored in.
     - ``threads``: the most; ``busy``: numbers of busy processes beside it; ``rounds``: turns of each way to decode;
       ``tokens``: per turn.
     """
@@ -57,6 +58,7 @@ class Settings:
     vocabulary: int = 49152
     loops: int = 4
     contexts: tuple[int, ...] = (10, 512)
+    caches: tuple[str, ...] = ("fp32", "int8")
     threads: int = 2
     busy: tuple[int, ...] = (0, 1)
     rounds: int = 7
@@ -77,6 +79,7 @@ QUICK: dict[str, Any] = {
     "hidden": 128,
     "vocabulary": 512,
     "contexts": (10,),
+    "caches": ("fp32",),
     "threads": 1,
     "busy": (0,),
     "rounds": 1,

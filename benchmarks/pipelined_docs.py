@@ -135,9 +135,9 @@ def _speed_panel(axes: Any, section: Row) -> None:
         top = max(row[name]["high"] for name in ("plain_tokens_s", "pipelined_tokens_s"))
         text = f"{row['times_as_fast']['median']:.2f}x"
         axes.annotate(text, (place, top), xytext=(0, 4), textcoords="offset points", ha="center", color=_PIPED)
-    labels = [f"{row['context']}\n{row['threads']}\n{row['busy']}" for row in rows]
+    labels = [f"{row['context']}\n{row['threads']}\n{row['busy']}\n{row.get('cache', 'fp32')}" for row in rows]
     axes.set_xticks(places, labels)
-    axes.set_xlabel("tokens in the cache, threads, busy processes beside")
+    axes.set_xlabel("tokens in the cache, threads, busy processes beside, type of the cache")
     axes.set_ylabel("tokens/s")
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     axes.legend(loc="upper left", frameon=False, ncols=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -104,13 +105,13 @@ class Turns:
 def speed(directory: Path, settings: Any, step: Step, report: dict[str, Any]) -> dict[str, Any]:
     """Time plain and pipelined decoding in turn, for every number of threads and busy processes and every context."""
     opinions = report["trained"]["opinions"]
-    package = _package(directory, settings, step)
+    packages = {cache: _package(directory, settings, cache, step) for cache in settings.caches}
     results, costs = [], []
-    total = len(settings.thread_counts) * len(settings.busy) * (len(settings.contexts) + 1)
-    for threads in settings.thread_counts:
+    total = len(packages) * len(settings.thread_counts) * len(settings.busy) * (len(settings.contexts) + 1)
+    for (cache, package), threads in product(packages.items(), settings.thread_counts):
         runtime = Runtime.load(package, threads=threads, check_hashes=False)
         for busy in settings.busy:
-            about = {"threads": threads, "busy": busy}
+            about = {"cache": cache, "threads": threads, "busy": busy}
             with BusyProcesses(busy):
                 for context in settings.contexts:
                     driver = runtime.driver()
@@ -121,7 +122,7 @@ def speed(directory: Path, settings: Any, step: Step, report: dict[str, Any]) ->
                     step("plain and pipelined in turn", total, 1)
                 costs.append({**about, "rows": run_costs(runtime, settings.contexts[0], settings.rounds)})
                 step("plain and pipelined in turn", total, 1)
-    return {"package": package.name, "results": results, "costs": costs}
+    return {"results": results, "costs": costs}
 
 
 def in_turn(turns: Turns, rounds: int) -> dict[str, Any]:
@@ -164,9 +165,10 @@ def run_costs(runtime: Runtime, context: int, rounds: int) -> list[dict[str, Any
     ]
 
 
-def _package(directory: Path, settings: Any, step: Step) -> Path:
-    """Make the package of the 1.4B shape with random weights unless it exists."""
-    package = directory / f"looplm-{settings.layers}-{settings.hidden}-int4"
+def _package(directory: Path, settings: Any, cache: str, step: Step) -> Path:
+    """Make the package of the 1.4B shape with random weights, and a cache of this type, unless it exists."""
+    name = f"looplm-{settings.layers}-{settings.hidden}-int4"
+    package = directory / (name if cache == "fp32" else f"{name}-{cache}-cache")
     if not package.is_dir():
         step("making the package", 0, 0)
         shape = resized(
@@ -176,9 +178,10 @@ def _package(directory: Path, settings: Any, step: Step) -> Path:
             vocabulary=settings.vocabulary,
             loops=settings.loops,
         )
-        checkpoint = directory / f"{package.name}-checkpoint"
+        checkpoint = directory / f"{name}-checkpoint"
         if not checkpoint.is_dir():
             make(checkpoint, LoopLMConfig(**shape))
         rows = max(settings.contexts) + settings.tokens + 8
-        melt_export(checkpoint, package, rows, *_EXPORT, "--max-batch", "2")
+        stored = () if cache == "fp32" else ("--cache", cache)
+        melt_export(checkpoint, package, rows, *_EXPORT, *stored, "--max-batch", "2")
     return package

@@ -26,7 +26,7 @@ PROGRAMS = Path(__file__).parent / "clients"
 
 def run_client(program: str, package: str, *arguments: object) -> Any:
     """Run a program of ``clients/`` and return the JSON of its last line. Skips the test if its package is missing."""
-    if subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True).returncode:
+    if subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True, timeout=WAIT).returncode:
         pytest.skip(f"{package} is not installed in {PYTHON}; MELT_CLIENTS names a Python that has it")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}
