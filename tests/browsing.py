@@ -46,12 +46,12 @@ class Visit:
         self.page.goto(url)
 
     def ask(self, text: str) -> Any:
-        """Type a message and send it with Enter. Returns the answer's paragraph, which may still grow."""
-        before = self.page.locator("p.assistant").count()
+        """Type a message and send it with Enter. Returns the answer's element, which may still grow."""
+        before = self.page.locator(".assistant").count()
         self.page.get_by_label("Message").fill("")
         self.page.get_by_label("Message").press_sequentially(text)
         self.page.get_by_label("Message").press("Enter")
-        return self.page.locator("p.assistant").nth(before)
+        return self.page.locator(".assistant").nth(before)
 
     def answer(self, text: str) -> Any:
         """Ask and wait for the end of the answer."""

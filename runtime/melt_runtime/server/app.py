@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from time import time
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -26,6 +25,7 @@ from .guard import Guard, Keys
 from .intake import Intake, Preparation
 from .metrics import CONTENT_TYPE, prometheus
 from .origins import allow_origins
+from .page import add_page, memory
 from .process import trim_memory
 from .responses import respond
 from .responses_schema import ResponsesBody
@@ -33,11 +33,6 @@ from .schema import CompletionBody
 from .service import Service
 from .text_routes import add_text_routes
 
-# The page may connect to this server only, and must not be framed.
-_POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _TRIM_SECONDS = 30.0
 
 
@@ -65,11 +60,7 @@ def build_app(service: Service, limits: Limits) -> FastAPI:
     _add_facts(app, service)
     add_text_routes(app, service, intake)
     add_docs(app)
-    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-
-    @app.get("/")
-    async def index() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
+    add_page(app)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -149,6 +140,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "max_loops": service.max_loops,
         "chat": service.runtime.tokenizer is not None and service.runtime.tokenizer.has_chat_template,
         "example_prompt": service.runtime.example_prompt,
+        "memory": memory(manifest),
     }
 
     build = {

@@ -1,0 +1,51 @@
+// The chats that this browser keeps, in its localStorage: no server has them.
+// A chat is { id, model, title, system, changed, turns }. A turn is { role, content }, of an answer also { pieces, note,
+// thinking }; pieces are [characters, loops] in order.
+const PLACE = "melt-chats", MOST_CHATS = 50, MOST_CHARACTERS = 2_000_000;
+
+const freshChat = (system = "") => ({
+  id: Date.now().toString(36) + Math.random().toString(36).slice(2), model: "", title: "", system, changed: 0, turns: [],
+});
+
+const isText = (value) => typeof value === "string";
+const isTurn = (turn) => turn && isText(turn.content) && (turn.role === "user" || (turn.role === "assistant" &&
+  isText(turn.note) && isText(turn.thinking) && Array.isArray(turn.pieces) && turn.pieces.every(Array.isArray)));
+const isChat = (chat) => chat && isText(chat.id) && isText(chat.model) && isText(chat.title) && isText(chat.system) &&
+  Number.isFinite(chat.changed) && Array.isArray(chat.turns) && chat.turns.every(isTurn);
+
+// Returns the kept chats, the newest first.
+function keptChats() {
+  try {
+    const found = JSON.parse(localStorage.getItem(PLACE) || "[]");
+    return Array.isArray(found) ? found.filter(isChat).sort((a, b) => b.changed - a.changed) : [];
+  } catch {
+    return [];
+  }
+}
+
+// Keeps these chats, without the oldest ones where they are too many. Returns how many were dropped; Infinity: the
+// browser keeps nothing.
+function writeChats(chats) {
+  const fitting = chats.slice(0, MOST_CHATS);
+  for (; fitting.length || !chats.length; fitting.pop()) {
+    const written = JSON.stringify(fitting);
+    if (written.length > MOST_CHARACTERS) continue;
+    try {
+      localStorage.setItem(PLACE, written);
+      return chats.length - fitting.length;
+    } catch {
+      if (!fitting.length) break;
+    }
+  }
+  return Infinity;
+}
+
+// Keeps a chat beside those that other tabs keep. Returns a sentence where something is lost, or "".
+function keepChat(chat) {
+  chat.changed = Date.now();
+  const dropped = writeChats([chat, ...keptChats().filter((one) => one.id !== chat.id)]);
+  if (dropped === Infinity) return "This browser does not keep this chat: it is gone when the page is closed.";
+  return dropped ? "The browser has no room for more chats: the oldest was deleted." : "";
+}
+
+const dropChat = (id) => writeChats(keptChats().filter((one) => one.id !== id));
