@@ -11,6 +11,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import LoopDriver, Package, Runtime, Session, TextDelta
 from melt_runtime.backends import onnxruntime_cpu as backend_module
+from melt_runtime.cli.chat import read_message
 from melt_runtime.session.conversation import Conversation
 from test_run_cli import letters, refused, run
 
@@ -273,3 +274,80 @@ def test_an_answer_torn_off_in_the_middle_of_a_step_leaves_a_conversation_that_g
     kept = [message.content for message in conversation.messages]
     expected = runtime.session(max_tokens=8, ignore_eos=True)
     assert said(conversation, "on") == continued(expected, chat_ids(runtime, *kept, "on"))
+
+
+# Changes of mind
+
+
+def test_a_question_is_undone_and_answered_anew(runtime: Runtime, tiny_package: Path, prompt: str) -> None:
+    script = ["/undo", "/retry", prompt, "wrong", "/undo", "/retry", "next", "/history"]
+    result = run("chat", tiny_package, "--max-tokens", 4, stdin="\n".join(script))
+    assert result.exit_code == 0, result.output
+    first = runtime.generate(chat_ids(runtime, prompt), max_tokens=4).text
+    second = runtime.generate(chat_ids(runtime, prompt, first, "next"), max_tokens=4).text
+    answers = result.stdout.splitlines()
+    assert [answers[0], *answers[2:]] == [first, first, second]
+    assert result.stderr.count("the conversation has no question yet") == 2
+    assert "forgotten: wrong" in result.stderr
+    history = [f"user: {prompt}", f"assistant: {first}", "user: next", f"assistant: {second}"]
+    assert result.stderr.splitlines()[-4:] == history
+
+
+def test_an_answer_anew_that_gets_no_word_leaves_the_old_one(runtime: Runtime, prompt: str) -> None:
+    conversation = Conversation(runtime.session(max_tokens=4))
+    said(conversation, prompt)
+    before = conversation.messages
+    assert list(conversation.retry(lambda: True)) == []
+    assert conversation.messages == before
+    assert "".join(conversation.retry()) == before[-1].content
+
+
+def test_a_sampled_answer_is_another_when_retried_and_the_temperature_can_change(
+    runtime: Runtime, tiny_package: Path, prompt: str
+) -> None:
+    script = [prompt, "/temperature 1.5", "/retry", "/retry", "/temperature", "/temperature 0", "/retry"]
+    script += ["/temperature -1", "/temperature hot", "/temperature nan"]
+    result = run("chat", tiny_package, "--max-tokens", 12, "--seed", 3, stdin="\n".join(script))
+    assert result.exit_code == 0, result.output
+    likeliest, one, other, again = result.stdout.splitlines()
+    assert likeliest == again == runtime.generate(chat_ids(runtime, prompt), max_tokens=12).text
+    assert len({likeliest, one, other}) == 3
+    lines = result.stderr.splitlines()
+    assert lines[:3] == ["temperature 1.5", "temperature 1.5", "temperature 0"]
+    assert "not -1.0" in lines[3]
+    assert "needs a number, not 'hot'" in lines[4]
+    assert "not nan" in lines[5]
+
+
+def test_the_system_message_can_change_within_a_conversation(runtime: Runtime, tiny_package: Path, prompt: str) -> None:
+    script = ["/system", "/system be brief", prompt, "/system none", "/retry"]
+    result = run("chat", tiny_package, "--max-tokens", 4, stdin="\n".join(script))
+    assert result.exit_code == 0, result.output
+    expected = [
+        runtime.generate(chat_ids(runtime, prompt, system=system), max_tokens=4).text for system in ("be brief", None)
+    ]
+    assert result.stdout.splitlines() == expected
+    assert result.stderr.splitlines() == ["no system message", "system: be brief", "no system message"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ('"""one\n\n  two"""', "one\n\n  two"),
+        ('"""\none\n/quit\n"""', "one\n/quit"),
+        ('"""one"""', "one"),
+        ("one\\\ntwo\\\nthree", "one\ntwo\nthree"),
+        ('"""one\ntwo', "one\ntwo"),
+        ("one\\", "one"),
+    ],
+)
+def test_a_message_may_have_several_lines(typed: str, meant: str) -> None:
+    lines = iter(typed.split("\n"))
+
+    def read(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    assert read_message(read) == meant

@@ -148,3 +148,18 @@ def test_a_device_that_fails_while_loading_leaves_a_conversation_that_goes_on(
     assert here.messages == same.messages
     expected = runtime.session(max_tokens=8)
     assert said(here, "and") == continued(expected, chat_ids(runtime, prompt, answer, "and"))
+
+
+def test_a_loaded_conversation_names_the_system_message_that_it_drops(
+    tiny_package: Path, prompt: str, tmp_path: Path
+) -> None:
+    for name, options in (("with", ["--system", "from the file"]), ("without", [])):
+        run("chat", tiny_package, *options, "--max-tokens", 3, stdin=f"{prompt}\n/save {tmp_path}/{name}\n")
+    script = f"/load {tmp_path}/with\n/system be brief\n/load {tmp_path}/without\n/load {tmp_path}/with\n"
+    result = run("chat", tiny_package, "--system", "be brief", stdin=script)
+    assert result.exit_code == 0, result.output
+    dropped = [line for line in result.stderr.splitlines() if "dropped" in line]
+    assert dropped == [
+        "the system message so far is dropped: be brief; the file's is used: from the file",
+        "the system message so far is dropped: be brief; the file has none",
+    ]

@@ -90,6 +90,12 @@ class Terminal:
         self.until(f"{text}\r\n")
         return self.until("> ").removesuffix("\r\n")
 
+    def answer(self, text: str) -> str:
+        """Types a message; its answer without the line about its speed."""
+        answer, _, speed = self.ask(text).rpartition("\r\n")
+        assert re.fullmatch(r"[0-9]+ tokens, [0-9.]+ tokens/s", speed)
+        return answer
+
     def __enter__(self) -> Self:
         self.until("> ")
         return self
@@ -110,16 +116,16 @@ def test_an_interrupted_conversation_is_kept_left_and_goes_on_with_the_same_toke
         terminal.type("\x03")
         begun = terminal.until("\r\nstopped").replace("^C", "")
         terminal.until("> ")
-        assert len(terminal.ask("and more")) > 5
+        assert len(terminal.answer("and more")) > 5
         assert "kept: 4 messages" in terminal.ask(f"/save {files['before']}")
-        answer = terminal.ask("the third")
+        answer = terminal.answer("the third")
         terminal.ask(f"/save {files['one']}")
         terminal.type("/quit\r")
         assert terminal.process.wait(WAIT) == 0
     with Terminal(tiny_package, "--max-tokens", 3) as terminal:
         assert "going on: 4 messages" in terminal.ask(f"/load {files['before']}")
         assert f"user: hello\r\nassistant: {begun}\r\n" in terminal.ask("/history")
-        assert terminal.ask("the third") == answer
+        assert terminal.answer("the third") == answer
         terminal.ask(f"/save {files['other']}")
         terminal.type("\x10\x10\r")  # back to what was typed before
         terminal.until("\r\n")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import typer
@@ -19,14 +20,20 @@ from ..session.session import Session
 from .errors import for_terminal, one_line
 
 HELP = """\
-  /loops N    use N loops per token from now on; without N: show the number
-  /history    show the conversation
-  /save FILE  save the conversation to a file
-  /load FILE  continue a saved conversation with its options
-  /reset      forget the conversation
-  /help       show this
-  /quit       leave (so does Ctrl-D)
-  Ctrl-C      stop the answer; its text so far stays in the conversation"""
+  /loops N        use N loops per token from now on; without N: show the number
+  /temperature T  sample at this temperature from now on (0: the likeliest token); without T: show it
+  /system TEXT    begin with this system message from now on; none: with no message; without TEXT: show it
+  /retry          answer the last question anew
+  /undo           forget the last question and its answer
+  /history        show the conversation
+  /save FILE      save the conversation to a file
+  /load FILE      continue a saved conversation with its options and its system message
+  /reset          forget the conversation
+  /help           show this
+  /quit           leave (so does Ctrl-D)
+  Several lines   begin with \"\"\" and end with it, or end each line but the last with \\
+  Ctrl-C          stop the answer; its text so far stays in the conversation"""
+QUOTES = '"""'
 
 
 class Chat:
@@ -38,6 +45,7 @@ class Chat:
 
     def __init__(self, session: Session, system: str | None = None, variables: Mapping[str, Any] | None = None):
         self.conversation = Conversation(session, system, notice, variables)
+        self.interactive = False
 
     def run(self) -> None:
         """Read messages until the end of input or /quit. Raises MeltError if the chat cannot go on."""
@@ -48,16 +56,17 @@ class Chat:
             for warning in untrained_warnings(self.conversation.session.runtime.manifest):
                 notice(f"Warning: {warning}")
             notice(f"{self._loops()}; /help lists the commands")
+        self.interactive = interactive
         while True:
             try:
-                line = input("> " if interactive else "").strip()
+                line = read_message(lambda prompt: input(prompt if interactive else ""))
                 if line == "/quit":
                     return
                 with held_interrupts() as stopped:
-                    if re.fullmatch(r"/[a-z]+( .*)?", line):
-                        self._command(line)
+                    if re.fullmatch(r"/[a-z]+( .*)?", line, re.DOTALL):
+                        self._command(line, stopped)
                     elif line:
-                        self._answer(line, stopped)
+                        self._write_answer(self.conversation.answer(line, stopped), stopped)
             except EOFError:
                 if interactive:
                     print()
@@ -67,7 +76,7 @@ class Chat:
             except (PromptError, ArgumentError, SessionError) as error:
                 notice(one_line(error))
 
-    def _command(self, line: str) -> None:
+    def _command(self, line: str, stopped: Callable[[], bool]) -> None:
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/loops":
@@ -75,6 +84,19 @@ class Chat:
                 loops = int(argument) if re.fullmatch(r"-?[0-9]{1,9}", argument) else argument
                 self.conversation.think(loops)  # type: ignore[arg-type]
             notice(self._loops())
+        elif name == "/temperature":
+            if argument:
+                self.conversation.heat(_number(name, argument))
+            notice(f"temperature {self.conversation.session.sampler.params.temperature:g}")
+        elif name == "/system":
+            if argument:
+                self.conversation.system = None if argument == "none" else argument
+            system = self.conversation.system
+            notice("no system message" if system is None else f"system: {system}")
+        elif name == "/retry":
+            self._write_answer(self.conversation.retry(stopped), stopped, "the answer before stays")
+        elif name == "/undo":
+            notice(f"forgotten: {self.conversation.undo()}")
         elif name == "/history":
             for message in self.conversation.messages:
                 notice(f"{message.role}: {message.content}")
@@ -82,32 +104,73 @@ class Chat:
             self.conversation.save(_file(name, argument))
             notice(f"kept: {self._size()}")
         elif name == "/load":
-            self.conversation.load(_file(name, argument))
-            notice(f"going on: {self._size()}; {self._loops()}")
+            self._load(_file(name, argument))
         elif name == "/reset":
             self.conversation.forget()
             notice("the conversation is forgotten")
         else:
             notice(HELP if name == "/help" else f"there is no command {name}; /help lists them")
 
-    def _answer(self, text: str, stopped: Callable[[], bool]) -> None:
-        count = 0
-        for delta in self.conversation.answer(text, stopped):
+    def _load(self, file: Path) -> None:
+        """Continue a saved conversation, and name the system message that it takes the place of."""
+        before = self.conversation.system
+        self.conversation.load(file)
+        notice(f"going on: {self._size()}; {self._loops()}")
+        now = self.conversation.system
+        if before not in (None, now):
+            instead = "the file has none" if now is None else f"the file's is used: {now}"
+            notice(f"the system message so far is dropped: {before}; {instead}")
+
+    def _write_answer(
+        self, texts: Iterator[str], stopped: Callable[[], bool], unsaid: str = "the message is forgotten"
+    ) -> None:
+        """Write an answer as it comes. ``unsaid``: what becomes of a question that got no word."""
+        first, last, count = 0.0, 0.0, 0
+        for text in texts:
+            last = monotonic()
+            first = first or last
             count += 1
-            _write(delta)
+            _write(text)
         if not stopped():
             _write("\n")
         elif count:
             _write("\n")
             notice("stopped")
         else:
-            notice("\nstopped before the first word; the message is forgotten")
+            notice(f"\nstopped before the first word; {unsaid}")
+        if self.interactive and count > 1 and last > first:
+            tokens = self.conversation.answered
+            notice(f"{tokens} tokens, {(tokens - 1) / (last - first):.1f} tokens/s")
 
     def _loops(self) -> str:
         return f"{self.conversation.loops.loops} loops per token"
 
     def _size(self) -> str:
         return f"{len(self.conversation.messages)} messages, {len(self.conversation.session)} tokens"
+
+
+def read_message(read: Callable[[str], str]) -> str:
+    """Read a message: a line, lines that end with a backslash, or lines between triple quotes. Raises EOFError at the
+    end of input, unless a message has begun.
+
+    ``read``: called with the prompt of each line.
+    """
+    first = read("> ")
+    lines = [first]
+    quoted = first.lstrip().startswith(QUOTES)
+
+    def open_still() -> bool:
+        if not quoted:
+            return lines[-1].endswith("\\")
+        rest = lines[0].lstrip().removeprefix(QUOTES) if len(lines) == 1 else lines[-1]
+        return not rest.rstrip().endswith(QUOTES)
+
+    with suppress(EOFError):
+        while open_still():
+            lines.append(read(". "))
+    if quoted:
+        return "\n".join(lines).strip().removeprefix(QUOTES).removesuffix(QUOTES).strip()
+    return "\n".join(line.removesuffix("\\") for line in lines).strip()
 
 
 @contextmanager
@@ -135,6 +198,13 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
 def notice(text: str) -> None:
     """Print a notice on standard error."""
     typer.secho(for_terminal(text, sys.stderr), err=True, dim=True)
+
+
+def _number(command: str, argument: str) -> float:
+    try:
+        return float(argument)
+    except ValueError:
+        raise ArgumentError(f"{command} needs a number, not {argument[:50]!r}") from None
 
 
 def _file(command: str, argument: str) -> Path:

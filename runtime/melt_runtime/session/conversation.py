@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..decoding.settings import LoopSettings
-from ..errors import PromptError, SessionError
+from ..errors import ArgumentError, PromptError, SessionError
+from ..sampling.sampler import Sampler
 from ..text.tokenizer import Message
 from .session import Session
 
@@ -33,6 +34,7 @@ class Conversation:
         self.session, self.notice, self.variables = session, notice, dict(variables or {})
         self.opening: tuple[Message, ...] = () if system is None else (Message("system", system),)
         self.turns: list[Message] = []  # user and assistant, alternating
+        self.answered = 0  # tokens of the last answer, those without text included
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -44,12 +46,51 @@ class Conversation:
         """The loop settings of the next answer."""
         return self.session.runtime.options(**self.session.options).loops
 
+    @property
+    def system(self) -> str | None:
+        """The system message, or None."""
+        return self.opening[0].content if self.opening else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self.opening = () if text is None else (Message("system", text),)
+
     def think(self, loops: int) -> None:
         """Set the most loops per token from now on. Raises ArgumentError."""
-        options = {**self.session.options, "loops": loops}
+        self._set(loops=loops)
+
+    def heat(self, temperature: float) -> None:
+        """Set the temperature from now on; the random stream goes on. Raises ArgumentError."""
+        self._set(temperature=temperature)
+        sampler = Sampler(self.session.runtime.options(**self.session.options).sampling)
+        sampler.restore(self.session.sampler.state())
+        self.session.sampler = sampler
+
+    def _set(self, **changed: Any) -> None:
+        options = {**self.session.options, **changed}
         request = self.session.runtime.options(**options)
         self.session.options = options
         self.session.runtime.warn(request)
+
+    def undo(self) -> str:
+        """Forget the last question and its answer. Returns the question. Raises ArgumentError if there is none."""
+        if not self.turns:
+            raise ArgumentError("the conversation has no question yet")
+        question = self.turns[-2].content
+        del self.turns[-2:]
+        return question
+
+    def retry(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Answer the last question anew, as ``answer`` does; the old answer stays if there is no new one. Raises
+        ArgumentError if there is no question."""
+        before = list(self.turns)
+        question = self.undo()
+        kept = list(self.turns)
+        try:
+            yield from self.answer(question, stopped)
+        finally:
+            if not self.turns or (kept and self.turns[-1] is kept[-1]):
+                self.turns = before
 
     def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Answer a message; yield the text as it is generated.
@@ -59,6 +100,7 @@ class Conversation:
         message that does not fit.
         """
         message = Message("user", text)
+        self.answered = 0
         ids = self._fit(message)
         known = self._known(ids)
         said: list[str] = []
@@ -66,6 +108,7 @@ class Conversation:
         try:
             self._run(ids, known, stopped)
             for delta in () if stopped() else self.session.deltas(**self._ends()):
+                self.answered += 1
                 if delta.text:
                     said.append(delta.text)
                     yield delta.text
