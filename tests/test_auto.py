@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import LIMIT
 
 DEMO = Path(__file__).parent.parent / "examples" / "addition-melt"
 LOADS = f"""
@@ -29,7 +30,7 @@ assert type(model) is melt_models.MeltForCausalLM, type(model)
     ],
 )
 def test_auto_classes_know_the_models_after_one_import(first: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"{first}\n{LOADS}"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"{first}\n{LOADS}"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -39,7 +40,7 @@ import melt_models
 from transformers import AutoConfig
 assert type(AutoConfig.from_pretrained({str(DEMO)!r})).__name__ == "MeltConfig"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -48,6 +49,6 @@ def test_the_documents_snippets_run_as_written(tmp_path: Path) -> None:
     snippets = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "not run" not in code]
     (tmp_path / "examples").symlink_to(DEMO.parent)
     code = "\n".join(snippets)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "5401747+2556359=7958106"

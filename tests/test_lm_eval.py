@@ -16,6 +16,7 @@ from conftest import TINY, MakeFamily, MakePackage, write_tokenizer
 from melt_models import LoopLMConfig, LoopLMForCausalLM, MeltConfig, MeltForCausalLM
 from melt_models.checkpoint import load_model
 from melt_runtime import ArgumentError
+from processes import LIMIT
 
 from melt_export.export import building
 from melt_export.options import ExportOptions
@@ -151,7 +152,7 @@ def test_arguments_are_refused_in_one_sentence(arguments: dict[str, Any], said: 
 
 def test_the_model_needs_no_torch() -> None:
     code = "import sys, melt_runtime.lm_eval; assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT)
 
 
 def test_the_harness_says_the_same_of_a_package_and_of_its_checkpoint(
@@ -166,6 +167,7 @@ def test_the_harness_says_the_same_of_a_package_and_of_its_checkpoint(
             text=True,
             cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+            timeout=LIMIT,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         (file,) = (tmp_path / model).rglob("results*.json")

@@ -15,6 +15,7 @@ from conftest import TINY, MakeFamily
 from melt_models import HuginnForCausalLM, LoopLMConfig, LoopLMForCausalLM
 from melt_models.checkpoint import load_model
 from melt_models.convert_cli import app
+from processes import LIMIT
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -54,7 +55,12 @@ def opened_by_a_stranger(directory: Path, scratch: Path) -> dict[str, Any]:
     environment.pop("PYTHONPATH", None)
     arguments = [str(directory), json.dumps(IDS), str(scratch / "again")]
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *arguments], capture_output=True, text=True, cwd=scratch, env=environment
+        [sys.executable, "-c", STRANGER, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=scratch,
+        env=environment,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
