@@ -66,6 +66,18 @@ def replies(page: Visit, *texts: str, size: int = 7) -> list[dict[str, Any]]:
     return asked
 
 
+def test_reasoning_is_shown_apart_from_the_answer(chatting: Visit) -> None:
+    deltas = [{"reasoning_content": "let me <b>see</b>"}, {"content": "42"}]
+    lines = [{"choices": [{"delta": delta, "depth": [2], "finish_reason": None}]} for delta in deltas]
+    body = "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
+    chatting.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body))
+    assert chatting.answer("x").text_content() == "42"
+    assert chatting.text("main details p") == "let me <b>see</b>"
+    chatting.page.reload()
+    chatting.page.locator("main details").wait_for()
+    assert chatting.text("main details p") == "let me <b>see</b>"
+
+
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_markdown_is_shown_as_what_it_means_however_it_is_cut_into_tokens(chatting: Visit, size: int) -> None:
     replies(chatting, MARKDOWN, size=size)

@@ -1,4 +1,5 @@
 // The conversation on the page: asks, shows what comes, and offers to copy, edit and ask again.
+const SHORTEST = 0.05; // seconds; answers that arrive faster than this came too close together to tell a speed
 let model = null, chat = freshChat(), running = null;
 
 function say(kind, text) {
@@ -49,8 +50,8 @@ function userTurn(turn, place) {
     tool("Copy", (button) => copy(turn.content, button)), tool("Edit", () => edit(place))));
 }
 
-function thoughts(turn) {
-  return make("details", {}, make("summary", {}, "Thinking"), make("p", {}, turn.thinking));
+function thoughts(turn, options = {}) {
+  return make("details", options, make("summary", {}, "Thinking"), make("p", {}, turn.thinking));
 }
 
 function assistantTurn(turn, place) {
@@ -85,6 +86,7 @@ function edit(place) {
     if (event.key === "Escape") draw(place);
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); done(); }
   });
+  turn.className = "turn edited";
   turn.replaceChildren(field, make("div", { className: "tools" }, tool("Ask again", done), tool("Cancel", () => draw(place))));
   field.focus();
 }
@@ -133,7 +135,7 @@ async function answer(text, place = chat.turns.length) {
     const near = at("talk").scrollHeight - at("talk").scrollTop - at("talk").clientHeight < 120;
     shown.show(turn.content);
     if (turn.thinking) {
-      if (whole.firstChild === line) whole.prepend(thoughts(turn));
+      if (whole.firstChild === line) whole.prepend(thoughts(turn, { open: "" }));
       whole.querySelector("details p").textContent = turn.thinking;
     }
     if (near && mine === chat) at("talk").scrollTop = at("talk").scrollHeight;
@@ -164,7 +166,7 @@ async function answer(text, place = chat.turns.length) {
   }
   const count = times.length, seconds = (times.at(-1) - times[0]) / 1000;
   if (count) {
-    const rate = seconds > 0 ? `, ${((count - 1) / seconds).toFixed(count > seconds * 10 ? 0 : 1)} tokens/s` : "";
+    const rate = seconds >= SHORTEST ? `, ${((count - 1) / seconds).toFixed(count > seconds * 10 ? 0 : 1)} tokens/s` : "";
     const depth = model.loops > 1 ? `, ${(spent / count).toFixed(2)} loops each` : "";
     turn.note = `${count} ${count === 1 ? "token" : "tokens"}${depth}${rate}, ${end}`;
     mine.turns = [...mine.turns, turn];

@@ -27,7 +27,7 @@ function listChats() {
     make("button", { type: "button", className: "open", click: () => openChat(one),
       ...(one.id === chat.id && { "aria-current": "true" }) }, one.title || "Untitled"),
     make("button", { type: "button", className: "small", "aria-label": "Delete chat: " + one.title,
-      click: () => { dropChat(one.id); if (one.id === chat.id) leaveDeleted(); else listChats(); } }, "✕"))));
+      click: () => { dropChat(one.id); if (one.id === chat.id) leaveDeleted(); else listChats(); } }, "×"))));
   at("no-chats").hidden = kept.length > 0;
   at("delete-all").hidden = !kept.length;
 }
