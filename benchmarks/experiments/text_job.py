@@ -179,7 +179,8 @@ class Job:
             sizes = (1, *(size for size in self.size.chunks if size > 1), 2 * self.size.chunks[-1])
             depths = LOOPS if main else range(1, trained + 1) if last else (trained,)
             chunks = sizes if main and last else sizes[:1] if last else ()
-            figures = measure(model, self.held_out, depths, chunks, self.plan["eval_batch"], decoded=main and last)
+            decoded = self.size.sequence // 2 if main and last else 0
+            figures = measure(model, self.held_out, depths, chunks, self.plan["eval_batch"], decoded=decoded)
             figures["measuring_seconds"] = round(time.time() - begun, 1)
             self.results[row]["stages"][name] |= figures
             at_all = figures["loops"][str(model.config.total_ut_steps)]["all"]

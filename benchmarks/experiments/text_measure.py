@@ -81,10 +81,10 @@ def measure(
     chunks: Sequence[int],
     batch: int,
     *,
-    decoded: bool,
+    decoded: int,
 ) -> Figures:
-    """Measure a model at each of ``depths``; a MELT also in each of the sizes ``chunks``, and if ``decoded`` at every
-    depth with the second half of each sequence decoded token by token."""
+    """Measure a model at each of ``depths``; a MELT also in each of the sizes ``chunks``, and at every depth with
+    the last ``decoded`` tokens of each sequence decoded token by token (0: not)."""
     depth = model.config.total_ut_steps
     found: Figures = {
         "loops": {str(loops): perplexity(model, held_out, batch, **at_loops(model, loops)) for loops in depths}
@@ -94,28 +94,26 @@ def measure(
     settings = at_loops(model, depth)
     found["chunks"] = {str(size): perplexity(model, held_out, batch, chunk_size=size, **settings) for size in chunks}
     if decoded:
-        length = next(iter(held_out.values())).shape[1] - 1
         everything = torch.cat(list(held_out.values()))
-        half = length // 2
         found["decoded"] = {}
         for loops in range(1, depth + 1):
             settings = at_loops(model, loops)
-            # The same tokens read in chunks: the loss of the second half only.
+            # The same tokens read in chunks: the loss of the last tokens only.
             found["decoded"][str(loops)] = {
-                "token by token": _exp(loss(model, everything, batch, decoded=half, **settings)),
-                "in chunks": _exp(_second_half(model, everything, batch, half, settings)),
+                "token by token": _exp(loss(model, everything, batch, decoded=decoded, **settings)),
+                "in chunks": _exp(_last_tokens(model, everything, batch, decoded, settings)),
             }
     return found
 
 
 @torch.no_grad()
-def _second_half(model: Model, sequences: Tensor, batch: int, half: int, settings: Figures) -> Tensor:
-    """Return the cross-entropy of the last ``half`` tokens of each sequence, read in chunks."""
+def _last_tokens(model: Model, sequences: Tensor, batch: int, count: int, settings: Figures) -> Tensor:
+    """Return the cross-entropy of the last ``count`` tokens of each sequence, read in chunks."""
     losses = []
     for at in range(0, len(sequences), batch):
         ids = sequences[at : at + batch].to(model.device)
-        logits = model(ids[:, :-1], use_cache=False, **settings).logits[:, -half:].float()
-        targets = ids[:, -half:]
+        logits = model(ids[:, :-1], use_cache=False, **settings).logits[:, -count:].float()
+        targets = ids[:, -count:]
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(nats.view(targets.shape).mean(1).cpu())
     return torch.cat(losses)
