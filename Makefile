@@ -60,6 +60,11 @@ docs: $(VENV)/.dev
 
 experiments: $(VENV)/.dev
 	$(BIN)/python benchmarks/experiments/run.py
+	test -f build/text/data/data.json || $(BIN)/python benchmarks/experiments/text_data.py
+	test -f build/text/runs/main-0/result.json || $(BIN)/python benchmarks/experiments/text_train.py --size cpu --budget 14400
+	$(BIN)/python benchmarks/experiments/text_record.py
+	$(BIN)/python benchmarks/experiments/text_quantized.py
+	$(BIN)/python benchmarks/experiments/document.py
 
 bench: $(VENV)/.dev
 	test -f build/smollm2-melt/config.json || $(BIN)/python examples/smollm2.py build/smollm2-melt

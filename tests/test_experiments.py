@@ -251,8 +251,18 @@ def test_without_any_run_there_is_a_document_that_says_so(tmp_path: Path) -> Non
 
 def test_the_document_in_the_repository_is_written_from_its_figures() -> None:
     docs = FOLDER.parent.parent / "docs"
-    text = document.markdown(Results.read(docs / "experiments.json"))
+    text = document.markdown(Results.read(docs / "experiments.json"), document.read(docs / "text.json"))
     assert text == (docs / "experiments.md").read_text(encoding="utf-8")
+
+
+def test_the_section_on_text_says_which_checkpoint_was_not_measured(tmp_path: Path) -> None:
+    docs = FOLDER.parent.parent / "docs"
+    content = document.read(docs / "text.json")
+    assert content is not None
+    content["measured"] = {"main-0/gate": {"decoded, 2 loops": 37.03}}
+    text = document.markdown(Results.read(docs / "experiments.json"), content)
+    assert "| 2 | – | – | – | 37.0 |" in text
+    assert "## On text" not in document.markdown(Results.read(docs / "experiments.json"))
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:

@@ -19,6 +19,7 @@ from plots import draw_all
 from results import Results
 from runs import AGGREGATIONS, DEPTHS, EVEN, EVERYTHING, LEFT_OUT, LONG_STEPS, SEEDS, TEACHER, TUNED
 from shared import render
+from text_section import draw, read, section
 
 
 def values(results: Results) -> dict[str, Any]:
@@ -67,16 +68,18 @@ def settings(results: Results) -> str | None:
     return yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110).rstrip("\n")
 
 
-def markdown(results: Results) -> str:
-    """Write docs/experiments.md."""
-    return render("experiments.md.j2", **values(results))
+def markdown(results: Results, text: dict[str, Any] | None = None) -> str:
+    """Write docs/experiments.md. ``text``: the content of docs/text.json, or None."""
+    return render("experiments.md.j2", **values(results), text=section(text))
 
 
 def write_documents(docs: Path) -> None:
-    """Rewrite experiments.md and the plots in ``docs`` from its experiments.json."""
+    """Rewrite experiments.md and the plots in ``docs`` from its experiments.json and text.json."""
     results = Results.read(docs / "experiments.json")
+    text = read(docs / "text.json")
     draw_all(results, docs)
-    (docs / "experiments.md").write_text(markdown(results), encoding="utf-8")
+    draw(text, docs / "experiments_text.png")
+    (docs / "experiments.md").write_text(markdown(results, text), encoding="utf-8")
 
 
 def main(
