@@ -94,6 +94,14 @@ def section(content: Figures | None) -> Figures | None:
             ]
             for name, found in content["quantized"].items()
         ],
+        "pipelined": [
+            [
+                name,
+                f"{one['runs_per_token']:.2f}",
+                ", ".join(f"{kept} of {kept + lost}" for kept, lost in zip(one["held"], one["dropped"], strict=True)),
+            ]
+            for name, one in content.get("pipelined", {}).items()
+        ],
         "stages": main["stages"],
         "device": main["device"],
         "sources": content["data"]["sources"],
