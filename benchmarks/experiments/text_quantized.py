@@ -49,7 +49,7 @@ def measured(runtime: Runtime, texts: Sequences) -> Figures:
 
 
 def pipelined(runtime: Runtime, prompts: Sequences, loops: int) -> Figures:
-    """Write 64 tokens behind every prompt greedily, pipelined. ``held``: drafts that held, by the loop they came from."""
+    """Write 64 tokens behind every prompt greedily, pipelined. ``held``: drafts that held, by their loop."""
     runs, tokens = 0, 0
     held, dropped = np.zeros((2, loops - 1), int)
     for ids in prompts:
