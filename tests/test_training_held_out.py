@@ -409,6 +409,13 @@ def test_chunk_sizes_that_do_not_teach_decoding_are_named(options: dict[str, Any
     assert chunk_warnings(TeacherOptions(), LoopLMConfig(), tokens=12) == []
 
 
+def test_chunk_sizes_that_rarely_decode_are_named() -> None:
+    config = MeltConfig(chunk_size=128)
+    (says,) = chunk_warnings(DistillOptions(chunk_sizes=(1, 32, 128, 256)), config, tokens=512)
+    assert "puts 1 token in 417 into a chunk of its own" in says
+    assert chunk_warnings(DistillOptions(chunk_sizes=(1,) * 8 + (32, 128, 256)), config, tokens=512) == []
+
+
 def test_a_run_that_puts_its_sequences_into_one_chunk_is_warned(
     tmp_path: Path, text_data: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
