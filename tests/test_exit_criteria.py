@@ -133,6 +133,14 @@ def test_values_that_cannot_be_are_refused_by_both(text: str) -> None:
         ExitCriteria.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("same:0.5", "'0.5' is not a whole number"), ("kl:0.1,kl:0.2", "names kl twice")]
+)
+def test_a_refusal_says_what_is_wrong_with_the_text(text: str, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        parse_exit(text)
+
+
 def test_an_exit_replaces_the_packages_threshold_and_contradictions_are_refused(runtime: Runtime) -> None:
     options = runtime.options(exit="never").loops
     assert (options.exit_threshold, options.adaptive) == (1.0, False)
@@ -179,7 +187,7 @@ def test_a_manifest_with_a_broken_exit_is_refused(package: Path, tmp_path: Path)
     with pytest.raises(PackageError, match=r"exit.criteria"):
         Runtime.load(calibrated(package, tmp_path, criteria="entropy:0.3;rm"))
     unknown = Runtime.load(calibrated(package, tmp_path / "other", criteria="mood:0.3"))
-    with pytest.raises(ArgumentError, match="mood"):
+    with pytest.raises(ArgumentError, match=r"manifest.json: exit is 'mood:0.3'"):
         unknown.options(exit="auto")
 
 

@@ -63,7 +63,9 @@ def parse_exit(text: Any) -> dict[str, float]:
     seen = set[str]()
     for part in text.split(","):
         name, colon, value = (piece.strip() for piece in part.partition(":"))
-        if name not in CRITERIA or not colon or name in seen:
+        if name in seen:
+            raise ArgumentError(f"exit is {shown(text)}, which names {name} twice")
+        if name not in CRITERIA or not colon:
             raise ArgumentError(
                 f"exit is {shown(text)}; it must be {AUTO}, {NEVER} or NAME:VALUE with one of {', '.join(CRITERIA)}, "
                 "several with commas"
@@ -73,7 +75,8 @@ def parse_exit(text: Any) -> dict[str, float]:
         try:
             found[one.option] = int(value) if one.whole else float(value)
         except ValueError as error:
-            raise ArgumentError(f"exit is {shown(text)}, where {shown(value)} is not a number") from error
+            kind = "a whole number" if one.whole else "a number"
+            raise ArgumentError(f"exit is {shown(text)}, where {shown(value)} is not {kind}") from error
         one.check(found[one.option])
     return found
 

@@ -27,7 +27,12 @@ def exit_options(manifest: Manifest, wanted: str | None, given: Mapping[str, Any
                 "auto:1pt or the like, or give a criterion such as 'entropy:0.3'"
             )
         wanted = str(manifest.exit["criteria"])
-    found: dict[str, Any] = parse_exit(wanted)
+        try:
+            found: dict[str, Any] = parse_exit(wanted)
+        except ArgumentError as error:
+            raise ArgumentError(f"the package's calibrated exit cannot be used: manifest.json: {error}") from error
+    else:
+        found = parse_exit(wanted)
     for one in CRITERIA.values():
         value = given[one.option]
         if value is None or value == one.never:
