@@ -93,6 +93,20 @@ def test_options_that_do_not_fit_are_refused_in_a_sentence(tmp_path: Path, argum
     assert not (tmp_path / "package").exists()
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ('{"prompt": 1, "answer": "2"}', "line 1 is not a JSON object"),
+        ('{"prompt": "2+2=", "answer": "4"}', "has 1 problem; it must have 2 or more"),
+    ],
+)
+def test_problems_that_cannot_be_used_are_refused_in_a_sentence(tmp_path: Path, lines: str, says: str) -> None:
+    (tmp_path / "problems.jsonl").write_text(lines)
+    done = export(tmp_path / "package", "--exit", "auto:1pt", "--exit-text", str(tmp_path / "problems.jsonl"))
+    assert isinstance(done.exception, ArgumentError)
+    assert says in str(done.exception)
+
+
 def test_a_looplm_and_a_model_of_one_loop_have_no_exit_to_calibrate(
     make_looplm: MakeCheckpoint, make_checkpoint: MakeCheckpoint, make_package: MakePackage
 ) -> None:

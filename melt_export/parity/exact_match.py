@@ -42,9 +42,12 @@ def read_problems(path: Path, package: Package, option: str = "--eval-answers") 
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
-            prompt, answer = tokenizer.encode(content["prompt"]), str(content["answer"])
+            question, answer = content["prompt"], content["answer"]
+            if not isinstance(question, str) or isinstance(answer, bool) or not isinstance(answer, str | int | float):
+                raise TypeError("prompt must be text, and answer text or a number")
+            prompt, answer = tokenizer.encode(question), str(answer)
             tokens = len(tokenizer.encode(answer, add_special_tokens=False)) + 1
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArgumentError(
                 f'{path}, line {number} is not a JSON object with "prompt" and "answer": {error!r}'
             ) from error

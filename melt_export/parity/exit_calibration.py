@@ -216,6 +216,8 @@ def _sample(runtime: Runtime, options: ExitOptions) -> Sample:
         if options.unit == "%":
             raise ArgumentError(f"--exit-text {path} has problems, on which --exit takes points, such as auto:1pt")
         problems = read_problems(path, Package.open(directory, check_hashes=False), "--exit-text")[:_PROBLEMS]
+        if len(problems) < 2:
+            raise ArgumentError(f"--exit-text {path} has 1 problem; it must have 2 or more, to search and to check")
         prompts = [list(problem.prompt) for problem in problems]
         return ProblemSample(runtime, prompts, max(one.tokens for one in problems), path.name)
     ids = encode_text(directory, path, documentation, option="--exit-text", refused=ArgumentError)
