@@ -75,6 +75,7 @@ def test_a_file_has_options_of_every_command_the_package_among_them(tiny_package
         ("[serve]\nlog-prompts = 1", "it must be true or false"),
         ("[serve]\nport = 8000.5", "'--port'"),
         ("[serve\n", "is no TOML"),
+        ("[generate]\nmax_tokens = 1\nmax-tokens = 2", "the option max-tokens twice"),
         ("a" * (1 << 20) + "=1", "no file of options is that large"),
         ("[serve]\nname = 2020-01-01", "it must be a text or a number"),
     ],
@@ -85,6 +86,16 @@ def test_a_wrong_file_is_refused_by_the_name_of_what_is_wrong(tmp_path: Path, te
     result = run("--config", file, "serve", tmp_path / "none")
     assert result.exit_code == 2
     assert said in result.output
+
+
+def test_a_device_without_an_end_is_not_read_as_a_file() -> None:
+    assert "no file of options is that large" in refused(run("--config", "/dev/zero", "serve", "package"))
+
+
+def test_no_slots_are_refused_by_the_options_name(tiny_package: Path) -> None:
+    result = run("serve", tiny_package, "--slots", 0)
+    assert result.exit_code == 2
+    assert "'--slots'" in result.output
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -37,9 +37,11 @@ def read_config(file: Path, program: Any) -> dict[str, dict[str, Any]]:
     Raises ArgumentError for a file that is no TOML, an unknown section or option, and a value of another kind.
     """
     try:
-        if file.is_file() and file.stat().st_size > _MOST_BYTES:
+        with file.open("rb") as opened:
+            raw = opened.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
             raise ArgumentError(f"--config {file} has over {_MOST_BYTES:,} bytes; no file of options is that large")
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(raw.decode("utf-8"))
     except OSError as error:
         raise ArgumentError(f"--config {file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -59,6 +61,8 @@ def read_config(file: Path, program: Any) -> dict[str, dict[str, Any]]:
             if name not in parameters:
                 raise ArgumentError(f"{where} has an unknown option {shown(key)}{_instead(name, parameters)}")
             parameter = parameters[name]
+            if parameter.name in found[section]:
+                raise ArgumentError(f"{where} has the option {name.replace('_', '-')} twice")
             found[section][parameter.name] = _value(parameter, value, f"{where}: {key}")
     return found
 

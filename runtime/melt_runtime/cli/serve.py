@@ -46,7 +46,9 @@ def serve_command(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name to clients; default: as called here.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Requests that run at once; default: the package's most.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Requests that run at once; default: the package's most.", min=1)
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a slot.", min=0)] = 64,
     max_tokens: Annotated[
         int | None, typer.Option(help="Most new tokens a choice may have; default: as many as the cache holds.", min=1)
