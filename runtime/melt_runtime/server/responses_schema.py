@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from .chat_schema import ChatBody
 from .fields import Count, Strict, by_kind, invalid, unsupported
@@ -126,6 +126,12 @@ class TextFormat(Strict):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise invalid("the type json_schema needs it", "schema")
+        return self
 
 
 class TextOptions(Strict):
