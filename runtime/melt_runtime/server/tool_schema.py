@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import AfterValidator, Field, Tag
 
-from .fields import Strict, by_kind
+from .fields import Strict, by_kind, invalid
 
 MAX_TOOLS = 512
 MAX_CALLS = 512  # in one message
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+
+
+def _of_an_object(parameters: dict[str, Any]) -> dict[str, Any]:
+    if parameters.get("type", "object") != "object":
+        raise invalid("it must be object: arguments are named", "type")
+    return parameters
 
 
 class Function(Strict):
@@ -19,7 +25,7 @@ class Function(Strict):
 
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_of_an_object)] | None = None
     strict: bool | None = None
 
     @property
