@@ -21,7 +21,7 @@ from processes import LIMIT
 from melt_export.export import building
 from melt_export.options import ExportOptions
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.api")  # a folder of examples has its name
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from melt_runtime.lm_eval import MeltRun

@@ -79,7 +79,7 @@ def without_quality(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def melt_train(*arguments: str) -> Any:
-    return CliRunner().invoke(app, [*arguments])
+    return CliRunner().invoke(app, [*arguments], env={"COLUMNS": "120"})
 
 
 @pytest.fixture(scope="module")
