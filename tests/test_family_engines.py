@@ -90,7 +90,7 @@ def test_layers_of_all_stages_get_small_weights(
     package = Package.open(Path(shutil.copytree(source, tmp_path / "package")))
     plain, small = (build_engine(package, EngineOptions(weights=weights)) for weights in (None, "int4"))
     for graph in ("embed", "loop_step", "coda"):
-        assert small.files[graph].bytes < 0.65 * plain.files[graph].bytes, graph
+        assert small.files[graph].bytes < 0.75 * plain.files[graph].bytes, graph
 
 
 def test_an_engine_without_the_codas_plan_is_refused(
