@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from melt_models.checkpoint import load_model
 from melt_models.configuration import LoopLMConfig, MeltConfig
 from melt_models.training import trainer
@@ -26,6 +25,7 @@ from melt_models.training.held_out import DepthScore, Evaluation, HeldOut
 from melt_models.training.objectives import DistillOptions, TeacherOptions
 from melt_models.training.stages import run
 from melt_models.training.tasks import END, PAD, Addition
+from run_files import write_run
 from typer.testing import CliRunner
 
 TEACHER = {"steps": 6, "batch_size": 8, "learning_rate": 0.003, "warmup_steps": 2, "save_every": 3}
@@ -53,11 +53,7 @@ CHARACTERS = (PAD, END, *"abcdefghijklmnopqrstuvwxyz0123456789 \n")
 
 def write(directory: Path, **sections: Any) -> Path:
     """The YAML file of a small run whose output is beside it; a section of None is left out."""
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {"output": str(directory / "out"), **RUN, **sections}
-    file = directory / "run.yaml"
-    file.write_text(yaml.safe_dump({name: value for name, value in content.items() if value is not None}))
-    return file
+    return write_run(directory, RUN, **sections)
 
 
 def prepare(directory: Path, **sections: Any) -> RunConfig:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.checkpoint import load_model
 from melt_models.training.config import RunConfig, StageConfig, read_run
@@ -23,6 +22,7 @@ from melt_models.training.objectives import TeacherObjective
 from melt_models.training.stages import run
 from melt_models.training.trainer import make_optimizers
 from processes import LIMIT, started
+from run_files import write_run
 
 TEACHER = {"steps": 12, "batch_size": 8, "learning_rate": 0.003, "warmup_steps": 2, "save_every": 4}
 PHASE = {"steps": 6, "batch_size": 8, "learning_rate": 0.001, "warmup_steps": 2, "save_every": 2}
@@ -48,11 +48,7 @@ RUN: dict[str, Any] = {
 
 def write(directory: Path, **sections: Any) -> Path:
     """The YAML file of a small run whose output is beside it; a section of None is left out."""
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {"output": str(directory / "out"), **RUN, **sections}
-    file = directory / "run.yaml"
-    file.write_text(yaml.safe_dump({name: value for name, value in content.items() if value is not None}))
-    return file
+    return write_run(directory, RUN, **sections)
 
 
 def prepare(directory: Path, **sections: Any) -> RunConfig:
