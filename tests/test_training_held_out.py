@@ -390,7 +390,9 @@ def test_eval_of_what_is_no_finished_run_is_refused_in_one_sentence(tmp_path: Pa
     [
         ({"chunk_sizes": (1, 4)}, None),
         ({"chunk_sizes": (1, 64)}, None),
-        ({}, "melt.chunk_size 4 never draws chunks of one token, in which the model decodes; `chunk_sizes: [1, 4]`"),
+        ({"decoding_share": 0.5}, None),
+        ({"chunk_sizes": (12, 16), "decoding_share": 0.5}, None),
+        ({}, "melt.chunk_size 4 never draws chunks of one token, in which the model decodes; `decoding_share: 0.5`"),
         ({"chunk_sizes": (2, 8)}, "chunk_sizes [2, 8] never draws chunks of one token"),
         ({"chunk_sizes": (12, 16)}, "a sequence has 12 tokens and chunk_sizes [12, 16] puts them all into one chunk"),
         ({"chunk_wise": False}, "chunk_wise is false"),
@@ -410,6 +412,9 @@ def test_chunk_sizes_that_rarely_decode_are_named() -> None:
     (says,) = chunk_warnings(DistillOptions(chunk_sizes=(1, 32, 128, 256)), config, tokens=512)
     assert "puts 1 token in 417 into a chunk of its own" in says
     assert chunk_warnings(DistillOptions(chunk_sizes=(1,) * 8 + (32, 128, 256)), config, tokens=512) == []
+    (says,) = chunk_warnings(DistillOptions(chunk_sizes=(128, 256), decoding_share=0.004), config, tokens=512)
+    assert "puts 1 token in 250 into a chunk of its own" in says
+    assert chunk_warnings(DistillOptions(chunk_sizes=(128, 256), decoding_share=0.1), config, tokens=512) == []
 
 
 def test_a_run_that_puts_its_sequences_into_one_chunk_is_warned(

@@ -190,6 +190,16 @@ def test_drawn_chunks_cover_every_token_once_and_differ_from_step_to_step() -> N
     assert plans == [distil(DistillOptions(chunk_sizes=(1, 2, 4)))._chunks(step, 0, 50) for step in range(20)]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_the_share_of_tokens_that_run_as_in_decoding_is_kept(share: float) -> None:
+    objective = distil(DistillOptions(chunk_sizes=(16, 64), decoding_share=share))
+    plans = [objective._chunks(step, 0, 20_000) for step in range(10)]
+    for plan in plans:
+        assert [at for start, end, _ in plan for at in range(start, end)] == list(range(20_000))
+    alone = sum(end - start == 1 for plan in plans for start, end, _ in plan) / 200_000
+    assert alone == pytest.approx(share, rel=0.1)
+
+
 def test_random_depth_draws_the_loops_of_every_chunk() -> None:
     objective = distil(DistillOptions(random_depth=1.0))
     assert {loops for step in range(20) for *_, loops in objective._chunks(step, 0, 7)} == {1, 2, 3}
@@ -232,6 +242,7 @@ def test_the_teacher_is_frozen_and_not_part_of_what_is_trained() -> None:
         ({"attention_weight": -1.0}, "attention_weight is -1"),
         ({"attention_weight": float("nan")}, "attention_weight is nan"),
         ({"random_depth": 1.5}, "at most 1"),
+        ({"decoding_share": 1.5}, "decoding_share is 1.5; it is a share and must be at most 1"),
         ({"random_depth": 0.5, "interpolation": "linear"}, "random_depth needs"),
         ({"chunk_sizes": [4, 0]}, "each must be 1 or more"),
     ],

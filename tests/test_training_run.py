@@ -16,6 +16,7 @@ import pytest
 import torch
 from melt_models import LoopLMForCausalLM, MeltForCausalLM
 from melt_models.checkpoint import load_model
+from melt_models.errors import CheckpointError
 from melt_models.training.config import RunConfig, StageConfig, read_run
 from melt_models.training.errors import ConfigError, SnapshotError, TrainingDivergedError
 from melt_models.training.objectives import TeacherObjective
@@ -342,6 +343,31 @@ def test_without_phase1_the_second_phase_starts_from_the_converted_teacher(tmp_p
     model = load_model(config.output / "phase2")
     assert list(model.config.untrained) == []
     assert losses(config.output, "phase2")[0] > 0
+
+
+def test_the_second_phase_goes_on_with_a_finished_melt(tmp_path: Path, whole: Path) -> None:
+    sections: dict[str, Any] = {"teacher": {"checkpoint": str(whole / "teacher")}, "model": None, "phase1": None}
+    unmoved = {**PHASE, "steps": 1, "learning_rate": 1e-12, "gate_learning_rate": 1e-12}
+    config = prepare(tmp_path, **sections, phase2={**unmoved, "checkpoint": str(whole / "phase2")})
+    run(config, config.stages())
+    before, after = (load_model(output / "phase2").state_dict() for output in (whole, config.output))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+    wrong = prepare(tmp_path, **sections, output="wrong", phase2={**PHASE, "checkpoint": str(whole / "teacher")})
+    with pytest.raises(CheckpointError, match="teacher is a 'ouro'; phase2 goes on with a MELT"):
+        run(wrong, ["phase2"])
+    with pytest.raises(ConfigError, match="so phase1 would have no effect"):
+        prepare(tmp_path, **sections | {"phase1": PHASE}, phase2={**PHASE, "checkpoint": str(whole / "phase2")})
+
+
+def test_a_melt_of_another_shape_than_its_teacher_is_refused(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole / "phase2", tmp_path / "melt")
+    config = tmp_path / "melt" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"total_ut_steps": 3}))
+    sections: dict[str, Any] = {"teacher": {"checkpoint": str(whole / "teacher")}, "model": None, "phase1": None}
+    other = prepare(tmp_path, **sections, phase2={**PHASE, "checkpoint": str(tmp_path / "melt")})
+    with pytest.raises(CheckpointError, match=r"has total_ut_steps 3 and its teacher .* 2; they must be equal"):
+        run(other, ["phase2"])
 
 
 def test_a_phase_whose_start_is_not_there_is_refused(tmp_path: Path, whole: Path) -> None:

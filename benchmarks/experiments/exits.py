@@ -1,7 +1,7 @@
 """Measures early exit: quality against mean loops, for every criterion beside fixed depths, and writes docs/exits.json.
 
     python benchmarks/experiments/exits.py addition ROW=CHECKPOINT[,CHECKPOINT...] ...
-    python benchmarks/experiments/exits.py text ROW=CHECKPOINT[,...] --held-out FILE ... [--device cuda]
+    python benchmarks/experiments/exits.py text ROW=CHECKPOINT[,...] --held-out FILE ... --capped [--device cuda]
     python benchmarks/experiments/exits.py letters ROW=CHECKPOINT[,...] --held-out FILE --prompt 16 --written 48
 
 A row is a way of training; its checkpoints are seeds. Of a row that ends in -gate only the gate is measured: the other
@@ -9,16 +9,19 @@ criteria are those of the row without. Results are merged into the file, row by 
 exit_docs.py writes docs/adaptive-depth.md. Minutes on one core for addition.
 
 Prompts run all loops, for fixed depths and for every criterion, so that only the written tokens differ; "prompt too"
-are the fixed depths that the prompt shares.
+are the fixed depths that the prompt shares. With ``--capped`` a criterion is also tried with fewer loops at most, as
+``--loops 2 --exit gate:0.8`` asks for: a word that no depth makes sure of would run them all.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,14 +103,16 @@ def of_text(model: Any, sequences: Tensor, prompt: int) -> Measure:
     sequences: (n, tokens), of which ``prompt`` run at once, and the last is not run.
     """
     ids = sequences.to(model.device)
+    prompts: dict[int, Any] = {}  # the cache behind the prompts, by its loops
 
     @torch.no_grad()
     def measure(loops: int, criteria: ExitCriteria, shared: bool) -> Figures:
         most = loops if shared else model.config.total_ut_steps
-        output = model(ids[:, :prompt], num_loops=most, exit_threshold=1.0, logits_to_keep=1)
-        loss, depth = 0.0, 0.0
+        if most not in prompts:
+            read = model(ids[:, :prompt], num_loops=most, exit_threshold=1.0, logits_to_keep=1)
+            prompts[most] = read.past_key_values
+        cache, loss, depth = copy.deepcopy(prompts[most]), 0.0, 0.0
         for at in range(prompt, ids.shape[1] - 1):
-            cache = output.past_key_values
             output = model(
                 ids[:, at : at + 1], past_key_values=cache, num_loops=loops, exit_threshold=1.0, exits=criteria
             )
@@ -120,8 +125,11 @@ def of_text(model: Any, sequences: Tensor, prompt: int) -> Measure:
     return measure
 
 
-def curves(model: Any, measure: Measure, criteria: Sequence[str] = tuple(GRID)) -> Figures:
-    """Return the fixed depths and the curves of criteria. ``cost``: loops, and what further heads cost."""
+def curves(model: Any, measure: Measure, criteria: Sequence[str] = tuple(GRID), *, capped: bool = False) -> Figures:
+    """Return the fixed depths and the curves of criteria. ``cost``: loops, and what further heads cost.
+
+    ``capped``: also with fewer loops at most, from 2 on; the points then say with how many.
+    """
     most, share = model.config.total_ut_steps, head_share(model)
     found: Figures = {"loops": most, "head_share": round(share, 4)}
     for name, shared in (("fixed", False), ("fixed, prompt too", True)):
@@ -130,11 +138,12 @@ def curves(model: Any, measure: Measure, criteria: Sequence[str] = tuple(GRID)) 
             point["cost"] = point["loops"]
     found["criteria"] = {}
     for name in criteria:
-        values = GRID[name]
-        points = [{**measure(most, ExitCriteria(**{name: x}), False), "setting": x} for x in values]  # type: ignore[arg-type]
-        for point in points:
-            heads = 0.0 if name in ("gate", "change") else share * min(point["loops"], most - 1)
-            point["cost"] = round(point["loops"] + heads, 4)
+        points = []
+        for cap, value in product(range(2, most + 1) if capped else (most,), GRID[name]):
+            setting: Figures = {name: value}
+            point = {**measure(cap, ExitCriteria(**setting), False), "setting": value, "most": cap}
+            heads = 0.0 if name in ("gate", "change") else share * min(point["loops"], cap - 1)
+            points.append(point | {"cost": round(point["loops"] + heads, 4)})
         found["criteria"][name] = points
     return found
 
@@ -148,6 +157,7 @@ def main(
     prompt: Annotated[int, typer.Option(help="Tokens of a text that run at once.")] = 96,
     written: Annotated[int, typer.Option(help="Tokens of a text that run one by one behind them.")] = 32,
     sequences: Annotated[int, typer.Option(help="Sequences per held-out file.")] = SEQUENCES,
+    capped: Annotated[bool, typer.Option("--capped", help="Also with 2, 3, ... loops at most.")] = False,
     output: Annotated[Path, typer.Option(help="The file to merge the results into.")] = Path("docs/exits.json"),
 ) -> None:
     """Measure early exit of trained checkpoints."""
@@ -168,7 +178,8 @@ def main(
                 measure = of_text(model, torch.cat(list(by_file.values())), prompt)
                 count = sum(map(len, by_file.values()))
                 sample = f"{count} places of held-out text, {written} tokens each behind {prompt}"
-            found.append(curves(model, measure, ("gate",) if name.endswith("-gate") else tuple(GRID)))
+            criteria = ("gate",) if name.endswith("-gate") else tuple(GRID)
+            found.append(curves(model, measure, criteria, capped=capped))
         figures = {"seeds": found, "seconds": round(time.monotonic() - begun), "sample": sample}
         content["tasks"].setdefault(task, {})[name] = figures
         content |= {

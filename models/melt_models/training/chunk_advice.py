@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..configuration import LoopedConfig, MeltConfig
 from .gate import GateOptions
 from .objectives import DistillOptions, TeacherOptions
@@ -24,19 +26,25 @@ def chunk_warnings(
             "decoding reads"
         ]
     found = []
-    if min(sizes) >= tokens:
+    if min(sizes) >= tokens and not options.decoding_share:
         found.append(
             f"a sequence has {tokens} tokens and {source} puts them all into one chunk, so no token is trained on the "
             "keys and values that earlier chunks leave, which decoding reads; choose smaller chunks or longer sequences"
         )
-    elif 1 not in sizes:
+    elif 1 not in sizes and not options.decoding_share:
         found.append(
-            f"{source} never draws chunks of one token, in which the model decodes; `chunk_sizes: [1, "
-            f"{', '.join(map(str, sizes))}]` does"
+            f"{source} never draws chunks of one token, in which the model decodes; `decoding_share: 0.5` gives half "
+            "of the tokens a chunk of their own"
         )
-    elif (alone := sizes.count(1) / sum(min(size, tokens) for size in sizes)) < _RARELY:
+    elif (alone := _alone(sizes, tokens, options.decoding_share)) < _RARELY:
         found.append(
             f"{source} puts 1 token in {round(1 / alone)} into a chunk of its own, in which the model decodes: it may "
-            "then write much worse than it reads; a size that is listed several times is drawn more often"
+            "then write much worse than it reads; `decoding_share: 0.5` does so with half of the tokens"
         )
     return found
+
+
+def _alone(sizes: Sequence[int], tokens: int, decoding_share: float) -> float:
+    """Return the share of the tokens that have a chunk of their own."""
+    drawn = sizes.count(1) / sum(min(size, tokens) for size in sizes)
+    return decoding_share + (1 - decoding_share) * drawn

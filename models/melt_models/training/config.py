@@ -90,7 +90,8 @@ class StageConfig:
 class Stage:
     """One stage of a run: its hyperparameters and the options of its objective.
 
-    ``checkpoint``: the model whose exit gate is trained; None: the run's own, of the stage before.
+    ``checkpoint``: the MELT that phase 2 goes on with, or the model whose exit gate is trained; None: the run's own, of
+    the stage before.
     """
 
     training: StageConfig
@@ -187,6 +188,9 @@ def read_run(file: Path, *, output: Path | None = None) -> RunConfig:
     made: dict[str, Any] = {
         name: _stage(name, content[name], top.get("seed", 0), file) for name in STAGES if name in content
     }
+    first, second = made.get("phase1"), made.get("phase2")
+    if first and first.training.steps and second and second.checkpoint:
+        raise ConfigError(f"{file}: section phase2: checkpoint is what it starts from, so phase1 would have no effect")
     if not model and isinstance(made.get("teacher"), Stage):
         raise ConfigError(f"{file}: section model is missing; it says what teacher to train, in LoopLMConfig's fields")
     return RunConfig(file=file, data=dict(content["data"]), model=model, melt=melt, **top, **made)
@@ -211,7 +215,7 @@ def _check_sections(content: Mapping[str, Any], file: Path) -> None:
 def _stage(name: str, section: Mapping[str, Any], seed: int, file: Path) -> Stage | Path:
     where = f"{file}: section {name}"
     checkpoint: Path | None = None
-    if name in ("teacher", "gate") and "checkpoint" in section:
+    if name != "phase1" and "checkpoint" in section:
         if name == "teacher" and len(section) > 1:
             others = ", ".join(key for key in map(str, section) if key != "checkpoint")
             raise ConfigError(f"{where}: checkpoint is a finished teacher, so {others} would have no effect")

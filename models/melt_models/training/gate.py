@@ -16,7 +16,7 @@ from ..melt import MeltForCausalLM
 from .chunked import ChunkedForward, ChunkStates, TeacherForward
 from .data import IGNORE
 from .errors import ConfigError
-from .objectives import Losses, Objective, StepSize, at_least, draw_chunks, draw_start, token_losses
+from .objectives import Losses, Objective, StepSize, at_least, draw_chunks, draw_start, shares, token_losses
 
 COMPARED = ("next", "best")
 
@@ -28,21 +28,21 @@ class GateOptions:
     - ``compared``: a token should stay if the ``"next"`` loop, or the ``"best"`` of all later ones, lowers its loss.
     - ``least_gain``: by how much, in nats; ``sharpness``: how fast the target goes from leave to stay around that
       gain. The defaults are the paper's.
-    - ``chunk_sizes``, ``random_depth``: how a MELT's tokens run, as in phase 2.
+    - ``chunk_sizes``, ``decoding_share``, ``random_depth``: how a MELT's tokens run, as in phase 2.
     """
 
     compared: str = "next"
     least_gain: float = 0.005
     sharpness: float = 50.0
     chunk_sizes: Sequence[int] = ()
+    decoding_share: float = 0.0
     random_depth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.compared not in COMPARED:
             raise ValueError(f"compared is {self.compared!r}; it must be one of {', '.join(COMPARED)}")
-        at_least(self, 0.0, "least_gain", "sharpness", "random_depth")
-        if self.random_depth > 1:
-            raise ValueError(f"random_depth is {self.random_depth}; it is a share of the steps and must be at most 1")
+        at_least(self, 0.0, "least_gain", "sharpness")
+        shares(self, "random_depth", "decoding_share")
         if any(size < 1 for size in self.chunk_sizes):
             raise ValueError(f"chunk_sizes are {list(self.chunk_sizes)}; each must be 1 or more")
 
@@ -75,7 +75,8 @@ class GateObjective(Objective):
         melt = None if looplm else ChunkedForward(self.model.model, loops, start=start)
         if melt is not None:
             sizes = self.options.chunk_sizes or [self.model.config.chunk_size]
-            chunks = draw_chunks(self.seed, step, *span, sizes, loops, self.options.random_depth)
+            options = self.options
+            chunks = draw_chunks(self.seed, step, *span, sizes, loops, options.random_depth, options.decoding_share)
         parts: dict[str, Tensor] = {}
         for at, until, depth in chunks:
             ids, goals = input_ids[:, at:until], targets[:, at:until]

@@ -35,6 +35,13 @@ def at_least(options: object, least: float, *names: str) -> None:
             raise ValueError(f"{name} is {value!r}; it must be a number from {least:g}")
 
 
+def shares(options: object, *names: str) -> None:
+    at_least(options, 0.0, *names)
+    for name in names:
+        if getattr(options, name) > 1:
+            raise ValueError(f"{name} is {getattr(options, name)!r}; it is a share and must be at most 1")
+
+
 class StepSize(NamedTuple):
     """Size of a whole optimiser step, divided by the number of processes."""
 
@@ -122,6 +129,7 @@ class DistillOptions:
     - ``chunk_wise``: if False, a whole sequence is one chunk.
     - ``chunk_sizes``: each chunk's size is drawn from these; if empty, it is the model's own. Small sizes resemble
       decoding, which has chunks of one token.
+    - ``decoding_share``: share of the tokens that stand in a chunk of their own, as in decoding, whatever the sizes.
     - ``random_depth``: share of the steps in which each chunk leaves after a random number of loops, as tokens do under
       an exit threshold; only at alpha = 1.
     - ``exit_weight``: weight of the exit gate's loss. The gate learns, without changing the states, whether a loop's
@@ -139,6 +147,7 @@ class DistillOptions:
     teacher_loop: str = "same"
     chunk_wise: bool = True
     chunk_sizes: Sequence[int] = ()
+    decoding_share: float = 0.0
     random_depth: float = 0.0
     exit_weight: float = 0.0
     truncate: int = 0
@@ -149,9 +158,8 @@ class DistillOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
-        at_least(self, 0.0, "attention_weight", "exit_weight", "truncate", "random_depth", "interpolation_share")
-        if self.random_depth > 1 or self.interpolation_share > 1:
-            raise ValueError("random_depth and interpolation_share are shares of the steps; they must be at most 1")
+        at_least(self, 0.0, "attention_weight", "exit_weight", "truncate")
+        shares(self, "random_depth", "interpolation_share", "decoding_share")
         if self.random_depth and self.interpolation != "none":
             raise ValueError("random_depth needs interpolation: none; LoopLM's rows are needed for every loop")
         if any(size < 1 for size in self.chunk_sizes):
@@ -270,7 +278,8 @@ class DistillObjective(Objective):
         """Return (start, end, loops) of every chunk of a span. Random choices are equal in all processes."""
         sizes = (self.options.chunk_sizes or [self.model.config.chunk_size]) if self.options.chunk_wise else ()
         loops = self.model.config.total_ut_steps
-        return draw_chunks(self.seed, step, start, end, sizes, loops, self.options.random_depth)
+        share = self.options.decoding_share if sizes else 0.0
+        return draw_chunks(self.seed, step, start, end, sizes, loops, self.options.random_depth, share)
 
     def _on(self, device: torch.device) -> LoopLMForCausalLM:
         """Return the teacher, moved to the batch's device."""
@@ -287,17 +296,28 @@ def draw_start(seed: int, step: int, batch: int) -> Start:
 
 
 def draw_chunks(
-    seed: int, step: int, start: int, end: int, sizes: Sequence[int], loops: int, random_depth: float
+    seed: int,
+    step: int,
+    start: int,
+    end: int,
+    sizes: Sequence[int],
+    loops: int,
+    random_depth: float,
+    decoding_share: float = 0.0,
 ) -> list[tuple[int, int, int]]:
     """Cut a span into chunks of drawn ``sizes`` (none: one chunk). Returns (start, end, loops) of each.
 
-    In the share ``random_depth`` of the steps each chunk's number of loops is drawn too.
+    In the share ``random_depth`` of the steps each chunk's number of loops is drawn too. With ``decoding_share`` so
+    many tokens, in the mean over long spans, have a chunk of their own, besides those that ``sizes`` puts there.
     """
     rng = np.random.default_rng([seed, step, start])
     drawn = np.random.default_rng([seed, step]).random() < random_depth
+    mean = sum(min(size, end - start) for size in sizes) / len(sizes) if sizes else end - start
+    alone = decoding_share * mean / (1 - decoding_share + decoding_share * mean)  # of the chunks
     chunks, at = [], start
     while at < end:
-        size = int(rng.choice(list(sizes))) if sizes else end - start
+        decoding = bool(decoding_share) and rng.random() < alone
+        size = 1 if decoding else int(rng.choice(list(sizes))) if sizes else end - start
         depth = int(rng.integers(1, loops + 1)) if drawn else loops
         chunks.append((at, min(at + size, end), depth))
         at += size

@@ -177,12 +177,16 @@ class _Start:
             raise CheckpointError(
                 f"{teacher} is a {looplm.model_type!r}; a teacher must be a LoopLM, with caches in every loop"
             )
-        if name == "phase1" or "phase1" not in run.stages():
+        named = getattr(run, name).checkpoint
+        if named is None and (name == "phase1" or "phase1" not in run.stages()):
             return cls(melt_config(looplm, **run.melt), source=teacher, teacher=teacher)
-        source = run.output / "phase1"
+        source = run.output / "phase1" if named is None else named
         if not source.exists():
             raise ConfigError(f"phase2 starts from {source}, which is not there; run the stage phase1 first")
         melt = cast(MeltConfig, read_config(source))
+        if not isinstance(melt, MeltConfig):
+            raise CheckpointError(f"{source} is a {melt.model_type!r}; phase2 goes on with a MELT")
+        _check_distilled(looplm, melt, source, teacher)
         _check_melt(run, melt, source)
         return cls(melt, source=source, teacher=teacher)
 
@@ -282,6 +286,14 @@ def _scale_branches(model: LoopLMForCausalLM, scale: float) -> None:
     for layer in layers:
         for norm in (layer.input_layernorm_2, layer.post_attention_layernorm_2):
             torch.nn.init.constant_(norm.weight, scale)
+
+
+def _check_distilled(looplm: LoopLMConfig, melt: MeltConfig, source: Path, teacher: Path) -> None:
+    """Raise CheckpointError if a MELT cannot learn from a LoopLM, state by state."""
+    for key in ("vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim", "total_ut_steps"):
+        mine, theirs = getattr(melt, key), getattr(looplm, key)
+        if mine != theirs:
+            raise CheckpointError(f"{source} has {key} {mine} and its teacher {teacher} {theirs}; they must be equal")
 
 
 def _check_melt(run: RunConfig, melt: MeltConfig, source: Path) -> None:
