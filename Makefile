@@ -62,6 +62,8 @@ experiments: $(VENV)/.dev
 	$(BIN)/python benchmarks/experiments/run.py
 	test -f build/text/data/data.json || $(BIN)/python benchmarks/experiments/text_data.py
 	test -f build/text/runs/main-0/result.json || $(BIN)/python benchmarks/experiments/text_train.py --size cpu --budget 14400
+	test -f build/text/runs/decoding-0/run.yaml || $(BIN)/python benchmarks/experiments/text_decoding.py
+	for seed in 0 1; do $(BIN)/melt-train all --config build/text/runs/decoding-$$seed/run.yaml --resume || exit 1; done
 	$(BIN)/python benchmarks/experiments/text_record.py
 	$(BIN)/python benchmarks/experiments/text_quantized.py
 	$(BIN)/python benchmarks/experiments/document.py

@@ -185,3 +185,20 @@ def test_a_recipe_for_text_is_readable_by_the_trainer(data: Path, tmp_path: Path
     content = text_runs.content(text_runs.MAIN, 0, text_runs.SIZES["tiny"], data, tmp_path)
     file.write_text(yaml.safe_dump(json.loads(json.dumps(content))), encoding="utf-8")
     assert read_run(file).stages() == ["teacher", "phase1", "phase2", "gate"]
+
+
+def test_a_run_that_goes_on_by_decoding_is_readable_by_the_trainer(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in text_runs.SEEDS:
+        for stage in ("teacher", "gate"):
+            Path(f"runs/main-{seed}/{stage}").mkdir(parents=True)
+    command = [sys.executable, str(FOLDER / "text_decoding.py"), "--size", "tiny", "--data", str(data)]
+    done = subprocess.run([*command, "--root", "runs"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for seed in text_runs.SEEDS:
+        run = read_run(Path(f"runs/decoding-{seed}/run.yaml"))
+        assert run.stages() == ["phase2", "gate"]
+        assert run.phase2 is not None
+        assert run.phase2.checkpoint == Path(f"runs/main-{seed}/gate")

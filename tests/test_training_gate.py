@@ -18,19 +18,23 @@ from test_training_chunked import IDS, looplm, melt
 from test_training_objectives import LABELLED, SIZE, TARGETS, call
 from test_training_run import PHASE, interrupted, lines, losses, prepare, write
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 GATE = {**PHASE, "learning_rate": 0.02}
 NAMES = {"model.early_exit_gate.weight", "model.early_exit_gate.bias"}
 
 
-def expected(logits: Tensor, lambdas: Tensor, *, best: bool = False) -> float:
+def expected(logits: Tensor, lambdas: Tensor, *, best: bool = False, divergence: bool = False) -> float:
     """The gate's loss, written out token by token. logits: (loops, 2, 7, vocab); lambdas: (loops, 2, 7)."""
     total, loops = 0.0, len(logits)
     for row in range(2):
         for column in range(7):
             if LABELLED[row, column]:
                 goal = int(TARGETS[row, column])
-                loss = [float(-logits[t, row, column].log_softmax(-1)[goal]) for t in range(loops)]
+                said = logits[:, row, column].log_softmax(-1)
+                loss = [float(-said[t, goal]) for t in range(loops)]
+                if divergence:
+                    loss = [float(kl_div(said[t], said[-1], log_target=True, reduction="sum")) for t in range(loops)]
                 gains = [loss[t] - (min(loss[t + 1 :]) if best else loss[t + 1]) for t in range(loops - 1)]
                 stays = [float(torch.sigmoid(torch.tensor(50.0 * (gain - 0.005)))) for gain in gains]
             else:
@@ -40,15 +44,17 @@ def expected(logits: Tensor, lambdas: Tensor, *, best: bool = False) -> float:
     return total / SIZE.labelled
 
 
+@pytest.mark.parametrize("divergence", [False, True])
 @pytest.mark.parametrize("best", [False, True])
-def test_the_target_is_whether_a_later_loop_lowers_the_loss(best: bool) -> None:
+def test_the_target_is_whether_a_later_loop_is_better(best: bool, divergence: bool) -> None:
     model = melt(chunk_size=1)
     with torch.no_grad():
         output = model(IDS, exit_threshold=1.0)
         logits = model.lm_head(output.loop_hidden)
-    options = GateOptions(compared="best" if best else "next")
+    options = GateOptions(compared="best" if best else "next", measured="divergence" if divergence else "loss")
     found = call(GateObjective(model, options, seed=0)).total.item()
-    assert found == pytest.approx(expected(logits, output.exit_probability, best=best), rel=1e-4)
+    wanted = expected(logits, output.exit_probability, best=best, divergence=divergence)
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_looplms_gate_learns_the_same_way() -> None:
@@ -143,6 +149,7 @@ def test_the_data_of_the_other_stages_is_what_it_was(tmp_path: Path) -> None:
         ({"compared": "first"}, "compared is 'first'"),
         ({"least_gain": -1.0}, "least_gain is -1.0"),
         ({"random_depth": 1.5}, "random_depth is 1.5"),
+        ({"measured": "accuracy"}, "measured is 'accuracy'; it must be one of loss, divergence"),
         ({"chunk_sizes": (0,)}, "chunk_sizes are"),
     ],
 )

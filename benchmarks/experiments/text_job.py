@@ -176,7 +176,7 @@ class Job:
             model = load_model(config.output / name, dtype=torch.float32).eval().to(self.accelerator.device)
             trained, main = model.config.total_ut_steps, len(self.configs) == 1
             last = name == "phase2"
-            sizes = (1, *(size for size in self.size.chunks if size > 1), 2 * self.size.chunks[-1])
+            sizes = (1, *self.size.chunks, 2 * self.size.chunks[-1])
             depths = LOOPS if main else range(1, trained + 1) if last else (trained,)
             chunks = sizes if main and last else sizes[:1] if last else ()
             decoded = self.size.sequence // 2 if main and last else 0

@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/text_record.py [--root build/text/runs] [--data build/text/data] [--sequences 1]
 
-For every main run, after phase 1 and finished: perplexity by loops, by chunk size, and decoding token by token. What
-training measured is copied. A figure that docs/text.json has is not measured again.
+For every main run after phase 1 and finished, and after text_decoding.py: perplexity by loops, by chunk size, and
+decoding token by token. What training measured is copied. A figure that docs/text.json has is not measured again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from melt_runtime.decoding.loop_driver import LoopSettings
 from numpy.typing import NDArray
 from shared import machine, versions
 from text_measure import held_out_sequences
-from text_runs import MAIN, ROWS, SEEDS
+from text_runs import COLUMNS, MAIN, ROWS, SEEDS
 
 from melt_export.export import building
 from melt_export.options import ExportOptions
 from melt_export.parity.quality import text_logits, token_losses
 
 # "gate": after phase 2 and the training of the exit gate, which is the finished MELT.
-CHECKPOINTS = tuple(f"{MAIN.name}-{seed}/{stage}" for stage in ("gate", "phase1") for seed in SEEDS)
+CHECKPOINTS = tuple(f"{run}-{seed}/{stage}" for run, stage in COLUMNS for seed in SEEDS)
 CHUNKS = (1, 8, 32, 128, 512)
 DECODED = 128  # tokens at the end of each sequence
 Figures = dict[str, Any]

@@ -47,9 +47,9 @@ def _model(hidden: int, middle: int, layers: int, heads: int) -> Section:
 
 
 SIZES = {
-    "gpu": Size(_model(384, 1024, 3, 6), 512, 32, 16, 128, (1, 32, 128, 256)),
-    "cpu": Size(_model(256, 704, 3, 4), 256, 16, 8, 64, (1, 16, 64, 128)),
-    "tiny": Size(_model(64, 192, 1, 2), 64, 4, 4, 16, (1, 8, 16, 32)),
+    "gpu": Size(_model(384, 1024, 3, 6), 512, 32, 16, 128, (32, 128, 256)),
+    "cpu": Size(_model(256, 704, 3, 4), 256, 16, 8, 64, (16, 64, 128)),
+    "tiny": Size(_model(64, 192, 1, 2), 64, 4, 4, 16, (8, 16, 32)),
 }
 
 TEACHER: Section = {
@@ -62,6 +62,8 @@ TEACHER: Section = {
     "warmup_steps": 30,
     "entropy_weight": 0.3,  # keeps the exit distribution even enough that early loops are trained
 }
+# How the tokens of every student and of its gate are cut into chunks, beside a size's chunks.
+DECODING: Section = {"decoding_share": 0.5}
 # Settings of both phases of every student.
 STUDENT: Section = {
     "learning_rate": 1e-3,
@@ -75,7 +77,7 @@ PHASE1: Section = {"steps": 600, "interpolation_share": 0.6}
 PHASE2: Section = {"steps": 1000, "attention_weight": 0.002}  # a sum over the width: 0.1 would outweigh the divergence
 # What the shipped model has beyond the paper: every depth is useful.
 ADAPTIVE: Section = {"teacher_loop": "last", "random_depth": 0.5, "exit_weight": 0.1}
-GATE: Section = {"steps": 200, "learning_rate": 1e-2}
+GATE: Section = {"steps": 200, "learning_rate": 1e-2, "measured": "divergence", "least_gain": 0.2, "sharpness": 5}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,22 @@ ROWS = (
 )
 
 
+# The MELTs that are measured, by run and stage: after phase 1, finished, and after decoding.
+COLUMNS = ((MAIN.name, "phase1"), (MAIN.name, "gate"), ("decoding", "gate"))
+# What goes on with a finished MELT, most of whose tokens run alone: one core takes 70 minutes.
+ALONE: Section = {
+    "steps": 330,
+    "batch_size": 16,
+    "random_depth": 0.6,
+    "truncate": 1,
+    "chunk_sizes": [64],
+    "decoding_share": 0.7,
+    "save_every": 10,
+    "eval_sequences": 16,
+}
+ALONE_LENGTH = 128  # tokens per sequence
+
+
 def data_section(folder: Path, size: Size, about: Section | None = None) -> Section:
     """Return the data section for a folder of text_data.py. ``about``: the content of its data.json, if known."""
     about = about or json.loads((folder / "data.json").read_text(encoding="utf-8"))
@@ -131,7 +149,8 @@ def content(
     """Return a run's file. ``teacher``: of another run; None: the run trains its own. ``names``: see data_section."""
     own: Section = {"teacher": {**TEACHER, "batch_size": size.batch}, "model": size.model}
     batch = size.batch if teacher is None else size.row_batch
-    both = {**STUDENT, "batch_size": batch, "chunk_sizes": list(size.chunks), **row.both}
+    cut = {"chunk_sizes": list(size.chunks), **DECODING}
+    both = {**STUDENT, "batch_size": batch, **cut, **row.both}
     whole = {
         "output": str(root / f"{row.name}-{seed}"),
         "seed": seed,
@@ -143,5 +162,21 @@ def content(
         "phase2": {**PHASE2, **both, **row.phase2},
     }
     if teacher is None:
-        whole["gate"] = {**GATE, "batch_size": batch, "chunk_sizes": list(size.chunks)}
+        whole["gate"] = {**GATE, "batch_size": batch, **cut}
     return whole
+
+
+def decoding(seed: int, size: Size, data: Path, root: Path, *, names: Section | None = None) -> Section:
+    """Return the file of a run that goes on with the MELT of a main run, by decoding."""
+    main = root / f"{MAIN.name}-{seed}"
+    cut = {key: ALONE[key] for key in ("batch_size", "chunk_sizes", "decoding_share")}
+    return {
+        "output": str(root / f"decoding-{seed}"),
+        "seed": seed,
+        "threads": 1,
+        "data": {**data_section(data, size, names), "sequence_length": ALONE_LENGTH},
+        "teacher": {"checkpoint": str(main / "teacher")},
+        "melt": {"chunk_size": size.chunk},
+        "phase2": {"checkpoint": str(main / "gate"), **PHASE2, **ADAPTIVE, **STUDENT, **ALONE},
+        "gate": {**GATE, "steps": 60, **cut},
+    }

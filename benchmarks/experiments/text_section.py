@@ -8,15 +8,21 @@ from typing import Any
 
 import matplotlib
 from shared import FAINT, INK, STYLE
-from text_runs import LOOPS, ROWS, SEEDS
+from text_runs import COLUMNS, LOOPS, ROWS, SEEDS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Figures = dict[str, Any]
 CHUNKS = (1, 8, 32, 128, 512)
-_COLORS = {"gate": "#0072b2", "phase1": "#d55e00"}
-_TITLES = {"gate": "finished MELT", "phase1": "after phase 1"}
+# Colour and title of a checkpoint, by run and stage.
+_LINES = dict(
+    zip(
+        COLUMNS,
+        (("#d55e00", "after phase 1"), ("#0072b2", "after phase 2"), ("#009e73", "trained to decode")),
+        strict=True,
+    )
+)
 
 
 def read(file: Path) -> Figures | None:
@@ -24,9 +30,10 @@ def read(file: Path) -> Figures | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def seeds(content: Figures, stage: str, setting: str) -> list[float]:
-    """Return a figure of a stage, by seed."""
-    found = (content["measured"].get(f"main-{seed}/{stage}", {}).get(setting) for seed in SEEDS)
+def seeds(content: Figures, column: tuple[str, str], setting: str) -> list[float]:
+    """Return a figure of a checkpoint, by seed. ``column``: its run and stage."""
+    run, stage = column
+    found = (content["measured"].get(f"{run}-{seed}/{stage}", {}).get(setting) for seed in SEEDS)
     return [value for value in found if value is not None]
 
 
@@ -54,7 +61,7 @@ def section(content: Figures | None) -> Figures | None:
                 str(at),
                 shown(trained(content, "teacher", at)),
                 shown(trained(content, "phase1", at)),
-                shown(seeds(content, "gate", f"{at} loops")),
+                *(shown(seeds(content, column, f"{at} loops")) for column in COLUMNS[1:]),
             ]
             for at in depths
         ],
@@ -62,8 +69,8 @@ def section(content: Figures | None) -> Figures | None:
             [
                 str(at),
                 *(
-                    shown(seeds(content, stage, name))
-                    for stage in ("phase1", "gate")
+                    shown(seeds(content, column, name))
+                    for column in COLUMNS
                     for name in (f"the same tokens in chunks, {at} loops", f"decoded, {at} loops")
                 ),
             ]
@@ -72,7 +79,7 @@ def section(content: Figures | None) -> Figures | None:
         "chunks": [
             [
                 str(size),
-                *(shown(seeds(content, stage, f"chunks of {size}, {LOOPS} loops")) for stage in ("phase1", "gate")),
+                *(shown(seeds(content, column, f"chunks of {size}, {LOOPS} loops")) for column in COLUMNS),
             ]
             for size in CHUNKS
         ],
@@ -134,20 +141,20 @@ def draw(content: Figures | None, path: Path) -> None:
 def _draw_loops(axes: Any, content: Figures) -> None:
     for seed in SEEDS:
         stages = content["training"][f"main-{seed}"]["stages"]
-        for stage, color in (("teacher", FAINT), ("phase1", _COLORS["phase1"])):
+        for stage, color in (("teacher", FAINT), ("phase1", _LINES[COLUMNS[0]][0])):
             points = {int(at): value for at, value in stages[stage]["loops"].items()}
-            label = {"teacher": "teacher", "phase1": _TITLES["phase1"]}[stage] if seed == SEEDS[0] else None
+            label = {"teacher": "teacher", "phase1": "after phase 1"}[stage] if seed == SEEDS[0] else None
             axes.plot(list(points), list(points.values()), color=color, marker="s", label=label)
-        mine = content["measured"].get(f"main-{seed}/gate", {})
-        for form, dashes, label in (
-            ("{} loops", "-", "finished MELT, read in chunks"),
-            ("decoded, {} loops", (0, (3, 2)), "finished MELT, token by token"),
-        ):
-            points = {at: mine[form.format(at)] for at in range(1, 2 * LOOPS + 1) if form.format(at) in mine}
-            shown_label = label if seed == SEEDS[0] else None
-            axes.plot(
-                list(points), list(points.values()), color=_COLORS["gate"], ls=dashes, marker="o", label=shown_label
-            )
+        for run, stage in COLUMNS[1:]:
+            color, title = _LINES[run, stage]
+            mine = content["measured"].get(f"{run}-{seed}/{stage}", {})
+            for form, dashes, how in (
+                ("{} loops", "-", "in chunks"),
+                ("decoded, {} loops", (0, (3, 2)), "token by token"),
+            ):
+                points = {at: mine[form.format(at)] for at in range(1, 2 * LOOPS + 1) if form.format(at) in mine}
+                label = f"{title}, {how}" if seed == SEEDS[0] else None
+                axes.plot(list(points), list(points.values()), color=color, ls=dashes, marker="o", label=label)
     axes.set_yscale("log")
     axes.set_ylim(20, 150)
     axes.axvline(LOOPS, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
@@ -157,13 +164,13 @@ def _draw_loops(axes: Any, content: Figures) -> None:
 
 
 def _draw_chunks(axes: Any, content: Figures) -> None:
-    for stage, color in _COLORS.items():
+    for (run, stage), (color, title) in _LINES.items():
         for seed in SEEDS:
-            mine = content["measured"].get(f"main-{seed}/{stage}", {})
+            mine = content["measured"].get(f"{run}-{seed}/{stage}", {})
             points = {size: mine[name] for size in CHUNKS if (name := f"chunks of {size}, {LOOPS} loops") in mine}
-            label = _TITLES[stage] if seed == SEEDS[0] else None
+            label = title if seed == SEEDS[0] else None
             axes.plot(list(points), list(points.values()), color=color, marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens per chunk, 4 loops (drawn in training: 1, 32, 128, 256)")
+    axes.set_xlabel("tokens per chunk, 4 loops")
     axes.set_ylabel("perplexity of held-out text")
     axes.legend(fontsize=8.5)

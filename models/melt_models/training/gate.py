@@ -19,19 +19,24 @@ from .errors import ConfigError
 from .objectives import Losses, Objective, StepSize, at_least, draw_chunks, draw_start, shares, token_losses
 
 COMPARED = ("next", "best")
+MEASURED = ("loss", "divergence")
 
 
 @dataclass(frozen=True)
 class GateOptions:
     """Options of the stage ``gate``.
 
-    - ``compared``: a token should stay if the ``"next"`` loop, or the ``"best"`` of all later ones, lowers its loss.
+    - ``compared``: a token should stay if the ``"next"`` loop, or the ``"best"`` of all later ones, is better.
+    - ``measured``: better by the ``"loss"`` of the word that follows, as in the paper, or by the ``"divergence"`` from
+      what the model says after all loops. That is the gain to be expected where the model is right about how sure it
+      is, without the chance that lies in one word: text needs it.
     - ``least_gain``: by how much, in nats; ``sharpness``: how fast the target goes from leave to stay around that
       gain. The defaults are the paper's.
     - ``chunk_sizes``, ``decoding_share``, ``random_depth``: how a MELT's tokens run, as in phase 2.
     """
 
     compared: str = "next"
+    measured: str = "loss"
     least_gain: float = 0.005
     sharpness: float = 50.0
     chunk_sizes: Sequence[int] = ()
@@ -39,8 +44,9 @@ class GateOptions:
     random_depth: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.compared not in COMPARED:
-            raise ValueError(f"compared is {self.compared!r}; it must be one of {', '.join(COMPARED)}")
+        for name, known in (("compared", COMPARED), ("measured", MEASURED)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         at_least(self, 0.0, "least_gain", "sharpness")
         shares(self, "random_depth", "decoding_share")
         if any(size < 1 for size in self.chunk_sizes):
@@ -48,12 +54,12 @@ class GateOptions:
 
 
 class GateObjective(Objective):
-    """The exit gate learns, from a frozen model's losses, whether a further loop lowers the loss of a token.
+    """The exit gate learns, on a frozen model, whether a further loop makes a token's prediction better.
 
-    With the gain ``I_t = loss_t - loss_{t+1}`` of a token, ``mean over labelled tokens and loops t < T of
-    BCE(lambda_t, 1 - sigmoid(sharpness (I_t - least_gain)))``. On unlabelled tokens, whose keys and values others read,
-    the gate learns to stay. Logged: the loss; ``stay``, the share of loops that were worth another one; ``right``, the
-    share of the gate's decisions that agree.
+    With the gain ``I_t = loss_t - loss_{t+1}`` of a token, or with ``KL(p_T || p_t)`` for its losses, ``mean over
+    labelled tokens and loops t < T of BCE(lambda_t, 1 - sigmoid(sharpness (I_t - least_gain)))``. On unlabelled tokens,
+    whose keys and values others read, the gate learns to stay. Logged: the loss; ``stay``, the share of loops that were
+    worth another one; ``right``, the share of the gate's decisions that agree.
     """
 
     def __init__(self, model: LoopLMForCausalLM | MeltForCausalLM, options: GateOptions, seed: int):
@@ -93,7 +99,12 @@ class GateObjective(Objective):
     def _judge(self, states: ChunkStates, targets: Tensor) -> dict[str, Tensor]:
         """Return the loss and the figures of a chunk, summed over its tokens."""
         labelled = targets != IGNORE
-        losses = token_losses(widen(self.model.lm_head(states.read[:, labelled])), targets[labelled])
+        logits = widen(self.model.lm_head(states.read[:, labelled]))
+        if self.options.measured == "loss":
+            losses = token_losses(logits, targets[labelled])
+        else:
+            said = logits.log_softmax(-1)
+            losses = (said[-1].exp() * (said[-1] - said)).sum(-1)
         decided, gate = len(losses) - 1, self.model.model.early_exit_gate
         later = losses[1:]
         if self.options.compared == "best":
