@@ -66,6 +66,7 @@ experiments: $(VENV)/.dev
 	for seed in 0 1; do $(BIN)/melt-train all --config build/text/runs/decoding-$$seed/run.yaml --resume || exit 1; done
 	$(BIN)/python benchmarks/experiments/text_record.py
 	$(BIN)/python benchmarks/experiments/text_quantized.py
+	$(BIN)/python benchmarks/experiments/exit_runs.py
 	$(BIN)/python benchmarks/experiments/document.py
 
 bench: $(VENV)/.dev
