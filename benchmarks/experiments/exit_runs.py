@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/exit_runs.py
 
-Resumable: rows that docs/exits.json has are left alone. About two hours on two cores: half an hour for addition, an hour
-for the models of letters, half an hour for text.
+Resumable: rows that docs/exits.json has are left alone. About two hours on two cores: half an hour for addition, an
+hour for the models of letters, half an hour for text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,36 +33,25 @@ class Row:
 
     task: str
     name: str
-    checkpoints: tuple[Path, ...]
-    options: tuple[str, ...] = ()
+    checkpoints: Sequence[Path]
+    options: Sequence[str]
 
 
 def rows(build: Path) -> list[Row]:
     """Return every row, of checkpoints below ``build``."""
     runs, letters, text = build / "experiments", build / "letters", build / "text" / "runs"
-    books = ("--held-out", str(letters / "letters-held-out.bin"), "--prompt", "16", "--written", "48")
-    places = [
-        one for file in sorted((build / "text" / "data").glob("*-held-out.bin")) for one in ("--held-out", str(file))
-    ]
-    words = (*places, "--capped", "--written", "48", "--sequences")
-    return [
-        Row("addition", "even", tuple(runs / f"even-{seed}" / "phase2" for seed in SEEDS)),
-        Row("addition", "even-gate", tuple(runs / f"even-gate-{seed}" / "gate" for seed in SEEDS)),
-        Row(
-            "letters",
-            "letters",
-            tuple(letters / f"letters-{n}" / "phase2" for n in LETTER_SEEDS),
-            (*books, "--sequences", "64"),
-        ),
-        Row(
-            "letters",
-            "letters-gate",
-            tuple(letters / f"letters-{n}" / "gate" for n in LETTER_SEEDS),
-            (*books, "--sequences", "64"),
-        ),
-        Row("text", "text", tuple(text / f"decoding-{seed}" / "phase2" for seed in TEXT_SEEDS), (*words, "10")),
-        Row("text", "text-gate", tuple(text / f"decoding-{seed}" / "gate" for seed in TEXT_SEEDS), (*words, "24")),
-    ]
+    one_by_one = ("--held-out", str(letters / "letters-held-out.bin"), "--prompt", "16", "--written", "48")
+    files = sorted((build / "text" / "data").glob("*-held-out.bin"))
+    words = (*(part for file in files for part in ("--held-out", str(file))), "--capped", "--written", "48")
+    found = []
+    for after, stage, sequences in (("", "phase2", "10"), ("-gate", "gate", "24")):
+        addition = [runs / f"even{after}-{seed}" / stage for seed in SEEDS]
+        found.append(Row("addition", f"even{after}", addition, ()))
+        books = [letters / f"letters-{seed}" / stage for seed in LETTER_SEEDS]
+        found.append(Row("letters", f"letters{after}", books, (*one_by_one, "--sequences", "64")))
+        texts = [text / f"decoding-{seed}" / stage for seed in TEXT_SEEDS]
+        found.append(Row("text", f"text{after}", texts, (*words, "--sequences", sequences)))
+    return found
 
 
 def train(build: Path) -> None:
