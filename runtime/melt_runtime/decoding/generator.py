@@ -52,7 +52,7 @@ class TokenSequence:
         self.history = list(prompt)
         self.prompt_tokens = len(prompt)
         self.sampler = Sampler(options.sampling, slot if stream is None else stream, self.prompt_tokens)
-        self.decoder = None if tokenizer is None else StreamDecoder(tokenizer, shown=options.shown_ids)
+        self.decoder = None if tokenizer is None else StreamDecoder(tokenizer, shown=options.shown_ids, prompt=prompt)
         self.matcher = StopMatcher(
             options.stop, None if tokenizer is None else tokenizer.special_tokens_in(options.stop)
         )

@@ -62,7 +62,7 @@ def _choices(
             of_prompt = sorted(of_prompt, key=lambda index: -_likelihood(deltas[index]))[: job.told]
         for index in of_prompt:
             shown = deltas[index] if logprobs else [delta._replace(logprobs=None) for delta in deltas[index]]
-            made.append(reply_format.whole(len(made), shown, ends[index], job.echo(index)))
+            made.append(reply_format.whole(len(made), shown, ends[index], job.echo(index), job.requests[index].prompt))
     return made
 
 
@@ -92,7 +92,10 @@ async def _stream(
     send_event: Callable[[Any], Awaitable[None]],
 ) -> None:
     """Send each token as an event as it comes. An error that ends the stream early is sent instead of [DONE]."""
-    choices = [StreamedChoice(reply_format, index, partial(job.echo, index)) for index in range(len(job.requests))]
+    choices = [
+        StreamedChoice(reply_format, index, partial(job.echo, index), one.prompt)
+        for index, one in enumerate(job.requests)
+    ]
     last: dict[int, TextDelta] = {}  # sent with the end, which follows at once
     deltas: list[list[TextDelta]] = [[] for _ in job.requests]
     ends: dict[int, Generation] = {}

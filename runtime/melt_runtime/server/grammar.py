@@ -95,20 +95,30 @@ class Grammars:
         return self.constraints(schema, 1)[0]
 
     def constraints(
-        self, schema: dict[str, Any] | bool, count: int, stop_ids: Collection[int] = ()
+        self, schema: dict[str, Any] | bool, count: int, stop_ids: Collection[int] = (), begun: Sequence[bool] = ()
     ) -> list[JsonConstraint]:
         """Make constraints for the sequences of one call, from one compiled grammar.
 
-        ``stop_ids``: the ids that end a sequence, if not the package's. Raises ArgumentError for a schema that is too
+        ``stop_ids``: the ids that end a sequence, if not the package's. ``begun``: per sequence, whether its text
+        continues a prompt's (default: no). Raises ArgumentError for a schema that is too
         large or that llguidance refuses, BusyError if other calls' grammars take all room.
         """
         # Without no_forcing, llguidance would force the tokenizer's spelling of determined text.
         return self.by_lark(
-            lambda: f'%llguidance {{"no_forcing": true}}\nstart: {json_rule(schema)}', weigh(schema), count, stop_ids
+            lambda: f'%llguidance {{"no_forcing": true}}\nstart: {json_rule(schema)}',
+            weigh(schema),
+            count,
+            stop_ids,
+            begun,
         )
 
     def by_lark(
-        self, grammar: Callable[[], str], weight: int, count: int, stop_ids: Collection[int] = ()
+        self,
+        grammar: Callable[[], str],
+        weight: int,
+        count: int,
+        stop_ids: Collection[int] = (),
+        begun: Sequence[bool] = (),
     ) -> list[JsonConstraint]:
         """Make constraints as ``constraints`` does, from the Lark grammar that ``grammar`` writes. ``weight``: of its
         schemas."""
@@ -120,7 +130,10 @@ class Grammars:
             matcher = self._compile(grammar())
         ends = [i for i in sorted(stop_ids) if i < self._vocabulary.size] or sorted(self._stop_ids)
         copies = [matcher, *(matcher.deep_copy() for _ in range(count - 1))]
-        made = [JsonConstraint(one, self._vocabulary, ends, share) for one in copies]
+        begins = [not one for one in begun] or [True] * count
+        made = [
+            JsonConstraint(one, self._vocabulary, ends, share, first) for one, first in zip(copies, begins, strict=True)
+        ]
         if not made[0].mask([]).any():
             raise ArgumentError(f"the JSON schema: {_NOTHING}")
         return made
@@ -145,11 +158,13 @@ def json_rule(schema: dict[str, Any] | bool) -> str:
 
 
 class JsonConstraint:
-    """A Constraint that makes one sequence JSON by its schema."""
+    """A Constraint that makes one sequence JSON by its schema. ``begins``: whether its first token begins a text."""
 
-    def __init__(self, matcher: Any, vocabulary: _Vocabulary, stop_ids: Sequence[int], share: _Share):
+    def __init__(
+        self, matcher: Any, vocabulary: _Vocabulary, stop_ids: Sequence[int], share: _Share, begins: bool = True
+    ):
         self._matcher, self._vocabulary, self._stop_ids, self._share = matcher, vocabulary, stop_ids, share
-        self._begun = False
+        self._begun = not begins
 
     def mask(self, history: Sequence[int]) -> NDArray[np.bool_]:
         """Return the tokens that may come next: with the stop ids once the JSON may end, only these once it must."""

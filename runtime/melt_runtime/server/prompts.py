@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import ArgumentError, PromptError
 from ..runtime import Runtime
+from ..text.text_before import closed_text
 from .chat_schema import ChatBody
 from .reply_parser import Reading
 from .schema import CompletionBody
@@ -51,7 +53,8 @@ def prompt_texts(runtime: Runtime, call: CompletionBody, prompts: Sequence[Seque
     texts = [one for one in given if isinstance(one, str)]
     if texts or tokenizer is None:
         return tuple(texts or [""] * len(prompts))
-    return tuple(tokenizer.decode(ids) for ids in prompts)
+    read = tokenizer.decode if call.max_tokens == 0 else partial(closed_text, tokenizer)
+    return tuple(read(ids) for ids in prompts)
 
 
 def _one(runtime: Runtime, prompt: str | list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from time import time
 from typing import Any
 
 from ..results import Generation, Logprobs, TextDelta
+from ..text.text_before import text_before
 from ..text.token_bytes import Offsets
 from ..text.tokenizer import TextTokenizer
 from .messages import MessageWriter
@@ -55,13 +56,18 @@ class ReplyFormat:
         }
 
     def whole(
-        self, index: int, deltas: Sequence[TextDelta], end: Generation, echo: Echo | None = None
+        self,
+        index: int,
+        deltas: Sequence[TextDelta],
+        end: Generation,
+        echo: Echo | None = None,
+        prompt: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Return a finished choice."""
+        """Return a finished choice. ``prompt``: the tokens that it continues."""
         text = end.text if echo is None else echo.text + end.text
         writer = MessageWriter(self.reading)
         said: dict[str, Any] = {"message": writer.whole(text)} if self.chat else {"text": text}
-        logprobs = _Logprobs(self, echo)
+        logprobs = _Logprobs(self, echo, prompt)
         return self.choice(index, said, deltas, [*logprobs.add(deltas), *logprobs.rest()], end, writer.calls > 0)
 
     def choice(
@@ -133,10 +139,18 @@ class ReplyFormat:
 class StreamedChoice:
     """A choice of a stream, sent in parts."""
 
-    def __init__(self, format: ReplyFormat, index: int, echo: Callable[[], Echo | None] = lambda: None):
-        """``echo``: returns the prompt that the text begins with, when the first part is made."""
+    def __init__(
+        self,
+        format: ReplyFormat,
+        index: int,
+        echo: Callable[[], Echo | None] = lambda: None,
+        prompt: Sequence[int] = (),
+    ):
+        """``echo``: returns the prompt that the text begins with, when the first part is made. ``prompt``: the tokens
+        that the choice continues."""
         self._format, self._index, self._echo = format, index, echo
-        self._logprobs = _Logprobs(format)
+        self._prompt = prompt
+        self._logprobs = _Logprobs(format, None, prompt)
         self._writer = MessageWriter(format.reading)
         self._told = 0  # characters already sent
         self._first = True
@@ -147,7 +161,7 @@ class StreamedChoice:
         text = delta.text if delta is not None else end.text[self._told :] if end is not None else ""
         echo = self._echo() if self._first else None
         if echo is not None:
-            self._logprobs = _Logprobs(self._format, echo)
+            self._logprobs = _Logprobs(self._format, echo, self._prompt)
         role = {"role": "assistant"} if self._first else {}
         chat = self._format.chat
         said: dict[str, Any] = (
@@ -168,22 +182,25 @@ class _Logprobs:
     """One choice's logprobs, token by token: those of the prompt that it repeats, then its own. A completion's entry is
     complete once the token's text offset is known, which is delayed only for byte-fallback tokens."""
 
-    def __init__(self, format: ReplyFormat, echo: Echo | None = None):
+    def __init__(self, format: ReplyFormat, echo: Echo | None, prompt: Sequence[int]):
         self._format = format
         self._waiting: deque[tuple[int, Logprobs | None]] = deque()
-        self._begin_text(0)
+        self._begin_text(0, () if echo is not None else prompt)
         self._told: list[Entry] = []  # of the prompt
         if echo is not None:
             for token, logprobs in zip(echo.tokens, echo.logprobs or (), strict=False):
                 self._waiting.append((token, logprobs))
                 self._told += self._known(self._place(token))
             self._told += self.rest()
-            self._begin_text(len(echo.text))
+            self._begin_text(len(echo.text), prompt)
 
-    def _begin_text(self, start: int) -> None:
-        """Begin a text whose tokens are decoded by themselves, at a place of the whole."""
-        self._start = start
-        self._offsets = None if self._format.tokenizer is None else Offsets(self._format.tokenizer.token_bytes)
+    def _begin_text(self, start: int, prompt: Sequence[int]) -> None:
+        """Begin a text at a place of the whole. ``prompt``: the tokens that it continues."""
+        self._start, tokenizer = start, self._format.tokenizer
+        self._offsets: Offsets | None = None
+        if tokenizer is not None:
+            before = text_before(tokenizer, prompt)
+            self._offsets = Offsets(tokenizer.token_bytes, bool(before.tokens), before.open)
 
     def add(self, deltas: Iterable[TextDelta]) -> list[Entry]:
         """Add tokens. Return the entries that are complete."""

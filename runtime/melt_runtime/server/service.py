@@ -137,7 +137,7 @@ class Service:
             request.check(self.runtime.manifest, self.runtime.tokenizer is not None)
         if completion is not None:
             requests = [_scored(request, completion) for request in requests]
-        constraints = self._constraints.of(call, reading, len(requests), asked.stop_ids)
+        constraints = self._constraints.of(call, reading, [one.prompt for one in requests], asked.stop_ids)
         pairs = zip(requests, constraints, strict=True)
         echoes = () if completion is None or not completion.echo else prompt_texts(self.runtime, completion, prompts)
         return Job(

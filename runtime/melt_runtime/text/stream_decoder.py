@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from ..errors import PromptError
+from .text_before import CONTEXT, TextBefore, text_before
 from .token_bytes import BYTE_PIECE
 from .tokenizer import TextTokenizer
 
@@ -12,34 +13,39 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class StreamDecoder:
-    """A decoder of one token at a time. The joined outputs equal ``decode(all ids)`` after ``flush``.
+    """A decoder of one token at a time. The joined outputs equal ``decode(all ids)`` after ``flush``, or what they add
+    to the prompt's text.
 
     No output ends inside a character. This holds for decoders that only append: byte-level, Metaspace, WordPiece, BPE,
     byte fallback, and joining with spaces. Byte-fallback tokens are held until their run ends, because decode()
     replaces the whole run if one of its characters is incomplete. Each push decodes a short window of the latest ids,
     so its time does not depend on the length of the text.
 
-    ``shown``: special tokens that are written out, although others are skipped.
+    ``shown``: special tokens that are written out, although others are skipped. ``prompt``: the token ids that the text
+    continues. Many decoders drop a space at the beginning of a text, which is no longer there after a prompt.
     """
 
-    # UTF-8 has at most 4 bytes per character and a byte-level token at least one byte, so 8 tokens contain a
-    # boundary after which decoding from mid-text agrees with decoding everything.
-    _CONTEXT = 8
-
-    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True, shown: Container[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        skip_special_tokens: bool = True,
+        shown: Container[int] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
         # Kept as attributes: this runs per token, when the processor's caches are full of weights.
-        self._tokenizer, self._skip = tokenizer.backend_tokenizer, skip_special_tokens
+        self._tokenizer = tokenizer.backend_tokenizer
         self._hidden = tokenizer.special if skip_special_tokens else {}
         self._written_out = shown
         self._byte_fallback = tokenizer.token_bytes.byte_fallback
-        self._window: list[int] = []
-        self._shown = 0  # characters of the decoded window already returned
+        before = text_before(tokenizer, prompt, skip_special_tokens) if prompt else TextBefore()
+        self._window = list(before.tokens)
+        self._shown = before.shown(tokenizer) if prompt else 0  # characters of the decoded window already returned
 
     def push(self, token_id: int) -> str:
         """Add a token. Return the text that is now certain; "" while a character is incomplete."""
         token_id = int(token_id)
         if token_id in self._hidden:
-            return self.flush() + self._hidden[token_id] if token_id in self._written_out else ""
+            return self._write_out(token_id) if token_id in self._written_out else ""
         try:
             token = self._tokenizer.id_to_token(token_id)
         except OverflowError as error:
@@ -53,8 +59,8 @@ class StreamDecoder:
         end = _certain(text)
         piece = text[self._shown : end]
         self._shown = max(self._shown, end)
-        if len(self._window) >= 2 * self._CONTEXT:
-            self._window = self._window[-self._CONTEXT :]
+        if len(self._window) >= 2 * CONTEXT:
+            self._window = self._window[-CONTEXT:]
             self._shown = _certain(self._decode())
         return piece
 
@@ -72,8 +78,16 @@ class StreamDecoder:
         self._window, self._shown = [], 0
         return rest
 
+    def _write_out(self, token_id: int) -> str:
+        """Return the rest of the text before a special token, and that token, which later text continues."""
+        rest = self.flush()
+        self._window = [token_id]
+        self._shown = len(self._decode())
+        return rest + self._hidden[token_id]
+
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        # The window has no special token that is skipped.
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
 
 
 def _certain(text: str) -> int:

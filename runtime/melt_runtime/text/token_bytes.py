@@ -93,12 +93,13 @@ class Offsets:
     becomes one replacement character per byte.
     """
 
-    def __init__(self, token_bytes: TokenBytes):
+    def __init__(self, token_bytes: TokenBytes, begun: bool = False, open: bytes = b""):
+        """``begun``, ``open``: whether the text continues another, and the part of a character that it begins with."""
         self._bytes = token_bytes
         self._count = 0  # characters before ``_open``
-        self._open = b""  # bytes of an incomplete character or of a byte-fallback run
+        self._open = open  # bytes of an incomplete character or of a byte-fallback run
         self._waiting: list[int] = []  # per token of the run: the run's bytes before it
-        self._begun = False
+        self._begun = begun
 
     def push(self, token: int, shown: bool = True) -> list[int]:
         """Add a token. Return the offsets that are now known, in the order of the tokens. ``shown``: whether the text
