@@ -114,6 +114,36 @@ def test_a_call_is_found_behind_a_marker_that_opens_none() -> None:
     assert read("hermes", text) == [("text", "Say <tool_call> or"), *ONE]
 
 
+@pytest.mark.parametrize(
+    ("format", "text", "expected"),
+    [
+        ("hermes", f"<tool_call>{CALL[:-1]}</tool_call>", ONE),
+        ("hermes", f"<tool_call>{CALL[:-1]}\n</tool_call> Done.", [*ONE, ("text", " Done.")]),
+        ("hermes", f'<tool_call>{CALL[:-1]}</tool_call><tool_call>{{"name":"get_weather"}}</tool_call>', TWO),
+        ("hermes", f'<tool_call>{CALL[:-1]}<tool_call>{{"name":"get_weather"}}</tool_call>', TWO),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1</tool_call>', call("add", '{"a": 1')),
+        ("hermes", f"<tool_call>{CALL}</tool_ca", ONE),
+        ("hermes", f"<tool_call>{CALL[:-1]}</tool_ca", ONE),
+        ("hermes", f"<tool_call>{CALL[:-1]} oh", [*ONE, ("text", " oh")]),
+        ("mistral list", f"[TOOL_CALLS][{CALL[:-1]}]", ONE),
+        ("mistral list", f"[TOOL_CALLS][{CALL[:-1]}] Done.", [*ONE, ("text", " Done.")]),
+        ("mistral", "[TOOL_CALLS]add[ARGS]now", [("call 0", "add"), ("text", "now")]),
+        ("llama", f"{CALL[:-1]} oh", [*ONE, ("text", " oh")]),
+    ],
+)
+def test_a_call_with_a_broken_end_is_a_call_and_leaves_no_part_of_a_tag(
+    format: str, text: str, expected: Parts
+) -> None:
+    assert read(format, text) == expected
+
+
+def test_a_call_of_no_offered_function_that_lacks_its_end_is_text_with_whole_tags() -> None:
+    text = '<tool_call>{"name": "unknown", "arguments": {"a": 1</tool_call>'
+    assert read("hermes", text) == [("text", text)]
+    early = '<tool_call>{"arguments": {"a": 1</tool_call>'
+    assert read("hermes", early) == [("text", early)]
+
+
 def test_text_behind_a_broken_second_call_is_not_lost() -> None:
     assert read("llama", f"{CALL}; but why") == [*ONE, ("text", "; but why")]
     assert read("mistral list", f'[TOOL_CALLS][{CALL}, {{"name": "x"}}]') == [*ONE, ("text", ', {"name": "x"}]')]

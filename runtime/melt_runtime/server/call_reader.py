@@ -87,7 +87,11 @@ class CallReader:
         del self._raw[len(self._raw) - len(text) :]
 
     def _attempt(self, reading: Reader[None], opener: str) -> Reader[None]:
-        """Read calls. What no call begins with is text: an opener at once, the rest is read again."""
+        """Read calls. What no call begins with is text: an opener at once, the rest is read again.
+
+        A call that has begun, which a stream has told already, stays a call where its end is broken; the text behind
+        what could be read is read again.
+        """
         before = self._count
         self._settle()
         try:
@@ -96,6 +100,9 @@ class CallReader:
             if self._count == self._read:
                 self._text(opener if self._count == before else "")
                 self._unread("".join(self._raw))
+            else:
+                self._unread("".join(self._raw))
+                yield from self._closer()
         except _End:
             if self._count == self._read:
                 self._text((opener if self._count == before else "") + "".join(self._raw))
@@ -112,7 +119,13 @@ class CallReader:
             yield from self._list()
         else:
             yield from self._object()
-            yield from self._maybe(self._format.closer)
+            yield from self._closer()
+
+    def _closer(self) -> Reader[None]:
+        """Skip what closes a call, if it follows. A part of it at the reply's end is dropped."""
+        closer = self._format.closer or ("]" if self._format.shape == "list" else "")
+        if closer:
+            yield from self._maybe(closer, cut=True)
 
     def _nothing_but_calls(self) -> Reader[None]:
         for marker in self._format.markers:
@@ -174,6 +187,8 @@ class CallReader:
             elif key in ("arguments", "parameters") and not given:
                 given = True
                 yield from self._arguments(first, more)
+                if early is None:
+                    self._raw = []
             else:
                 yield from self._whole(first)
         if early is not None:
@@ -222,6 +237,11 @@ class CallReader:
             if scalar and character in ",]}" + _BLANK:
                 self._unread(character)
                 return
+            if character == "<" and not quoted and self._format.closer.startswith(character):
+                self._unread(character)  # no JSON has it here: the call is closed before its value is
+                if self._count != self._read:
+                    self._raw = []  # it has been passed on
+                raise _Malformed
             more(character)
             count += 1
             if most is not None and count > most:
@@ -260,8 +280,9 @@ class CallReader:
             self._text(held)
             raise
 
-    def _maybe(self, text: str) -> Reader[bool]:
-        """Skip blanks and a text, if it is what follows. Return whether it is."""
+    def _maybe(self, text: str, cut: bool = False) -> Reader[bool]:
+        """Skip blanks and a text, if it is what follows. Return whether it is. ``cut``: skip a part of it at the
+        reply's end, too."""
         read = ""
         try:
             while True:
@@ -273,6 +294,9 @@ class CallReader:
                     self._unread(read)
                     return False
         except _End:
+            if cut:
+                self._raw = []
+                raise
             self._unread(read)
             self._back.append("")
             return False
@@ -292,7 +316,7 @@ class CallReader:
         """Begin a call. Raises _Malformed for a function that is not offered."""
         if not isinstance(name, str) or name not in self._names:
             raise _Malformed
-        self._blank = ""
+        self._blank, self._raw = "", []
         self._count += 1
         self._add("call", name)
 
