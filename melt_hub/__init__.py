@@ -25,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 _REFERENCE = re.compile(
     r"(?P<explicit>hf:/{1,2})?(?P<name>\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?", re.ASCII
 )
+_ADDRESS = re.compile(r"(https?:/+[^/]*|(www\.)?(huggingface\.co|hf\.co)(?=/))/*", re.IGNORECASE)
+_REVISION_PAGES = ("tree", "blob", "resolve", "commit")  # behind a name in a web address, before the revision
 _SPARE = 1 << 26  # bytes that a download leaves free
 _POLL_SECONDS = 0.5
 _PROGRAM = """
@@ -84,14 +86,31 @@ def is_explicit(text: str | Path) -> bool:
     return str(text).startswith("hf:")
 
 
+def _mistaken(text: str | Path) -> str | None:
+    """Return what to write instead of a text that is nearly a name on a hub; None for anything else."""
+    written = re.sub(r"^(https?|hf):/+", r"\1://", text.as_posix() if isinstance(text, Path) else text)
+    if (address := _ADDRESS.match(written)) is not None:
+        path = re.split(r"[?#]", written[address.end() :])[0].split("/")
+        revision = f"@{path[3]}" if len(path) > 3 and path[2] in _REVISION_PAGES else ""
+        wanted = reference("/".join(path[:2]) + revision)
+        meant = "ORGANISATION/NAME" if wanted is None else str(wanted)
+        return f"{written} is a web address, which is not fetched; write {meant} or hf://{meant} for a model on the hub"
+    if written.endswith("@") and (wanted := reference(written[:-1])) is not None and wanted.revision is None:
+        return f"{written} names no revision behind the @; write {wanted} or {wanted}@REVISION"
+    return None
+
+
 def local_directory(text: str | Path, kind: Kind, progress: Progress | None = None) -> Path:
     """Return the directory of a path, or of a name on the hub, which is fetched unless this machine has it.
 
-    A path that exists is returned as it is, and so is one that no hub could have. Raises HubError.
+    A path that exists is returned as it is, and so is one that no hub could have. Raises HubError, which says what to
+    write instead of a web address or of a name without its revision.
     """
     path = Path(text)
     if not is_explicit(text) and path.exists():
         return path
+    if (why := _mistaken(text)) is not None:
+        raise HubError(why)
     wanted = reference(text)
     if wanted is None:
         if is_explicit(text):

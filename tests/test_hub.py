@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from melt_runtime.cli.options import short_name
 from processes import started
 from serving import eventually
 
-from melt_hub import CHECKPOINT, Reference, local_directory, reference
+from melt_hub import CHECKPOINT, HubError, Reference, local_directory, reference
 
 PROMPT = "abc"
 COMMANDS = "from melt_export.entry_points import convert, export, train, verify\nfrom melt_runtime.cli.main import main"
@@ -55,6 +56,52 @@ def hub(repository: Path, tiny_package: Path) -> Iterator[Hub]:
 
 def answer(package: Path) -> str:
     return Runtime.load(package).generate(PROMPT, max_tokens=5).text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://hf.example.org/org/name/tree/v2/", "org/name@v2"),
+        ("http://127.0.0.1:8000/org/name?library=x", "org/name"),
+        ("huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/", "ORGANISATION/NAME"),
+    ],
+)
+def test_a_web_address_is_refused_with_the_name_to_write(written: str, meant: str) -> None:
+    for given in (written, Path(written)):
+        with pytest.raises(HubError) as error:
+            local_directory(given, CHECKPOINT)
+        assert f"is a web address, which is not fetched; write {meant} or hf://{meant} for" in str(error.value)
+    if "://" in written:
+        assert str(error.value).startswith(written.removesuffix("/"))
+
+
+@pytest.mark.parametrize("written", ["org/name@", "hf://org/name@"])
+def test_an_empty_revision_is_refused_with_what_to_write(written: str) -> None:
+    with pytest.raises(HubError, match="names no revision behind the @; write org/name or org/name@REVISION"):
+        local_directory(written, CHECKPOINT)
+
+
+def test_a_directory_that_looks_like_an_address_or_an_empty_revision_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name@", "hf.co/org/name", "https:/host/org/name"):
+        Path(name).mkdir(parents=True)
+        assert local_directory(Path(name), CHECKPOINT) == Path(name)
+
+
+def test_every_command_says_what_to_write_instead_of_an_address(tmp_path: Path) -> None:
+    address = "https://huggingface.co/org/name"
+    for command, arguments in (
+        ("main", ["inspect", address]),
+        ("main", ["generate", address, "a"]),
+        ("export", [address, tmp_path / "package"]),
+        ("verify", [address, address]),
+        ("convert", [address, tmp_path / "melt"]),
+    ):
+        assert "write org/name or hf://org/name for a model" in refusal(run(command, *arguments, env={**os.environ}))
 
 
 def test_a_checkpoint_on_a_hub_is_exported_and_only_its_own_files_are_fetched(hub: Hub, tmp_path: Path) -> None:
