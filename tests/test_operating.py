@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from melt_runtime import ArgumentError
 from melt_runtime.cli.config import read_config
 from melt_runtime.cli.main import app
 from serving import WAIT, Server, eventually
-from test_run_cli import refused, run
+from test_run_cli import process, refused, run
 from typer.main import get_command
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,62 @@ def test_a_file_has_options_of_every_command_the_package_among_them(tiny_package
     said = json.loads(run("--config", file, "generate").stdout)
     assert len(said["token_ids"]) <= 4
     assert run("--config", file, "generate", tiny_package, "abc", "--max-tokens", 4).stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("MELT_RUN_SERVE_MAX_SECOND", "MELT_RUN_SERVE_MAX_SECONDS"),
+        ("MELT_RUN_SERV_PORT", "MELT_RUN_SERVE_PORT"),
+        ("MELT_SERVE_PORT", "MELT_RUN_SERVE_PORT"),
+        ("MELT_API_KEY", "MELT_API_KEYS"),
+        ("MELT_RUN_GENERATE_LOPS", "MELT_RUN_GENERATE_LOOPS"),
+        ("MELT_RUN_CONFG", "MELT_RUN_CONFIG"),
+    ],
+)
+def test_a_variable_that_no_option_reads_is_named_with_the_nearest_that_is(
+    tmp_path: Path, name: str, near: str
+) -> None:
+    result = process("inspect", tmp_path / "none", env={**os.environ, name: "3"})
+    first, second = result.stderr.splitlines()
+    assert first == f"Warning: no option reads the variable {name}; did you mean {near}?"
+    assert "does not exist" in second
+
+
+def test_variables_that_are_read_or_are_for_others_are_not_named(tmp_path: Path) -> None:
+    names = [
+        "MELT_RUN_SERVE_MAX_SECONDS",
+        "MELT_API_KEYS",
+        "MELT_PACKAGE",
+        "MELT_EXPORT_WEIGHTS",
+        "MELTING",
+        "MELT_DIR",
+    ]
+    result = process("inspect", tmp_path / "none", env={**os.environ, **dict.fromkeys(names, "3")})
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_variable_of_every_command_that_takes_options_from_them_is_named() -> None:
+    for command in ("convert", "export", "verify", "train"):
+        script = f"import sys; sys.argv[1:] = ['--help']; from melt_export.entry_points import {command}; {command}()"
+        name = f"MELT_{command.upper()}_CHECKPOIN"
+        result = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, name: "3"}, timeout=WAIT
+        )
+        assert result.returncode == 0, result.stderr
+        assert f"Warning: no option reads the variable {name}" in result.stderr
+
+
+@pytest.mark.parametrize("how", ["variable", "file", "flag"])
+def test_a_wrong_value_is_refused_without_the_name_of_a_librarys_error(tmp_path: Path, how: str) -> None:
+    file = tmp_path / "melt.toml"
+    file.write_text('[serve]\nlog-level = "loud"\n')
+    given = {"variable": [], "file": ["--config", file], "flag": ["--log-level", "loud"]}[how]
+    more = {"MELT_RUN_SERVE_LOG_LEVEL": "loud"} if how == "variable" else {}
+    result = process("serve", tmp_path / "none", *given, env={**os.environ, **more})
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("melt-run: Invalid value for '--log-level': 'loud' is not one of 'debug'")
 
 
 @pytest.mark.parametrize(

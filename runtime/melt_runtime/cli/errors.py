@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -12,9 +13,11 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from ..errors import MeltError, MeltWarning
 from ..untrusted import printable
+from .variables import TRACEBACK_VARIABLE, prefix_of, unread_variables
 
 INTERRUPTED = 130
 
@@ -27,8 +30,9 @@ def run_app(app: typer.Typer, name: str, refused: tuple[type[Exception], ...] = 
     code = 0
     try:
         with reported_errors(name, refused):
-            prefix = name.upper().replace("-", "_")  # of variables such as MELT_RUN_SERVE_PORT, one per option
-            result = app(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix)
+            for sentence in unread_variables(name, lambda: get_command(app), os.environ):
+                print(f"Warning: {sentence}", file=sys.stderr, flush=True)
+            result = app(prog_name=name, standalone_mode=False, auto_envvar_prefix=prefix_of(name))
             code = result if isinstance(result, int) else 0
             sys.stdout.flush()  # a failed write is reported here, not by Python's own exit
     except typer.Exit as end:
@@ -86,7 +90,7 @@ def reported_errors(name: str, refused: tuple[type[Exception], ...] = ()) -> Ite
     except Exception as error:
         if (
             not isinstance(error, (MemoryError, MeltError, OSError, *refused))
-            or os.environ.get("MELT_TRACEBACK") == "1"
+            or os.environ.get(TRACEBACK_VARIABLE) == "1"
         ):
             raise
         message = "there is not enough memory" if isinstance(error, MemoryError) else one_line(error)
@@ -122,4 +126,7 @@ def _usage(error: Exception) -> str | None:
     """Return the command line library's message about a wrong option (or its help, without a command); None for other
     errors."""
     describe = getattr(error, "format_message", None)
-    return None if describe is None else str(describe())
+    if describe is None:
+        return None
+    # Where pydantic is installed, it checks the values, and says first what kind of error its own is.
+    return re.sub(r"^(Invalid value for [^:]*: )(Value|Assertion) error, ", r"\1", str(describe()))

@@ -26,10 +26,10 @@ from ..server.logs import FORMATS, LEVELS, configure, log
 from ..untrusted import shown
 from .config import section_read
 from .options import LoadOptions, PackageDirectory, PipelineMode, grouped, short_name
+from .variables import KEYS_VARIABLE
 
 _YEAR = 365 * 86_400  # seconds
 _MOST_STALL = (2**31 - 1) // 1000  # seconds: the system counts milliseconds in 32 bits
-KEYS_VARIABLE = "MELT_API_KEYS"
 LogLevel = StrEnum("LogLevel", {name: name for name in LEVELS})  # type: ignore[misc]
 LogFormat = StrEnum("LogFormat", {name: name for name in FORMATS})  # type: ignore[misc]
 PREFIX_BYTES = 64 << 20  # default size of the prefix cache
