@@ -6,7 +6,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from shutil import copytree
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ from melt_models.exits import ExitCriteria
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.cli.main import app
 from melt_runtime.decoding.exit_criteria import CRITERIA, parse_exit, spelled_exit
+from melt_runtime.server.schema import CompletionBody
+from melt_runtime.server.service import Service
 from typer.testing import CliRunner
 
 TOKENS = list(range(9, 25))
@@ -148,6 +150,41 @@ def test_an_exit_replaces_the_packages_threshold_and_contradictions_are_refused(
     assert (both.exit_entropy, both.exit_kl) == (0.3, 0.1)
     with pytest.raises(ArgumentError, match=r"exit is 'entropy:0.3' and exit_entropy 0.5; give one of them"):
         runtime.options(exit="entropy:0.3", exit_entropy=0.5)
+
+
+@pytest.mark.parametrize(
+    ("exit", "option"),
+    [
+        ("gate:0.5", {"exit_threshold": 1.0}),
+        ("gate:1", {"exit_threshold": 0.5}),
+        ("entropy:0.3", {"exit_entropy": 0}),
+        ("kl:0.1, same:2", {"exit_same": 0}),
+        ("never", {"exit_threshold": 0.5}),
+        ("never", {"exit_margin": 0.9}),
+    ],
+)
+def test_an_exit_and_an_option_that_contradicts_it_are_refused_everywhere(
+    runtime: Runtime, package: Path, exit: str, option: dict[str, float]
+) -> None:
+    ((name, value),) = option.items()
+    sentence = f"exit is {exit!r} and {name} is {value!r}; give one of them"
+    with pytest.raises(ArgumentError) as error:
+        runtime.options(exit=exit, **option)  # type: ignore[typeddict-item]
+    assert str(error.value) == sentence
+    flags = ["--exit", exit, f"--{name.replace('_', '-')}", str(value)]
+    refused = CliRunner().invoke(app, ["generate", str(package), "5", "--ids", *flags])
+    assert refused.exit_code == 2
+    assert "give one of them" in refused.output
+    service = Service(runtime, cast(Any, None), "model")
+    call = CompletionBody(model="model", prompt=[5], exit=exit, **option)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="give one of them"):
+        runtime.options(**service.depth(call))
+
+
+def test_an_exit_and_an_option_that_agrees_or_adds_to_it_are_taken(runtime: Runtime) -> None:
+    assert runtime.options(exit="never", exit_threshold=1.0) == runtime.options(exit="never")
+    assert runtime.options(exit="gate:0.5", exit_threshold=0.5, exit_kl=0).loops.exit_threshold == 0.5
+    assert runtime.options(exit="gate:0.5", exit_kl=0.1) == runtime.options(exit_threshold=0.5, exit_kl=0.1)
 
 
 CALIBRATED = {

@@ -142,6 +142,8 @@ def test_depth_is_an_argument_of_the_model(make_family: MakeFamily, tmp_path: Pa
         ({"loopz": 2}, "loopz"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"max_gen_toks": 64}, "max_gen_toks is 64"),
+        ({"temperature": 0.5}, "temperature is 0.0 in the task's generation arguments and 0.5 in --model_args"),
+        ({"pretrained": "other"}, "give one of them"),
     ],
 )
 def test_arguments_are_refused_in_one_sentence(arguments: dict[str, Any], said: str, tiny_package: Path) -> None:

@@ -93,6 +93,10 @@ class MeltRun(TemplateLM):
         **options: Any,
     ):
         super().__init__()
+        if package is not None and pretrained not in (None, package):
+            raise ArgumentError(
+                f"package is {package!r} and pretrained {pretrained!r} in --model_args; give one of them"
+            )
         directory = package or pretrained
         if directory is None:
             raise ArgumentError("no package is named; give --model_args package=DIR")
@@ -256,7 +260,14 @@ class MeltRun(TemplateLM):
         room = self.max_length - tokens
         if room < 1:
             raise ArgumentError(f"max_gen_toks is {tokens}; a sequence of the package has room for {self.max_length}")
-        made = self.runtime.options(**self._options, **options, max_tokens=tokens, stop=[one for one in until if one])
+        own = {**options, "max_tokens": tokens, "stop": [one for one in until if one]}
+        for name in self._options.keys() & own.keys():
+            if self._options[name] != own[name]:
+                raise ArgumentError(
+                    f"{name} is {own[name]!r} in the task's generation arguments and {self._options[name]!r} in "
+                    "--model_args; give one of them"
+                )
+        made = self.runtime.options(**{**self._options, **own})
         return Request(tuple(self.tok_encode(prompt)[-room:]), made), until
 
     def _run(self, requests: Iterator[Request], count: int, quiet: bool) -> Iterator[RequestHandle]:

@@ -104,10 +104,10 @@ class Runtime(LoadedModel):
         prompts.
 
         Options: max_tokens=256, loops (the package's), exit_threshold (the package's), chunk (the package's),
-        min_loops=1, exit_change=0, exit_kl=0, exit_same=0, exit_entropy=0, exit_margin=0, exit=None,
-        exit_at_step=None, start_seed=0, start_state=None, temperature=0, top_k=0, top_p=1, min_p=0,
-        repetition_penalty=1, seed=None, frequency_penalty=0, presence_penalty=0, logit_bias=None, stop=None (a string
-        or several), stop_ids=None, ignore_eos=False. LoopSettings and SamplingParams explain them.
+        min_loops=1, exit_change=None (0), exit_kl=None (0), exit_same=None (0), exit_entropy=None (0),
+        exit_margin=None (0), exit=None, exit_at_step=None, start_seed=0, start_state=None, temperature=0, top_k=0,
+        top_p=1, min_p=0, repetition_penalty=1, seed=None, frequency_penalty=0, presence_penalty=0, logit_bias=None,
+        stop=None (a string or several), stop_ids=None, ignore_eos=False. LoopSettings and SamplingParams explain them.
 
         Prompts of different lengths run together, at most the package's max_batch at a time, and each result is the
         same as if it ran alone. With a temperature, sampling depends on the seed and the prompt's place in the list, so

@@ -14,7 +14,8 @@ import typer
 from melt_hub import PACKAGE, local_directory, reference
 
 from ..backends.choose import NAMES
-from ..decoding.exit_criteria import AUTO, CRITERIA, parse_exit
+from ..decoding.exit_criteria import AUTO, CRITERIA
+from ..decoding.exit_options import with_criteria
 from ..decoding.settings import GenerationOptions, LoopSettings
 from ..progress import shown_progress
 from ..runtime import Runtime
@@ -120,30 +121,30 @@ class RequestOptions:
     ] = None
     min_loops: Annotated[int, typer.Option(help="Least loops per token.")] = 1
     exit_change: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="A token also leaves once a loop changes its hidden state by less than this share; 0: never."
         ),
-    ] = 0.0
+    ] = None
     exit_kl: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="A generated token also leaves once the head's words of successive loops differ by a KL divergence "
             "below this, in nats; 0: never."
         ),
-    ] = 0.0
+    ] = None
     exit_same: Annotated[
-        int,
+        int | None,
         typer.Option(help="Or once the likeliest token has been the same in so many loops more; 0: never."),
-    ] = 0
+    ] = None
     exit_entropy: Annotated[
-        float,
+        float | None,
         typer.Option(help="Or once the entropy of the head's words is below this, in nats; 0: never."),
-    ] = 0.0
+    ] = None
     exit_margin: Annotated[
-        float,
+        float | None,
         typer.Option(help="Or once the likeliest token leads the second by at least this probability; 0: never."),
-    ] = 0.0
+    ] = None
     exit: Annotated[
         str | None,
         typer.Option(
@@ -187,16 +188,24 @@ class RequestOptions:
         """Return the options for ``Runtime.options``, checked before the package is loaded, which takes a while. Raises
         ArgumentError."""
         most = max(self.min_loops, 1) if self.loops is None else self.loops
-        threshold = 1.0 if self.exit_threshold is None else self.exit_threshold
-        start = (self.start_seed, self.start_state, self.exit_kl, self.exit_same, self.exit_entropy, self.exit_margin)
-        depth = LoopSettings(most, threshold, self.chunk, self.min_loops, self.exit_change, *start)
+        given = asdict(self)
+        criteria = {one.option: given[one.option] for one in CRITERIA.values() if given[one.option] is not None}
+        depth = LoopSettings(
+            most,
+            chunk=self.chunk,
+            min_loops=self.min_loops,
+            start_seed=self.start_seed,
+            start_state=self.start_state,
+            **criteria,
+        )
         if self.exit not in (None, AUTO):
-            parse_exit(self.exit)
+            with_criteria(self.exit, criteria)
         sampling = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
         )
         GenerationOptions(depth, self.max_tokens, sampling, stop_strings(self.stop), pipeline=self.pipeline)
-        return asdict(self)
+        unused = {one.option for one in CRITERIA.values()} - criteria.keys()
+        return {name: value for name, value in given.items() if name not in unused}
 
 
 ChatTemplateKwargs = Annotated[

@@ -81,6 +81,13 @@ def parse_exit(text: Any) -> dict[str, float]:
     return found
 
 
+def named_by_exit(text: str) -> set[str]:
+    """Return the options that an ``exit``, which ``parse_exit`` has read, decides: all of them for "never"."""
+    if text.strip() == NEVER:
+        return {one.option for one in CRITERIA.values()}
+    return {CRITERIA[part.partition(":")[0].strip()].option for part in text.split(",")}
+
+
 def spelled_exit(options: Mapping[str, Any]) -> str:
     """Return the criteria as ``parse_exit`` reads them. ``options``: values by option."""
     used = [f"{name}:{options[one.option]:g}" for name, one in CRITERIA.items() if options[one.option] != one.never]

@@ -8,18 +8,18 @@ from typing import Any
 from ..errors import ArgumentError
 from ..package.manifest import Manifest
 from ..untrusted import shown
-from .exit_criteria import AUTO, CRITERIA, parse_exit
+from .exit_criteria import AUTO, NEVER, named_by_exit, parse_exit
 
 
 def exit_options(manifest: Manifest, wanted: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the value of every criterion, by option. Raises ArgumentError.
 
     ``wanted``: the request's ``exit``; it replaces the package's threshold. ``given``: the options of single criteria;
-    ``exit_threshold`` None: the package's.
+    None: not given. They add to ``wanted``, and none may differ from what it says.
     """
+    asked = {option: value for option, value in given.items() if value is not None}
     if wanted is None:
-        threshold = given["exit_threshold"]
-        return {**given, "exit_threshold": manifest.exit_threshold if threshold is None else threshold}
+        return {**parse_exit(NEVER), "exit_threshold": manifest.exit_threshold, **asked}
     if isinstance(wanted, str) and wanted.strip() == AUTO:
         if not manifest.exit:
             raise ArgumentError(
@@ -31,13 +31,19 @@ def exit_options(manifest: Manifest, wanted: str | None, given: Mapping[str, Any
             found: dict[str, Any] = parse_exit(wanted)
         except ArgumentError as error:
             raise ArgumentError(f"the package's calibrated exit cannot be used: manifest.json: {error}") from error
-    else:
-        found = parse_exit(wanted)
-    for one in CRITERIA.values():
-        value = given[one.option]
-        if value is None or value == one.never:
-            continue
-        if found[one.option] != one.never and found[one.option] != value:
-            raise ArgumentError(f"exit is {shown(wanted)} and {one.option} {shown(value)}; give one of them")
-        found[one.option] = value
-    return found
+        return _joined(wanted, found, asked)
+    return with_criteria(wanted, asked)
+
+
+def with_criteria(wanted: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of every criterion, by option, of an ``exit`` and the options given beside it. Raises
+    ArgumentError where they contradict each other."""
+    return _joined(wanted, parse_exit(wanted), asked)
+
+
+def _joined(wanted: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    named = named_by_exit(wanted)
+    for option, value in asked.items():
+        if option in named and found[option] != value:
+            raise ArgumentError(f"exit is {shown(wanted)} and {option} is {shown(value)}; give one of them")
+    return {**found, **asked}

@@ -19,11 +19,11 @@ class GenerateOptions(TypedDict, total=False):
     exit_threshold: float | None  # None: the package's
     chunk: int | None  # None: the package's
     min_loops: int  # 1
-    exit_change: float  # 0
-    exit_kl: float  # 0
-    exit_same: int  # 0
-    exit_entropy: float  # 0
-    exit_margin: float  # 0
+    exit_change: float | None  # None, as for the next four: 0, or what ``exit`` says
+    exit_kl: float | None
+    exit_same: int | None
+    exit_entropy: float | None
+    exit_margin: float | None
     exit: str | None  # None; "NAME:VALUE" of exit_criteria, "never", or "auto": as calibrated at export
     exit_at_step: int | None  # None: the last of loops; counted from 0: end every token after this loop
     start_seed: int  # 0; of the noise that some models' loops start from
