@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,32 @@ def test_chats_are_kept_in_the_browser_opened_again_and_deleted(chatting: Visit)
     assert chatting.page.evaluate("localStorage.getItem('melt-chats')") == "[]"
 
 
+def test_a_chat_that_goes_on_in_two_tabs_loses_no_answer(chatting: Visit, server: Server) -> None:
+    other = copy(chatting)
+    asked = replies(chatting, "alpha", "gamma")
+    chatting.answer("one")
+    other.page = chatting.context.new_page()
+    other.page.goto(server.url)
+    other.until("#name", "tiny")
+    replies(other, "beta", "delta")
+    other.answer("two")
+    chatting.page.get_by_text("beta").wait_for()
+    chatting.answer("three")
+    assert [one["content"] for one in asked[-1]["messages"]] == ["one", "alpha", "two", "beta", "three"]
+    other.page.get_by_text("gamma").wait_for()
+
+    held: list[Any] = []
+    chatting.page.route("**/v1/chat/completions", lambda route: held.append(route))
+    chatting.ask("four")
+    other.answer("five")
+    event = {"choices": [{"delta": {"content": "epsilon"}, "depth": [1], "finish_reason": None}]}
+    held[0].fulfill(content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+    chatting.until("#send", "Send")
+    kept = chatting.page.evaluate("keptChats().map(one => one.turns.map(turn => turn.content))")
+    before = ["one", "alpha", "two", "beta", "three", "gamma"]
+    assert kept == [[*before, "four", "epsilon"], [*before, "five", "delta"]]
+
+
 def test_the_browser_keeps_no_more_than_fits_and_survives_what_it_cannot_read(chatting: Visit) -> None:
     replies(chatting, "answer", "another")
     chatting.page.evaluate(
@@ -213,7 +240,11 @@ def test_the_browser_keeps_no_more_than_fits_and_survives_what_it_cannot_read(ch
     chatting.answer("newest")
     assert chatting.page.evaluate("keptChats().length") == 50
     assert chatting.page.evaluate("keptChats()[0].title") == "newest"
-    for broken in ("{", '{"a": 1}', '[null, 3, {"id": "x"}, {"turns": [{}]}]'):
+    said = {"role": "assistant", "content": "a", "note": "", "thinking": ""}
+    opening = {"id": "x", "model": "", "title": "", "system": "", "changed": 1}
+    torn = [[said | {"pieces": []}], [{"role": "user", "content": "q"}, said | {"pieces": [[1e15, 1]]}]]
+    chats = json.dumps([opening | {"turns": turns} for turns in torn])
+    for broken in ("{", '{"a": 1}', '[null, 3, {"id": "x"}, {"turns": [{}]}]', chats):
         chatting.page.evaluate("text => localStorage.setItem('melt-chats', text)", broken)
         chatting.page.reload()
         chatting.until("#name", "tiny")

@@ -8,8 +8,11 @@ const freshChat = (system = "") => ({
 });
 
 const isText = (value) => typeof value === "string";
-const isTurn = (turn) => turn && isText(turn.content) && (turn.role === "user" || (turn.role === "assistant" &&
-  isText(turn.note) && isText(turn.thinking) && Array.isArray(turn.pieces) && turn.pieces.every(Array.isArray)));
+const isPiece = (piece) => Array.isArray(piece) && Number.isInteger(piece[0]) && piece[0] >= 0 && Number.isFinite(piece[1]);
+const areOf = (pieces, text) => Array.isArray(pieces) && pieces.every(isPiece) &&
+  pieces.reduce((sum, [characters]) => sum + characters, 0) <= text.length;
+const isTurn = (turn, place) => turn && isText(turn.content) && (place % 2 ? turn.role === "assistant" &&
+  isText(turn.note) && isText(turn.thinking) && areOf(turn.pieces, turn.content) : turn.role === "user");
 const isChat = (chat) => chat && isText(chat.id) && isText(chat.model) && isText(chat.title) && isText(chat.system) &&
   Number.isFinite(chat.changed) && Array.isArray(chat.turns) && chat.turns.every(isTurn);
 
@@ -40,10 +43,13 @@ function writeChats(chats) {
   return Infinity;
 }
 
-// Keeps a chat beside those that other tabs keep. Returns a sentence where something is lost, or "".
+// Keeps a chat beside those that other tabs keep; where one of them has gone on with this chat, beside that too. Returns
+// a sentence where something is lost, or "".
 function keepChat(chat) {
+  const kept = keptChats();
+  if (kept.some((one) => one.id === chat.id && one.changed !== chat.changed)) chat.id = freshChat().id;
   chat.changed = Date.now();
-  const dropped = writeChats([chat, ...keptChats().filter((one) => one.id !== chat.id)]);
+  const dropped = writeChats([chat, ...kept.filter((one) => one.id !== chat.id)]);
   if (dropped === Infinity) return "This browser does not keep this chat: it is gone when the page is closed.";
   return dropped ? "The browser has no room for more chats: the oldest was deleted." : "";
 }

@@ -50,6 +50,16 @@ function leaveDeleted() {
 
 const newChat = () => openChat(freshChat(at("system").value.trim()));
 
+// Shows what another tab kept or deleted, also of the chat that is open here, unless it is being answered or edited.
+function follow() {
+  const newer = keptChats().find((one) => one.id === chat.id && one.changed > chat.changed);
+  if (newer && !running && !at("talk").querySelector("textarea")) {
+    chat = { ...newer, system: chat.system };
+    draw();
+  }
+  listChats();
+}
+
 // Opens or closes the panel of chats and settings, which a narrow page shows only when asked.
 function drawer(open) {
   document.body.classList.toggle("drawn", open);
@@ -105,7 +115,7 @@ at("system").addEventListener("input", () => { chat.system = at("system").value.
 at("menu").addEventListener("click", () => drawer(!document.body.classList.contains("drawn")));
 at("shade").addEventListener("click", () => drawer(false));
 addEventListener("keydown", (event) => { if (event.key === "Escape") drawer(false); });
-addEventListener("storage", listChats); // another tab kept or deleted a chat
+addEventListener("storage", follow);
 for (const id of ["loops", "by", "exit", "temperature"]) at(id).addEventListener("input", show);
 at("loops").addEventListener("change", poll);
 [chat = chat] = keptChats();
