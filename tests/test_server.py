@@ -128,6 +128,20 @@ def test_the_smallest_top_p_is_greedy(client: OpenAI, served_runtime: Runtime) -
     assert reply.choices[0].text == served_runtime.generate("abc", max_tokens=12, ignore_eos=True).text
 
 
+def test_values_that_only_other_servers_have_mean_the_same_here(client: OpenAI) -> None:
+    def texts(**asked: Any) -> list[str]:
+        reply = client.completions.create(
+            model="tiny", prompt="abc", max_tokens=12, n=2, extra_body=GO_ON | asked.pop("more", {}), **asked
+        )
+        return [choice.text for choice in reply.choices]
+
+    assert texts(top_p=0) == texts(temperature=0)
+    assert texts(seed=5, more={"top_k": -1}) == texts(seed=5)
+    assert texts(seed=-2) == texts(seed=-2)
+    assert len({*texts(seed=-2), *texts(seed=2), *texts(seed=-4)}) == 6
+    assert len({*texts(seed=-1), *texts(seed=-1)}) == 4
+
+
 def test_logprobs_of_a_chat_name_the_token_and_the_likeliest(client: OpenAI) -> None:
     reply = client.chat.completions.create(messages=HELLO, **GREEDY, logprobs=True, top_logprobs=3, extra_body=GO_ON)
     logprobs = reply.choices[0].logprobs

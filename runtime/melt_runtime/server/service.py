@@ -122,7 +122,7 @@ class Service:
             raise ApiError(400, f"{_prompts(call) * count} choices are more than the {most} that can run and wait", "n")
         options, deadline = self._options(call), self.deadline(call.max_seconds)
         reading: Reading | None = None
-        asked = self.runtime.options(**options, seed=call.seed)
+        asked = self.runtime.options(**options, seed=_seed(call.seed))
         if isinstance(call, ChatBody):
             prompt, reading = chat_encoded(self.runtime, call, self.format)
             prompts: Sequence[list[int]] = [prompt]
@@ -170,7 +170,7 @@ class Service:
             passed["stop_ids"] = self.runtime.chat_stop_ids
         return {
             **self.depth(call),
-            **passed,
+            **_as_here(passed),
             "max_tokens": asked or usual,
             "temperature": 1.0 if call.temperature is None else call.temperature,
             "ignore_eos": bool(call.ignore_eos),
@@ -198,6 +198,19 @@ class Service:
         width = int(self.runtime.manifest.states[0].shape[-1])
         if dimensions not in (None, width):
             raise ApiError(400, f"dimensions is {dimensions}; this model's embeddings have {width}", "dimensions")
+
+
+def _as_here(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return sampling options without the values that only other servers have: a top_k of -1, which is off, and a top_p
+    of 0, which takes the likeliest token."""
+    known = {**asked, "top_k": 0} if asked.get("top_k") == -1 else asked
+    return {**known, "top_p": 1.0, "top_k": 1} if asked.get("top_p") == 0 else known
+
+
+def _seed(asked: int | None) -> int | None:
+    """Return a client's seed as one from 0 on; None: a new one for each request, which other servers also write as
+    -1."""
+    return None if asked in (None, -1) else asked % (1 << 64)
 
 
 def _prompts(call: CompletionBody | ChatBody) -> int:
