@@ -47,6 +47,12 @@ def test_the_depth_may_be_asked_for(client: OpenAI, served_runtime: Runtime) -> 
     assert client.embeddings.create(model="tiny", input="Hello", dimensions=64).data[0].embedding
 
 
+def test_the_time_of_a_call_is_that_of_all_its_texts(server: Server) -> None:
+    body = {"model": "tiny", "input": ["a" * 200] * 2048, "max_seconds": 3}
+    reply = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=WAIT)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline")
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import monotonic
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ from .service import Service
 from .streaming import Feed
 
 MAX_INPUTS = 2048
+_NO_TIME = 1e-9  # seconds: a request that is over before it runs
 POOLING = "mean of the last loop's hidden states"
 
 
@@ -62,12 +65,14 @@ def requests_of(service: Service, call: EmbeddingBody) -> list[Request]:
 async def embed(
     service: Service, request: HttpRequest, call: EmbeddingBody, requests: Sequence[Request]
 ) -> dict[str, Any]:
-    """Run the requests, as many at a time as there are slots, and return the reply. Raises ApiError, MeltError."""
+    """Run the requests, as many at a time as there are slots, and return the reply. Their deadline is that of all
+    together. Raises ApiError, MeltError."""
     tokens = sum(len(one.prompt) for one in requests)
     note(request, choices=len(requests), prompt_tokens=tokens, stream=False)
     found: list[NDArray[np.float32]] = []
+    began = monotonic()
     for group in _groups(requests, service.scheduler.slots):
-        feed = Feed(service.scheduler, group, service.backlog)
+        feed = Feed(service.scheduler, [_later(one, monotonic() - began) for one in group], service.backlog)
         async with feed.for_client(request.receive):
             async for _, event in feed:
                 ended(event)
@@ -78,6 +83,12 @@ async def embed(
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": service.name, "usage": usage, "pooling": POOLING}
+
+
+def _later(request: Request, seconds: float) -> Request:
+    """Return a request as it is so many seconds after its call began."""
+    assert request.deadline is not None
+    return replace(request, deadline=max(request.deadline - seconds, _NO_TIME))
 
 
 def _groups(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
