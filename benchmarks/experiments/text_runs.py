@@ -77,7 +77,7 @@ PHASE1: Section = {"steps": 600, "interpolation_share": 0.6}
 PHASE2: Section = {"steps": 1000, "attention_weight": 0.002}  # a sum over the width: 0.1 would outweigh the divergence
 # What the shipped model has beyond the paper: every depth is useful.
 ADAPTIVE: Section = {"teacher_loop": "last", "random_depth": 0.5, "exit_weight": 0.1}
-GATE: Section = {"steps": 200, "learning_rate": 1e-2, "measured": "divergence", "least_gain": 0.2, "sharpness": 5}
+GATE: Section = {"steps": 200, "learning_rate": 3e-2, "measured": "divergence", "least_gain": 0.2, "sharpness": 5}
 
 
 @dataclass(frozen=True)
