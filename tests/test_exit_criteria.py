@@ -169,14 +169,14 @@ def test_an_exit_and_an_option_that_contradicts_it_are_refused_everywhere(
     ((name, value),) = option.items()
     sentence = f"exit is {exit!r} and {name} is {value!r}; give one of them"
     with pytest.raises(ArgumentError) as error:
-        runtime.options(exit=exit, **option)  # type: ignore[typeddict-item]
+        runtime.options(**cast(Any, {"exit": exit, **option}))
     assert str(error.value) == sentence
     flags = ["--exit", exit, f"--{name.replace('_', '-')}", str(value)]
     refused = CliRunner().invoke(app, ["generate", str(package), "5", "--ids", *flags])
     assert refused.exit_code == 2
     assert "give one of them" in refused.output
     service = Service(runtime, cast(Any, None), "model")
-    call = CompletionBody(model="model", prompt=[5], exit=exit, **option)  # type: ignore[arg-type]
+    call = CompletionBody.model_validate({"model": "model", "prompt": [5], "exit": exit, **option})
     with pytest.raises(ArgumentError, match="give one of them"):
         runtime.options(**service.depth(call))
 

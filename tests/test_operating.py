@@ -113,7 +113,8 @@ def test_a_variable_of_every_command_that_takes_options_from_them_is_named() -> 
 def test_a_wrong_value_is_refused_without_the_name_of_a_librarys_error(tmp_path: Path, how: str) -> None:
     file = tmp_path / "melt.toml"
     file.write_text('[serve]\nlog-level = "loud"\n')
-    given = {"variable": [], "file": ["--config", file], "flag": ["--log-level", "loud"]}[how]
+    flags: dict[str, list[object]] = {"file": ["--config", file], "flag": ["--log-level", "loud"]}
+    given = flags.get(how, [])
     more = {"MELT_RUN_SERVE_LOG_LEVEL": "loud"} if how == "variable" else {}
     result = process("serve", tmp_path / "none", *given, env={**os.environ, **more})
     assert result.returncode == 2

@@ -198,7 +198,7 @@ class RequestOptions:
             start_state=self.start_state,
             **criteria,
         )
-        if self.exit not in (None, AUTO):
+        if self.exit is not None and self.exit.strip() != AUTO:
             with_criteria(self.exit, criteria)
         sampling = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from ..errors import ArgumentError, PromptError
@@ -53,8 +52,8 @@ def prompt_texts(runtime: Runtime, call: CompletionBody, prompts: Sequence[Seque
     texts = [one for one in given if isinstance(one, str)]
     if texts or tokenizer is None:
         return tuple(texts or [""] * len(prompts))
-    read = tokenizer.decode if call.max_tokens == 0 else partial(closed_text, tokenizer)
-    return tuple(read(ids) for ids in prompts)
+    ends = call.max_tokens == 0  # with the prompt
+    return tuple(tokenizer.decode(ids) if ends else closed_text(tokenizer, ids) for ids in prompts)
 
 
 def _one(runtime: Runtime, prompt: str | list[int]) -> list[int]:
