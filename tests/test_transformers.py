@@ -224,3 +224,26 @@ def test_the_trainer_trains_and_evaluates(kind: str, make: Any, tmp_path: Path) 
     saved: Any = load_model(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(saved(IDS).logits, model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_contradict_each_other_are_refused(kind: str, make: Any) -> None:
+    model = make(kind)
+    embeds = model.get_input_embeddings()(IDS).detach()
+    for given in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            model(**given)
+    for shape in ((1, 10), (2, 9), (2, 1, 10, 10)):
+        with pytest.raises(ValueError, match="attention_mask has the shape"):
+            model(IDS, attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("kind", ["looplm", "huginn"])
+def test_tokens_that_ran_fewer_loops_cannot_be_followed_by_deeper_ones(kind: str, make: Any) -> None:
+    model = make(kind)
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        model(IDS[:, :1], past_key_values=cache, num_loops=2)
+        with pytest.raises(ValueError, match="fewer than 3 loops"):
+            model(IDS[:, :1], past_key_values=cache, num_loops=3)
+        assert model(IDS[:, :1], past_key_values=cache, num_loops=2).logits.isfinite().all()

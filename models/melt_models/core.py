@@ -135,6 +135,14 @@ class LoopedCore(nn.Module):
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.early_exit_gate = nn.Linear(d, 1) if config.exit_gate else None
 
+    def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return what new tokens are to the model, (batch, tokens, d): given, or embedded. Raises ValueError for both
+        and for neither."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        found: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return found
+
     def prelude(self, embeddings: Tensor, attend: Attend) -> Tensor:
         """Run the layers before the loops. (batch, chunk, d), kept."""
         hidden = embeddings if self.config.embedding_scale == 1 else embeddings * self.config.embedding_scale

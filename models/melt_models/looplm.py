@@ -107,7 +107,7 @@ class LoopLMModel(LoopedCore):
         **kwargs: Any,
     ) -> LoopedOutput:
         """Run new tokens up to what the head reads. The arguments are those of ``LoopLMForCausalLM.forward``."""
-        embeddings: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = self.embedded(input_ids, inputs_embeds)
         batch, new, _ = embeddings.shape
         num_loops = self.config.total_ut_steps if num_loops is None else num_loops
         if num_loops < 1:
@@ -117,13 +117,17 @@ class LoopLMModel(LoopedCore):
         cached = self.caches(use_cache)
         cache = DynamicCache() if past_key_values is None and cached else past_key_values
         length = 0 if cache is None else cache.get_seq_length()
-        if length and len(cache) < self.config.first_cache("core", num_loops):  # type: ignore[arg-type]
+        # A cache counts its layers as they come, and tokens that ran fewer loops are missing from the later ones.
+        if length and cache.get_seq_length(self.config.first_cache("core", num_loops) - 1) < length:  # type: ignore[union-attr]
             raise ValueError(f"the cache holds fewer than {num_loops} loops; a LoopLM cannot deepen a cache it filled")
         total = length + new
         if attention_mask is None:
             attention_mask = torch.ones(batch, total, dtype=torch.bool, device=embeddings.device)
-        if attention_mask.shape[1] != total:
-            raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens; cache and input hold {total}")
+        if attention_mask.shape != (batch, total):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; for the tokens of cache and input it is "
+                f"{(batch, total)}"
+            )
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         mask = causal_mask(attention_mask, new)

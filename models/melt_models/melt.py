@@ -160,7 +160,7 @@ class MeltModel(LoopedCore):
     ) -> LoopedOutput:
         """Run new tokens up to what the head reads. The arguments are those of ``MeltForCausalLM.forward``; ``head`` is
         needed by criteria that read logits."""
-        embeddings: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = self.embedded(input_ids, inputs_embeds)
         batch, tokens, _ = embeddings.shape
         num_loops = self.config.total_ut_steps if num_loops is None else num_loops
         chunk_size = self.config.chunk_size if chunk_size is None else chunk_size
@@ -265,11 +265,16 @@ def _token_span(
 ) -> tuple[Tensor | None, Tensor]:
     """Return the first column (None: 0 for all) and the number of each sequence's new tokens, both (batch,).
 
-    Raises ValueError for a mask with gaps inside a sequence, or without any token.
+    Raises ValueError for a mask of another shape, with gaps inside a sequence, or without any token.
     """
     full = torch.full((batch,), tokens, device=device)
     if attention_mask is None:
         return None, full
+    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must cover at least the new tokens, "
+            f"{(batch, tokens)}"
+        )
     mask = attention_mask[:, -tokens:].bool()
     if bool(mask.all()):
         return None, full
