@@ -192,6 +192,26 @@ def test_the_template_is_given_tools_calls_and_results(free: Server) -> None:
     assert "<tools>" not in prompt(free, messages=HISTORY)
 
 
+def test_the_template_is_given_the_effort_of_reasoning(
+    checkpoint: Path, make_package: MakePackage, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    template = "{{ messages[0].content }}{{ reasoning_effort | default('') }}"
+    package = make_package(with_template(checkpoint, tmp_path_factory.mktemp("effort") / "model", template))
+    with Server(package) as server:
+        create: Any = server.client().chat.completions.create
+        ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 1}
+        chats = [create(**ask, reasoning_effort=effort) for effort in (None, "none", "low", "medium")]
+        assert [chat.usage.prompt_tokens for chat in chats] == [3, 3, 6, 9]
+        given: Any = {"model": "tiny", "input": "abc", "max_output_tokens": 1}
+        response = server.client().responses.create(**given, reasoning={"effort": "high"})
+        assert response.usage is not None
+        assert response.usage.input_tokens == 7
+        assert response.reasoning is not None
+        assert response.reasoning.effort == "high"
+        preferred = create(**ask, reasoning_effort="low", extra_body={"chat_template_kwargs": {"reasoning_effort": ""}})
+        assert preferred.usage.prompt_tokens == 3
+
+
 def test_a_template_that_knows_no_tools_gets_them_explained(server: Server, served_runtime: Runtime) -> None:
     text = prompt(server, messages=HISTORY, tools=[WEATHER, CLOCK])
     first, second, third, fourth, _ = text.split("!")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
-from .fields import Count, Strict, by_kind, invalid, unsupported
+from .fields import Count, Effort, Strict, by_kind, invalid, unsupported
 from .schema import RequestBody
 from .tool_schema import MAX_CALLS, CallInHistory, Choice, NamedTool, Tool, Tools
 
@@ -111,9 +111,7 @@ class ChatBody(RequestBody):
     prediction: Annotated[None, unsupported("predictions are not supported; only null is possible")] = None
     moderation: Annotated[None, unsupported("moderation is not supported; only null is possible")] = None
     web_search_options: Annotated[None, unsupported("there is no search; only null is possible")] = None
-    reasoning_effort: Annotated[
-        None, unsupported('loops sets the depth of thought; only "none" is possible', "none")
-    ] = None
+    reasoning_effort: Effort = None
     verbosity: Annotated[None, unsupported('verbosity is not supported; only "medium" is possible', "medium")] = None
     prompt_cache_options: Annotated[None, unsupported("kept prompts have no options; only null is possible")] = None
     prompt_cache_retention: str | None = None
@@ -133,6 +131,12 @@ class ChatBody(RequestBody):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise invalid(f"there is no function {self.tool_choice.function.name!r} in tools", "tool_choice")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables that the chat template gets beside messages and tools."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
     @property
     def offered(self) -> list[Tool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -58,6 +58,13 @@ def unsupported(sentence: str, *allowed: Any) -> BeforeValidator:
             raise invalid(sentence)
 
     return BeforeValidator(check)
+
+
+# OpenAI's words for how long a model reasons; "none" requests nothing.
+Effort = Annotated[
+    Literal["minimal", "low", "medium", "high", "xhigh", "max"] | None,
+    BeforeValidator(lambda value: None if value == "none" else value),
+]
 
 
 class _Kinds(Discriminator):

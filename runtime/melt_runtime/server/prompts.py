@@ -35,7 +35,7 @@ def chat_encoded(runtime: Runtime, call: ChatBody, format: ModelFormat | None) -
     if runtime.tokenizer is None or format is None:
         raise ArgumentError("the package has no tokenizer, so no chat template")
     messages = [message.plain() for message in call.messages]
-    text = rendered(runtime.tokenizer, format, messages, call.offered, call.chat_template_kwargs or {})
+    text = rendered(runtime.tokenizer, format, messages, call.offered, call.template_variables)
     check_length(runtime, text)
     ids = runtime.tokenizer.encode(text, add_special_tokens=False)
     names = frozenset(tool.function.name for tool in call.offered)

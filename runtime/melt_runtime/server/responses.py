@@ -220,7 +220,7 @@ def _frame(
         "output": list(items),
         "parallel_tool_calls": call.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None if call.reasoning is None else call.reasoning.effort, "summary": None},
         "store": False,
         "temperature": 1.0 if call.temperature is None else call.temperature,
         "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},

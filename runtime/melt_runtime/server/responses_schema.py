@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from .chat_schema import ChatBody
-from .fields import Count, Strict, by_kind, invalid, unsupported
+from .fields import Count, Effort, Strict, by_kind, invalid, unsupported
 from .schema import CommonFields
 from .tool_schema import MAX_TOOLS, FunctionName
 
@@ -144,7 +144,7 @@ class TextOptions(Strict):
 class ReasoningOptions(Strict):
     """The options of reasoning."""
 
-    effort: Annotated[None, unsupported('loops sets the depth of thought; only "none" is possible', "none")] = None
+    effort: Effort = None
     summary: Annotated[None, unsupported("reasoning is returned in full; only null is possible")] = None
     generate_summary: Annotated[None, unsupported("reasoning is returned in full; only null is possible")] = None
 
@@ -203,6 +203,7 @@ class ResponsesBody(CommonFields):
                 "parallel_tool_calls": self.parallel_tool_calls,
                 "response_format": _response_format(None if self.text is None else self.text.format),
                 "chat_template_kwargs": self.chat_template_kwargs,
+                "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             }
         )
 

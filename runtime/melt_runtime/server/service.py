@@ -98,6 +98,7 @@ class Service:
         most = runtime.manifest.most_loops or MAX_LOOPS
         self.max_loops = min(most, LOOP_FACTOR * runtime.manifest.loops if max_loops is None else max_loops)
         self.max_tokens = runtime.manifest.max_seq_len if max_tokens is None else max_tokens
+        self._max_tokens_set = max_tokens is not None
         self.fingerprint = f"melt-{source_hash(runtime.manifest)[:12]}"
         self.pipeline = pipeline
         self.format = None if runtime.tokenizer is None else model_format(runtime.tokenizer)
@@ -163,7 +164,9 @@ class Service:
         elif asked == 0:
             asked = 1  # of a request that ends before it
         if asked is not None and asked > self.max_tokens:
-            raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
+            if self._max_tokens_set:
+                raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
+            asked = self.max_tokens  # a full cache ends the answer, as it does with less
         usual = self.max_tokens if isinstance(call, ChatBody) else min(COMPLETION_TOKENS, self.max_tokens)
         passed = {name: getattr(call, name) for name in (*_SAMPLING, "stop") if getattr(call, name) is not None}
         if isinstance(call, ChatBody) and not call.ignore_eos:

@@ -1,0 +1,104 @@
+"""Requests as Open WebUI 0.12 sends them: its page's chats with its own tools, and its tasks around a chat.
+
+``test_server_clients.py`` runs Open WebUI itself where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from conftest import MakeCheckpoint, MakePackage
+from serving import WAIT, Server
+
+USER: Any = {"role": "user", "content": "Hello"}
+# Its functions' parameters: Python's defaults, lists of objects without properties, and no additionalProperties.
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "What it does.",
+            "parameters": {"properties": properties, "required": required, "type": "object"},
+        },
+    }
+    for name, properties, required in (
+        ("get_current_timestamp", {}, []),
+        ("calculate_timestamp", {"days_ago": {"default": 0, "description": "Days.", "type": "integer"}}, []),
+        (
+            "ask_user",
+            {
+                "questions": {"items": {"additionalProperties": True, "type": "object"}, "type": "array"},
+                "allow_other": {"default": True, "type": "boolean"},
+            },
+            ["questions"],
+        ),
+    )
+]
+CALLED: Any = [
+    USER,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "get_current_timestamp", "arguments": "{}"}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": '{"current_timestamp": 1}'},
+]
+SET_ON_THE_PAGE: Any = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "frequency_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "seed": 42,
+    "stop": ["###"],
+    "logit_bias": {"5": -100},
+    "max_tokens": 128,
+    "reasoning_effort": "medium",
+}
+
+
+def post(server: Server, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", **fields}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=WAIT)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": False, "messages": [USER], "max_tokens": 4},
+        {"stream": True, "messages": [USER], "max_tokens": 4, "tools": TOOLS},
+        {"stream": True, "messages": CALLED, "max_tokens": 4, "tools": TOOLS},
+        {"stream": True, "messages": [USER], **SET_ON_THE_PAGE},
+    ],
+    ids=["chat", "tools", "called", "set"],
+)
+def test_the_pages_chats_are_answered(server: Server, fields: dict[str, Any]) -> None:
+    reply = post(server, **fields)
+    assert reply.status_code == 200, reply.text
+    assert '"error"' not in reply.text
+
+
+def test_the_tokens_are_counted_at_the_end_of_a_stream(server: Server) -> None:
+    reply = post(server, stream=True, messages=[USER], max_tokens=4, stream_options={"include_usage": True})
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    assert events[-1]["usage"]["completion_tokens"] in range(1, 5)
+    assert not events[-1]["choices"]
+
+
+def test_a_task_that_asks_for_more_tokens_than_the_cache_holds_gets_what_it_holds(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage
+) -> None:
+    package = make_package(make_checkpoint(tokenizer=True), max_seq_len=32)
+    with Server(package) as server:
+        usual: Any = {"messages": [USER], "stream": False, "ignore_eos": True}
+        whole = post(server, **usual).json()
+        asked = post(server, **usual, max_tokens=1000)
+        assert asked.status_code == 200, asked.text
+        assert asked.json()["choices"][0]["finish_reason"] == "length"
+        assert asked.json()["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
