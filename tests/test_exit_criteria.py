@@ -148,7 +148,7 @@ def test_an_exit_replaces_the_packages_threshold_and_contradictions_are_refused(
     assert (options.exit_threshold, options.adaptive) == (1.0, False)
     both = runtime.options(exit="entropy:0.3", exit_kl=0.1).loops
     assert (both.exit_entropy, both.exit_kl) == (0.3, 0.1)
-    with pytest.raises(ArgumentError, match=r"exit is 'entropy:0.3' and exit_entropy 0.5; give one of them"):
+    with pytest.raises(ArgumentError, match=r"exit is 'entropy:0.3' and exit_entropy is 0.5; give one of them"):
         runtime.options(exit="entropy:0.3", exit_entropy=0.5)
 
 
