@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_every_install_brings_a_package_that_answers() -> None:
     rows = [line for line in result.stdout.splitlines() if "+" in line and "│" in line]
     assert [row.count("✓") for row in rows][-1] >= 2
     assert all(row.split("│")[5].strip().endswith("✓") for row in rows)  # with all loops
+    assert all(row.split("│")[6].strip().endswith("✓") for row in rows)  # with as many as each token needs
+    assert 1 < float(re.search(r"([\d.]+) loops per token", result.stdout)[1]) < 3  # type: ignore[index]
     own = CliRunner().invoke(app, ["demo", "12+34", "0000055 + 5="])
     assert "0000046 ✓" in own.stdout
     assert "0000060 ✓" in own.stdout

@@ -55,6 +55,16 @@ def of_training(result: Figures) -> Figures:
     return {**{key: result[key] for key in about}, "stages": stages}
 
 
+def of_decoding(root: Path) -> Figures:
+    """Return what the runs of text_decoding.py took, or nothing where there are none: ``minutes`` of every seed."""
+    files = [root / f"decoding-{seed}" / "metrics" / "phase2.jsonl" for seed in SEEDS]
+    if not all(file.is_file() for file in files):
+        return {}
+    ends = [json.loads(file.read_text(encoding="utf-8").splitlines()[-1]) for file in files]
+    minutes = " and ".join(f"{end['seconds'] / 60:.0f}" for end in ends)
+    return {"steps": ends[0]["step"], "tokens": ends[0]["tokens"], "minutes": minutes}
+
+
 def perplexity(runtime: Runtime, sequences: Sequences, settings: LoopSettings, last: int | None = None) -> float:
     """Return the perplexity of the sequences, or of their last tokens, read in chunks."""
     losses: list[float] = []
@@ -124,6 +134,7 @@ def main(
                 told = json.loads(result.read_text(encoding="utf-8"))
                 content["training"][f"{row.name}-{seed}"] = of_training(told)
                 length = told["content"]["data"]["sequence_length"]
+    content["decoding"] = of_decoding(root) or content.get("decoding", {})
     files = [str(data / f"{name}-held-out.bin") for name in content["data"]["sources"]]
     held_out = held_out_sequences(files, length, sequences)
     texts: Sequences = [ids.tolist() for source in held_out.values() for ids in source]

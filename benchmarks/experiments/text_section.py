@@ -109,6 +109,7 @@ def section(content: Figures | None) -> Figures | None:
             ]
             for name, one in content.get("pipelined", {}).items()
         ],
+        "decoding": content.get("decoding", {}),
         "stages": main["stages"],
         "device": main["device"],
         "sources": content["data"]["sources"],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import ArgumentError
+from ..results import Generation
 from ..runtime import Runtime
 
 # The first of the problems that the model was never trained on; `examples/addition_problems.jsonl` has all.
@@ -34,7 +36,8 @@ def demo_command(
         bool, typer.Option("--where", help="Print the directory of the package, for other commands, and end.")
     ] = False,
 ) -> None:
-    """Answer additions with 1, 2, 3 and 4 loops, by a package of 0.3 MB that is installed with this command."""
+    """Answer additions with 1 to 4 loops, and as many as each token needs, by a package of 0.3 MB that is installed with
+    this command."""
     package = demo_package()
     if where:
         print(package)
@@ -45,23 +48,26 @@ def demo_command(
     runtime = Runtime.load(package, threads=1)
     loops = range(1, runtime.manifest.loops + 1)
     prompts = [f"{a:0{DIGITS}}+{b:0{DIGITS}}=" for a, b in asked]
-    table = Table("problem", *("1 loop" if depth == 1 else f"{depth} loops" for depth in loops))
-    answers = {
-        depth: [
-            answer.text
-            for first in range(0, len(prompts), runtime.manifest.max_batch)
-            for answer in runtime.generate(
-                prompts[first : first + runtime.manifest.max_batch], max_tokens=DIGITS + 1, loops=depth
-            )
-        ]
-        for depth in loops
+    depths = {("1 loop" if depth == 1 else f"{depth} loops"): {"loops": depth} for depth in loops}
+    columns = {
+        title: _answers(runtime, prompts, depth) for title, depth in {**depths, "as deep as needed": AUTO}.items()
     }
+    table = Table("problem", *columns)
     for index, (a, b) in enumerate(asked):
-        told = (answers[depth][index] for depth in loops)
+        told = (column[index].text for column in columns.values())
         table.add_row(f"{a}+{b}", *(f"{text} {'✓' if text == f'{a + b:0{DIGITS}}' else '✗'}" for text in told))
+    deep = [depth for answer in columns["as deep as needed"] for depth in answer.depth[answer.prompt_tokens :]]
+    table.add_row("", *("" for _ in loops), f"{sum(deep) / len(deep):.2f} loops per token")
     Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False).print(table)
     print(f"The same weights and {runtime.state_bytes():,} bytes of state at every depth: looping is thinking longer.")
     print('Next: melt-run generate "$(melt-run demo --where)" 4829173+3917458= --loops 4')
+
+
+def _answers(runtime: Runtime, prompts: Sequence[str], depth: Mapping[str, Any]) -> list[Generation]:
+    """Answer all prompts, as many at a time as the package takes."""
+    most, options = runtime.manifest.max_batch, {"max_tokens": DIGITS + 1, **depth}
+    parts = (prompts[first : first + most] for first in range(0, len(prompts), most))
+    return [answer for part in parts for answer in runtime.generate(part, **options)]
 
 
 def _parsed(problem: str) -> tuple[int, int]:
