@@ -36,8 +36,8 @@ def demo_command(
         bool, typer.Option("--where", help="Print the directory of the package, for other commands, and end.")
     ] = False,
 ) -> None:
-    """Answer additions with 1 to 4 loops, and as many as each token needs, by a package of 0.3 MB that is installed with
-    this command."""
+    """Answer additions with 1 to 4 loops, and with as many as each token needs, by a package of 0.3 MB that is
+    installed with this command."""
     package = demo_package()
     if where:
         print(package)
@@ -48,10 +48,9 @@ def demo_command(
     runtime = Runtime.load(package, threads=1)
     loops = range(1, runtime.manifest.loops + 1)
     prompts = [f"{a:0{DIGITS}}+{b:0{DIGITS}}=" for a, b in asked]
-    depths = {("1 loop" if depth == 1 else f"{depth} loops"): {"loops": depth} for depth in loops}
-    columns = {
-        title: _answers(runtime, prompts, depth) for title, depth in {**depths, "as deep as needed": AUTO}.items()
-    }
+    depths: dict[str, Any] = {("1 loop" if depth == 1 else f"{depth} loops"): {"loops": depth} for depth in loops}
+    depths["as deep as needed"] = {"exit": "auto"}
+    columns = {title: _answers(runtime, prompts, depth) for title, depth in depths.items()}
     table = Table("problem", *columns)
     for index, (a, b) in enumerate(asked):
         told = (column[index].text for column in columns.values())
