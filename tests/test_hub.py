@@ -173,7 +173,7 @@ def test_a_directory_here_wins_over_a_name_on_a_hub(hub: Hub, tiny_package: Path
         ("melt/none", "no such model, or a private one"),
         ("melt/gated", "its owner asks for consent"),
         ("hf://melt", "is no name on a hub"),
-        ("hf://melt/tiny@", "is no name on a hub"),
+        ("hf://melt/tiny@", "names no revision behind the @"),
         ("melt/package", "has no config.json"),
     ],
 )
