@@ -261,7 +261,7 @@ def test_the_section_on_text_says_which_checkpoint_was_not_measured(tmp_path: Pa
     assert content is not None
     content["measured"] = {"main-0/gate": {"decoded, 2 loops": 37.03}}
     text = document.markdown(Results.read(docs / "experiments.json"), content)
-    assert "| 2 | – | – | – | 37.0 |" in text
+    assert "| 2 | – | – | – | 37.0 | – | – |" in text
     assert "## On text" not in document.markdown(Results.read(docs / "experiments.json"))
 
 
