@@ -56,6 +56,16 @@ def test_what_saves_loops_on_every_seed_by_more_than_the_spread_is_above() -> No
     assert not any(gain.above for gain in gains(one_seed_is_worse, "entropy"))
 
 
+def test_where_two_loops_are_the_best_depth_mixtures_of_one_and_two_are_compared() -> None:
+    flat = [(1.0, 0.0), (2.0, 0.8), (3.0, 0.8), (4.0, 0.7)]
+    good = [seed([(1.0, 0.0), (1.5, 0.6 + shift), (2.0, 0.8)], flat) for shift in (0.0, 0.01)]
+    found = gains(good, "entropy")
+    assert [gain.depth for gain in found] == [1.25, 1.5, 1.75, 2, 3, 4]
+    assert [gain.above for gain in found] == [True, True, True, False, False, True]  # 4 loops are worse than 1.9
+    assert found[1].quality == pytest.approx([0.2, 0.21])
+    assert found[1].loops[0] == pytest.approx(0.5 - 0.4 / 1.2)
+
+
 def test_a_quality_that_is_not_reached_saves_nothing() -> None:
     found = gains([seed([(1.2, 0.7)]) for _ in range(3)], "entropy")
     assert found[1].loops == [None] * 3
@@ -101,6 +111,13 @@ def test_on_addition_the_entropy_of_the_head_is_above_fixed_depths_at_three_dept
     seeds = content["tasks"]["addition"]["even"]["seeds"]
     assert len(seeds) >= 3
     assert [gain.above for gain in gains(seeds, "entropy")] == [True, True, True]
+
+
+def test_on_text_the_trained_exit_gate_is_above_the_line_at_three_depths() -> None:
+    content = json.loads((ROOT / "docs" / "exits.json").read_text(encoding="utf-8"))
+    seeds = content["tasks"]["text"]["text-gate"]["seeds"]
+    assert len(seeds) >= 2
+    assert sum(gain.above for gain in gains(seeds, "gate")) >= 3
 
 
 def test_what_lies_nowhere_above_the_line_is_said_plainly() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import matplotlib
 import typer
-from exit_lines import LEAST_LOOPS, LEAST_QUALITY, Gain, clear, gains, upper_line
+from exit_lines import LEAST_LOOPS, LEAST_QUALITY, Gain, clear, compared_depths, gains, upper_line
 from results import each
 from shared import FAINT, STYLE, render
 
@@ -59,7 +59,9 @@ def section(task: str, name: str, row: Figures) -> Figures:
         "head_share": statistics.fmean(seed["head_share"] for seed in seeds),
         "fixed": [_fixed(task, seeds, at) for at in range(seeds[0]["loops"])],
         "gains": [_line(task, criterion, found[criterion]) for criterion in CRITERIA if criterion in found],
-        "heads": [f"at {gain.depth} loops" for gain in next(iter(found.values()))],
+        "heads": [f"at {gain.depth:g} loops" for gain in next(iter(found.values()))],
+        "first": f"{next(iter(found.values()))[0].depth:g}",
+        "best": 2 if min(compared_depths(seeds)) < 2 else None,
         "wholly": [CRITERIA[one][0] for one, depths in above.items() if len(depths) == len(found[one])],
         "partly": [f"{CRITERIA[one][0]} (at {_listed(d)})" for one, d in above.items() if 0 < len(d) < len(found[one])],
         "never": [CRITERIA[one][0] for one, depths in above.items() if not depths],
@@ -71,8 +73,8 @@ def _compared(name: str) -> tuple[str, ...]:
     return ("gate",) if name.endswith("-gate") else tuple(CRITERIA)
 
 
-def _listed(depths: list[int]) -> str:
-    return " and ".join(map(str, depths))
+def _listed(depths: list[float]) -> str:
+    return ", ".join(f"{depth:g}" for depth in depths)
 
 
 def _fixed(task: str, seeds: list[Figures], at: int) -> list[str]:

@@ -52,13 +52,13 @@ def cost_of(line: Points, quality: float) -> float | None:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a criterion gains on the line of fixed depths at one depth, seed by seed.
+    """What a criterion gains on the line of fixed depths at one depth, or mixture of depths, seed by seed.
 
     ``loops``: saved at the quality that this depth has; None for a seed whose criterion does not reach it.
     ``quality``: better at the same cost.
     """
 
-    depth: int
+    depth: float
     loops: list[float | None]
     quality: list[float]
 
@@ -77,15 +77,24 @@ def clear(values: list[float], least: float) -> bool:
     return statistics.fmean(values) > statistics.stdev(values)
 
 
+def compared_depths(seeds: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the depths at which criteria are compared: from 2 loops on, and where no seed gains from a third, mixtures
+    of 1 and 2 too, between which all of the choice then lies."""
+    flat = all(upper_line(_pairs(seed["fixed"]))[-1][0] <= 2 for seed in seeds)
+    return [*((1.25, 1.5, 1.75) if flat else ()), *range(2, seeds[0]["loops"] + 1)]
+
+
 def gains(seeds: Sequence[dict[str, Any]], criterion: str) -> list[Gain]:
-    """Compare a criterion with the fixed depths from 2 loops on. ``seeds``: the curves of exits.py."""
+    """Compare a criterion with fixed depths. ``seeds``: the curves of exits.py."""
     found = []
-    for depth in range(2, seeds[0]["loops"] + 1):
+    for depth in compared_depths(seeds):
         saved: list[float | None] = []
         better: list[float] = []
         for seed in seeds:
             fixed, early = (upper_line(_pairs(points)) for points in (seed["fixed"], seed["criteria"][criterion]))
-            aim = next(point["quality"] for point in seed["fixed"] if point["setting"] == depth)
+            settled = [point["quality"] for point in seed["fixed"] if point["setting"] == depth]
+            aim = settled[0] if settled else quality_at(fixed, depth)
+            assert aim is not None
             paid, cost = cost_of(fixed, aim), cost_of(early, aim)
             saved.append(None if cost is None or paid is None else paid - cost)
             mine, theirs = quality_at(early, depth), quality_at(fixed, depth)
