@@ -101,6 +101,26 @@ def test_langchain_binds_tools_streams_and_embeds(qwen: Path) -> None:
         assert vector == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
 
 
+def test_open_webui_chats_calls_functions_and_names_chats(qwen: Path) -> None:
+    """Its page's tasks ask for up to 1,000 tokens; a title is JSON within a text."""
+    tasks = ['{"title": "Ulm"}', '{"tags": []}', "[]"]
+    with scripted_server(qwen, ["Sun.", "Sun.", CALL, "Sun.", "Sun", *tasks]) as server:
+        found = run_client("openwebui_chats.py", "open_webui", server.url)
+        assert not [line for line in server.log() if line.get("status", 200) >= 400]
+    assert found == {
+        "models": ["tiny"],
+        "whole": "Sun.",
+        "used": 5,
+        "streamed": "Sun.",
+        "used_streamed": 5,
+        "calls": [CALLED],
+        "reason": "tool_calls",
+        "answer": "Sun.",
+        "set_by_hand": 4,
+        "tasks": tasks,
+    }
+
+
 def test_litellm_calls_functions_and_shows_reasoning(qwen: Path) -> None:
     with scripted_server(qwen, [ASKED, "Sun.", ASKED]) as server:
         found = run_client("litellm_tools.py", "litellm", server.url)
