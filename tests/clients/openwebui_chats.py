@@ -68,14 +68,16 @@ def webui(server: str) -> Iterator[WebUI]:
         options = {
             "WEBUI_AUTH": "False",
             "WEBUI_SECRET_KEY": "tests",
-            "DATA_DIR": directory,
+            "DATA_DIR": f"{directory}/data",
+            "STATIC_DIR": f"{directory}/static",
             "OPENAI_API_BASE_URL": f"{server}/v1",
             "OPENAI_API_KEY": "none",
             "ENABLE_OLLAMA_API": "False",
             "OFFLINE_MODE": "True",
             "USE_SLIM_DOCKER": "true",  # no embeddings, no speech: nothing here needs them
         }
-        command = [sys.executable, "-m", "uvicorn", "open_webui.main:app", "--port", str(port)]
+        serve = "from open_webui import app; app()"  # its command open-webui, wherever that is installed
+        command = [sys.executable, "-c", serve, "serve", "--host", "127.0.0.1", "--port", str(port)]
         log = Path(directory) / "log"
         with log.open("w") as lines:
             process = subprocess.Popen(
