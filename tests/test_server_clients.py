@@ -101,10 +101,19 @@ def test_langchain_binds_tools_streams_and_embeds(qwen: Path) -> None:
         assert vector == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
 
 
-def test_open_webui_chats_calls_functions_and_names_chats(qwen: Path) -> None:
-    """Its page's tasks ask for up to 1,000 tokens; a title is JSON within a text."""
-    tasks = ['{"title": "Ulm"}', '{"tags": []}', "[]"]
-    with scripted_server(qwen, ["Sun.", "Sun.", CALL, "Sun.", "Sun", *tasks]) as server:
+def test_open_webui_chats_calls_functions_and_names_chats(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    """Its 28 functions are 18,000 characters; its tasks ask for up to 1,000 tokens."""
+    sizes = {"max_position_embeddings": 32768, "num_hidden_layers": 1, "chunk_size": 128}
+    checkpoint = make_checkpoint(vocab_size=104, alphabet=ALPHABET, **sizes)
+    made = with_template(checkpoint, tmp_path / "model", QWEN_3.replace("\\n", "\n"))
+    package = make_package(made, max_batch=4, max_seq_len=32768)
+    own_call = '<tool_call>\n{"name": "calculate_timestamp", "arguments": {"days_ago": 3}}\n</tool_call>'
+    through_its_api = ["Sun.", "Sun.", CALL, "Sun.", "Sun"]
+    on_its_page = ["Rain.", f"<think>\nWhen?\n</think>\n\n{own_call}", "<think>\nThen.\n</think>\n\nSnow."]
+    tasks = ['{"follow_ups": ["And?"]}', '{"title": "Ulm"}', '{"tags": ["weather"]}']
+    with scripted_server(package, [*through_its_api, *on_its_page, *tasks]) as server:
         found = run_client("openwebui_chats.py", "open_webui", server.url)
         assert not [line for line in server.log() if line.get("status", 200) >= 400]
     assert found == {
@@ -117,7 +126,14 @@ def test_open_webui_chats_calls_functions_and_names_chats(qwen: Path) -> None:
         "reason": "tool_calls",
         "answer": "Sun.",
         "set_by_hand": 4,
-        "tasks": tasks,
+        "page": {
+            "answers": ["Rain.", "Snow."],
+            "reasoning": ["When?", "Then."],
+            "calls": [["calculate_timestamp", {"days_ago": 3}]],
+            "follow_ups": ["And?"],
+            "title": "Ulm",
+            "tags": ["weather"],
+        },
     }
 
 

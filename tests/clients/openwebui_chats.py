@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 WAIT = 180.0  # seconds; a hang limit
 PARAMETERS = {
@@ -52,10 +53,33 @@ class WebUI:
         body = {"model": "tiny", "messages": messages, "stream": False, **fields}
         return json.loads(self.call("/api/chat/completions", body))
 
-    def task(self, name: str, *messages: Any) -> str:
-        """Return what the model says to a task of the page, such as a chat's title."""
-        body = {"model": "tiny", "messages": messages, "chat_id": "local:1"}
-        return str(json.loads(self.call(f"/api/v1/tasks/{name}/completions", body))["choices"][0]["message"]["content"])
+    def turn(self, text: str, chat: str | None, parent: str | None, *tasks: str) -> dict[str, Any]:
+        """Send what the page sends for a message, wait for the answer and for the tasks, and return the chat.
+
+        The backend offers its own functions, and streams the answer into the chat, whose last message it is.
+        """
+        asked, said = str(uuid4()), str(uuid4())
+        message = {"id": asked, "parentId": parent, "childrenIds": [], "role": "user", "content": text}
+        body = {
+            "model": "tiny",
+            "stream": True,
+            "session_id": "page",
+            "chat_id": chat,
+            "parent_id": parent,
+            "user_message": message,
+            "message_ids": [{"model_id": "tiny", "message_id": said}],
+            "background_tasks": {f"{task}_generation": True for task in tasks},
+        }
+        chat = json.loads(self.call("/api/chat/completions", body))["chat_id"]
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            found = json.loads(self.call(f"/api/v1/chats/{chat}"))
+            answer = found["chat"]["history"]["messages"][said]
+            waits = (tasks and "followUps" not in answer) or ("tags" in tasks and not found["meta"].get("tags"))
+            if "error" in answer or (answer.get("done") and not waits):
+                return {**found, "answer": answer}
+            time.sleep(0.2)
+        raise SystemExit(f"the chat does not end: {json.dumps(found)[-2000:]}")
 
 
 @contextmanager
@@ -108,8 +132,23 @@ def streamed(text: str) -> tuple[str, Any]:
     return "".join(parts), next((event["usage"] for event in reversed(events) if event.get("usage")), None)
 
 
+def of_its_own_functions(page: WebUI) -> dict[str, Any]:
+    """Chat as the page does: the backend calls its own function, shows reasoning, and asks for title, tags and more."""
+    chat = page.turn("How is it in Ulm?", None, None)
+    done = page.turn("And on Monday?", chat["id"], chat["answer"]["id"], "follow_up", "title", "tags")
+    parts: dict[str, Any] = {"reasoning": [], "calls": []}
+    for part in done["answer"]["output"]:
+        if part["type"] == "reasoning":
+            parts["reasoning"].append(part["content"][0]["text"])
+        if part["type"] == "function_call":
+            parts["calls"].append([part["name"], json.loads(part["arguments"])])
+    answers = [one["answer"]["content"] for one in (chat, done)]
+    named = {"title": done["title"], "tags": done["meta"]["tags"], "follow_ups": done["answer"]["followUps"]}
+    return {**parts, **named, "answers": answers}
+
+
 def main() -> dict[str, Any]:
-    """List the models, chat in one piece and as a stream, call a function, and name the chat."""
+    """List the models, chat in one piece and as a stream, call a function, set what can be set, and use the page."""
     with webui(sys.argv[1]) as page:
         models = [model["id"] for model in json.loads(page.call("/api/models"))["data"]]
         whole = page.chat(ASK)
@@ -122,7 +161,6 @@ def main() -> dict[str, Any]:
         params = {"temperature": 0.5, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "seed": 1, "stop": ["!"]}
         params |= {"max_tokens": 5, "frequency_penalty": 0.1, "presence_penalty": 0.1, "reasoning_effort": "low"}
         set_by_hand = page.chat(ASK, params=params)["usage"]["completion_tokens"]
-        said = [ASK, {"role": "assistant", "content": "Sun."}]
         return {
             "models": models,
             "whole": whole["choices"][0]["message"]["content"],
@@ -133,7 +171,7 @@ def main() -> dict[str, Any]:
             "reason": called["finish_reason"],
             "answer": answer,
             "set_by_hand": set_by_hand,
-            "tasks": [page.task(name, *said) for name in ("title", "tags", "follow_up")],
+            "page": of_its_own_functions(page),
         }
 
 
