@@ -104,7 +104,7 @@ def test_langchain_binds_tools_streams_and_embeds(qwen: Path) -> None:
 def test_open_webui_chats_calls_functions_and_names_chats(
     make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
 ) -> None:
-    """Its 28 functions are 18,000 characters; its tasks ask for up to 1,000 tokens."""
+    """Its 28 functions are 20,000 characters; its tasks ask for up to 1,000 tokens."""
     sizes = {"max_position_embeddings": 32768, "num_hidden_layers": 1, "chunk_size": 128}
     checkpoint = make_checkpoint(vocab_size=104, alphabet=ALPHABET, **sizes)
     made = with_template(checkpoint, tmp_path / "model", QWEN_3.replace("\\n", "\n"))
@@ -113,9 +113,12 @@ def test_open_webui_chats_calls_functions_and_names_chats(
     through_its_api = ["Sun.", "Sun.", CALL, "Sun.", "Sun"]
     on_its_page = ["Rain.", f"<think>\nWhen?\n</think>\n\n{own_call}", "<think>\nThen.\n</think>\n\nSnow."]
     tasks = ['{"follow_ups": ["And?"]}', '{"title": "Ulm"}', '{"tags": ["weather"]}']
-    with scripted_server(package, [*through_its_api, *on_its_page, *tasks]) as server:
+    with scripted_server(package, [*through_its_api, *on_its_page, *tasks, "Sun."]) as server:
         found = run_client("openwebui_chats.py", "open_webui", server.url)
+        assert server.metrics()['melt_depth_loops_bucket{le="3"}'] > 0
         assert not [line for line in server.log() if line.get("status", 200) >= 400]
+    bare = found.pop("bare")
+    assert (bare["completion_tokens"], bare["prompt_tokens"] < 200) == (5, True)
     assert found == {
         "models": ["tiny"],
         "whole": "Sun.",

@@ -1,4 +1,4 @@
-"""Requests as Open WebUI 0.12 sends them: its page's chats with its own tools, and its tasks around a chat.
+"""Requests that Open WebUI 0.12.4 was recorded sending: its page's chats with its own functions, and its tasks.
 
 ``test_server_clients.py`` runs Open WebUI itself where it is installed.
 """
@@ -14,26 +14,28 @@ from conftest import MakeCheckpoint, MakePackage
 from serving import WAIT, Server
 
 USER: Any = {"role": "user", "content": "Hello"}
-# Its functions' parameters: Python's defaults, lists of objects without properties, and no additionalProperties.
+# Three of its 28 functions: Python's defaults, no "required", lists of objects without properties.
 TOOLS: Any = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": "What it does.",
-            "parameters": {"properties": properties, "required": required, "type": "object"},
-        },
-    }
-    for name, properties, required in (
-        ("get_current_timestamp", {}, []),
-        ("calculate_timestamp", {"days_ago": {"default": 0, "description": "Days.", "type": "integer"}}, []),
+    {"type": "function", "function": {"name": name, "description": "What it does.", "parameters": parameters}}
+    for name, parameters in (
+        ("get_current_timestamp", {"properties": {}, "type": "object"}),
+        (
+            "calculate_timestamp",
+            {
+                "properties": {"days_ago": {"default": 0, "description": "Days.", "type": "integer"}},
+                "type": "object",
+            },
+        ),
         (
             "ask_user",
             {
-                "questions": {"items": {"additionalProperties": True, "type": "object"}, "type": "array"},
-                "allow_other": {"default": True, "type": "boolean"},
+                "properties": {
+                    "questions": {"items": {"additionalProperties": True, "type": "object"}, "type": "array"},
+                    "allow_other": {"default": True, "description": "Free answers.", "type": "boolean"},
+                },
+                "required": ["questions"],
+                "type": "object",
             },
-            ["questions"],
         ),
     )
 ]
@@ -43,23 +45,30 @@ CALLED: Any = [
         "role": "assistant",
         "content": "",
         "tool_calls": [
-            {"id": "call_1", "type": "function", "function": {"name": "get_current_timestamp", "arguments": "{}"}}
+            {
+                "id": "call_cf13fe08fc0647dab0e188f3",
+                "type": "function",
+                "function": {"name": "calculate_timestamp", "arguments": '{"days_ago":3}'},
+            }
         ],
     },
-    {"role": "tool", "tool_call_id": "call_1", "content": '{"current_timestamp": 1}'},
+    {"role": "tool", "tool_call_id": "call_cf13fe08fc0647dab0e188f3", "content": '{"current_timestamp":1795708212}'},
 ]
 SET_ON_THE_PAGE: Any = {
     "temperature": 0.8,
     "top_k": 40,
     "top_p": 0.9,
-    "min_p": 0.0,
-    "frequency_penalty": 1.1,
-    "presence_penalty": 0.5,
+    "min_p": 0.05,
     "seed": 42,
     "stop": ["###"],
-    "logit_bias": {"5": -100},
     "max_tokens": 128,
+    "frequency_penalty": 1.1,
+    "presence_penalty": 0.5,
     "reasoning_effort": "medium",
+    "logit_bias": {"5": -100, "6": 2},
+    "loops": 3,  # its "custom parameters"
+    "exit_threshold": 0.9,
+    "stream_options": {"include_usage": True},
 }
 
 
@@ -72,9 +81,9 @@ def post(server: Server, **fields: Any) -> httpx.Response:
     "fields",
     [
         {"stream": False, "messages": [USER], "max_tokens": 4},
-        {"stream": True, "messages": [USER], "max_tokens": 4, "tools": TOOLS},
-        {"stream": True, "messages": CALLED, "max_tokens": 4, "tools": TOOLS},
-        {"stream": True, "messages": [USER], **SET_ON_THE_PAGE},
+        {"stream": True, "messages": [USER], "tools": TOOLS},
+        {"stream": True, "messages": CALLED, "tools": TOOLS},
+        {"stream": True, "messages": [{"role": "system", "content": "Be brief."}, USER], **SET_ON_THE_PAGE},
     ],
     ids=["chat", "tools", "called", "set"],
 )

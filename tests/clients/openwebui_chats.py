@@ -132,7 +132,7 @@ def streamed(text: str) -> tuple[str, Any]:
     return "".join(parts), next((event["usage"] for event in reversed(events) if event.get("usage")), None)
 
 
-def of_its_own_functions(page: WebUI) -> dict[str, Any]:
+def with_its_functions(page: WebUI) -> dict[str, Any]:
     """Chat as the page does: the backend calls its own function, shows reasoning, and asks for title, tags and more."""
     chat = page.turn("How is it in Ulm?", None, None)
     done = page.turn("And on Monday?", chat["id"], chat["answer"]["id"], "follow_up", "title", "tags")
@@ -145,6 +145,15 @@ def of_its_own_functions(page: WebUI) -> dict[str, Any]:
     answers = [one["answer"]["content"] for one in (chat, done)]
     named = {"title": done["title"], "tags": done["meta"]["tags"], "follow_ups": done["answer"]["followUps"]}
     return {**parts, **named, "answers": answers}
+
+
+def without_its_functions(page: WebUI) -> Any:
+    """Chat as the page does with a model set to offer no functions and to loop three times; return its usage."""
+    params = {"system": "Be brief.", "reasoning_effort": "low", "custom_params": {"loops": "3"}}
+    meta = {"capabilities": {"builtin_tools": False, "usage": True}}
+    page.call("/api/v1/models/create", {"id": "tiny", "name": "tiny", "params": params, "meta": meta})
+    page.call("/api/models?refresh=true")
+    return page.turn("How is it in Ulm?", None, None)["answer"]["usage"]
 
 
 def main() -> dict[str, Any]:
@@ -171,7 +180,8 @@ def main() -> dict[str, Any]:
             "reason": called["finish_reason"],
             "answer": answer,
             "set_by_hand": set_by_hand,
-            "page": of_its_own_functions(page),
+            "page": with_its_functions(page),
+            "bare": without_its_functions(page),
         }
 
 
