@@ -112,8 +112,16 @@ def test_open_webui_chats_calls_functions_and_names_chats(
     own_call = '<tool_call>\n{"name": "calculate_timestamp", "arguments": {"days_ago": 3}}\n</tool_call>'
     through_its_api = ["Sun.", "Sun.", CALL, "Sun.", "Sun"]
     on_its_page = ["Rain.", f"<think>\nWhen?\n</think>\n\n{own_call}", "<think>\nThen.\n</think>\n\nSnow."]
-    tasks = ['{"follow_ups": ["And?"]}', '{"title": "Ulm"}', '{"tags": ["weather"]}']
-    with scripted_server(package, [*through_its_api, *on_its_page, *tasks, "Sun."]) as server:
+    on_its_page += ['{"follow_ups": ["And?"]}', '{"title": "Ulm"}', '{"tags": ["weather"]}']
+    shown = {
+        "answers": ["Rain.", "Snow."],
+        "reasoning": ["When?", "Then."],
+        "calls": [["calculate_timestamp", {"days_ago": 3}]],
+        "follow_ups": ["And?"],
+        "title": "Ulm",
+        "tags": ["weather"],
+    }
+    with scripted_server(package, [*through_its_api, *on_its_page, "Sun.", *on_its_page]) as server:
         found = run_client("openwebui_chats.py", "open_webui", server.url)
         assert server.metrics()['melt_depth_loops_bucket{le="3"}'] > 0
         assert not [line for line in server.log() if line.get("status", 200) >= 400]
@@ -129,14 +137,8 @@ def test_open_webui_chats_calls_functions_and_names_chats(
         "reason": "tool_calls",
         "answer": "Sun.",
         "set_by_hand": 4,
-        "page": {
-            "answers": ["Rain.", "Snow."],
-            "reasoning": ["When?", "Then."],
-            "calls": [["calculate_timestamp", {"days_ago": 3}]],
-            "follow_ups": ["And?"],
-            "title": "Ulm",
-            "tags": ["weather"],
-        },
+        "page": shown,
+        "responses": shown,
     }
 
 

@@ -156,6 +156,15 @@ def without_its_functions(page: WebUI) -> Any:
     return page.turn("How is it in Ulm?", None, None)["answer"]["usage"]
 
 
+def as_responses(page: WebUI, server: str) -> None:
+    """Set the connection to send OpenAI's responses."""
+    page.call("/openai/verify", {"url": f"{server}/v1", "key": "none"})
+    connection = {"OPENAI_API_BASE_URLS": [f"{server}/v1"], "OPENAI_API_KEYS": ["none"]}
+    configs = {"OPENAI_API_CONFIGS": {"0": {"enable": True, "api_type": "responses"}}}
+    page.call("/openai/config/update", {"ENABLE_OPENAI_API": True, **connection, **configs})
+    page.call("/api/models?refresh=true")
+
+
 def main() -> dict[str, Any]:
     """List the models, chat in one piece and as a stream, call a function, set what can be set, and use the page."""
     with webui(sys.argv[1]) as page:
@@ -170,6 +179,10 @@ def main() -> dict[str, Any]:
         params = {"temperature": 0.5, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "seed": 1, "stop": ["!"]}
         params |= {"max_tokens": 5, "frequency_penalty": 0.1, "presence_penalty": 0.1, "reasoning_effort": "low"}
         set_by_hand = page.chat(ASK, params=params)["usage"]["completion_tokens"]
+        chats = with_its_functions(page)
+        bare = without_its_functions(page)
+        page.call("/api/v1/models/model/delete", {"id": "tiny"})
+        as_responses(page, sys.argv[1])
         return {
             "models": models,
             "whole": whole["choices"][0]["message"]["content"],
@@ -180,8 +193,9 @@ def main() -> dict[str, Any]:
             "reason": called["finish_reason"],
             "answer": answer,
             "set_by_hand": set_by_hand,
-            "page": with_its_functions(page),
-            "bare": without_its_functions(page),
+            "page": chats,
+            "bare": bare,
+            "responses": with_its_functions(page),
         }
 
 
