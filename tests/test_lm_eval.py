@@ -142,7 +142,6 @@ def test_depth_is_an_argument_of_the_model(make_family: MakeFamily, tmp_path: Pa
         ({"loopz": 2}, "loopz"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"max_gen_toks": 64}, "max_gen_toks is 64"),
-        ({"temperature": 0.5}, "temperature is 0.0 in the task's generation arguments and 0.5 in --model_args"),
         ({"pretrained": "other"}, "give one of them"),
     ],
 )
@@ -183,3 +182,11 @@ def test_the_harness_says_the_same_of_a_package_and_of_its_checkpoint(
     assert ours["addition_scored"]["acc,none"] == plain["addition_scored"]["acc,none"] > 0.5
     scores = [one["addition_scored"]["perplexity,none"] for one in (ours, plain)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def test_a_temperature_of_the_model_holds_unless_the_task_has_another(tiny_package: Path) -> None:
+    model = MeltRun(str(tiny_package), max_length=ROOM, max_gen_toks=4, temperature=0.5, seed=1)
+    request, _ = model._generation("a", {})
+    assert request.options.sampling.temperature == 0.5
+    with pytest.raises(ArgumentError, match="temperature is 0.0 in the task's generation arguments and 0.5 in --model"):
+        model._generation("a", {"temperature": 0.0})

@@ -262,7 +262,9 @@ class MeltRun(TemplateLM):
             raise ArgumentError(f"max_gen_toks is {tokens}; a sequence of the package has room for {self.max_length}")
         own = {**options, "max_tokens": tokens, "stop": [one for one in until if one]}
         for name in self._options.keys() & own.keys():
-            if self._options[name] != own[name]:
+            if name not in asked and name != "stop":
+                del own[name]  # the harness's default, such as a temperature of 0
+            elif self._options[name] != own[name]:
                 raise ArgumentError(
                     f"{name} is {own[name]!r} in the task's generation arguments and {self._options[name]!r} in "
                     "--model_args; give one of them"
