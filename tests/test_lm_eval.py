@@ -188,7 +188,5 @@ def test_a_temperature_of_the_model_holds_unless_the_task_has_another(tiny_packa
     model = MeltRun(str(tiny_package), max_length=ROOM, max_gen_toks=4, temperature=0.5, seed=1)
     request, _ = model._generation("a", {})
     assert request.options.sampling.temperature == 0.5
-    with pytest.raises(
-        ArgumentError, match=r"temperature is 0.0 in the task's generation arguments and 0.5 in --model"
-    ):
+    with pytest.raises(ArgumentError, match=r"temperature is 0.0 in the task's .* and 0.5 in"):
         model._generation("a", {"temperature": 0.0})
