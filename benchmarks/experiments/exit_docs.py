@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import matplotlib
 import typer
-from exit_lines import LEAST_LOOPS, LEAST_QUALITY, Gain, clear, compared_depths, gains, upper_line
+from exit_lines import LEAST_LOOPS, LEAST_QUALITY, Gain, clear, gains, upper_line
 from results import each
 from shared import FAINT, STYLE, render
 
@@ -61,7 +61,6 @@ def section(task: str, name: str, row: Figures) -> Figures:
         "gains": [_line(task, criterion, found[criterion]) for criterion in CRITERIA if criterion in found],
         "heads": [f"at {gain.depth:g} loops" for gain in next(iter(found.values()))],
         "first": f"{next(iter(found.values()))[0].depth:g}",
-        "best": 2 if min(compared_depths(seeds)) < 2 else None,
         "wholly": [CRITERIA[one][0] for one, depths in above.items() if len(depths) == len(found[one])],
         "partly": [f"{CRITERIA[one][0]} (at {_listed(d)})" for one, d in above.items() if 0 < len(d) < len(found[one])],
         "never": [CRITERIA[one][0] for one, depths in above.items() if not depths],

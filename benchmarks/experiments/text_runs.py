@@ -166,7 +166,7 @@ def content(
     return whole
 
 
-def decoding(seed: int, size: Size, data: Path, root: Path, *, names: Section | None = None) -> Section:
+def decoding(seed: int, size: Size, data: Path, root: Path) -> Section:
     """Return the file of a run that goes on with the MELT of a main run, by decoding."""
     main = root / f"{MAIN.name}-{seed}"
     cut = {key: ALONE[key] for key in ("batch_size", "chunk_sizes", "decoding_share")}
@@ -174,7 +174,7 @@ def decoding(seed: int, size: Size, data: Path, root: Path, *, names: Section | 
         "output": str(root / f"decoding-{seed}"),
         "seed": seed,
         "threads": 1,
-        "data": {**data_section(data, size, names), "sequence_length": ALONE_LENGTH},
+        "data": {**data_section(data, size), "sequence_length": ALONE_LENGTH},
         "teacher": {"checkpoint": str(main / "teacher")},
         "melt": {"chunk_size": size.chunk},
         "phase2": {"checkpoint": str(main / "gate"), **PHASE2, **ADAPTIVE, **STUDENT, **ALONE},
