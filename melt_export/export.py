@@ -121,6 +121,8 @@ def check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
     DIALECTS[options.dialect].check(checkpoint.config)
     if options.weights is not None:
         check_patterns(options.weights, checkpoint.weights)
+        if options.weights.embedding is not None:
+            options.weights.for_embedding(checkpoint.config.hidden_size)
 
 
 def _calibrate(

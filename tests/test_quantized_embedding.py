@@ -97,8 +97,27 @@ def test_what_cannot_be_is_refused(make_checkpoint: MakeCheckpoint, make_package
         ExportOptions(dialect="standard", weights=int4(embedding="int4"))
     with pytest.raises(ExportError, match="embedding 'int2' is not one of int4, int8"):
         int4(embedding="int2")
-    with pytest.raises(ExportError, match=r"hidden_size is 64, no multiple of the block of 128: leave the embedding"):
-        make_package(make_checkpoint(**SHAPE), weights=int4(block=128, embedding="int4"))
+    checkpoint = make_checkpoint(**SHAPE, hidden_size=40, head_dim=16)
+    with pytest.raises(ExportError, match=r"hidden_size is 40, no multiple of a block of 16: leave the embedding"):
+        make_package(checkpoint, weights=int4(embedding="int4"))
+
+
+def test_its_rows_are_whole_blocks_and_a_tied_head_shares_them(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage
+) -> None:
+    checkpoint = make_checkpoint(**SHAPE, tie_word_embeddings=True)
+    package = make_package(checkpoint, weights=int4(block=128, head="int4", embedding="int4"))
+    sizes = [
+        attribute.i
+        for graph in ("embed", "loop_step", "lm_head")
+        for node in operators(package, graph)
+        for attribute in node.attribute
+        if attribute.name == "block_size"
+    ]
+    assert sizes[0] == sizes[-1] == 64  # a row has 64 values
+    assert set(sizes[1:-1]) == {128}
+    report = verify(package, checkpoint, tokens=4)
+    assert [failure for failure in report.failures() if not failure.startswith("quantization")] == []
 
 
 def test_the_command_takes_both_and_says_so(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def _matmuls(
             continue
         kind = options.head if name in (HEAD, EMBEDDING) else "int8" if _matches(parts, options.int8) else options.kind
         label = HEAD if name == EMBEDDING else str(name)
-        yield node, _QuantizedMatmul(parts, label, inputs, outputs, BITS[kind], options, hessians)
+        shares = name == EMBEDDING and options.embedding == options.head
+        how = options.for_embedding(inputs) if shares else options
+        yield node, _QuantizedMatmul(parts, label, inputs, outputs, BITS[kind], how, hessians)
 
 
 @dataclass
@@ -273,20 +275,17 @@ def halve_embedding(model: ir.Model) -> None:
 def quantize_embedding(model: ir.Model, options: WeightOptions, seen: Statistics, *, tied: bool) -> None:
     """Store the embedding in blocks of few bits and widen its rows in the lookup. In place.
 
-    Raises ExportError if a row is not a whole number of blocks.
+    Raises ExportError if a row is not a whole number of blocks of any size.
     """
     lookup, table = _embedding_lookup(model.graph)
     assert table.shape is not None
     assert options.embedding is not None
     rows, width = (int(size) for size in table.shape)  # type: ignore[arg-type]
-    if width % options.block:
-        raise ExportError(
-            f"hidden_size is {width}, no multiple of the block of {options.block}: leave the embedding in float16"
-        )
-    grid = replace(options.grid(BITS[options.embedding]), asymmetric=False)
-    as_head = tied and options.embedding == options.head and options.grid(grid.bits) == grid
+    fitting = options.for_embedding(width)
+    grid = replace(fitting.grid(BITS[options.embedding]), asymmetric=False)
+    as_head = tied and options.embedding == options.head and fitting.grid(grid.bits) == grid
     hessians = seen.hessians if as_head else {}
-    weight = _QuantizedMatmul((EMBEDDING,), EMBEDDING, width, rows, grid.bits, options, hessians)
+    weight = _QuantizedMatmul((EMBEDDING,), EMBEDDING, width, rows, grid.bits, fitting, hessians)
     stored = {
         "q": _Stored(ir.DataType.UINT8, (rows, width * grid.bits // 8), lambda blocks: blocks.packed().flatten(1)),
         "scales": _Stored(ir.DataType.FLOAT, (rows, width // grid.block), lambda blocks: blocks.scales),

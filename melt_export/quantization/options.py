@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class WeightOptions:
     """How weights are quantized. Raises ExportError.
 
     - ``kind``: "int4" or "int8".
-    - ``block``: number of inputs that share a scale.
+    - ``block``: number of inputs that share a scale; see ``for_embedding``.
     - ``head``: kind of the output head, which is read once per token; in 4 bits it loses more than it saves.
     - ``keep``: patterns (``*``) of checkpoint names that are not quantized.
     - ``int8``: patterns of checkpoint names that get 8 bits whatever ``kind`` is, as do weights merged with them.
@@ -104,6 +104,19 @@ class WeightOptions:
     def grid(self, bits: int, *, positive: bool = False) -> Grid:
         """Return the grid of weights with so many bits."""
         return Grid(bits, self.block, positive, self.asymmetric and bits == BITS["int4"])
+
+    def for_embedding(self, hidden_size: int) -> WeightOptions:
+        """Return the options of a quantized embedding, whose rows are whole blocks: the largest that fit, up to
+        ``block``. Raises ExportError if none does.
+
+        A tied head of as many bits shares these blocks.
+        """
+        fitting = [block for block in BLOCKS if block <= self.block and hidden_size % block == 0]
+        if not fitting:
+            raise ExportError(
+                f"hidden_size is {hidden_size}, no multiple of a block of {BLOCKS[0]}: leave the embedding in float16"
+            )
+        return replace(self, block=fitting[-1])
 
     def record(self) -> dict[str, Any]:
         """Return the entry of the manifest."""
