@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 from melt_hub import PACKAGE, HubError, is_explicit, local_directory
 
 from .backends.base import Backend
+from .backends.large_pages import NewMemory
 from .backends.open import open_backend
 from .decoding.early_exit import depth_warnings
 from .decoding.exit_options import exit_options
@@ -73,10 +74,11 @@ class LoadedModel:
         ``expected_hash``: refuse a package whose hash, as shown by ``melt-run inspect``, differs. ``progress``: called
         with the number of bytes hashed since its last call.
         """
-        directory = _local(directory)
+        directory, memory = _local(directory), NewMemory()
         package = Package.open(directory, check_hashes=check_hashes, expected_hash=expected_hash, progress=progress)
         tokenizer = load_tokenizer(package)
         opened = open_backend(package, backend, threads, low_memory, engine, device, check_hashes)
+        memory.in_large_pages()
         return cls(package, opened.backend, tokenizer, opened.reason)
 
     @property

@@ -22,6 +22,7 @@ from .positions import StridedRegion
 
 # The attention length is rounded up, so that few shapes are bound as the cache grows.
 CONTEXT_BUCKET = 64
+_ALIGNMENT = 64  # bytes, of buffers
 _MAX_VIEWS = 64
 # How long a thread spins for the next operator before it sleeps. Long enough for the gaps within a run, so that nothing
 # is lost alone; a spinning thread uses up its share of a core that it shares with another process.
@@ -152,12 +153,16 @@ class OnnxRuntimeState(BufferState):
         return self.backend.name
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Allocate aligned buffers and touch every page, so that memory does not grow later."""
-        for name, count in sizes.items():
-            raw = np.empty(count + 64, np.uint8)
-            start = -raw.ctypes.data % 64
-            self.buffers[name] = raw[start : start + count]
-            self.buffers[name].fill(0)
+        """Allocate aligned buffers and touch every page, so that memory does not grow later.
+
+        They are one block, because NumPy asks Linux for large pages where an array is large.
+        """
+        places = np.cumsum([0, *(rounded_up(count, _ALIGNMENT) for count in sizes.values())]).tolist()
+        raw = np.empty(places[-1] + _ALIGNMENT, np.uint8)
+        raw.fill(0)
+        start = -raw.ctypes.data % _ALIGNMENT
+        for place, (name, count) in zip(places, sizes.items(), strict=False):
+            self.buffers[name] = raw[start + place : start + place + count]
 
     def view(self, buffer: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
         """Return a buffer in a shape; every call returns the same memory."""
