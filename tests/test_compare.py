@@ -136,16 +136,23 @@ def test_the_document_tells_each_rivals_bits_version_and_options(
     assert "| MELT, one loop | int4 | int4 | int4 | 84.0 MB | - | - | - | --weights int4 |" in lines
 
 
-def test_every_rival_runs_with_every_number_of_threads_awake_and_asleep(tmp_path: Path) -> None:
+def test_every_rival_runs_with_every_number_of_threads_awake_asleep_and_in_large_pages(tmp_path: Path) -> None:
     found = compare_smollm2.ways(tmp_path, tmp_path, (tmp_path, tmp_path), (1, 2), (10, 15, 128))
     names = [name for name, *_ in found]
     for rival in ("onnxruntime-genai", "llama.cpp"):
-        for way in ("2 threads", "2 threads, not spinning", "1 thread"):
+        for way in (
+            "2 threads",
+            "2 threads, not spinning",
+            "2 threads, large pages",
+            "1 thread",
+            "1 thread, large pages",
+        ):
             assert names.count(f"{rival}, {way}") == 1
     assert [name for name in names if name.startswith("melt")] == ["melt, 2 threads", "melt, 1 thread", "melt"]
-    for _, function, *arguments in found:  # each function takes what it is given
+    for name, variables, function, *arguments in found:  # each function takes what it is given
         inspect.signature(function).bind(*arguments)
         assert arguments[-3:] == [10, 15, 128]
+        assert bool(variables) == name.endswith("large pages")
 
 
 def test_the_picture_has_a_bar_per_rival_and_number_of_threads(

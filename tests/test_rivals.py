@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from melt_export.quantization.stored_values import stored_values
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from rivals import matmuls, melt, pytorch, turns
-from rivals.turns import Rival, best_threads, take_turns
+from rivals.turns import Rival, Sample, best_threads, take_turns
 from rivals.weights import onnx_weights
 
 
@@ -35,6 +36,24 @@ def test_a_package_and_pytorch_take_turns(tiny_package: Path, tiny_checkpoint: P
     assert found["eager bf16"]["token_s"]["median"] > 0
     assert found["melt"]["prefill_s"]["median"] > 0
     assert found["eager bf16"]["peak_bytes"]["median"] > 0
+
+
+def _length_of(variable: str) -> Iterator[Sample]:
+    yield {"token_s": float(len(os.environ.get(variable, "")))}
+
+
+def test_a_rival_has_environment_variables_of_its_own() -> None:
+    sides = [
+        Rival("with", _length_of, "MELT_RIVAL", environment={"MELT_RIVAL": "four"}),
+        Rival("without", _length_of, "MELT_RIVAL"),
+    ]
+    try:
+        for side in sides:
+            side.visit(counts=True)
+        assert [side.samples[0]["token_s"] for side in sides] == [4.0, 0.0]
+    finally:
+        for side in sides:
+            side.close()
 
 
 def test_rivals_take_turns_beside_busy_processes(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ A rival is a generator function that loads what it measures and yields a sample,
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from time import sleep
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 from melt_runtime.bench.busy import BusyProcesses
@@ -37,15 +39,23 @@ class TakesTurns(Protocol):
 class Rival:
     """A generator function in a fresh process, which makes one step per ``visit``.
 
-    Raises RuntimeError, with the reason, when it fails.
+    ``environment``: variables that its process has besides this one's. Raises RuntimeError, with the reason, when it
+    fails.
     """
 
-    def __init__(self, name: str, function: Callable[..., Iterator[Sample]], *arguments: Any):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Iterator[Sample]],
+        *arguments: Any,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.name, self.samples = name, list[Sample]()
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         self._child = context.Process(target=_serve, args=(theirs, function, *arguments), daemon=True)
-        self._child.start()
+        with patch.dict(os.environ, environment or {}):  # what a process inherits
+            self._child.start()
         theirs.close()
 
     def visit(self, *, counts: bool) -> None:
