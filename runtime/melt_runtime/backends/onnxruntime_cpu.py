@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
 
@@ -17,13 +19,14 @@ from ..package.specs import TensorSpec
 from ..untrusted import brief
 from .bindings import Binding, rounded_up, scratch_buffers
 from .buffers import BufferState
+from .control import LoopControl
 from .cpu_threads import ThreadLimit
 from .positions import StridedRegion
 
 # The attention length is rounded up, so that few shapes are bound as the cache grows.
 CONTEXT_BUCKET = 64
 _ALIGNMENT = 64  # bytes, of buffers
-_MAX_VIEWS = 64
+_MAX_VIEWS, _MAX_NOTED = 64, 8
 # How long a thread spins for the next operator before it sleeps. Long enough for the gaps within a run, so that nothing
 # is lost alone; a spinning thread uses up its share of a core that it shares with another process.
 _SPIN_US = 15
@@ -138,11 +141,24 @@ class OnnxRuntimeBackend(OnnxRuntimeBase):
             raise BackendError(f"there is no memory for {need:,} bytes of state; use a smaller batch") from error
 
 
+@dataclass(frozen=True)
+class _TokenRuns:
+    """What a chunk of one token did: the arrays that it wrote first, the runs, and which hidden buffer is newest
+    then."""
+
+    written: tuple[NDArray[Any], ...]
+    runs: tuple[tuple[str, Any], ...]
+    current: int
+    after_coda: bool
+
+
 class OnnxRuntimeState(BufferState):
     """The state of a batch in host memory. Staged data is written directly where the graph reads it."""
 
     def __init__(self, backend: OnnxRuntimeBackend, batch: int):
         self.backend = backend
+        self._token_runs: dict[tuple[int, bool], _TokenRuns] = {}  # by loops, and whether the head runs
+        self._noted: list[tuple[str, Any]] | None = None  # the runs of a chunk that is noted
         self.buffers: dict[str, NDArray[np.uint8]] = {}
         self._views: dict[tuple[str, int, tuple[int, ...]], NDArray[Any]] = {}  # cached: making a view takes long
         super().__init__(backend.package.manifest, batch)
@@ -203,8 +219,56 @@ class OnnxRuntimeState(BufferState):
                 bind(tensor.tensor, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, address)
         return binding
 
+    def detach(self) -> None:
+        """Forget runs on the buffers of the state that this one was copied from."""
+        self._token_runs = {}
+
+    def run_chunk(
+        self,
+        token_ids: NDArray[np.int64],
+        control: LoopControl,
+        loops: int,
+        head: bool,
+        between: Callable[[], None] | None = None,
+        start: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Run a chunk. One token after another does the same with other numbers, so its runs are noted and repeated:
+        what would be looked up between them is no longer in the processor's caches."""
+        ask = between is not None and loops > 1
+        differs = self.masked or self.read_only or self.manifest.injects  # by the tokens in the cache, or in copies
+        if token_ids.shape[1] > 1 or ask or differs:
+            super().run_chunk(token_ids, control, loops, head, between, start)
+            return
+        values = (token_ids, control.lengths, control.chunk_lengths, *((control.active,) if self.steered else ()))
+        noted = self._token_runs.get((loops, head))
+        if noted is None:
+            self._note(values, control, loops, head)
+            return
+        for array, value in zip(noted.written, values, strict=True):
+            array[...] = value
+        self.width = 1
+        for graph, bound in noted.runs:
+            self.run(graph, bound)
+        self.current, self.loops_run, self.headed, self.after_coda = noted.current, loops, head, noted.after_coda
+
+    def _note(self, values: tuple[NDArray[Any], ...], control: LoopControl, loops: int, head: bool) -> None:
+        """Run one token, and note what it did."""
+        runs: list[tuple[str, Any]] = []
+        self._noted = runs
+        try:
+            super().run_chunk(values[0], control, loops, head)
+        finally:
+            self._noted = None
+        names = ("input_ids", *(self.prefix + name for name in ("lengths", "chunk_lengths", "active")))
+        written = tuple(self.stage(name, value.dtype, value.shape) for name, value in zip(names, values, strict=False))
+        if len(self._token_runs) >= _MAX_NOTED:
+            self._token_runs.clear()
+        self._token_runs[loops, head] = _TokenRuns(written, tuple(runs), self.current, self.after_coda)
+
     def run(self, graph: str, bound: Any) -> None:
         """Run a graph on its bound buffers."""
+        if self._noted is not None:
+            self._noted.append((graph, bound))
         limit, session = self.backend.thread_limit, self.backend.sessions[graph]
         if limit is None or perf_counter() < limit.quiet_until:
             run_bound(session, graph, bound)
