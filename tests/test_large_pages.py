@@ -99,6 +99,14 @@ def test_linux_is_not_asked_where_it_must_not_or_cannot(
     assert before.in_large_pages() is None
 
 
+def test_linux_is_not_asked_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_pages, "available_memory", lambda: 100 << 20)
+    before = NewMemory()
+    memory = mapping()
+    np.frombuffer(memory, np.uint8).fill(1)
+    assert before.in_large_pages() is None
+
+
 def test_without_a_list_of_mappings_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_pages, "_MAPS", tmp_path / "maps")
     assert NewMemory().in_large_pages() is None

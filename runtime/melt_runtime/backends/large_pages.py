@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from ..machine import available_memory
+
 _Range = tuple[int, int]  # from the first address to the one behind the last
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -28,6 +30,7 @@ _MAPS = Path("/proc/self/maps")
 # A private, writable mapping of no file; malloc's heap has a name.
 _ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 +(?:\[heap\])?$", re.MULTILINE)
 _HUGEPAGE, _COLLAPSE = 14, 25  # what madvise is asked for, in Linux's numbers; the second since 6.1
+_LEAST_FREE = 256 << 20  # bytes
 _TRIES = 3  # of a call that finds pages busy; it moves the others
 _AT_ONCE = 16  # large pages per call, after which other threads may change the memory's mappings
 
@@ -41,10 +44,11 @@ class NewMemory:
     def in_large_pages(self) -> Thread | None:
         """Ask Linux to put it into large pages where all of it is in use, and return the thread in which it copies.
 
-        None where there is nothing to do, or Linux is not asked: on other systems, or if it is set to "never". Nothing
-        waits for the thread: the memory can be used meanwhile, and freed. The process needs no more memory than before.
+        None where there is nothing to do, or Linux is not asked: on other systems, if it is set to "never", or if
+        memory is so short that it would have to make room. Nothing waits for the thread: the memory can be used
+        meanwhile, and freed. The process needs no more memory than before.
         """
-        size = _page_size()
+        size = _page_size() if (available_memory() or 0) >= _LEAST_FREE else None
         ranges = list(_used(_without(_anonymous(), self._before), size)) if size else []
         if size is None or not ranges:
             return None
