@@ -31,6 +31,7 @@ from melt_export.reference.pytorch import reference_of
 _EVERYWHERE = ("--head", "int4", "--embedding", "int4", "--block", "128", "--int8-share", "0", "--method", "gptq")
 # What glibc is asked for large pages with, as this project's runtime asks Linux by itself.
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+_SMALL_PAGES = {"NUMPY_MADVISE_HUGEPAGE": "0"}  # for the state; the weights' are left as they are by ``in_small_pages``
 
 
 def missing(directory: Path) -> str | None:
@@ -136,6 +137,8 @@ def ways(
     for count in reversed(counts):
         label = plural(count, "thread")
         found.append((f"melt, {label}", {}, melt.run, ours, count, 1, *shared))
+        small = f"melt, {label}, small pages"
+        found.append((small, _SMALL_PAGES, melt.in_small_pages, ours, count, 1, *shared))
         hows = [("", True, {}), (", large pages", True, _LARGE_PAGES)]
         hows += [(", not spinning", False, {})] if count > 1 else []  # one thread never waits
         for how, awake, variables in hows:

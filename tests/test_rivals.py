@@ -56,6 +56,12 @@ def test_a_rival_has_environment_variables_of_its_own() -> None:
             side.close()
 
 
+def test_a_package_runs_in_small_pages_too(tiny_package: Path) -> None:
+    rival = Rival("small", melt.in_small_pages, tiny_package, 1, 2, 20, 1, 10)
+    found = take_turns([rival], 1, lambda: None)
+    assert found["small"]["token_s"]["median"] > 0
+
+
 def test_rivals_take_turns_beside_busy_processes(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[int] = []
     enter = turns.BusyProcesses.__enter__

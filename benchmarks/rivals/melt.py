@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rivals.turns import Sample
 
@@ -23,3 +24,11 @@ def run(directory: Path, threads: int | None, loops: int, context: int, tokens: 
         if prompt:
             sample["prefill_s"] = watch.prefill(prompt, runtime.manifest.chunk, loops)
         yield sample
+
+
+def in_small_pages(*arguments: Any) -> Iterator[Sample]:
+    """Run a package whose memory stays in the pages in which it was allocated; ``arguments`` as for ``run``."""
+    from melt_runtime.backends.large_pages import NewMemory
+
+    NewMemory.in_large_pages = lambda memory: None  # type: ignore[method-assign]
+    yield from run(*arguments)
