@@ -319,10 +319,17 @@ def test_the_server_takes_seed_start_and_exits(make_family: MakeFamily, make_pac
             expected = runtime.generate(IDS, max_tokens=4, ignore_eos=True, **more)
             assert choice["token_ids"] == list(expected.token_ids), more
             assert choice["depth"] == list(expected.depth[len(IDS) - 1 :]), more
-        for wrong in ({"start_seed": -1}, {"start_state": "ones"}, {"exit_at_step": 3}, {"exit_threshold": 0.5}):
+        refused: tuple[dict[str, Any], ...] = (
+            {"start_seed": -1},
+            {"start_state": "ones"},
+            {"start_seed": 5, "start_state": "zeros"},
+            {"exit_at_step": 3},
+            {"exit_threshold": 0.5},
+        )
+        for wrong in refused:
             reply = httpx.post(url, json=body | wrong, timeout=WAIT)
             assert reply.status_code == 400
-            assert next(iter(wrong)) in reply.json()["error"]["message"]
+            assert all(name in reply.json()["error"]["message"] for name in wrong)
 
 
 def test_exit_at_step_counts_loops_from_0_as_pytorch_does(

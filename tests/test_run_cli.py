@@ -150,6 +150,7 @@ class TestRefusals:
             (["--top-p", "nan"], "top_p"),
             (["--seed", -1], "seed"),
             (["--stop", ""], "stop string is empty"),
+            (["--start-seed", 5, "--start-state", "zeros"], "start_seed is 5 and start_state is 'zeros'"),
             (["--threads", 0], "threads is 0"),
             (["--backend", "abacus"], "abacus"),
             (["--ids"], "not a token id"),
@@ -161,6 +162,8 @@ class TestRefusals:
 
     def test_options_are_refused_before_the_package_is_opened(self, tmp_path: Path) -> None:
         assert "loops is 0" in refused(run("generate", tmp_path / "none", "x", "--loops", 0))
+        seeded = ("--start-seed", 5, "--start-state", "zeros")
+        assert "start_seed is 5" in refused(run("generate", tmp_path / "none", "x", *seeded))
 
     @pytest.mark.parametrize("command", ["generate", "chat", "inspect"])
     def test_missing_package(self, tmp_path: Path, command: str) -> None:
