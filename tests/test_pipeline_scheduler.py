@@ -12,6 +12,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, MeltError, PrefixCache, Request, Runtime, Scheduler
 from melt_runtime.backends.positions import CachedPositions
+from melt_runtime.scheduler.slots import Slots
 
 PROMPTS = [
     [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9],
@@ -154,3 +155,46 @@ def test_a_constraint_may_fill_one_array_again_and_again(runtime: Runtime) -> No
         plain, piped = answer("off"), answer("on")
     assert piped == plain
     assert sum(piped.pipeline.held) > 0
+
+
+class Limited:
+    """A constraint that allows every token, and raises after 12 of them."""
+
+    count = 0
+
+    def mask(self, history: Sequence[int]) -> None:
+        return None
+
+    def accept(self, token: int) -> None:
+        self.count += 1
+        if self.count > 12:
+            raise ZeroDivisionError("grammar")
+
+
+@pytest.mark.parametrize("fault", ["constraint", "listener", "scheduler"])
+def test_the_tokens_of_a_request_that_fails_are_counted_as_pipelined(
+    runtime: Runtime, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[object] = []
+
+    def listener(event: object) -> None:
+        heard.append(event)
+        if fault == "listener" and len(heard) > 12:
+            raise ZeroDivisionError("listener")
+
+    def end(self: Slots, *arguments: Any) -> None:
+        raise AssertionError("a bug")
+
+    if fault == "scheduler":
+        monkeypatch.setattr(Slots, "end", end)
+    options = runtime.options(max_tokens=13 if fault == "scheduler" else 60, ignore_eos=True, pipeline="on")
+    constraint = Limited() if fault == "constraint" else None
+    scheduler = Scheduler(runtime, slots=2)
+    handle = scheduler.submit(Request(tuple(PROMPTS[0]), options, constraint=constraint), listener)
+    with pytest.raises(MeltError):
+        handle.result(60)
+    metrics = scheduler.metrics()
+    scheduler.close()
+    assert metrics.requests["failed"] == 1
+    assert metrics.pipeline_tokens == 12  # the prompt gives the first of 13
+    assert metrics.pipeline_runs >= 12

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, OvertakenError, PromptError
 from ..package.manifest import Manifest
-from ..results import Generation, TextDelta
+from ..results import Generation, PipelineUse, TextDelta
 from ..sampling.constraint import Constraint, masked
 from ..sampling.logprobs import logprobs_of
 from ..sampling.sampler import Sampler
@@ -95,6 +95,11 @@ class TokenSequence:
         """Go on with the random numbers of another sampler."""
         sampler.prompt_tokens = self.prompt_tokens
         self.sampler = sampler
+
+    @property
+    def pipeline_use(self) -> PipelineUse | None:
+        """What pipelined decoding has done so far; None if it did not run."""
+        return None if self.counts is None else self.counts.use()
 
     def pipelining(self) -> Pipelining | None:
         """Return how the tokens are pipelined; None: they are not."""
@@ -186,7 +191,7 @@ class TokenSequence:
             loops,
             cached_tokens,
             self.options.warnings,
-            None if self.counts is None else self.counts.use(),
+            self.pipeline_use,
         )
 
 

@@ -274,6 +274,7 @@ class Scheduler:
             self._slots.release(running)
         now = monotonic()
         self._meter.ended("failed", now - running.started, now - running.handle.submitted)
+        self._meter.pipelined(running.sequence.pipeline_use)
         running.handle.fail(error, tell)
 
     def _fail_running(self, error: MeltError) -> None:
@@ -287,8 +288,12 @@ class Scheduler:
         """End every handle with an error and close the scheduler. Callable from any thread."""
         with self._changed:
             self._closing = self._stopping = True
-            handles = [*self._waiting, *(one.handle for one in self._slots.running.values())]
+            running = list(self._slots.running.values())
+            handles = [*self._waiting, *(one.handle for one in running)]
             self._waiting.clear()
+        for one in running:
+            if not one.handle.done:
+                self._meter.pipelined(one.sequence.pipeline_use)
         for handle in handles:
             if not handle.done:
                 self._meter.ended("failed", whole=monotonic() - handle.submitted)
