@@ -24,6 +24,7 @@ from .errors import (
     OvertakenError,
     PackageError,
     PromptError,
+    PromptTooLongError,
     SessionError,
 )
 from .package.manifest import Manifest
@@ -64,6 +65,7 @@ __all__ = [
     "PrefixCache",
     "PromptError",
     "PromptLogprobs",
+    "PromptTooLongError",
     "Request",
     "RequestHandle",
     "Runtime",

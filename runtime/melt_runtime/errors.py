@@ -33,6 +33,10 @@ class PromptError(MeltError, ValueError):
     """A prompt that is empty, longer than the cache, or has token ids outside the vocabulary."""
 
 
+class PromptTooLongError(PromptError):
+    """A prompt with more tokens than the cache has room for."""
+
+
 class SessionError(MeltError):
     """A saved session that cannot be read or written: damaged, changed, or of another package."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import PromptError
+from ..errors import PromptError, PromptTooLongError
 from ..package.manifest import Manifest
 
 
@@ -46,7 +46,8 @@ def checked_ids(ids: Sequence[int], room: int, manifest: Manifest) -> NDArray[np
     except (TypeError, ValueError) as error:
         raise PromptError("token ids must be whole numbers inside the vocabulary") from error
     if len(array) > room:
-        raise PromptError(f"{len(array)} tokens do not fit: the cache has room for {room} of {manifest.max_seq_len}")
+        message = f"{len(array)} tokens do not fit: the cache has room for {room} of {manifest.max_seq_len}"
+        raise PromptTooLongError(message)
     if len(array) and array.dtype.kind not in "iu":
         raise PromptError("token ids must be whole numbers inside the vocabulary")
     wrong = array[(array < 0) | (array >= manifest.vocab_size)]

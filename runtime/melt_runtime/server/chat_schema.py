@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
@@ -96,6 +96,7 @@ class Message(Strict):
 class ChatBody(RequestBody):
     """A chat request."""
 
+    prompt_field: ClassVar[str | None] = "messages"
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     chat_template_kwargs: dict[str, Any] | None = None  # further variables for the chat template
     max_completion_tokens: Count | None = None
@@ -131,6 +132,11 @@ class ChatBody(RequestBody):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise invalid(f"there is no function {self.tool_choice.function.name!r} in tools", "tool_choice")
         return self
+
+    @property
+    def limit_field(self) -> str:
+        """The field that limits the answer's tokens."""
+        return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from fastapi import Request as HttpRequest
@@ -31,6 +31,7 @@ class EmbeddingBody(Strict):
     """One text or several, or their token ids. ``loops``, ``exit_threshold`` and ``max_seconds`` are extensions of
     OpenAI's API."""
 
+    prompt_field: ClassVar[str | None] = "input"
     model: Name
     input: Annotated[
         Annotated[str, Tag("~text")]

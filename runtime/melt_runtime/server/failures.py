@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from ..errors import ArgumentError, BusyError, ClosedError, MeltError, PromptError
+from ..errors import ArgumentError, BusyError, ClosedError, MeltError, PromptError, PromptTooLongError
 from .fields import TAG
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -27,17 +28,32 @@ class ApiError(Exception):
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
+    def renamed(self, own_field: Callable[[str], str]) -> ApiError:
+        """Return the error with the field's name, also at the beginning of the message, as ``own_field`` gives it."""
+        if self.param is None:
+            return self
+        name, message = own_field(self.param), str(self)
+        if name == self.param:
+            return self
+        if message.startswith(self.param):
+            message = name + message.removeprefix(self.param)
+        error = ApiError(self.status, message, name, self.code)
+        error.headers = self.headers
+        return error
+
     def response(self) -> JSONResponse:
         """Return the HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def as_api_error(error: MeltError) -> ApiError:
-    """Convert a runtime error to an error reply."""
+def as_api_error(error: MeltError, prompt_field: str | None = None) -> ApiError:
+    """Convert a runtime error to an error reply. ``prompt_field``: the request's field with its prompt."""
     if isinstance(error, BusyError):
         busy = ApiError(429, str(error), code="busy")
         busy.headers["Retry-After"] = str(math.ceil(error.retry_after))
         return busy
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error), prompt_field, "context_length_exceeded")
     if isinstance(error, ArgumentError | PromptError):
         return ApiError(400, str(error))
     if isinstance(error, ClosedError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,8 +27,12 @@ Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 class Strict(BaseModel):
     """An object with known fields only and no conversion of values. Only the first error is reported, to bound the cost
-    of bad bodies."""
+    of bad bodies.
 
+    ``prompt_field``: the field of a request with what must fit the cache.
+    """
+
+    prompt_field: ClassVar[str | None] = None
     model_config = ConfigDict(strict=True)
 
     @model_validator(mode="before")
@@ -42,6 +46,11 @@ class Strict(BaseModel):
                 hint = f"; is it {near[0]!r}?" if near else ""
                 raise invalid(f"there is no such field{hint}", unknown[:64])
         return content
+
+    @staticmethod
+    def own_field(name: str) -> str:
+        """Return the field, by its path, that a refusal is about where the request was made into another kind."""
+        return name
 
 
 def invalid(sentence: str, field: str | None = None) -> PydanticCustomError:

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from ..errors import BusyError, MeltError
-from .failures import ApiError, as_refusal
+from .failures import ApiError, as_api_error, as_refusal
 from .fields import Strict
 from .guard import note
 from .process import trim_memory
@@ -118,7 +118,7 @@ class Intake:
         self._uploads = Uploads()
 
     async def prepare(self, request: Request, kind: type[A], work: Callable[[A], R]) -> R:
-        """Return what ``work`` makes of the body, an object of type ``kind``. Raises ApiError, MeltError."""
+        """Return what ``work`` makes of the body, an object of type ``kind``. Raises ApiError."""
         body = await self._uploads.read(request, self._limit)
 
         def prepared() -> R:
@@ -128,7 +128,11 @@ class Intake:
             try:
                 return work(call)
             except ValidationError as error:  # of a call that is made from this one
-                raise as_refusal(error) from error
+                raise as_refusal(error).renamed(call.own_field) from error
+            except ApiError as error:
+                raise error.renamed(call.own_field) from None
+            except MeltError as error:
+                raise as_api_error(error, call.prompt_field) from error
 
         return await self._preparation.run(prepared, len(body))
 

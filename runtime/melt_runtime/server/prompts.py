@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ArgumentError, PromptError
+from ..errors import ArgumentError, PromptError, PromptTooLongError
 from ..runtime import Runtime
 from ..text.text_before import closed_text
 from .chat_schema import ChatBody
@@ -31,7 +31,7 @@ def chat_encoded(runtime: Runtime, call: ChatBody, format: ModelFormat | None) -
     """Return the token ids of a chat, and how its answers are taken apart. Raises PromptError, ArgumentError."""
     room = runtime.manifest.max_seq_len
     if len(call.messages) > room:
-        raise PromptError(f"{len(call.messages)} messages do not fit: the cache has room for {room} tokens")
+        raise PromptTooLongError(f"{len(call.messages)} messages do not fit: the cache has room for {room} tokens")
     if runtime.tokenizer is None or format is None:
         raise ArgumentError("the package has no tokenizer, so no chat template")
     messages = [message.plain() for message in call.messages]
@@ -63,7 +63,7 @@ def _one(runtime: Runtime, prompt: str | list[int]) -> list[int]:
 
 
 def check_length(runtime: Runtime, text: str) -> None:
-    """Raise PromptError for a text with more tokens than fit, found by tokenizing its beginning.
+    """Raise PromptTooLongError for a text with more tokens than fit, found by tokenizing its beginning.
 
     A text that fits is tokenized at most twice. The beginning may have up to twice the tokens that fit, because its
     last token is cut.
@@ -80,5 +80,5 @@ def check_length(runtime: Runtime, text: str) -> None:
             runtime.tokenizer.encode(text[:size], add_special_tokens=False)
             return
         if len(begun.ids) > 2 * room:
-            raise PromptError(f"{len(text):,} characters do not fit: the cache has room for {room} tokens")
+            raise PromptTooLongError(f"{len(text):,} characters do not fit: the cache has room for {room} tokens")
         size *= 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
 
@@ -149,12 +149,18 @@ class ReasoningOptions(Strict):
     generate_summary: Annotated[None, unsupported("reasoning is returned in full; only null is possible")] = None
 
 
+_OWN_FIELDS = {  # by those of a chat
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
 _ENCRYPTED: list[str] = ["reasoning.encrypted_content"]  # agents ask for it of every model
 
 
 class ResponsesBody(CommonFields):
     """A request for a response. Nothing is stored, so ``store`` has no effect; a reply says so."""
 
+    prompt_field: ClassVar[str | None] = "input"
     input: Annotated[
         Annotated[str, Tag("~text")]
         | Annotated[list[_AnyItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("~items")],
@@ -206,6 +212,17 @@ class ResponsesBody(CommonFields):
                 "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             }
         )
+
+    @staticmethod
+    def own_field(name: str) -> str:
+        """Return the field that a refusal of the chat is about. Messages are of several items, so they are ``input``."""
+        first, _, rest = name.partition(".")
+        if first == "messages":
+            return "input"
+        if first in ("tools", "tool_choice"):
+            return name.replace(".function", "", 1)
+        own = _OWN_FIELDS.get(first, first)
+        return ".".join([own, rest.removeprefix("json_schema.")]) if rest else own
 
     def _messages(self) -> list[dict[str, Any]]:
         """Return the conversation as a chat's messages: reasoning, text and calls of one turn are one message."""

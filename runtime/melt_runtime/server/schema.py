@@ -5,7 +5,7 @@ Unsupported fields are refused unless they request nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
@@ -143,6 +143,7 @@ class RequestBody(CommonFields):
 class CompletionBody(RequestBody):
     """A completion request with one or several prompts: text or token ids."""
 
+    prompt_field: ClassVar[str | None] = "prompt"
     prompt: Annotated[
         Annotated[str, Tag("~text")]
         | Annotated[list[str], Field(fail_fast=True), Tag("~texts")]
@@ -163,6 +164,16 @@ class CompletionBody(RequestBody):
         if self.stream and self.chosen_from > (self.n or 1):
             raise invalid("a stream cannot wait for all choices to pick the best; leave out one of them", "best_of")
         return self
+
+    @property
+    def limit_field(self) -> str:
+        """The field that limits the answer's tokens."""
+        return "max_tokens"
+
+    @property
+    def count_field(self) -> str:
+        """The field that multiplies choices."""
+        return "best_of" if self.best_of is not None else "n" if self.n is not None else "prompt"
 
     @property
     def chosen_from(self) -> int:

@@ -120,7 +120,9 @@ class Service:
         count = call.n or 1 if completion is None else completion.chosen_from
         most = self.scheduler.slots + self.scheduler.max_waiting
         if _prompts(call) * count > most:
-            raise ApiError(400, f"{_prompts(call) * count} choices are more than the {most} that can run and wait", "n")
+            field = "n" if completion is None else completion.count_field
+            message = f"{_prompts(call) * count} choices are more than the {most} that can run and wait"
+            raise ApiError(400, message, field)
         options, deadline = self._options(call), self.deadline(call.max_seconds)
         reading: Reading | None = None
         asked = self.runtime.options(**options, seed=_seed(call.seed))
@@ -165,7 +167,8 @@ class Service:
             asked = 1  # of a request that ends before it
         if asked is not None and asked > self.max_tokens:
             if self._max_tokens_set:
-                raise ApiError(400, f"max_tokens is {asked}; this server allows {self.max_tokens}", "max_tokens")
+                field = call.limit_field
+                raise ApiError(400, f"{field} is {asked}; this server allows {self.max_tokens}", field)
             asked = self.max_tokens  # a full cache ends the answer, as it does with less
         usual = self.max_tokens if isinstance(call, ChatBody) else min(COMPLETION_TOKENS, self.max_tokens)
         passed = {name: getattr(call, name) for name in (*_SAMPLING, "stop") if getattr(call, name) is not None}

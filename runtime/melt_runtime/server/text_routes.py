@@ -58,7 +58,8 @@ def _tokenized(service: Service, call: TokenizeBody) -> dict[str, Any]:
     room = service.runtime.manifest.max_seq_len
     most = max(_CHARACTERS * room, _LEAST)
     if len(text) > most:
-        raise ApiError(400, f"{len(text):,} characters are more than the {most:,} that are tokenized", "prompt")
+        field = "prompt" if call.messages is None else "messages"
+        raise ApiError(400, f"{len(text):,} characters are more than the {most:,} that are tokenized", field)
     ids = tokenizer.encode(text, add_special_tokens=special)
     names = [tokenizer.backend_tokenizer.id_to_token(one) for one in ids] if call.return_token_strs else None
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decoding.settings import LoopSettings
-from ..errors import ArgumentError, PromptError, SessionError
+from ..errors import ArgumentError, PromptTooLongError, SessionError
 from ..sampling.sampler import Sampler
 from ..text.tokenizer import Message
 from .session import Session
@@ -96,7 +96,7 @@ class Conversation:
         """Answer a message; yield the text as it is generated.
 
         ``stopped``: called after every chunk and token; the text generated until it returns True stays in the
-        conversation. A message that got no text at all is dropped again. Raises PromptError, before any change, for a
+        conversation. A message that got no text at all is dropped again. Raises PromptTooLongError, before any change, for a
         message that does not fit.
         """
         message = Message("user", text)
@@ -183,7 +183,7 @@ class Conversation:
         """Return the token ids of the chat and a new message; drop the oldest exchanges if there is no room for an
         answer.
 
-        Raises PromptError for a message that is too long by itself.
+        Raises PromptTooLongError for a message that is too long by itself.
         """
         runtime = self.session.runtime
         capacity = self.session.driver.capacity
@@ -195,7 +195,7 @@ class Conversation:
             if len(ids) + room <= capacity:
                 break
         if len(ids) > capacity:
-            raise PromptError(f"{len(ids)} tokens do not fit: the cache has room for {capacity}")
+            raise PromptTooLongError(f"{len(ids)} tokens do not fit: the cache has room for {capacity}")
         if start:
             del self.turns[:start]
             count = "exchange" if start == 2 else f"{start // 2} exchanges"
