@@ -111,11 +111,27 @@ def test_reset_forgets_all_but_the_system_message(runtime: Runtime, tiny_package
 
 def test_mistakes_do_not_end_it(tiny_package: Path, prompt: str, tmp_path: Path) -> None:
     too_long = prompt * Package.open(tiny_package).manifest.max_seq_len
-    script = ["/loops 0", "/loops many", "/fly", too_long, "/save", "/load", f"/load {tmp_path}/none", prompt]
+    script = [
+        "/loops 0",
+        "/loops many",
+        "/fly high",
+        "/Fly",
+        too_long,
+        "/save",
+        "/load",
+        f"/load {tmp_path}/none",
+        prompt,
+    ]
     script.append(f"/save {tmp_path}/no/such/folder/file")
     result = run("chat", tiny_package, "--max-tokens", 2, stdin="\n".join(script))
     assert result.exit_code == 0, result.output
-    expected = ("loops is 0", "loops is 'many'", "no command /fly", "do not fit: the cache has room for 256")
+    expected = (
+        "loops is 0",
+        "loops is 'many'",
+        "no command /fly; there are /loops,",
+        "no command /fly",
+        "do not fit: the cache has room for 256",
+    )
     expected += ("/save needs", "/load needs", "there is no saved session", "cannot be written")
     for what, line in zip(expected, result.stderr.splitlines(), strict=True):
         assert what in line
@@ -330,6 +346,27 @@ def test_the_system_message_can_change_within_a_conversation(runtime: Runtime, t
     assert result.stderr.splitlines() == ["no system message", "system: be brief", "no system message"]
 
 
+def test_commands_may_have_capitals_and_those_without_an_argument_refuse_one(tiny_package: Path, prompt: str) -> None:
+    script = ["/Loops 2", "/LOOPS\t3", prompt, "/reset the model", "/quit now", "/History", "/HELP", "/QUIT", prompt]
+    result = run("chat", tiny_package, "--max-tokens", 2, stdin="\n".join(script))
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1  # one message
+    said = result.stderr.splitlines()
+    assert said[:2] == ["2 loops per token", "3 loops per token"]
+    assert "/reset stands alone" in said[2]
+    assert "/quit stands alone" in said[3]
+    assert said[4] == f"user: {prompt}"
+    assert "/reset" in "".join(said[6:])
+
+
+@pytest.mark.parametrize("typed", ["/usr/bin is a folder", '"""/quit"""', '"""\n/Etc has files\n"""', "/ 2", "//"])
+def test_a_message_may_begin_with_a_slash(typed: str, tiny_package: Path) -> None:
+    result = run("chat", tiny_package, "--max-tokens", 2, stdin=f"{typed}\n/history\n")
+    assert result.exit_code == 0, result.output
+    message = typed.strip('"').strip()
+    assert result.stderr.splitlines()[0] == f"user: {message}"
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
@@ -350,4 +387,4 @@ def test_a_message_may_have_several_lines(typed: str, meant: str) -> None:
             raise EOFError
         return line
 
-    assert read_message(read) == meant
+    assert read_message(read).text == meant

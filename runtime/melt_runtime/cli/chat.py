@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
@@ -32,8 +32,24 @@ HELP = """\
   /help           show this
   /quit           leave (so does Ctrl-D)
   Several lines   begin with \"\"\" and end with it, or end each line but the last with \\
+  \"\"\"/word\"\"\"     a message that begins as a command does; one such as /usr/bin needs no quotes
   Ctrl-C          stop the answer; its text so far stays in the conversation"""
 QUOTES = '"""'
+_COMMANDS = re.findall(r"^  (/[a-z]+)", HELP, re.MULTILINE)
+_WITH_ARGUMENT = ("/loops", "/temperature", "/system", "/save", "/load")
+
+
+class Typed(NamedTuple):
+    """What was typed. ``quoted``: between triple quotes, so that it is no command."""
+
+    text: str
+    quoted: bool = False
+
+    @property
+    def command(self) -> tuple[str, str] | None:
+        """The command, in small letters, and its argument; None: it is a message."""
+        found = None if self.quoted else re.fullmatch(r"(/\w+)(?:\s+(.*))?", self.text, re.DOTALL)
+        return None if found is None else (found[1].lower(), found[2] or "")
 
 
 class Chat:
@@ -59,14 +75,14 @@ class Chat:
         self.interactive = interactive
         while True:
             try:
-                line = read_message(lambda prompt: input(prompt if interactive else ""))
-                if line == "/quit":
+                typed = read_message(lambda prompt: input(prompt if interactive else ""))
+                if typed.command == ("/quit", ""):
                     return
                 with held_interrupts() as stopped:
-                    if re.fullmatch(r"/[a-z]+( .*)?", line, re.DOTALL):
-                        self._command(line, stopped)
-                    elif line:
-                        self._write_answer(self.conversation.answer(line, stopped), stopped)
+                    if typed.command is not None:
+                        self._command(*typed.command, stopped)
+                    elif typed.text:
+                        self._write_answer(self.conversation.answer(typed.text, stopped), stopped)
             except EOFError:
                 if interactive:
                     print()
@@ -76,9 +92,12 @@ class Chat:
             except (PromptError, ArgumentError, SessionError) as error:
                 notice(one_line(error))
 
-    def _command(self, line: str, stopped: Callable[[], bool]) -> None:
-        name, _, argument = line.partition(" ")
-        argument = argument.strip()
+    def _command(self, name: str, argument: str, stopped: Callable[[], bool]) -> None:
+        if name not in _COMMANDS:
+            known = ", ".join(_COMMANDS)
+            raise ArgumentError(f"no command {name}; there are {known}; a message that begins so goes between {QUOTES}")
+        if argument and name not in _WITH_ARGUMENT:
+            raise ArgumentError(f"{name} stands alone; a message that begins so goes between {QUOTES}")
         if name == "/loops":
             if argument:
                 loops = int(argument) if re.fullmatch(r"-?[0-9]{1,9}", argument) else argument
@@ -109,7 +128,7 @@ class Chat:
             self.conversation.forget()
             notice("the conversation is forgotten")
         else:
-            notice(HELP if name == "/help" else f"there is no command {name}; /help lists them")
+            notice(HELP)
 
     def _load(self, file: Path) -> None:
         """Continue a saved conversation, and name the system message that it takes the place of."""
@@ -149,7 +168,7 @@ class Chat:
         return f"{len(self.conversation.messages)} messages, {len(self.conversation.session)} tokens"
 
 
-def read_message(read: Callable[[str], str]) -> str:
+def read_message(read: Callable[[str], str]) -> Typed:
     """Read a message: a line, lines that end with a backslash, or lines between triple quotes. Raises EOFError at the
     end of input, unless a message has begun.
 
@@ -169,8 +188,8 @@ def read_message(read: Callable[[str], str]) -> str:
         while open_still():
             lines.append(read(". "))
     if quoted:
-        return "\n".join(lines).strip().removeprefix(QUOTES).removesuffix(QUOTES).strip()
-    return "\n".join(line.removesuffix("\\") for line in lines).strip()
+        return Typed("\n".join(lines).strip().removeprefix(QUOTES).removesuffix(QUOTES).strip(), quoted=True)
+    return Typed("\n".join(line.removesuffix("\\") for line in lines).strip())
 
 
 @contextmanager
