@@ -199,6 +199,17 @@ def test_an_address_that_others_reach_needs_a_key(served_package: Path) -> None:
     assert "--without-key" in refused(served_package, "--host", "0.0.0.0", "--port", 0)
 
 
+def test_keys_and_their_absence_cannot_be_asked_for_together(tmp_path: Path) -> None:
+    package, keys, options = tmp_path / "package", tmp_path / "keys", tmp_path / "melt.toml"
+    keys.write_text(KEY)
+    options.write_text(f"[serve]\napi-key-file = {str(keys)!r}\n")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        asked = ("--without-key", "--host", host, "--port", 0)
+        assert "--without-key admits everyone, and MELT_API_KEYS" in refused(package, *asked, MELT_API_KEYS=KEY)
+        assert f"and --api-key-file {keys}" in refused(package, *asked, "--api-key-file", keys)
+        assert f"and --api-key-file {keys}" in refused(package, *asked, "--config", options)
+
+
 def test_keys_that_were_asked_for_must_be_there(served_package: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n")
     assert "there is none" in refused(served_package, "--api-key-file", tmp_path / "keys")

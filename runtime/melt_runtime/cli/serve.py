@@ -129,6 +129,12 @@ def serve_command(
     except ImportError as error:
         raise ArgumentError(f"serving needs more ({error}): pip install 'melt-export[serve]'") from error
     keys = Keys.read(os.environ.get(KEYS_VARIABLE), api_key_file)
+    if keys and without_key:
+        given = [] if KEYS_VARIABLE not in os.environ else [KEYS_VARIABLE]
+        given += [] if api_key_file is None else [f"--api-key-file {api_key_file}"]
+        raise ArgumentError(
+            f"--without-key admits everyone, and {' and '.join(given)} gives keys; leave out one of them"
+        )
     if not (keys or without_key or is_loopback(host)):
         raise ArgumentError(
             f"{host} can be reached by others and there is no API key; set {KEYS_VARIABLE}, or say --without-key"

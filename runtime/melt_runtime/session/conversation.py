@@ -96,8 +96,8 @@ class Conversation:
         """Answer a message; yield the text as it is generated.
 
         ``stopped``: called after every chunk and token; the text generated until it returns True stays in the
-        conversation. A message that got no text at all is dropped again. Raises PromptTooLongError, before any change, for a
-        message that does not fit.
+        conversation. A message that got no text at all is dropped again. Raises PromptTooLongError, before any change,
+        for a message that does not fit.
         """
         message = Message("user", text)
         self.answered = 0
