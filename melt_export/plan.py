@@ -1,8 +1,9 @@
 """What an export would write, need and compare, from the checkpoint's shape alone. Nothing is written.
 
 Bytes of weights and state are exact, because the graphs are traced and quantized as an export does, without reading the
-weights. Memory and time are estimates from the shape; this machine's speed is measured for a moment. Memory leaves out
-the mapped pages of the checkpoint, which the system takes back when it needs them.
+weights. Those of the graphs are estimates, because an export has operators fused and caches quantized. Memory and time
+are estimates from the shape; this machine's speed is measured for a moment. Memory leaves out the mapped pages of the
+checkpoint, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from melt_runtime.progress import no_progress
 
 from .checkpoint import Checkpoint
 from .export import check_options, manifest_of, quantize_graphs, trace_graphs
-from .graph.external_weights import WEIGHTS_FILE, attach_weights, stored_bytes
+from .graph.external_weights import WEIGHTS_FILE, attach_weights, graph_bytes, stored_bytes
 from .graph.trace import TORCH_DTYPES, TracedGraph
 from .options import ExportOptions
 from .parity.expected import DECODE_STEPS, LARGE_BYTES
@@ -60,9 +61,9 @@ class Phase:
 class Plan:
     """What an export would do.
 
-    - ``files``: of the package, with their bytes; None where only the export can tell.
+    - ``files``: of the package, with their bytes, of graphs about; None where only the export can tell.
     - ``manifest``: as the package's, without files.
-    - ``disk_bytes``: free space that the export needs beside the output; ``free_bytes``: that there is.
+    - ``disk_bytes``: free space that the export needs beside the output, about; ``free_bytes``: that there is.
     - ``compared``: what the comparison with PyTorch would cover, in sentences; none if it is skipped.
     """
 
@@ -92,7 +93,7 @@ class Plan:
         """Return in sentences what this machine lacks for the export."""
         found, memory = [], available_memory()
         if self.disk_bytes > self.free_bytes:
-            found.append(f"the disk has {self.free_bytes:,} bytes free, and {self.disk_bytes:,} are needed")
+            found.append(f"the disk has {self.free_bytes:,} bytes free, and about {self.disk_bytes:,} are needed")
         if memory is not None and self.peak_bytes > memory:
             found.append(f"{memory:,} bytes of memory are available, and about {self.peak_bytes:,} are needed")
         return found
@@ -174,7 +175,7 @@ def _files(
     from melt_models.convert import COMPANIONS
 
     copied = {name: checkpoint.directory / name for name in (*COMPANIONS, EXAMPLE_PROMPT)}
-    found: dict[str, int | None] = {f"{name}.onnx": None for name in graphs}
+    found: dict[str, int | None] = {f"{name}.onnx": graph_bytes(graph.model) for name, graph in graphs.items()}
     found[WEIGHTS_FILE] = weights_bytes
     found |= {name: path.stat().st_size for name, path in copied.items() if path.is_file()}
     return found | {MANIFEST: None} | ({PARITY: None} if verified else {})

@@ -85,10 +85,11 @@ def plan_tables(plan: Plan, output: Path) -> Iterator[Table]:
     facts.add_column()
     facts.add_row("would write", str(output))
     for name, size in plan.files.items():
-        facts.add_row("", name if size is None else f"{name}, {decimal(size, precision=2)}")
+        about = "about " if name.endswith(".onnx") else ""
+        facts.add_row("", name if size is None else f"{name}, {about}{decimal(size, precision=2)}")
     facts.add_row("dialect, precision", f"{manifest.dialect}, {manifest.precision}")
     facts.add_row("loops, chunk", f"{manifest.loops}, {manifest.chunk}")
-    facts.add_row("disk", f"{decimal(plan.disk_bytes)} of {decimal(plan.free_bytes)} free")
+    facts.add_row("disk, about", f"{decimal(plan.disk_bytes)} of {decimal(plan.free_bytes)} free")
     facts.add_row("peak memory, about", decimal(plan.peak_bytes))
     facts.add_row("time, about", f"{_duration(plan.seconds)} on this machine if it is quiet, roughly")
     for phase in plan.phases:

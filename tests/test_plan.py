@@ -50,6 +50,10 @@ def test_bytes_of_weights_and_state_are_those_of_the_package(
     for batch in (1, package.manifest.max_batch):
         assert plan.state_bytes(package.manifest.max_seq_len, batch) == package.manifest.state_bytes(batch)
         assert plan.state_bytes(32, batch) == package.manifest.resized(32).state_bytes(batch)
+    for name in package.manifest.graphs:
+        size = package.manifest.files[f"{name}.onnx"].bytes
+        assert abs((plan.files[f"{name}.onnx"] or 0) - size) < 0.25 * size
+    assert plan.disk_bytes > sum(size.bytes for size in package.manifest.files.values()) * 0.95
     assert set(plan.files) - {"parity.json"} == {*package.manifest.files, "manifest.json"}
 
 
@@ -80,7 +84,8 @@ def test_a_plan_writes_nothing_and_says_what_it_would(tiny_checkpoint: Path, tmp
     assert result.exit_code == 0, result.output
     said = " ".join(result.stdout.split())
     for words in (
-        "weights.data", "parity.json", "peak memory, about", "time, about", "state, by tokens", "batch 8",
+        "weights.data", "loop_step.onnx, about", "disk, about",
+        "parity.json", "peak memory, about", "time, about", "state, by tokens", "batch 8",
         "after each of 4 loops against PyTorch in float64", "9 greedy tokens for 4 prompts", "staggered decoding",
     ):  # fmt: skip
         assert words in said
