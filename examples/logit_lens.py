@@ -1,6 +1,7 @@
-"""What a looped model would say after every loop: python examples/logit_lens.py PACKAGE [PROMPT] [PICTURE.png]
+"""What a looped model would say after every loop: python examples/logit_lens.py PACKAGE [PROMPT] [PICTURE.png] [--chat]
 
-The picture needs matplotlib: pip install matplotlib
+--chat puts the prompt into the package's chat template; else the model reads the bare text. The picture needs
+matplotlib: pip install matplotlib
 """
 
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 from melt_runtime import MeltError, Runtime
 
 
-def likeliest(runtime: Runtime, prompt: str) -> tuple[list[str], list[list[str]], np.ndarray]:
+def likeliest(runtime: Runtime, prompt: str | list[int]) -> tuple[list[str], list[list[str]], np.ndarray]:
     """Return the prompt's tokens, the likeliest next token per loop and token, and its probability (loops, tokens)."""
     states = runtime.loops(prompt)
     logits = states.logits
@@ -20,8 +21,9 @@ def likeliest(runtime: Runtime, prompt: str) -> tuple[list[str], list[list[str]]
 
 
 def shown(runtime: Runtime, token: int) -> str:
-    """Return a token's text, with its spaces visible."""
-    return str(token) if runtime.tokenizer is None else repr(runtime.tokenizer.decode([token]))[1:-1].replace(" ", "·")
+    """Return a token's text, with its spaces visible, special tokens by name, and one without text by its id."""
+    text = "" if runtime.tokenizer is None else runtime.tokenizer.decode([token], skip_special_tokens=False)
+    return repr(text)[1:-1].replace(" ", "·") or f"#{token}"
 
 
 def draw(picture: Path, read: list[str], said: list[list[str]], share: np.ndarray) -> None:
@@ -44,10 +46,16 @@ def draw(picture: Path, read: list[str], said: list[list[str]], share: np.ndarra
     figure.savefig(picture, dpi=150)
 
 
-def main(package: str, prompt: str | None = None, picture: str | None = None) -> None:
+def main(package: str, prompt: str | None = None, picture: str | None = None, *, chat: bool = False) -> None:
     """Print a line per loop, and draw the picture if asked for."""
     runtime = Runtime.load(package)
-    read, said, share = likeliest(runtime, prompt or runtime.example_prompt or "Once upon a time")
+    prompt = prompt or runtime.example_prompt or "Once upon a time"
+    if chat:
+        read, said, share = likeliest(runtime, runtime.chat_prompt([{"role": "user", "content": prompt}]))
+    else:
+        read, said, share = likeliest(runtime, prompt)
+        if runtime.tokenizer is not None and runtime.tokenizer.has_chat_template:
+            print("the model reads the bare text; --chat puts it into the chat template", file=sys.stderr)
     width = max(map(len, [*read, *(text for row in said for text in row)]))
     print(f"{'read':>8}  " + " ".join(text.ljust(width) for text in read))
     for loop, row in enumerate(said, 1):
@@ -58,6 +66,7 @@ def main(package: str, prompt: str | None = None, picture: str | None = None) ->
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:4])
+        arguments = [one for one in sys.argv[1:] if one != "--chat"]
+        main(*arguments[:3], chat="--chat" in sys.argv)
     except MeltError as error:
         sys.exit(f"logit_lens.py: {error}")

@@ -94,6 +94,23 @@ def test_a_logit_lens_shows_what_every_loop_would_say_and_draws_it(addition: Pat
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_logit_lens_reads_a_chat_as_the_model_does_and_says_when_it_does_not(
+    served_package: Path, served_runtime: Runtime
+) -> None:
+    for options in ([], ["--chat"]):
+        output, error = start("logit_lens.py", served_package, "Hi", *options).communicate(timeout=WAIT)
+        ids = (
+            served_runtime.chat_prompt([{"role": "user", "content": "Hi"}]) if options else served_runtime.encode("Hi")
+        )
+        logits = served_runtime.loops(ids).logits
+        assert served_runtime.tokenizer is not None
+        likeliest = logits[-1].argmax(-1).tolist()
+        texts = [served_runtime.tokenizer.decode([one], skip_special_tokens=False) for one in likeliest]
+        shown = [repr(text)[1:-1].replace(" ", "·") or f"#{one}" for one, text in zip(likeliest, texts, strict=True)]
+        assert output.splitlines()[-1].split()[2:] == shown
+        assert ("--chat" in error) == (not options)
+
+
 def test_the_official_client_streams_and_says_loops(addition: Path) -> None:
     with Server(addition, "--name", "addition") as server:
         lines = said(start("openai_client.py", f"{server.url}/v1", PROBLEM)).splitlines()

@@ -215,7 +215,7 @@ class ResponsesBody(CommonFields):
 
     @staticmethod
     def own_field(name: str) -> str:
-        """Return the field that a refusal of the chat is about. A message may be of several items, so it is ``input``."""
+        """Return the field that a refusal of the chat is about. A message may be of several items: ``input``."""
         first, _, rest = name.partition(".")
         if first == "messages":
             return "input"
