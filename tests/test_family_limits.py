@@ -49,7 +49,6 @@ def test_an_exit_threshold_without_an_exit_gate_is_refused_in_a_sentence(make_ru
         ("huginn", {"start_seed": 2**64}, "whole number from 0"),
         ("huginn", {"start_seed": True}, "whole number from 0"),
         ("huginn", {"start_seed": 5, "start_state": "zeros"}, "start_seed is 5 and start_state is 'zeros'"),
-        ("nanbeige", {"start_seed": 5}, "start_seed is 5, but this model's start_state is 'embedding'"),
         ("huginn", {"loops": 4}, "caches for 3"),
         ("huginn", {"exit_kl": 1e-3}, "exit_kl is 0.001; a token of a LoopLM that left early"),
         ("huginn", {"exit_same": 2}, "exit_same is 2; a token of a LoopLM that left early"),

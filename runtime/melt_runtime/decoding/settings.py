@@ -33,7 +33,7 @@ class LoopSettings:
     chunk's tokens attend to each other loop by loop.
 
     ``start_seed``: of the noise that the loops of some models start from; ``start_state`` "zeros" replaces that noise,
-    None keeps what the model was trained with. Without noise, only the seed 0 is possible.
+    None keeps what the model was trained with. Beside "zeros", only the seed 0 is possible.
     """
 
     loops: int
@@ -102,10 +102,6 @@ class LoopSettings:
             )
         if self.start_state not in (None, own, "zeros"):
             raise ArgumentError(f"start_state is {self.start_state!r}; this model starts from {own!r} or 'zeros'")
-        if self.start_seed and own != "noise":
-            raise ArgumentError(
-                f"start_seed is {self.start_seed}, but this model's start_state is {own!r}, which has no noise"
-            )
         if self.chunk is not None and self.chunk > manifest.chunk:
             raise ArgumentError(f"chunk is {self.chunk}; this package was exported for at most {manifest.chunk}")
 
