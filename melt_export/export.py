@@ -108,7 +108,7 @@ def build_package(
     write_manifest(manifest, directory)
     if options.exit is not None:
         found = calibrated_exit(directory, manifest, options.exit, opened.weights, progress)
-        manifest = replace(manifest, exit=found)
+        manifest = manifest.with_exit(found)
         write_manifest(manifest, directory)
     return manifest
 

@@ -1,4 +1,4 @@
-"""Calibration of the early exit: the criterion that saves the most loops and keeps the quality that was asked for."""
+"""Calibration of the early exit: the criterion and the most loops that cost least and keep the quality asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from melt_models.tensors import Weights
 from melt_runtime import ArgumentError, Runtime
 from melt_runtime.decoding.exit_criteria import CRITERIA, NEVER
+from melt_runtime.decoding.settings import LoopSettings
 from melt_runtime.package.manifest import Manifest
 from melt_runtime.package.reader import Package
 from melt_runtime.progress import Step, no_progress
@@ -27,7 +28,9 @@ from .expected import LARGE_BYTES
 _SEQUENCES, _LENGTH = 32, 48  # of a text, in tokens
 _LARGE_SEQUENCES, _LARGE_LENGTH = 8, 16  # for a model that takes seconds per token
 _PROBLEMS = 200
-_STEPS = 16  # thresholds to choose from, per criterion
+_STEPS = 64  # thresholds to choose from, per criterion
+_STRIDE = 8  # every so many of them are tried; those between two only where they may be the best
+_MANY, _FEW = 8, 5  # of more loops than the first, as many numbers of loops at most as the second are tried
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Sample(Protocol):
     name: str
     whole: bool
 
-    def run(self, exits: str) -> Run: ...
+    def run(self, exits: str, most: int) -> Run:
+        """Run all items under criteria, with ``most`` loops per token at most."""
 
 
 class TextSample:
@@ -70,17 +74,18 @@ class TextSample:
     def __init__(self, runtime: Runtime, sequences: list[list[int]], name: str):
         self.runtime, self.sequences, self.name = runtime, sequences, name
 
-    def run(self, exits: str) -> Run:
-        most, parts = self.runtime.manifest.max_batch, []
-        for at in range(0, len(self.sequences), most):
-            parts.append(self._together(self.sequences[at : at + most], exits))
+    def run(self, exits: str, most: int) -> Run:
+        size, parts = self.runtime.manifest.max_batch, []
+        settings = self.runtime.options(exit=exits, loops=most).loops
+        for at in range(0, len(self.sequences), size):
+            parts.append(self._together(self.sequences[at : at + size], settings))
         loss, loops, tokens = (
             np.concatenate([getattr(p, name) for p in parts]) for name in ("loss", "loops", "tokens")
         )
         return Run(loss, [said for part in parts for said in part.said], loops, tokens)
 
-    def _together(self, sequences: list[list[int]], exits: str) -> Run:
-        driver, settings = self.runtime.driver(len(sequences)), self.runtime.options(exit=exits).loops
+    def _together(self, sequences: list[list[int]], settings: LoopSettings) -> Run:
+        driver = self.runtime.driver(len(sequences))
         ids, said, loss = np.array(sequences), [], np.zeros(len(sequences))
         for at in range(ids.shape[1] - 1):
             logs = log_softmax(driver.append(ids[:, at : at + 1].tolist(), settings))
@@ -98,8 +103,8 @@ class ProblemSample:
     def __init__(self, runtime: Runtime, prompts: list[list[int]], tokens: int, name: str):
         self.runtime, self.prompts, self.tokens, self.name = runtime, prompts, tokens, name
 
-    def run(self, exits: str) -> Run:
-        written = self.runtime.generate(self.prompts, max_tokens=self.tokens, exit=exits)
+    def run(self, exits: str, most: int) -> Run:
+        written = self.runtime.generate(self.prompts, max_tokens=self.tokens, exit=exits, loops=most)
         loops = np.array([sum(one.depth[one.prompt_tokens :]) for one in written])
         count = np.array([len(one.depth) - one.prompt_tokens for one in written])
         said = [tuple(one.token_ids) for one in written]
@@ -132,12 +137,11 @@ def lost(run: Run, full: Run, unit: str, whole: bool) -> Loss:
 
 def thresholds(name: str, vocabulary: int) -> list[float]:
     """Return values of a criterion, from the one that ends most loops to the strictest."""
-    if name == "gate":
-        return [1 - value for value in np.geomspace(0.9, 1e-4, _STEPS)]
-    if name == "margin":
-        return [1 - value for value in np.geomspace(0.95, 1e-3, _STEPS)]
+    if name in ("gate", "margin"):  # probabilities: even steps of the log-odds
+        odds = np.linspace(*((-2.2, 9.2) if name == "gate" else (-2.9, 6.9)), _STEPS)
+        return list(1 / (1 + np.exp(-odds)))
     first = {"entropy": math.log(vocabulary), "kl": 3.0, "change": 1.0}[name]
-    return list(np.geomspace(first, first / 2000, _STEPS))
+    return list(np.geomspace(first, first / 500, _STEPS))
 
 
 def head_share(weights: Weights) -> float:
@@ -149,45 +153,139 @@ def head_share(weights: Weights) -> float:
     return (head + coda) / loop
 
 
-def calibrate(sample: Sample, manifest: Manifest, options: ExitOptions, share: float, progress: Step) -> dict[str, Any]:
-    """Return the manifest's entry: the cheapest criterion that keeps ``options`` on both halves of a sample.
+@dataclass(frozen=True)
+class Setting:
+    """Criteria with at most ``most`` loops per token, and what they gave.
 
-    A criterion's threshold is searched on one half; while the other half loses more, a stricter one is taken. A half
-    keeps the quality if its loss plus a standard error does. What reads the head costs ``share`` of a loop after every
-    loop but the last. Every value that is stated is of the second half.
+    ``keeps``: whether both halves of the sample keep the quality. Of the second half: ``loops`` per token, ``loss``,
+    and ``cost``, the loops with what the runs of the head take, in loops.
     """
-    full = sample.run(NEVER)
-    names = [name for name, one in CRITERIA.items() if not one.whole and (name != "gate" or _has_gate(manifest))]
-    best: tuple[float, str, float, float] = (float(manifest.loops), NEVER, 0.0, full.half(1).mean_loops)
-    for name in names:
-        progress("calibrating the exit", len(names), 1)
-        grid, runs = thresholds(name, manifest.vocab_size), dict[int, Run]()
 
-        def keeps(at: int, half: int, name: str = name, grid: list[float] = grid, runs: dict[int, Run] = runs) -> bool:
-            runs[at] = runs.get(at) or sample.run(f"{name}:{grid[at]:.4g}")
-            return lost(runs[at].half(half), full.half(half), options.unit, sample.whole).sure <= options.most
+    exits: str
+    most: int
+    keeps: bool
+    cost: float
+    loss: float
+    loops: float
 
-        low, high = 0, len(grid)  # the first that keeps it, if the loss falls with strictness
+    def better(self, other: Setting) -> bool:
+        """Whether it costs less than another setting, or as much and loses less."""
+        mine, others = ((round(one.cost, 4), one.loss) for one in (self, other))
+        return mine < others
+
+
+class Search:
+    """The search for the cheapest setting that keeps ``options`` on both halves of a sample.
+
+    Every setting is measured as it decodes, because the depth of a MELT's token changes what later tokens read. Few
+    are measured: the smallest fixed depth that keeps the quality bounds the cost, and a threshold that costs more than
+    ``best`` is not tried with more loops at most, where it costs as much or more.
+    """
+
+    def __init__(self, sample: Sample, manifest: Manifest, options: ExitOptions, share: float):
+        self.sample, self.options, self.share = sample, options, share
+        self.full = sample.run(NEVER, manifest.loops)
+        self.best = Setting(NEVER, manifest.loops, True, manifest.loops, 0.0, self.full.half(1).mean_loops)
+        self._measured: dict[tuple[str, int], Setting] = {}
+
+    def fixed(self, depths: Sequence[int]) -> None:
+        """Take the smallest of ``depths`` (ascending) that keeps the quality where all tokens run so many loops."""
+        found = next((one for depth in depths if (one := self.measured(NEVER, depth)).keeps), None)
+        if found is not None:
+            self.best = found
+
+    def measured(self, exits: str, most: int) -> Setting:
+        """Run the sample with a setting, once."""
+        if (exits, most) not in self._measured:
+            self._measured[exits, most] = self._measure(exits, most)
+        return self._measured[exits, most]
+
+    def _measure(self, exits: str, most: int) -> Setting:
+        run, whole, unit = self.sample.run(exits, most), self.sample.whole, self.options.unit
+        losses = [lost(run.half(half), self.full.half(half), unit, whole) for half in (0, 1)]
+        keeps = all(loss.sure <= self.options.most for loss in losses)
+        loops, name = run.half(1).mean_loops, exits.partition(":")[0]
+        heads = self.share * min(loops, most - 1) if name in CRITERIA and CRITERIA[name].reads == "head" else 0.0
+        return Setting(exits, most, keeps, loops + heads, losses[1].value, loops)
+
+    def criterion(self, name: str, grid: Sequence[float], most: int, end: int) -> int:
+        """Take the loosest threshold that keeps the quality, if it is better than ``best``.
+
+        ``grid``: thresholds, strictest last; those from ``end`` on are known to cost too much. Returns the ``end`` for
+        more loops at most.
+        """
+
+        def stops(index: int) -> bool:
+            return self._at(name, grid, index, most).keeps or self._dear(self._at(name, grid, index, most))
+
+        # Step by step, because strict thresholds keep less than looser ones where later loops make tokens worse.
+        known = -1
+        for index in dict.fromkeys([*range(_STRIDE - 1, end, _STRIDE), end - 1]):
+            if index < 0 or stops(index):
+                break
+            if self._at(name, grid, index, most).loops >= most:
+                return end  # no token leaves earlier, nor would any at a stricter one
+            known = index
+        else:
+            return end
+        low, high = known + 1, max(index, 0)
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if keeps(middle, 0) else (middle + 1, high)
-        chosen = next((at for at in range(low, len(grid)) if keeps(at, 0) and keeps(at, 1)), None)
-        if chosen is None:
-            continue
-        run = runs[chosen].half(1)
-        heads = share * min(run.mean_loops, manifest.loops - 1) if CRITERIA[name].reads == "head" else 0.0
-        if run.mean_loops + heads < best[0]:
-            loss = lost(run, full.half(1), options.unit, sample.whole).value
-            best = (run.mean_loops + heads, f"{name}:{grid[chosen]:.4g}", loss, run.mean_loops)
-    _, criteria, loss, loops = best
+            low, high = (low, middle) if stops(middle) else (middle + 1, high)
+        if end and (found := self._at(name, grid, low, most)).keeps and found.better(self.best):
+            self.best = found
+        return low
+
+    def _at(self, name: str, grid: Sequence[float], index: int, most: int) -> Setting:
+        return self.measured(f"{name}:{grid[index]:.4g}", most)
+
+    def _dear(self, setting: Setting) -> bool:
+        return setting.cost > self.best.cost
+
+
+def depths(loops: int) -> list[int]:
+    """Return the numbers of loops at most that are tried: all up to ``loops``, or some where there are many."""
+    if loops <= _MANY:
+        return list(range(1, loops + 1))
+    return [round(depth) for depth in np.geomspace(1, loops, _FEW)]
+
+
+def calibrate(sample: Sample, manifest: Manifest, options: ExitOptions, share: float, progress: Step) -> dict[str, Any]:
+    """Return the manifest's entry: the cheapest setting that keeps ``options`` on both halves of a sample.
+
+    Tried are fixed depths, and every criterion with several numbers of loops at most; of its thresholds the loosest one
+    that keeps the quality on both halves. A half keeps it if its loss plus a standard error does. What reads the head
+    costs ``share`` of a loop after every loop but the last. Every value that is stated is of the second half.
+    """
+    tried, names = depths(manifest.loops), _criteria(manifest)
+    steps = len(tried) - 1 + len(names) * len(tried)
+
+    def done(count: int) -> None:
+        progress("calibrating the exit", steps, count)
+
+    done(0)
+    search = Search(sample, manifest, options, share)
+    search.fixed(tried[:-1])
+    done(len(tried) - 1)
+    grids = {name: thresholds(name, manifest.vocab_size) for name in names}
+    ends = {name: len(grid) for name, grid in grids.items()}
+    # Where fewer loops for all change too many words, tokens that leave earlier still change more.
+    least = search.best.most if options.unit == "pt" else 1
+    for most in tried:
+        for name, grid in grids.items():
+            if least <= most and CRITERIA[name].first < min(most, search.best.cost):
+                ends[name] = search.criterion(name, grid, most, ends[name])
+            done(1)
+    best = search.best
     return {
-        "criteria": criteria,
+        "criteria": best.exits,
         "quality": options.quality.removeprefix("auto:"),
         "text": sample.name,
-        "tokens": int(full.half(1).tokens.sum()),
-        "loss": round(loss, 4),
-        "loops": round(loops, 4),
+        "tokens": int(search.full.half(1).tokens.sum()),
+        "loss": round(best.loss, 4),
+        "loops": round(best.loops, 4),
         "full_loops": manifest.loops,
+        **({"most_loops": best.most} if best.most < manifest.loops else {}),
     }
 
 
@@ -195,18 +293,17 @@ def calibrated_exit(
     directory: Path, manifest: Manifest, options: ExitOptions, weights: Weights, progress: Step = no_progress
 ) -> dict[str, Any]:
     """Calibrate a package that is written; see ``calibrate``. Raises ArgumentError for a text that cannot be used."""
-    if manifest.cache_loops is not None:
-        raise ArgumentError(
-            "--exit needs a MELT or --share-caches: the tokens of a LoopLM cannot leave the loops early"
-        )
     if manifest.loops < 2:
         raise ArgumentError("--exit has nothing to save: the package runs one loop per token")
     runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False)
     return calibrate(_sample(runtime, options), manifest, options, head_share(weights), progress)
 
 
-def _has_gate(manifest: Manifest) -> bool:
-    return manifest.has_exit_gate and "early_exit_gate" not in manifest.untrained
+def _criteria(manifest: Manifest) -> list[str]:
+    """Return the criteria that can end a token's loops; none in a LoopLM, whose tokens all run equally many."""
+    gated = manifest.has_exit_gate and "early_exit_gate" not in manifest.untrained
+    able = (name for name, one in CRITERIA.items() if not one.whole and (name != "gate" or gated))
+    return list(able) if manifest.cache_loops is None else []
 
 
 def _sample(runtime: Runtime, options: ExitOptions) -> Sample:

@@ -14,7 +14,7 @@ from .backends.base import Backend
 from .backends.large_pages import NewMemory
 from .backends.open import open_backend
 from .decoding.early_exit import depth_warnings
-from .decoding.exit_options import exit_options
+from .decoding.exit_options import exit_options, usual_loops
 from .decoding.loop_driver import LoopDriver
 from .decoding.pipeline_choice import PipelineChoice
 from .decoding.request_options import GenerateOptions, plain_options
@@ -158,8 +158,10 @@ class LoadedModel:
             "exit_entropy": exit_entropy,
             "exit_margin": exit_margin,
         }
+        if loops is None:
+            loops = usual_loops(self.manifest, exit, min_loops, exit_at_step)
         depth = LoopSettings(
-            _last_loop(self.manifest.loops if loops is None else loops, exit_at_step),
+            _last_loop(loops, exit_at_step),
             chunk=chunk,
             min_loops=min_loops,
             start_seed=start_seed,

@@ -21,6 +21,7 @@ class Criterion:
     - ``option``: the field of ``LoopSettings`` that holds its value; ``never``: the value that ends no token.
     - ``reads``: what must be known after every loop: the exit "gate", which the loop gives anyway, the "hidden" state,
       which is read back, or the "head", which runs after every loop, and a coda before it.
+    - ``first``: the first loop after which it can end a token: 2 if it compares loops.
     """
 
     option: str
@@ -28,6 +29,7 @@ class Criterion:
     never: float = 0.0
     most: float = math.inf
     whole: bool = False
+    first: int = 1
 
     def check(self, value: Any) -> None:
         """Raise ArgumentError for a value that cannot be."""
@@ -42,11 +44,11 @@ class Criterion:
 
 CRITERIA = {
     "gate": Criterion("exit_threshold", "gate", never=1.0, most=1.0),
-    "change": Criterion("exit_change", "hidden"),
-    "kl": Criterion("exit_kl", "head"),
+    "change": Criterion("exit_change", "hidden", first=2),
+    "kl": Criterion("exit_kl", "head", first=2),
     "entropy": Criterion("exit_entropy", "head"),
     "margin": Criterion("exit_margin", "head", most=1.0),
-    "same": Criterion("exit_same", "head", whole=True),
+    "same": Criterion("exit_same", "head", whole=True, first=2),
 }
 
 

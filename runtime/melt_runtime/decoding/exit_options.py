@@ -20,7 +20,7 @@ def exit_options(manifest: Manifest, wanted: str | None, given: Mapping[str, Any
     asked = {option: value for option, value in given.items() if value is not None}
     if wanted is None:
         return {**parse_exit(NEVER), "exit_threshold": manifest.exit_threshold, **asked}
-    if isinstance(wanted, str) and wanted.strip() == AUTO:
+    if _is_auto(wanted):
         if not manifest.exit:
             raise ArgumentError(
                 f"exit is {AUTO!r}, but this package was exported without a calibrated exit; export it with --exit "
@@ -33,6 +33,22 @@ def exit_options(manifest: Manifest, wanted: str | None, given: Mapping[str, Any
             raise ArgumentError(f"the package's calibrated exit cannot be used: manifest.json: {error}") from error
         return _joined(wanted, found, asked)
     return with_criteria(wanted, asked)
+
+
+def usual_loops(manifest: Manifest, wanted: str | None, min_loops: int = 1, exit_at_step: int | None = None) -> int:
+    """Return the most loops of a token whose request does not give ``loops``: the package's, or for ``exit`` "auto" as
+    many as it was calibrated with.
+
+    A request that says otherwise how deep tokens go, by ``exit_at_step`` or ``min_loops`` above that number, takes the
+    package's.
+    """
+    most = manifest.exit_loops
+    deeper = isinstance(min_loops, int) and min_loops > most
+    return most if _is_auto(wanted) and exit_at_step is None and not deeper else manifest.loops
+
+
+def _is_auto(wanted: Any) -> bool:
+    return isinstance(wanted, str) and wanted.strip() == AUTO
 
 
 def with_criteria(wanted: str, asked: Mapping[str, Any]) -> dict[str, Any]:

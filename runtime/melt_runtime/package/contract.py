@@ -17,7 +17,7 @@ _EXIT = TensorSpec("exit_probability", "float32", ("batch", "chunk"))
 
 def disagreement(manifest: Manifest) -> str | None:
     """Return why a manifest's parts contradict each other, or None."""
-    checks = (_sizes, _states, _start, _model, _graphs, _engines)
+    checks = (_sizes, _states, _start, _calibrated, _model, _graphs, _engines)
     return next((problem for check in checks if (problem := check(manifest)) is not None), None)
 
 
@@ -150,6 +150,13 @@ def _latents(manifest: Manifest, layers: int) -> list[StateSpec]:
 
 def _output(name: str, kind: str) -> str:
     return name.replace("_cache.", "_rows.") if kind.endswith("read_only") else f"next_{name}"
+
+
+def _calibrated(manifest: Manifest) -> str | None:
+    """Check that the calibrated exit allows no more loops than the package has."""
+    if manifest.exit_loops > manifest.loops:
+        return f"exit.most_loops is {manifest.exit_loops}, above the {manifest.loops} of loops"
+    return None
 
 
 def _start(manifest: Manifest) -> str | None:

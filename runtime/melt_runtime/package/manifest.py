@@ -13,10 +13,11 @@ from .engine_spec import EngineSpec
 from .files import FileSpec
 from .specs import CODA, PRELUDE, GraphSpec, StateSpec, is_latent, size_of
 
-FORMAT_VERSION = 4  # the newest; packages that older runtimes can run keep the version that these read
+FORMAT_VERSION = 5  # the newest; packages that older runtimes can run keep the version that these read
 _ONE_LOOP = 2  # no latent; in packages of several loops, a latent per layer instead of one for all
 _BY_TOKEN = 3  # first_loop per token instead of per sequence
 STAGES = 4  # prelude, injection, coda, a start other than the embedding; no exit gate; caches per loop, only read
+FEWER_LOOPS = 5  # a calibrated exit that allows fewer loops than the package's
 MANIFEST, PARITY = "manifest.json", "parity.json"
 COMPUTED_FROM = (".onnx", ".data")  # suffixes of the files that determine results
 
@@ -31,8 +32,8 @@ class Manifest:
     ``files``. ``weights``, ``cache``: how they were quantized; empty if they were not. ``start``: the hidden state
     before the first loop, its ``state`` and the ``std`` of its noise; empty if it is what ``embed`` gives.
     ``shared_caches``: what it costs that the loops share caches, where they were trained with caches of their own;
-    empty elsewhere. ``exit``: the criteria by which tokens may leave the loops, calibrated at export, and what that
-    costs; empty if they were not.
+    empty elsewhere. ``exit``: the criteria by which tokens may leave the loops, calibrated at export, the most loops
+    that they allow (``most_loops``; absent: ``loops``), and what that costs; empty if they were not.
     """
 
     dialect: str
@@ -160,6 +161,18 @@ class Manifest:
         """How many loops a token may have: as many as have caches of their own, one where nothing is carried to a
         second; None: any number."""
         return None if self.has_latent else self.cache_loops or 1
+
+    @property
+    def exit_loops(self) -> int:
+        """The most loops of a token under the calibrated exit; ``loops`` without one."""
+        return self.exit.get("most_loops") or self.loops
+
+    def with_exit(self, found: Mapping[str, Any]) -> Manifest:
+        """Return the manifest with a calibrated exit. Runtimes that would run it with too many loops refuse its format
+        version."""
+        fewer = found.get("most_loops") is not None
+        version = max(self.format_version, FEWER_LOOPS) if fewer else self.format_version
+        return replace(self, exit=dict(found), format_version=version)
 
     def check_depth(self, loops: int, exit_threshold: float) -> None:
         """Raise ArgumentError for a depth that a LoopLM's caches, or a package of one loop, do not allow, and for an

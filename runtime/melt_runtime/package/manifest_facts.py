@@ -54,14 +54,18 @@ def sharing_of(manifest: Manifest) -> str:
 
 
 def exit_of(manifest: Manifest) -> str:
-    """Describe the calibrated exit of a package: its criteria, what they save and what they cost; empty without one."""
+    """Describe the calibrated exit of a package: its criteria, the most loops, what they save and
+    what they cost; empty without one."""
     found = manifest.exit
     if not found:
         return ""
     asked, loss = str(found["quality"]), float(found["loss"])
     lost = f"perplexity {loss:+.2f}%" if asked.endswith("%") else f"{loss:.2f} points of agreement lost"
     kept = f"{found['loops']:.2f} of {found['full_loops']} loops, {lost}"
-    return f"{found['criteria']} keeps {asked}: {kept}, measured on {found['tokens']:,} tokens of {found['text']}"
+    how, most = str(found["criteria"]), found.get("most_loops")
+    if most:
+        how += f", with {most} {'loop' if most == 1 else 'loops'} at most,"
+    return f"{how} keeps {asked}: {kept}, measured on {found['tokens']:,} tokens of {found['text']}"
 
 
 def activations_of(manifest: Manifest) -> str | None:

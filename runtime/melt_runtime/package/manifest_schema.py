@@ -168,6 +168,7 @@ _EXIT = partly(
         "loss": number(-1e308, 1e308),
         "loops": number(0, MAX_LOOPS),
         "full_loops": whole(1, MAX_LOOPS),
+        "most_loops": whole(1, MAX_LOOPS),
     }
 )
 

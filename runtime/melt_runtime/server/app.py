@@ -134,6 +134,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "loops": manifest.loops,
         "exit_threshold": manifest.exit_threshold,
         "exit": manifest.exit.get("criteria"),
+        "exit_loops": manifest.exit_loops if manifest.exit else None,
         "max_seq_len": manifest.max_seq_len,
         "max_tokens": service.max_tokens,
         "max_seconds": service.max_seconds,

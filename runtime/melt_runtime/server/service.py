@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..decoding.exit_options import usual_loops
 from ..decoding.prompt_reading import PromptLogprobs
 from ..decoding.settings import GenerationOptions
 from ..package.reader import source_hash
@@ -188,7 +189,9 @@ class Service:
         asked = {name: getattr(call, name) for name in _DEPTH if getattr(call, name, None) is not None}
         if asked.get("loops", 0) > self.max_loops:
             raise ApiError(400, f"loops is {asked['loops']}; this server allows {self.max_loops}", "loops")
-        return {"loops": min(self.runtime.manifest.loops, self.max_loops), **asked}
+        about = asked.get("exit"), asked.get("min_loops", 1), asked.get("exit_at_step")
+        usual = usual_loops(self.runtime.manifest, *about)
+        return {"loops": min(usual, self.max_loops), **asked}
 
     def deadline(self, asked: float | None) -> float:
         """Return the seconds that a call may take. Raises ApiError."""
