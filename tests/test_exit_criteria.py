@@ -15,7 +15,7 @@ from conftest import MakeCheckpoint, MakePackage
 from melt_models import MeltForCausalLM
 from melt_models.checkpoint import load_model
 from melt_models.exits import ExitCriteria
-from melt_runtime import ArgumentError, LoopSettings, Runtime
+from melt_runtime import ArgumentError, LoopSettings, Package, Runtime
 from melt_runtime.cli.main import app
 from melt_runtime.decoding.exit_criteria import CRITERIA, parse_exit, spelled_exit
 from melt_runtime.server.schema import CompletionBody
@@ -211,6 +211,67 @@ def test_auto_is_what_the_package_was_calibrated_to(package: Path, tmp_path: Pat
     assert runtime.options(exit="auto").loops == runtime.options(exit="entropy:3.65").loops
     assert depths(runtime, "auto") == depths(runtime, "entropy:3.65")
     assert runtime.options().loops.exit_entropy == 0.0
+
+
+def test_auto_allows_as_many_loops_as_the_package_was_calibrated_with(package: Path, tmp_path: Path) -> None:
+    runtime = Runtime.load(calibrated(package, tmp_path, criteria="entropy:3.0", most_loops=2))
+    assert runtime.options(exit="auto").loops == runtime.options(exit="entropy:3.0", loops=2).loops
+    answer = runtime.generate(TOKENS, max_tokens=8, exit="auto", ignore_eos=True)
+    assert answer == runtime.generate(TOKENS, max_tokens=8, exit="entropy:3.0", loops=2, ignore_eos=True)
+    assert max(answer.depth) == 2
+    assert runtime.options().loops.loops == runtime.options(exit="entropy:3.0").loops.loops == 4
+
+
+def test_a_request_that_says_how_deep_its_tokens_go_is_not_bounded_by_the_calibration(
+    package: Path, tmp_path: Path
+) -> None:
+    runtime = Runtime.load(calibrated(package, tmp_path, most_loops=2))
+    asked: list[dict[str, Any]] = [{"loops": 3}, {"loops": 1}, {"exit_at_step": 2}, {"min_loops": 3}, {"min_loops": 2}]
+    found = [runtime.options(exit="auto", **one).loops for one in asked]
+    assert [(one.min_loops, one.loops) for one in found] == [(1, 3), (1, 1), (1, 3), (3, 4), (2, 2)]
+    assert all(one.exit_entropy == 3.65 for one in found)
+
+
+def test_a_looplm_calibrated_to_fewer_loops_keeps_its_caches_consistent(
+    make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    runtime = Runtime.load(calibrated(make_package(make_looplm()), tmp_path, criteria="never", most_loops=2))
+    session = runtime.session(exit="auto")
+    session.append(TOKENS)
+    answer = session.generate(max_tokens=8, ignore_eos=True)
+    assert answer.token_ids == runtime.generate(TOKENS, max_tokens=8, loops=2, ignore_eos=True).token_ids
+    assert set(session.depth) == {2}
+    with pytest.raises(ArgumentError, match="cannot deepen its caches"):
+        session.append([5], exit="never")
+    deep = runtime.session()
+    deep.append(TOKENS)
+    assert deep.generate(max_tokens=8, exit="auto", ignore_eos=True).token_ids
+    assert set(deep.depth) == {2, 4}
+
+
+def test_a_calibrated_exit_is_told_with_the_loops_that_it_allows(package: Path, tmp_path: Path) -> None:
+    copy = calibrated(package, tmp_path, most_loops=1, criteria="never")
+    shown = " ".join(CliRunner().invoke(app, ["inspect", str(copy)]).output.replace("│", " ").split())
+    assert "never, with 1 loop at most, keeps 1pt: 2.50 of 4 loops" in shown
+
+
+@pytest.mark.parametrize(
+    ("most", "says"),
+    [(5, "exit.most_loops is 5, above the 4 of loops"), (0, "exit.most_loops is 0"), ("2", "exit.most_loops is '2'")],
+)
+def test_loops_that_a_calibrated_exit_cannot_allow_are_refused(
+    package: Path, tmp_path: Path, most: Any, says: str
+) -> None:
+    from melt_runtime import PackageError
+
+    with pytest.raises(PackageError, match=says):
+        Runtime.load(calibrated(package, tmp_path, most_loops=most))
+
+
+def test_runtimes_that_would_run_too_many_loops_refuse_the_format_version(package: Path) -> None:
+    manifest = Package.open(package).manifest
+    assert manifest.with_exit(CALIBRATED).format_version == manifest.format_version < 5
+    assert manifest.with_exit({**CALIBRATED, "most_loops": 2}).format_version == 5
 
 
 def test_auto_of_a_package_without_calibration_is_refused(runtime: Runtime) -> None:

@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 from browsing import Visit, chromium
 from conftest import MakePackage
-from melt_runtime import Runtime
+from melt_runtime import Package, Runtime
 from serving import Server, eventually
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "addition-melt"
@@ -309,6 +310,26 @@ CONTRAST = """() => {
   }
   return found;
 }"""
+
+
+def test_auto_moves_the_loops_to_what_it_was_calibrated_with_and_back(
+    visit: Open, package: Path, tmp_path: Path
+) -> None:
+    copy = Path(copytree(package, tmp_path / "package"))
+    manifest = Package.open(copy).manifest
+    found = {"criteria": "entropy:0.3", "quality": "1pt", "text": "sums", "tokens": 9, "loss": 0.5, "loops": 1.9}
+    (copy / "manifest.json").write_text(manifest.with_exit({**found, "full_loops": 4, "most_loops": 2}).to_json())
+    with Server(copy, "--slots", 1, "--name", "addition") as server:
+        page = visit(server.url)
+        page.until("#name", "addition")
+        page.page.locator("#by").select_option(label="auto: entropy:0.3, 2 loops at most")
+        assert page.text("#loops-shown") == "2"
+        answer = page.answer(PROBLEM)
+        assert answer.text_content() == Runtime.load(copy).generate(PROBLEM, exit="auto").text
+        assert {title for _, title in page.tokens(answer)} <= {"1 loop", "2 loops"}
+        page.page.locator("#by").select_option("gate")
+        assert page.text("#loops-shown") == "4"
+        assert not page.complaints
 
 
 def test_tokens_leave_by_the_criterion_that_is_chosen(page: Visit, package: Path) -> None:

@@ -8,10 +8,11 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
-from melt_runtime import BusyError, MeltError, Request, Runtime, Scheduler
+from melt_runtime import BusyError, MeltError, Package, Request, Runtime, Scheduler
 from melt_runtime.cli import serve as serve
 from melt_runtime.cli.main import app
 from melt_runtime.server.streaming import Backlog, Event, Feed
@@ -222,6 +223,22 @@ def test_the_criteria_by_which_tokens_leave_are_one_field(hurried: Server, serve
     for wrong, says in (("mood:1", "NAME:VALUE"), ("auto", "without a calibrated exit")):
         with pytest.raises(BadRequestError, match=says):
             hurried.client().completions.create(prompt="abc", **GREEDY, extra_body={**GO_ON, "exit": wrong})
+
+
+def test_auto_runs_as_many_loops_at_most_as_it_was_calibrated_with(served_package: Path, tmp_path: Path) -> None:
+    copy = Path(copytree(served_package, tmp_path / "package"))
+    manifest = Package.open(copy).manifest
+    found = {"criteria": "never", "quality": "1pt", "text": "a text", "tokens": 9, "loss": 0.5, "loops": 2.0}
+    (copy / "manifest.json").write_text(manifest.with_exit({**found, "full_loops": 4, "most_loops": 2}).to_json())
+    with Server(copy, "--slots", 2, "--max-loops", 3) as server:
+        client = server.client()
+        (model,) = client.models.list().data
+        assert (model.model_extra["exit"], model.model_extra["exit_loops"]) == ("never", 2)  # type: ignore[index]
+        for asked, loops in (({"exit": "auto"}, 2), ({"exit": "auto", "loops": 3}, 3), ({}, 3)):
+            reply = client.completions.create(
+                model=model.id, prompt="abc", max_tokens=4, temperature=0, extra_body={**GO_ON, **asked}
+            )
+            assert set(reply.choices[0].model_extra["depth"]) == {loops}  # type: ignore[index]
 
 
 # Clients that do not read

@@ -12,6 +12,18 @@ function show() {
   at("temperature-shown").textContent = Number(at("temperature").value).toFixed(1);
 }
 
+// Moves the slider of the loops to what auto was calibrated with, and back to where it stood.
+let loopsBefore = null;
+function followAuto() {
+  const auto = at("by").value === "auto";
+  if (auto !== (loopsBefore === null)) return;
+  const now = at("loops").value;
+  at("loops").value = auto ? model.exit_loops : loopsBefore;
+  loopsBefore = auto ? now : null;
+  show();
+  poll();
+}
+
 function legend() {
   const most = model.loops, shown = new Set([1, 2, 3, 4].map((i) => Math.round(1 + (most - 1) * (i - 1) / 3)));
   at("scale").replaceChildren(...(most > 1 ? ["loops ", ...[...shown].map((depth) => {
@@ -74,7 +86,8 @@ async function begin() {
     at("loops").max = at("loops").value = model.loops;
     at("depth").hidden = model.loops === 1;
     at("opening").hidden = !model.chat;
-    if (model.exit && !at("by").querySelector("[value=auto]")) at("by").add(new Option("auto: " + model.exit, "auto"));
+    const bound = model.exit_loops < model.loops ? `, ${loops(model.exit_loops)} at most` : "";
+    if (model.exit && !at("by").querySelector("[value=auto]")) at("by").add(new Option(`auto: ${model.exit}${bound}`, "auto"));
     at("exit").value = model.exit_threshold;
     at("most").max = model.max_tokens;
     at("most").placeholder = model.chat ? model.max_tokens : Math.min(256, model.max_tokens);
@@ -118,6 +131,7 @@ addEventListener("keydown", (event) => { if (event.key === "Escape") drawer(fals
 addEventListener("storage", follow);
 for (const id of ["loops", "by", "exit", "temperature"]) at(id).addEventListener("input", show);
 at("loops").addEventListener("change", poll);
+at("by").addEventListener("change", followAuto);
 [chat = chat] = keptChats();
 at("system").value = chat.system;
 listChats();
