@@ -104,8 +104,9 @@ def main(
         shown.add_row(problem.prompt.rstrip("="), *marked)
     console.print(shown)
 
-    criteria = str(runtime.manifest.exit.get("criteria", UNCALIBRATED))
-    found[criteria] = adaptive = adaptive_answers(runtime, problems, criteria)
+    calibrated = runtime.manifest.exit
+    criteria = str(calibrated.get("criteria", UNCALIBRATED))
+    found[criteria] = adaptive = adaptive_answers(runtime, problems, "auto" if calibrated else UNCALIBRATED)
     title = f"{count} held-out problems with long carries"
     table = Table("depth", "right", "loops per written token", "per prompt token", title=title)
     for name, generations in found.items():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, MakePackage
+from conftest import MakeCheckpoint, MakePackage, write_tokenizer
 from melt_models.checkpoint import open_checkpoint
 from melt_runtime import ArgumentError, Package, Runtime
 from melt_runtime.progress import no_progress
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from melt_export.cli import export_app
 from melt_export.errors import ExportError
 from melt_export.options import ExitOptions
-from melt_export.parity.exit_calibration import Run, calibrate, calibrated_exit, lost
+from melt_export.parity.exit_calibration import Run, Setting, calibrate, calibrated_exit, depths, lost
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ADDITION, PROBLEMS = EXAMPLES / "addition-melt", EXAMPLES / "addition_problems.jsonl"
@@ -107,14 +108,53 @@ def test_problems_that_cannot_be_used_are_refused_in_a_sentence(tmp_path: Path, 
     assert says in str(done.exception)
 
 
-def test_a_looplm_and_a_model_of_one_loop_have_no_exit_to_calibrate(
-    make_looplm: MakeCheckpoint, make_checkpoint: MakeCheckpoint, make_package: MakePackage
+def calibrated_on(text: str, checkpoint: Path, package: Path, directory: Path, quality: str) -> dict[str, Any]:
+    """What a package is calibrated to on a text."""
+    (directory / "text.txt").write_text(text)
+    manifest, weights = Package.open(package).manifest, open_checkpoint(checkpoint)[1]
+    return calibrated_exit(package, manifest, ExitOptions(quality, directory / "text.txt"), weights)
+
+
+def test_a_model_of_one_loop_has_no_exit_to_calibrate(
+    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
 ) -> None:
-    for checkpoint, says in ((make_looplm(), "LoopLM"), (make_checkpoint(total_ut_steps=1), "one loop")):
-        package = make_package(checkpoint)
-        manifest, weights = Package.open(package).manifest, open_checkpoint(checkpoint)[1]
-        with pytest.raises(ArgumentError, match=says):
-            calibrated_exit(package, manifest, ExitOptions("auto:1pt"), weights)
+    checkpoint = make_checkpoint(total_ut_steps=1)
+    with pytest.raises(ArgumentError, match="one loop"):
+        calibrated_on("text", checkpoint, make_package(checkpoint), tmp_path, "auto:1pt")
+
+
+SENTENCE = "a quick brown fox jumps over the lazy dog, and 12 more. "
+
+
+def test_a_looplm_is_calibrated_to_a_number_of_loops_for_all_its_tokens(
+    make_looplm: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
+) -> None:
+    checkpoint = Path(copytree(make_looplm(), tmp_path / "checkpoint"))
+    write_tokenizer(checkpoint)
+    package = make_package(checkpoint)
+    loose = calibrated_on(SENTENCE * 30, checkpoint, package, tmp_path, "auto:9000%")
+    assert (loose["criteria"], loose["most_loops"], loose["loops"]) == ("never", 1, 1.0)
+    strict = calibrated_on(SENTENCE * 30, checkpoint, package, tmp_path, "auto:0pt")
+    assert (strict["criteria"], strict["loops"]) == ("never", 4.0)
+    assert "most_loops" not in strict
+
+
+def test_a_model_whose_later_loops_make_it_worse_is_calibrated_to_fewer_and_runs_them(tmp_path: Path) -> None:
+    text = EXAMPLES / "text-melt" / "held_out.txt"
+    request = ["--checkpoint", str(EXAMPLES / "text-melt"), "--output", str(tmp_path / "package"), "--no-verify"]
+    done = CliRunner().invoke(export_app, [*request, "--exit", "auto:0.5%", "--exit-text", str(text)])
+    assert done.exit_code == 0, done.output
+    manifest = Package.open(tmp_path / "package").manifest
+    found = manifest.exit
+    assert found["most_loops"] == 2
+    assert found["loss"] <= 0.5
+    assert found["loops"] < 2
+    assert manifest.format_version == 5
+    assert f"{found['criteria']}, with 2 loops at most, keeps 0.5%" in " ".join(done.output.split())
+    runtime = Runtime.load(tmp_path / "package")
+    answer = runtime.generate("Elizabeth had never", max_tokens=16, exit="auto")
+    assert max(answer.depth) == 2
+    assert answer == runtime.generate("Elizabeth had never", max_tokens=16, exit=found["criteria"], loops=2)
 
 
 def run(loss: float, same: float, loops: float, items: int = 8) -> Run:
@@ -133,22 +173,78 @@ def test_what_is_lost_is_perplexity_in_percent_or_points_of_tokens_or_of_whole_a
 
 
 class Graded:
-    """A sample whose agreement grows, and whose loops grow, with the strictness of the margin; others lose all."""
+    """A sample whose agreement grows, and whose loops grow, with the strictness of the margin; others lose all.
+
+    ``fixed``: loss and agreement of some fixed depths; all others lose all. Counts its runs.
+    """
 
     name, whole = "a graded sample", False
 
-    def run(self, exits: str) -> Run:
+    def __init__(self, loops: int = 4, fixed: dict[int, tuple[float, float]] | None = None):
+        self.loops, self.runs = loops, 0
+        self.fixed = {loops: (1.0, 1.0), **(fixed or {})}
+
+    def run(self, exits: str, most: int) -> Run:
+        self.runs += 1
         if exits == "never":
-            return run(1.0, 1.0, 4)
+            return run(*self.fixed.get(most, (9.0, 0.0)), most)
         criterion, _, value = exits.partition(":")
-        if criterion != "margin":
+        if criterion != "margin" or most < self.loops:
             return run(9.0, 0.0, 1)
         return run(1.0, min(1.0, 0.5 + float(value)), 1 + 2 * float(value))
 
 
-def chosen(quality: str, share: float = 0.0) -> dict[str, Any]:
-    manifest: Any = SimpleNamespace(loops=4, vocab_size=50, has_exit_gate=True, untrained=())
-    return calibrate(Graded(), manifest, ExitOptions(quality), share, no_progress)
+class Window:
+    """A sample on which two loops are worse than one and than four, and some tokens with two better than all."""
+
+    name, whole = "a window", False
+
+    def run(self, exits: str, most: int) -> Run:
+        criterion, _, value = exits.partition(":")
+        if exits == "never":
+            return run(1.0 if most == 4 else 1.2, 0.0, most)
+        if criterion != "margin":
+            return run(9.0, 0.0, 1)
+        window = most == 2 and 0.2 < float(value) < 0.6
+        return run(0.9 if window else 1.2, 0.0, 1 + (most - 1) * float(value))
+
+
+def chosen(quality: str, share: float = 0.0, sample: Any = None) -> dict[str, Any]:
+    sample = sample or Graded()
+    loops = getattr(sample, "loops", 4)
+    manifest: Any = SimpleNamespace(
+        loops=loops, vocab_size=50, has_exit_gate=True, untrained=(), cache_loops=None, exit={}
+    )
+    return calibrate(sample, manifest, ExitOptions(quality), share, no_progress)
+
+
+def test_a_fixed_depth_that_keeps_the_quality_is_chosen_where_nothing_is_cheaper() -> None:
+    found = chosen("auto:0.5%", share=10.0, sample=Graded(fixed={2: (0.9, 0.0)}))
+    assert (found["criteria"], found["most_loops"], found["loops"]) == ("never", 2, 2.0)
+    assert found["loss"] < 0
+    assert chosen("auto:0.5%", share=10.0, sample=Graded(fixed={1: (1.0, 0.0)}))["most_loops"] == 1
+    assert "most_loops" not in chosen("auto:0pt", share=10.0)
+
+
+def test_fewer_loops_are_found_where_only_some_tokens_should_have_them() -> None:
+    found = chosen("auto:0.5%", sample=Window())
+    assert found["criteria"].startswith("margin:")
+    assert found["most_loops"] == 2
+    assert 1 < found["loops"] < 1.6
+
+
+def test_of_equal_loops_the_better_quality_wins() -> None:
+    same, worse = (Setting("never", most, True, 2.0, loss, 2.0) for most, loss in ((2, -1.0), (3, 0.2)))
+    assert same.better(worse)
+    assert not worse.better(same)
+    assert not same.better(Setting("never", 4, True, 1.9, 5.0, 1.9))
+
+
+def test_a_model_of_many_loops_is_calibrated_in_few_runs() -> None:
+    sample = Graded(loops=32)
+    assert chosen("auto:1pt", sample=sample)["criteria"].startswith("margin:")
+    assert sample.runs < 100
+    assert (depths(4), depths(32)) == ([1, 2, 3, 4], [1, 2, 6, 13, 32])
 
 
 def test_the_cheapest_threshold_that_keeps_the_quality_is_chosen() -> None:
