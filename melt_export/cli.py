@@ -181,9 +181,9 @@ def export(
     exit: Annotated[
         str | None,
         typer.Option(
-            help="Calibrate when tokens leave the loops early, for --exit auto of melt-run: auto:N% lets the "
-            "perplexity grow by N percent, auto:Npt lets N of 100 answers or next tokens differ from those of all "
-            "loops."
+            help="Calibrate when tokens leave the loops early, and how many they have at most, for --exit auto of "
+            "melt-run: auto:N% lets the perplexity grow by N percent, auto:Npt lets N of 100 answers or next tokens "
+            "differ from those of all loops."
         ),
     ] = None,
     exit_text: Annotated[

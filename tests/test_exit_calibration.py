@@ -13,7 +13,7 @@ import pytest
 from conftest import MakeCheckpoint, MakePackage, write_tokenizer
 from melt_models.checkpoint import open_checkpoint
 from melt_runtime import ArgumentError, Package, Runtime
-from melt_runtime.progress import no_progress
+from melt_runtime.progress import Step, no_progress
 from typer.testing import CliRunner
 
 from melt_export.cli import export_app
@@ -209,13 +209,13 @@ class Window:
         return run(0.9 if window else 1.2, 0.0, 1 + (most - 1) * float(value))
 
 
-def chosen(quality: str, share: float = 0.0, sample: Any = None) -> dict[str, Any]:
+def chosen(quality: str, share: float = 0.0, sample: Any = None, progress: Step = no_progress) -> dict[str, Any]:
     sample = sample or Graded()
     loops = getattr(sample, "loops", 4)
     manifest: Any = SimpleNamespace(
         loops=loops, vocab_size=50, has_exit_gate=True, untrained=(), cache_loops=None, exit={}
     )
-    return calibrate(sample, manifest, ExitOptions(quality), share, no_progress)
+    return calibrate(sample, manifest, ExitOptions(quality), share, progress)
 
 
 def test_a_fixed_depth_that_keeps_the_quality_is_chosen_where_nothing_is_cheaper() -> None:
@@ -231,6 +231,13 @@ def test_fewer_loops_are_found_where_only_some_tokens_should_have_them() -> None
     assert found["criteria"].startswith("margin:")
     assert found["most_loops"] == 2
     assert 1 < found["loops"] < 1.6
+
+
+def test_progress_is_told_from_before_the_first_run_to_the_end() -> None:
+    told: list[tuple[str, int, int]] = []
+    chosen("auto:1pt", progress=lambda *step: told.append(step))
+    assert told[0][2] == 0
+    assert {(name, total) for name, total, _ in told} == {("calibrating the exit", sum(done for *_, done in told))}
 
 
 def test_of_equal_loops_the_better_quality_wins() -> None:

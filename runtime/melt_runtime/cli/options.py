@@ -111,7 +111,10 @@ class RequestOptions:
     """How an answer is generated. Of the loops, None takes the package's."""
 
     max_tokens: Annotated[int, typer.Option(help="Most new tokens in an answer.")] = 256
-    loops: Annotated[int | None, typer.Option(help="Most loops per token; default: the package's.")] = None
+    loops: Annotated[
+        int | None,
+        typer.Option(help="Most loops per token; default: the package's, or with --exit auto as many as calibrated."),
+    ] = None
     exit_threshold: Annotated[
         float | None,
         typer.Option(

@@ -15,7 +15,7 @@ class GenerateOptions(TypedDict, total=False):
     """The options of a request. LoopSettings explains loops to exit_same, SamplingParams temperature to logit_bias."""
 
     max_tokens: int  # 256
-    loops: int | None  # None: the package's
+    loops: int | None  # None: the package's, or as many as ``exit`` "auto" was calibrated with
     exit_threshold: float | None  # None: the package's
     chunk: int | None  # None: the package's
     min_loops: int  # 1
