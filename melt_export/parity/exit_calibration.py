@@ -29,8 +29,9 @@ _SEQUENCES, _LENGTH = 32, 48  # of a text, in tokens
 _LARGE_SEQUENCES, _LARGE_LENGTH = 8, 16  # for a model that takes seconds per token
 _PROBLEMS = 200
 _STEPS = 64  # thresholds to choose from, per criterion
-_STRIDE = 8  # every so many of them are tried; those between two only where they may be the best
-_MANY, _FEW = 8, 5  # of more loops than the first, as many numbers of loops at most as the second are tried
+_STRIDE = 8  # every eighth is tried; those between two only where they may be the best
+_ALL_DEPTHS = 8  # up to so many loops, every smaller number of loops at most is tried
+_SOME_DEPTHS = 5  # with more, so many of them
 
 
 @dataclass(frozen=True)
@@ -216,38 +217,38 @@ class Search:
         """
 
         def stops(index: int) -> bool:
-            return self._at(name, grid, index, most).keeps or self._dear(self._at(name, grid, index, most))
+            one = self._at(name, grid, index, most)
+            return one.keeps or one.cost > self.best.cost
 
-        # Step by step, because strict thresholds keep less than looser ones where later loops make tokens worse.
-        known = -1
+        if end == 0:
+            return end
+        # In strides from the loosest on: where later loops make tokens worse, stricter thresholds may lose more.
+        failed = -1
         for index in dict.fromkeys([*range(_STRIDE - 1, end, _STRIDE), end - 1]):
-            if index < 0 or stops(index):
+            if stops(index):
                 break
             if self._at(name, grid, index, most).loops >= most:
                 return end  # no token leaves earlier, nor would any at a stricter one
-            known = index
+            failed = index
         else:
             return end
-        low, high = known + 1, max(index, 0)
+        low, high = failed + 1, index
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if stops(middle) else (middle + 1, high)
-        if end and (found := self._at(name, grid, low, most)).keeps and found.better(self.best):
+        if (found := self._at(name, grid, low, most)).keeps and found.better(self.best):
             self.best = found
         return low
 
     def _at(self, name: str, grid: Sequence[float], index: int, most: int) -> Setting:
         return self.measured(f"{name}:{grid[index]:.4g}", most)
 
-    def _dear(self, setting: Setting) -> bool:
-        return setting.cost > self.best.cost
-
 
 def depths(loops: int) -> list[int]:
     """Return the numbers of loops at most that are tried: all up to ``loops``, or some where there are many."""
-    if loops <= _MANY:
+    if loops <= _ALL_DEPTHS:
         return list(range(1, loops + 1))
-    return [round(depth) for depth in np.geomspace(1, loops, _FEW)]
+    return [round(depth) for depth in np.geomspace(1, loops, _SOME_DEPTHS)]
 
 
 def calibrate(sample: Sample, manifest: Manifest, options: ExitOptions, share: float, progress: Step) -> dict[str, Any]:
