@@ -36,7 +36,7 @@ from .pipelining import decode as decode_from_prompt
 from .pipelining import prompt_ids
 
 _PROMPT = 128  # default tokens of the timed prompt
-_SETTLING = 1.0  # seconds: a runtime looks five times per second at what computes beside it, and tries two ways
+_SETTLING = 2.0  # seconds: a runtime looks five times per second at what computes beside it, and tries two ways
 
 
 @dataclass(frozen=True)
