@@ -14,7 +14,8 @@ from melt_models import LoopLMConfig
 from melt_runtime import LoopSettings, Runtime
 from melt_runtime.backends.lanes import Lane, make_lanes
 from melt_runtime.bench.busy import BusyProcesses
-from melt_runtime.bench.sweep import Stopwatch, settle, spread
+from melt_runtime.bench.stopwatch import Stopwatch, settle
+from melt_runtime.bench.sweep import spread
 from melt_runtime.decoding.loop_driver import LoopDriver
 from melt_runtime.decoding.pipeline import PipelineCounts, Pipelining
 from melt_runtime.progress import Step

@@ -11,7 +11,8 @@ from conftest import MakeCheckpoint, MakePackage
 from melt_runtime import ArgumentError, LoopSettings, Runtime
 from melt_runtime.bench import pipelining
 from melt_runtime.bench import sweep as module
-from melt_runtime.bench.sweep import Stopwatch, Sweep, bench, loop_bytes, overhead, spread
+from melt_runtime.bench.stopwatch import Stopwatch, overhead
+from melt_runtime.bench.sweep import Sweep, bench, loop_bytes, spread
 from melt_runtime.cli.main import app
 from melt_runtime.machine import ReadBandwidth
 from melt_runtime.package.reader import Package

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from melt_runtime import ArgumentError, BackendError
 from melt_runtime.bench import busy as busy_module
+from melt_runtime.bench import stopwatch
 from melt_runtime.bench import sweep as sweep_module
 from melt_runtime.bench.busy import BusyProcesses
-from melt_runtime.bench.sweep import Stopwatch, Sweep, bench
+from melt_runtime.bench.stopwatch import Stopwatch
+from melt_runtime.bench.sweep import Sweep, bench
 from melt_runtime.cli.main import app
 from processes import started
 from typer.testing import CliRunner
@@ -30,7 +32,7 @@ BENCH = "from melt_runtime.cli.main import main; main()"
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads a megabyte instead of what real figures need, and starts no process to measure memory."""
     monkeypatch.setattr(sweep_module.ReadBandwidth.__init__, "__defaults__", (1 << 20,))
-    monkeypatch.setattr(sweep_module, "_SETTLING", 0.0)
+    monkeypatch.setattr(stopwatch, "_SETTLING", 0.0)
     monkeypatch.setattr(sweep_module, "peak_memory", lambda *_: {"loaded_bytes": None, "peak_bytes": None})
 
 

@@ -24,7 +24,8 @@ from melt_runtime.backends.control import LoopControl
 from melt_runtime.backends.device_memory import layout
 from melt_runtime.backends.execution import Recordings
 from melt_runtime.backends.tensorrt import TensorRTBackend
-from melt_runtime.bench import sweep as bench
+from melt_runtime.bench import stopwatch
+from melt_runtime.bench.stopwatch import Stopwatch
 from melt_runtime.package.reader import source_hash
 
 Load = Callable[..., Runtime]
@@ -430,8 +431,8 @@ def test_a_measurement_waits_for_what_the_device_computes(
         return 0.0
 
     stream.synchronize()
-    monkeypatch.setattr(bench, "perf_counter", looked)
-    bench.Stopwatch(driver).decode(10, 2, 3)
-    bench.Stopwatch(driver).prefill(20, 8, 2)
+    monkeypatch.setattr(stopwatch, "perf_counter", looked)
+    Stopwatch(driver).decode(10, 2, 3)
+    Stopwatch(driver).prefill(20, 8, 2)
     assert waiting
     assert set(waiting) == {0}

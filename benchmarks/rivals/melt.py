@@ -12,7 +12,7 @@ from rivals.turns import Sample
 def run(directory: Path, threads: int | None, loops: int, context: int, tokens: int, prompt: int) -> Iterator[Sample]:
     """Run a package. ``threads``: None for as many as the runtime chooses."""
     from melt_runtime import Runtime
-    from melt_runtime.bench.sweep import Stopwatch, settle
+    from melt_runtime.bench.stopwatch import Stopwatch, settle
 
     runtime = Runtime.load(directory, threads=threads, check_hashes=False)
     watch = Stopwatch(runtime.driver())
