@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -77,6 +79,29 @@ def test_what_is_freed_meanwhile_does_no_harm(page_size: int) -> None:
     memory.close()
     large_pages._collapse([(first, first + page_size)], page_size)
     assert list(large_pages._used([(first, first + page_size)], page_size)) in ([], [(first, first + page_size)])
+
+
+def test_a_process_that_may_start_no_more_threads_is_left_as_it_is(
+    page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", refused)
+    before = NewMemory()
+    memory = mapping()
+    np.frombuffer(memory, np.uint8).fill(1)
+    assert before.in_large_pages() is None
+
+
+def test_a_hundred_thousand_mappings_are_compared_at_once() -> None:
+    code = (
+        "from melt_runtime.backends.large_pages import _without\n"
+        "before = [(at, at + 1) for at in range(0, 300_000, 3)]\n"
+        "now = [(at, at + 2) for at in range(0, 300_000, 3)]\n"
+        "assert list(_without(now, before)) == [(at + 1, at + 2) for at in range(0, 300_000, 3)]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_every_load_asks_once(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import errno
 import mmap
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import groupby
@@ -53,7 +54,10 @@ class NewMemory:
         if size is None or not ranges:
             return None
         thread = Thread(target=_collapse, args=(ranges, size), name="melt-large-pages", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the process may start no more threads
+            return None
         return thread
 
 
@@ -78,12 +82,13 @@ def _anonymous() -> list[_Range]:
 
 def _without(ranges: Iterable[_Range], others: list[_Range]) -> Iterator[_Range]:
     """Return the parts of ranges that are in none of the others, which are in order."""
+    ends = [other_end for _, other_end in others]
     for first, end in ranges:
-        for other_first, other_end in others:
-            if other_end > first and other_first < end:
-                if first < other_first:
-                    yield first, other_first
-                first = max(first, other_end)
+        # A process may have tens of thousands of mappings.
+        for other_first, other_end in others[bisect_right(ends, first) : bisect_left(others, (end,))]:
+            if first < other_first:
+                yield first, other_first
+            first = max(first, other_end)
         if first < end:
             yield first, end
 
