@@ -81,6 +81,16 @@ def test_what_is_freed_meanwhile_does_no_harm(page_size: int) -> None:
     assert list(large_pages._used([(first, first + page_size)], page_size)) in ([], [(first, first + page_size)])
 
 
+def test_what_malloc_gave_back_meanwhile_stays_given_back(page_size: int) -> None:
+    memory = mapping()
+    np.frombuffer(memory, np.uint8).fill(1)
+    first = -(-address(memory) // page_size) * page_size
+    memory.madvise(mmap.MADV_DONTNEED)
+    memory[first - address(memory)] = 1  # still in use
+    large_pages._collapse([(first, first + page_size)], page_size)
+    assert kilobytes(memory, "Rss") * 1024 < page_size
+
+
 def test_a_process_that_may_start_no_more_threads_is_left_as_it_is(
     page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

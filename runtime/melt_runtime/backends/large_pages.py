@@ -120,7 +120,9 @@ def _collapse(ranges: list[_Range], size: int) -> None:
             _advise(system, first, end, _HUGEPAGE)
         for first, end in ranges:
             for at in range(first, end, _AT_ONCE * size):
-                _advise(system, at, min(at + _AT_ONCE * size, end), _COLLAPSE)
+                # What was freed meanwhile would be filled with zeros.
+                for used in _used([(at, min(at + _AT_ONCE * size, end))], size):
+                    _advise(system, *used, _COLLAPSE)
 
 
 def _advise(system: Any, first: int, end: int, advice: int) -> None:
