@@ -39,7 +39,7 @@ from .graph.trace import (
 )
 from .options import ExportOptions
 from .package_files import check_graph, copy_companions, hash_files, plain, save_graph, write_manifest
-from .parity.exit_calibration import calibrated_exit
+from .parity.exit_calibration import calibrated_exit, check_exit
 from .parity.shared_caches import sharing_loss
 from .quantization.calibration import calibration_tokens, hessians
 from .quantization.kv_cache import calibrated, quantize_caches
@@ -123,6 +123,8 @@ def check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
         check_patterns(options.weights, checkpoint.weights)
         if options.weights.embedding is not None:
             options.weights.for_embedding(checkpoint.config.hidden_size)
+    if options.exit is not None:
+        check_exit(checkpoint.directory, default_depth(checkpoint.config), options.exit)
 
 
 def _calibrate(

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from melt_export.cli import export_app
 from melt_export.errors import ExportError
-from melt_export.options import ExitOptions
+from melt_export.export import build_package
+from melt_export.options import ExitOptions, ExportOptions
 from melt_export.parity.exit_calibration import Run, Setting, calibrate, calibrated_exit, depths, lost
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -94,6 +95,17 @@ def test_options_that_do_not_fit_are_refused_in_a_sentence(tmp_path: Path, argum
     assert not (tmp_path / "package").exists()
 
 
+def test_a_calibration_that_cannot_follow_is_refused_before_the_export(
+    tmp_path: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("melt_export.export.trace_graphs", None)
+    one, some = make_checkpoint(total_ut_steps=1), make_checkpoint()
+    with pytest.raises(ArgumentError, match="nothing to save: the package runs one loop per token"):
+        build_package(one, tmp_path / "one", ExportOptions(exit=ExitOptions("auto:1pt")))
+    with pytest.raises(ArgumentError, match="--exit needs --exit-text"):
+        build_package(some, tmp_path / "some", ExportOptions(exit=ExitOptions("auto:1pt")))
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
@@ -113,14 +125,6 @@ def calibrated_on(text: str, checkpoint: Path, package: Path, directory: Path, q
     (directory / "text.txt").write_text(text)
     manifest, weights = Package.open(package).manifest, open_checkpoint(checkpoint)[1]
     return calibrated_exit(package, manifest, ExitOptions(quality, directory / "text.txt"), weights)
-
-
-def test_a_model_of_one_loop_has_no_exit_to_calibrate(
-    make_checkpoint: MakeCheckpoint, make_package: MakePackage, tmp_path: Path
-) -> None:
-    checkpoint = make_checkpoint(total_ut_steps=1)
-    with pytest.raises(ArgumentError, match="one loop"):
-        calibrated_on("text", checkpoint, make_package(checkpoint), tmp_path, "auto:1pt")
 
 
 SENTENCE = "a quick brown fox jumps over the lazy dog, and 12 more. "

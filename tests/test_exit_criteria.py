@@ -202,7 +202,8 @@ def calibrated(package: Path, directory: Path, **changed: Any) -> Path:
     """A copy of a package with a calibrated exit."""
     copy = Path(copytree(package, directory / "package"))
     content = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**content, "exit": {**CALIBRATED, **changed}}))
+    content |= {"exit": {**CALIBRATED, **changed}} | ({"format_version": 5} if "most_loops" in changed else {})
+    (copy / "manifest.json").write_text(json.dumps(content))
     return copy
 
 
@@ -316,3 +317,13 @@ def test_the_head_is_not_asked_after_the_last_loop(runtime: Runtime, monkeypatch
     driver.append([[5]], runtime.options(exit="entropy:0.000001", loops=4).loops)
     assert driver.depth[0] == [4]
     assert len(asked) == 3
+
+
+def test_fewer_loops_need_the_format_version_that_older_runtimes_refuse(package: Path, tmp_path: Path) -> None:
+    from melt_runtime import PackageError
+
+    copy = calibrated(package, tmp_path, most_loops=2)
+    content = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**content, "format_version": 4}))
+    with pytest.raises(PackageError, match=r"exit\.most_loops needs format version 5, and this is 4"):
+        Runtime.load(copy)

@@ -294,10 +294,17 @@ def calibrated_exit(
     directory: Path, manifest: Manifest, options: ExitOptions, weights: Weights, progress: Step = no_progress
 ) -> dict[str, Any]:
     """Calibrate a package that is written; see ``calibrate``. Raises ArgumentError for a text that cannot be used."""
-    if manifest.loops < 2:
-        raise ArgumentError("--exit has nothing to save: the package runs one loop per token")
     runtime = Runtime.load(directory, backend="onnxruntime", check_hashes=False)
     return calibrate(_sample(runtime, options), manifest, options, head_share(weights), progress)
+
+
+def check_exit(checkpoint: Path, loops: int, options: ExitOptions) -> None:
+    """Raise ArgumentError, before an export, for a calibration that could not follow it. ``checkpoint``: its directory,
+    which has the tokenizer; ``loops``: the package's."""
+    if loops < 2:
+        raise ArgumentError("--exit has nothing to save: the package runs one loop per token")
+    if not _problems(options):
+        _text(checkpoint, options)
 
 
 def _criteria(manifest: Manifest) -> list[str]:
@@ -310,24 +317,36 @@ def _criteria(manifest: Manifest) -> list[str]:
 def _sample(runtime: Runtime, options: ExitOptions) -> Sample:
     """Open the text or the problems. Raises ArgumentError."""
     path, manifest, directory = options.text, runtime.manifest, runtime.package.directory
-    if path is not None and path.suffix == ".jsonl":
-        if options.unit == "%":
-            raise ArgumentError(f"--exit-text {path} has problems, on which --exit takes points, such as auto:1pt")
+    if path is not None and _problems(options):
         problems = read_problems(path, Package.open(directory, check_hashes=False), "--exit-text")[:_PROBLEMS]
         if len(problems) < 2:
             raise ArgumentError(f"--exit-text {path} has 1 problem; it must have 2 or more, to search and to check")
         prompts = [list(problem.prompt) for problem in problems]
         return ProblemSample(runtime, prompts, max(one.tokens for one in problems), path.name)
-    ids = encode_text(directory, path, documentation, option="--exit-text", refused=ArgumentError)
+    ids = _text(directory, options)
+    large = manifest.weights_bytes > LARGE_BYTES
+    count, length = (_LARGE_SEQUENCES, _LARGE_LENGTH) if large else (_SEQUENCES, _LENGTH)
+    sequences = _spread(ids, count, min(length, manifest.max_seq_len))
+    return TextSample(runtime, sequences, "Python's documentation" if path is None else path.name)
+
+
+def _problems(options: ExitOptions) -> bool:
+    """Whether the calibration reads problems instead of a text. Raises ArgumentError for a quality that these lack."""
+    found = options.text is not None and options.text.suffix == ".jsonl"
+    if found and options.unit == "%":
+        raise ArgumentError(f"--exit-text {options.text} has problems, on which --exit takes points, such as auto:1pt")
+    return found
+
+
+def _text(directory: Path, options: ExitOptions) -> Sequence[int]:
+    """Tokenize the text with a directory's tokenizer. Raises ArgumentError."""
+    ids = encode_text(directory, options.text, documentation, option="--exit-text", refused=ArgumentError)
     if ids is None:
         raise ArgumentError(
             "--exit needs --exit-text: the package's vocabulary is too small for the built-in text; a .jsonl file "
             'gives problems, lines with "prompt" and "answer"'
         )
-    large = manifest.weights_bytes > LARGE_BYTES
-    count, length = (_LARGE_SEQUENCES, _LARGE_LENGTH) if large else (_SEQUENCES, _LENGTH)
-    sequences = _spread(ids, count, min(length, manifest.max_seq_len))
-    return TextSample(runtime, sequences, "Python's documentation" if path is None else path.name)
+    return ids
 
 
 def _spread(ids: Sequence[int], count: int, length: int) -> list[list[int]]:

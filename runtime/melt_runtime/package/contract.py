@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .manifest import STAGES, Manifest
+from .manifest import FEWER_LOOPS, STAGES, Manifest
 from .specs import CODA, PRECISIONS, PRELUDE, GraphSpec, Shape, StateSpec, TensorSpec, is_latent
 
 _QUANTIZED = ("int8", "uint8")  # stored types of a quantized cache
@@ -153,7 +153,9 @@ def _output(name: str, kind: str) -> str:
 
 
 def _calibrated(manifest: Manifest) -> str | None:
-    """Check that the calibrated exit allows no more loops than the package has."""
+    """Check that the calibrated exit allows no more loops than the package has, and that older runtimes refuse it."""
+    if manifest.exit.get("most_loops") is not None and manifest.format_version < FEWER_LOOPS:
+        return f"exit.most_loops needs format version {FEWER_LOOPS}, and this is {manifest.format_version}"
     if manifest.exit_loops > manifest.loops:
         return f"exit.most_loops is {manifest.exit_loops}, above the {manifest.loops} of loops"
     return None
