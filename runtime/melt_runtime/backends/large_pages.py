@@ -15,6 +15,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from threading import Thread
@@ -49,9 +50,11 @@ class NewMemory:
         memory is so short that it would have to make room. Nothing waits for the thread: the memory can be used
         meanwhile, and freed. The process needs no more memory than before.
         """
-        size = _page_size() if (available_memory() or 0) >= _LEAST_FREE else None
-        ranges = list(_used(_without(_anonymous(), self._before), size)) if size else []
-        if size is None or not ranges:
+        size = _page_size()
+        if size is None or (available_memory() or 0) < _LEAST_FREE:
+            return None
+        ranges = list(_used(_without(_anonymous(), self._before), size))
+        if not ranges:
             return None
         thread = Thread(target=_collapse, args=(ranges, size), name="melt-large-pages", daemon=True)
         try:
@@ -95,15 +98,14 @@ def _without(ranges: Iterable[_Range], others: list[_Range]) -> Iterator[_Range]
 
 def _used(ranges: Iterable[_Range], size: int) -> Iterator[_Range]:
     """Return those parts of ranges that are whole large pages and lie in memory entirely."""
-    page = mmap.PAGESIZE
     for first, end in ranges:
         first, end = -(-first // size) * size, end // size * size
         if first >= end:
             continue
-        there = np.zeros((end - first) // page, np.uint8)
+        there = np.zeros((end - first) // mmap.PAGESIZE, np.uint8)
         if _system().mincore(first, end - first, there.ctypes.data) != 0:
             continue  # unmapped meanwhile
-        whole = np.all((there & 1).reshape(-1, size // page), axis=1)
+        whole = np.all((there & 1).reshape(-1, size // mmap.PAGESIZE), axis=1)
         at = 0
         for used, group in groupby(whole.tolist()):
             count = len(list(group))
@@ -114,26 +116,26 @@ def _used(ranges: Iterable[_Range], size: int) -> Iterator[_Range]:
 
 def _collapse(ranges: list[_Range], size: int) -> None:
     """Move ranges into large pages. Where Linux cannot do so now it may do so later, by itself."""
-    system = _system()
     with suppress(OSError):
         for first, end in ranges:
-            _advise(system, first, end, _HUGEPAGE)
+            _advise(first, end, _HUGEPAGE)
         for first, end in ranges:
             for at in range(first, end, _AT_ONCE * size):
                 # What was freed meanwhile would be filled with zeros.
                 for used in _used([(at, min(at + _AT_ONCE * size, end))], size):
-                    _advise(system, *used, _COLLAPSE)
+                    _advise(*used, _COLLAPSE)
 
 
-def _advise(system: Any, first: int, end: int, advice: int) -> None:
+def _advise(first: int, end: int, advice: int) -> None:
     """Advise Linux, again where it is busy. Raises OSError where it cannot."""
     for _ in range(_TRIES):
-        if system.madvise(first, end - first, advice) == 0:
+        if _system().madvise(first, end - first, advice) == 0:
             return
         if ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY):
             raise OSError(ctypes.get_errno(), "madvise")
 
 
+@cache
 def _system() -> Any:
     """Return the C library."""
     library = ctypes.CDLL(None, use_errno=True)

@@ -54,8 +54,8 @@ def sharing_of(manifest: Manifest) -> str:
 
 
 def exit_of(manifest: Manifest) -> str:
-    """Describe the calibrated exit of a package: its criteria, the most loops, what they save and
-    what they cost; empty without one."""
+    """Describe the calibrated exit of a package: its criteria, the most loops, what they save and what they cost; empty
+    without one."""
     found = manifest.exit
     if not found:
         return ""
